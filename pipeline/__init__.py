@@ -1,0 +1,1 @@
+"""The steps of the pipeline: download, normalize, train, evaluate; one module a step."""

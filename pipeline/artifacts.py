@@ -1,0 +1,193 @@
+"""Files between the steps: where they lie, and how they are written (whole or not at all) and read.
+
+Folder `artifacts/<step>/` holds what a step made. Arrays are `.npy`, read memory-mapped; everything else is JSON, CSV
+or safetensors.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import UserError
+
+DOWNLOAD = Path("artifacts/download")
+NORMALIZE = Path("artifacts/normalize")
+TRAIN = Path("artifacts/train")
+EVALUATE = Path("artifacts/evaluate")
+
+Images = npt.NDArray[np.uint8]
+"""(N, H, W, C) uint8."""
+Labels = npt.NDArray[np.int64]
+"""(N,) int64, indices into the class names."""
+
+
+def expand(path: str) -> Path:
+    """A path that the user wrote, `~` included."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser raises where there is no such user
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in errors that name no file, such as a full disk while writing."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing that takes the name `path` only once it is whole and on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with naming(path), temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `target` that takes its place once the block is done; on failure `target` stays."""
+    fresh, old = (target.with_name(f".{target.name}.{word}.tmp") for word in ("new", "old"))
+    for leftover in (fresh, old):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    with naming(target):
+        fresh.mkdir(parents=True)
+        try:
+            yield fresh
+            if target.exists():
+                target.rename(old)
+            fresh.rename(target)
+        finally:
+            for leftover in (fresh, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    with atomic(path) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError, naming the step to run, where the file is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(missing(path)) from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); remove it and run `dvc repro` to make it again") from None
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table with a header; all rows have the first one's columns."""
+    with atomic(path) as file:
+        lines = _Lines(file)
+        writer = csv.DictWriter(lines, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class _Lines:
+    """What `csv` writes to: text in, UTF-8 bytes out."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        return self._file.write(text.encode("utf-8"))
+
+
+def write_array(path: Path, blocks: Iterable[npt.NDArray[Any]], *, shape: tuple[int, ...], dtype: npt.DTypeLike) -> str:
+    """Write one `.npy` file from blocks along the first axis, one block in memory at a time; returns its MD5.
+
+    The blocks together must have `shape`; each is cast to `dtype`.
+    """
+    digest = hashlib.md5(usedforsecurity=False)
+    with atomic(path) as file:
+        header = _Tee(file, digest)
+        np.lib.format.write_array_header_2_0(
+            header, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        )
+        rows = 0
+        for block in blocks:
+            header.write(np.ascontiguousarray(block, dtype=dtype).tobytes())
+            rows += len(block)
+        assert rows == shape[0], f"{path}: {rows} rows written, {shape[0]} announced"
+    return digest.hexdigest()
+
+
+class _Tee:
+    """Writes to a file and a digest alike."""
+
+    def __init__(self, file: IO[bytes], digest: Any) -> None:
+        self._file, self._digest = file, digest
+
+    def write(self, content: bytes) -> int:
+        self._digest.update(content)
+        return self._file.write(content)
+
+
+def read_array(path: Path, *, dtype: npt.DTypeLike, dimensions: int) -> npt.NDArray[Any]:
+    """Memory-map an `.npy` file (pages are copied if written to, never the file); never unpickles.
+
+    Raises UserError where it is missing, cut short, or of another type or number of dimensions.
+    """
+    try:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(missing(path)) from None
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path}: damaged ({error}); remove it and run `dvc repro` to make it again") from None
+    if array.dtype != dtype or array.ndim != dimensions:
+        raise UserError(
+            f"{path}: found {array.ndim}-dimensional {array.dtype}; allowed: {dimensions}-dimensional "
+            f"{np.dtype(dtype)}; remove it and run `dvc repro` to make it again"
+        )
+    return array
+
+
+def read_split(split: str, *, folder: Path = NORMALIZE) -> tuple[Images, Labels]:
+    """Images (N, H, W, C) uint8 and labels (N,) int64 of train, validation or test, memory-mapped."""
+    images = read_array(folder / f"{split}_images.npy", dtype=np.uint8, dimensions=4)
+    labels = read_array(folder / f"{split}_labels.npy", dtype=np.int64, dimensions=1)
+    if len(images) != len(labels):
+        raise UserError(
+            f"{folder}: {len(images)} {split} images but {len(labels)} labels; run `dvc repro normalize --force`"
+        )
+    return images, labels
+
+
+def missing(path: Path) -> str:
+    """One line for a file between steps that is not there."""
+    step = path.parent.name
+    return f"{path}: no such file; `dvc repro {step}` makes it, `dvc pull` fetches it"
+
+
+def file_md5(path: Path) -> str:
+    """MD5 of a file's content in hexadecimal, as DVC records it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -1,0 +1,125 @@
+"""Download: bring the raw data into `artifacts/download/`, checked, whole, and the same bytes on any machine.
+
+digits gives `images.npy` and `labels.npy`, cifar10 `cifar-10-python.tar.gz`, imagefolder `images.tar`; each with a
+`source.json` that says which it is. Nothing from an archive is unpacked or unpickled here.
+"""
+
+import shutil
+import tarfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from pipeline.artifacts import DOWNLOAD, atomic, expand, replace_folder, write_array, write_json
+from pipeline.errors import UserError, report_errors
+from pipeline.fetch import find_archive
+from pipeline.imagefolder import pack, scan
+from pipeline.params import DownloadParams, load_params
+from pipeline.progress import in_bytes
+
+CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
+IMAGEFOLDER_ARCHIVE = "images.tar"
+
+
+def download(params: DownloadParams, *, folder: Path = DOWNLOAD) -> None:
+    """Bring the raw data of `params.dataset` into `folder`, which afterwards holds nothing else.
+
+    Until the new data is whole and checked, what the folder held stays as it was. Raises UserError where the
+    parameters, the archive or the images are at fault, TemporaryError where the network is.
+    """
+    with replace_folder(folder) as fresh:
+        match params.dataset:
+            case "digits":
+                _download_digits(fresh)
+            case "cifar10":
+                _download_cifar10(params, fresh)
+            case "imagefolder":
+                _download_imagefolder(params, fresh)
+
+
+def _download_digits(folder: Path) -> None:
+    from sklearn.datasets import load_digits  # noqa: PLC0415  # takes seconds, and this dataset alone needs it
+
+    digits = load_digits()
+    images, labels = digits.images, digits.target
+    write_array(folder / "images.npy", [images], shape=images.shape, dtype=np.uint8)
+    write_array(folder / "labels.npy", [labels], shape=labels.shape, dtype=np.int64)
+    write_json(folder / "source.json", {"dataset": "digits"})
+    print(f"digits: {len(images):,} images of 8x8 pixels from scikit-learn")
+
+
+def _download_cifar10(params: DownloadParams, folder: Path) -> None:
+    archive = find_archive(params)
+    members = _check_members(archive)
+    with atomic(folder / CIFAR10_ARCHIVE) as file, archive.open("rb") as content:
+        shutil.copyfileobj(content, file, length=1 << 20)
+    write_json(folder / "source.json", {"dataset": "cifar10"})
+    size = in_bytes(archive.stat().st_size)
+    print(f"cifar10: {CIFAR10_ARCHIVE}, {size}, {members} members, MD5 {params.md5} as expected")
+
+
+def _check_members(archive: Path) -> int:
+    """Read the names in the archive, nothing else; returns how many there are.
+
+    Raises UserError where it is no tar archive, or one has a member that could be written outside the folder it is
+    unpacked in.
+    """
+    count = 0
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                count += 1
+                _check_member(archive, member)
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise UserError(
+            f"{archive}: not a whole tar archive ({error}), although its MD5 is download.md5; "
+            "set download.urls and download.md5 to an archive in CIFAR-10's layout"
+        ) from None
+    return count
+
+
+def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
+    name = PurePosixPath(member.name)
+    problems = {
+        "an absolute path": name.is_absolute(),
+        "a path outside the archive's folder": ".." in name.parts,
+        "a link": member.islnk() or member.issym(),
+        "a device": member.isdev(),
+        "of an unknown kind": not (member.isfile() or member.isdir()),
+    }
+    wrong = next((problem for problem, present in problems.items() if present), None)
+    if wrong:
+        raise UserError(
+            f"{archive}: member {member.name!r} is {wrong}; allowed: files and folders inside its own folder; "
+            "set download.urls and download.md5 to an archive that can be trusted"
+        )
+
+
+def _download_imagefolder(params: DownloadParams, folder: Path) -> None:
+    found = scan(expand(params.folder))
+    size = pack(found, folder / IMAGEFOLDER_ARCHIVE)
+    source = {
+        "dataset": "imagefolder",
+        "class_names": found.class_names,
+        "counts": found.counts,
+        "ignored_files": found.ignored,
+    }
+    write_json(folder / "source.json", source)
+    splits = ", ".join(f"{split} {sum(counts.values()):,}" for split, counts in found.counts.items())
+    classes, ignored = len(found.class_names), found.ignored
+    print(f"imagefolder: {found.total:,} images of {classes} classes ({splits}), {in_bytes(size)}")
+    if ignored:
+        print(f"imagefolder: {len(ignored):,} files are no images by their suffix and stay out, such as {ignored[0]}")
+
+
+def main() -> None:
+    """Run the step on `params.yaml`."""
+    with report_errors():
+        download(load_params().download)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Errors that a user can act on: one line and an exit status, never a traceback."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+EXIT_USER = 2
+"""Exit status for a mistake that only the user can mend: trying again is of no use."""
+EXIT_TEMPORARY = 75
+"""Exit status for a failure that may pass, such as the network (EX_TEMPFAIL of sysexits.h): try again."""
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
+class UserError(ValueError):
+    """A mistake in the input, told in one line: what was found, where, what is allowed, what to do."""
+
+
+class TemporaryError(RuntimeError):
+    """A failure of the surroundings, told in one line, that may be gone at the next try."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised in the main thread while `report_errors` is active."""
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Turn what a user can act on, and SIGTERM, into one line on stderr and an exit status.
+
+    Anything else is a defect of ours and keeps its traceback.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    except UserError as error:
+        _leave(str(error), EXIT_USER)
+    except TemporaryError as error:
+        _leave(str(error), EXIT_TEMPORARY)
+    except Terminated:
+        _leave("terminated by SIGTERM; the same command starts again", EXIT_TERMINATED)
+    except KeyboardInterrupt:
+        _leave("interrupted; the same command starts again", EXIT_INTERRUPTED)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _leave(
+            f"{error.filename}: {error.strerror}; check that the disk has room and the folder can be written", EXIT_USER
+        )
+
+
+def _terminate(_signum: int, _frame: Any) -> NoReturn:
+    raise Terminated
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.exit(status)

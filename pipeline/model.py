@@ -1,0 +1,278 @@
+"""Networks by name, their weights, and the files that keep both: `<name>.safetensors` with `model.json` beside it."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save
+from torch import Tensor, nn
+
+from pipeline.artifacts import Images, missing, read_json, write_bytes, write_json
+from pipeline.data import Split, evaluation_batches
+from pipeline.errors import TemporaryError, UserError
+from pipeline.params import Channels, Resize
+
+SMALL_IMAGE_SIZE = 64
+"""Pixels. Up to this size a residual network keeps the resolution in its first layers (He et al. 2016, section 4.2)."""
+
+
+class ModelConfig(BaseModel):
+    """All that is needed to build the network again and to feed it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    weights: str | None
+    loss: str
+    class_names: tuple[str, ...]
+    image_size: int
+    input_size: int | None
+    channels: Channels
+    resize: Resize
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def network_size(self) -> int:
+        """Pixels a side of what the network sees."""
+        return self.input_size or self.image_size
+
+
+class LeNet(nn.Sequential):
+    """The network of the PyTorch tutorials, after LeCun et al. 1998: two 5x5 convolutions and three linear layers.
+
+    (B, channels, image_size, image_size) float32 → (B, num_classes) logits. For 32x32 images the first linear layer has
+    the 400 inputs of the material; for others their number follows from the size.
+    """
+
+    def __init__(self, *, num_classes: int, channels: int, image_size: int) -> None:
+        side = ((image_size - 4) // 2 - 4) // 2
+        if side < 1:
+            raise UserError(
+                f"train.model lenet needs images of at least 16 pixels, found {image_size}; raise normalize.image_size"
+            )
+        super().__init__(
+            nn.Conv2d(channels, 6, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16 * side * side, 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+            nn.Linear(84, num_classes),
+        )
+
+
+class Classifier(nn.Module):
+    """A network with what it needs done to its input: (B, C, H, W) normalised float32 → (B, num_classes) logits."""
+
+    def __init__(self, network: nn.Module, *, network_channels: int, input_size: int | None) -> None:
+        super().__init__()
+        self.network = network
+        self.network_channels = network_channels
+        self.input_size = input_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.input_size is not None and self.input_size != images.shape[-1]:
+            size = (self.input_size, self.input_size)
+            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+        if images.shape[1] < self.network_channels:
+            images = images.expand(-1, self.network_channels, -1, -1)
+        output = self.network(images)
+        # googlenet and inception_v3 return their auxiliary logits beside it while training
+        return output if isinstance(output, Tensor) else output.logits
+
+
+def build(config: ModelConfig) -> Classifier:
+    """The network with freshly drawn weights; raises UserError for an unknown name or a size it cannot take."""
+    num_classes = len(config.class_names)
+    if config.model == "lenet":
+        network: nn.Module = LeNet(num_classes=num_classes, channels=config.channels, image_size=config.network_size)
+        return Classifier(network, network_channels=config.channels, input_size=config.input_size)
+    network = _torchvision_network(config, num_classes=num_classes)
+    classifier = Classifier(network, network_channels=3, input_size=config.input_size)
+    _try(classifier, config)
+    return classifier
+
+
+def _torchvision_network(config: ModelConfig, *, num_classes: int) -> nn.Module:
+    from torchvision import models  # noqa: PLC0415  # it takes as long to import as torch does, and lenet needs none of it
+
+    names = models.list_models(module=models)
+    if config.model not in names:
+        raise UserError(_unknown(config.model, names))
+    network: nn.Module = models.get_model(config.model, weights=None, num_classes=num_classes, **_options(config))
+    if isinstance(network, models.ResNet) and config.network_size <= SMALL_IMAGE_SIZE:
+        _keep_resolution(network, kernel_size=3 if config.weights is None else 7)
+    return network
+
+
+def _unknown(name: str, torchvision_names: list[str]) -> str:
+    names = ["lenet", *torchvision_names]
+    close = difflib.get_close_matches(name, names, n=3) or ["lenet", "resnet18"]
+    return (
+        f"train.model is {name!r}; allowed: lenet or a torchvision classification model ({len(names) - 1} of them, "
+        f"such as {', '.join(close)})"
+    )
+
+
+def _options(config: ModelConfig) -> dict[str, Any]:
+    if config.model.startswith("vit_"):
+        return {"image_size": config.network_size}
+    # these two draw their weights by a slow truncated normal unless told which way
+    return {"init_weights": True} if config.model in {"googlenet", "inception_v3"} else {}
+
+
+def _keep_resolution(network: Any, *, kernel_size: int) -> None:
+    """Make the first layer of stride 1 and drop the pooling, which would leave 32x32 images with 8x8 features.
+
+    From scratch its kernel is 3x3, as He et al. 2016 have it for CIFAR-10; pretrained weights keep their 7x7.
+    """
+    network.conv1 = nn.Conv2d(3, 64, kernel_size, stride=1, padding=kernel_size // 2, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    network.maxpool = nn.Identity()
+
+
+def _try(classifier: Classifier, config: ModelConfig) -> None:
+    """One forward pass over nothing, since only that tells whether a network can take images of this size."""
+    images = torch.zeros(1, config.channels, config.image_size, config.image_size)
+    try:
+        with torch.no_grad():
+            classifier.eval()(images)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"train.model {config.model} cannot take images of {config.network_size} pixels ({reason}); "
+            "set train.input_size to what it was made for, such as 224"
+        ) from None
+
+
+def load_pretrained(classifier: Classifier, *, config: ModelConfig) -> list[str]:
+    """Put the weights of `train.weights` into the network; the head stays as drawn where the classes differ in number.
+
+    Returns the names of the tensors left as drawn. Nothing is unpickled beyond tensors. Raises UserError where the file
+    is missing, damaged, or of another network, TemporaryError where a download failed.
+    """
+    if config.weights is None:
+        return []
+    weights = _read_weights(config)
+    target = classifier.network.state_dict()
+    weights = {name.removeprefix("network."): tensor for name, tensor in weights.items()}
+    num_classes = len(config.class_names)
+    fits = {name: tensor for name, tensor in weights.items() if name in target and tensor.shape == target[name].shape}
+    left = [name for name in target if name not in fits]
+    wrong = [name for name in left if target[name].ndim == 0 or target[name].shape[0] != num_classes]
+    if wrong or not fits:
+        name = (wrong or left)[0]
+        found = f"{name} of shape {tuple(weights[name].shape)}" if name in weights else f"no {name}"
+        raise UserError(
+            f"train.weights {config.weights}: found {found}, but train.model {config.model} has it of shape "
+            f"{tuple(target[name].shape)}; use weights of the same network"
+        )
+    classifier.network.load_state_dict(fits, strict=False)
+    return left
+
+
+def _read_weights(config: ModelConfig) -> dict[str, Tensor]:
+    assert config.weights is not None
+    if config.weights == "DEFAULT":
+        return _download_weights(config.model)
+    path = Path(config.weights)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"train.weights: no such file {path}; allowed: null, DEFAULT, or a .safetensors or .pth file"
+        ) from None
+    except Exception as error:  # torch raises what its many formats raise; all of it means the same to the user
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"train.weights {path}: not readable as weights alone ({reason}); "
+            "allowed: .safetensors, or .pth of a state dict"
+        ) from None
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    weights = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    if not weights:
+        raise UserError(f"train.weights {path}: holds no tensors by name; allowed: a state dict")
+    return weights
+
+
+def _download_weights(name: str) -> dict[str, Tensor]:
+    if name == "lenet":
+        raise UserError("train.weights is DEFAULT, but lenet has no pretrained weights; allowed: null or a file")
+    from torchvision import models  # noqa: PLC0415  # see _torchvision_network
+
+    weights: Any = models.get_model_weights(name).DEFAULT
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except OSError as error:
+        raise TemporaryError(
+            f"train.weights DEFAULT: {weights.url} cannot be fetched ({error}); "
+            "without internet, copy that file here and name it in train.weights"
+        ) from None
+    return state
+
+
+def save_weights(classifier: nn.Module, path: Path) -> None:
+    """Same weights, same bytes."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
+    write_bytes(path, save(weights))
+
+
+def save_config(config: ModelConfig, folder: Path) -> None:
+    write_json(folder / "model.json", config.model_dump(mode="json"))
+
+
+def load_model(folder: Path, *, checkpoint: str = "best") -> tuple[Classifier, ModelConfig]:
+    """The network of `<checkpoint>.safetensors` and `model.json`, in evaluation mode, on the CPU.
+
+    Raises UserError where a file is missing or damaged.
+    """
+    path = folder / "model.json"
+    try:
+        config = ModelConfig.model_validate(read_json(path))
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: damaged ({error.errors()[0]['msg']}); `dvc repro train --force` makes it again"
+        ) from None
+    classifier = build(config)
+    weights = folder / f"{checkpoint}.safetensors"
+    try:
+        classifier.load_state_dict(load(weights.read_bytes()))
+    except FileNotFoundError:
+        raise UserError(missing(weights)) from None
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{weights}: damaged or not of {config.model} ({reason}); `dvc repro train --force` makes it again"
+        ) from None
+    return classifier.eval(), config
+
+
+@torch.no_grad()
+def logits_of(classifier: nn.Module, split: Split, *, batch_size: int) -> Tensor:
+    """Logits (N, num_classes) float32 of a whole split, on its device, in evaluation mode."""
+    was_training = classifier.training
+    classifier.eval()
+    logits = torch.cat([classifier(images).float() for images, _ in evaluation_batches(split, batch_size=batch_size)])
+    classifier.train(was_training)
+    return logits
+
+
+def class_probabilities(classifier: nn.Module, images: Images, *, config: ModelConfig) -> npt.NDArray[np.float32]:
+    """Probabilities (N, num_classes) float32 of images (N, H, W, C) uint8, on the CPU."""
+    labels = np.zeros(len(images), dtype=np.int64)
+    split = Split.of(images, labels, mean=config.mean, std=config.std, device=torch.device("cpu"))
+    return logits_of(classifier, split, batch_size=256).softmax(1).numpy()

@@ -1,0 +1,342 @@
+"""Raw images to arrays of one size, splits, the training split's mean and deviation, and a report on the data.
+
+Run as a step: `python -m pipeline.normalize`. Memory stays flat: pixels pass through a file beside the result, which
+needs twice the room of the arrays while it works; some 60 bytes an image are held.
+"""
+
+import hashlib
+import json
+import math
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.artifacts import DOWNLOAD, NORMALIZE, Images, Labels, read_json, replace_folder, write_array, write_json
+from pipeline.duplicates import (
+    Digests,
+    ExactDuplicates,
+    FeatureBlocks,
+    Indices,
+    Match,
+    digests,
+    exact_duplicates,
+    features,
+    near_duplicates,
+)
+from pipeline.errors import UserError, report_errors
+from pipeline.params import NormalizeParams, load_params
+from pipeline.progress import progress
+from pipeline.raw import SPLITS, Block, Source, block_length, open_source
+
+EXAMPLES = 20
+MIN_DEVIATION = 1 / 255
+"""Least standard deviation that is reported: a channel that never changes must not be divided by zero."""
+
+
+class Spool:
+    """What was read, on disk: pixels, features and names, found by an image's number; digests and labels in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = ExitStack()
+        self._pixels, self._features, self._names = (
+            self._files.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
+            for _ in ("pixels", "features", "names")
+        )
+        self._name_starts = array("q")
+        self._labels, self._splits, self._digests = array("q"), array("b"), bytearray()
+        self.shape: tuple[int, ...] = ()
+        self.unreadable: list[tuple[str, str]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.close()
+
+    def add(self, block: Block) -> None:
+        self.unreadable += block.unreadable
+        if not len(block.images):
+            return
+        self.shape = block.images.shape[1:]
+        self._pixels.write(np.ascontiguousarray(block.images).data)
+        self._features.write(features(block.images).data)
+        self._digests += digests(block.images).tobytes()
+        self._labels.extend(block.labels.tolist())
+        self._splits.extend([SPLITS.index(block.split)] * len(block.labels))
+        for name in block.names:
+            self._name_starts.append(self._names.tell())
+            self._names.write(json.dumps(name).encode() + b"\n")
+
+    @property
+    def labels(self) -> Labels:
+        return np.array(self._labels, np.int64)
+
+    @property
+    def digests(self) -> Digests:
+        return np.frombuffer(bytes(self._digests), np.uint64).reshape(-1, 2)
+
+    def given(self, split: str) -> Indices:
+        """Images that the source itself puts into this split."""
+        return np.flatnonzero(np.array(self._splits, np.int8) == SPLITS.index(split))
+
+    def name(self, index: int) -> str:
+        self._names.seek(self._name_starts[index])
+        name: str = json.loads(self._names.readline())
+        return name
+
+    def pixel_blocks(self, indices: Indices) -> Iterator[Images]:
+        """Pixels (n, H, W, C) uint8 of images in ascending order, in blocks."""
+        for _, block in self._blocks(self._pixels, indices, dtype=np.uint8, shape=self.shape):
+            yield block
+
+    def feature_blocks(self, indices: Indices) -> FeatureBlocks:
+        length = features(np.zeros((1, *self.shape), np.uint8)).shape[1]
+        return self._blocks(self._features, indices, dtype=np.int16, shape=(length,))
+
+    def _blocks(
+        self, file: Any, indices: Indices, *, dtype: npt.DTypeLike, shape: tuple[int, ...]
+    ) -> Iterator[tuple[Indices, npt.NDArray[Any]]]:
+        """Plain reads: the pages of a memory map count as this process's memory until something else wants it."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        length = block_length(size)
+        for start in range(0, len(self._labels), length):
+            chosen = indices[np.searchsorted(indices, start) : np.searchsorted(indices, start + length)]
+            if len(chosen):
+                file.seek(start * size)
+                content = file.read(length * size)
+                yield chosen, np.frombuffer(content, dtype).reshape(-1, *shape)[chosen - start]
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Images that occur more than once, by their numbers in the spool."""
+
+    exact: ExactDuplicates
+    near: list[Match]
+
+
+def normalize(raw: Path, result: Path, *, params: NormalizeParams) -> dict[str, Any]:
+    """Make the folder `result` (arrays and `dataset.json`) from the folder `raw`; returns the description.
+
+    Work goes on in a folder beside `result`, which takes its place whole; on failure the old one stays as it was.
+    Raises UserError: see `open_source`, `check_unreadable` and `draw_splits`.
+    """
+    source = open_source(raw, params=params)
+    with replace_folder(result) as folder, Spool(result.parent) as spool:
+        with progress("normalize", total=source.num_files, unit="images") as advance:
+            for block in source.blocks:
+                spool.add(block)
+                advance(len(block.names) + len(block.unreadable))
+        check_unreadable(spool, params=params)
+        splits = draw_splits(spool, class_names=source.class_names, params=params)
+        description = _write(folder, spool, splits, source=source, params=params)
+        description["ignored_files"] = read_json(raw / "source.json").get("ignored_files", [])
+        write_json(folder / "dataset.json", description)
+    return description
+
+
+def check_unreadable(spool: Spool, *, params: NormalizeParams) -> None:
+    """Raises UserError if more than params.max_unreadable_fraction of the files could not be read."""
+    unreadable = len(spool.unreadable)
+    files = unreadable + len(spool.labels)
+    if unreadable > params.max_unreadable_fraction * files:
+        first = ", ".join(f"{name} ({reason})" for name, reason in spool.unreadable[:3])
+        more = f" and {unreadable - 3} more" if unreadable > 3 else ""
+        raise UserError(
+            f"normalize.max_unreadable_fraction: {unreadable} of {files} files ({unreadable / files:.2%}) cannot be "
+            f"read: {first}{more}; allowed: {params.max_unreadable_fraction:.2%}; mend or remove them, or raise it"
+        )
+
+
+def draw_splits(spool: Spool, *, class_names: tuple[str, ...], params: NormalizeParams) -> dict[str, Indices]:
+    """Ascending image numbers of train, validation and test.
+
+    Splits that the source has stay as they are. What is missing is drawn from train, the same share of each class:
+    first test, then validation from the rest, at least one image each. The draw ranks images by a hash of their
+    pixels and the seed: it depends on neither names nor order, an image added moves few others, and identical
+    images of a class stay together (but for one group that the border may divide).
+
+    Raises UserError where a class has too few images for that, or none in a split.
+    """
+    labels, splits = spool.labels, {split: spool.given(split) for split in SPLITS}
+    missing = {
+        split: fraction
+        for split, fraction in (("test", params.test_fraction), ("validation", params.validation_fraction))
+        if not len(splits[split])
+    }
+    ranks = _ranks(spool.digests, seed=params.seed)
+    parts: dict[str, list[Indices]] = {split: [] for split in ("train", *missing)}
+    for label, name in enumerate(class_names):
+        members = splits["train"][labels[splits["train"]] == label]
+        if len(members) <= len(missing):
+            raise UserError(
+                f"class {name!r}: {len(members)} readable images in train; needed: {len(missing) + 1} "
+                f"({', '.join(('train', *missing))}: one each); add images or remove the class"
+            )
+        for split, part in _divide(members[np.argsort(ranks[members], kind="stable")], missing).items():
+            parts[split].append(part)
+    drawn = {split: np.sort(np.concatenate(part)) for split, part in parts.items()}
+    return _checked({**splits, **drawn}, labels=labels, class_names=class_names)
+
+
+def _divide(members: Indices, fractions: Mapping[str, float]) -> dict[str, Indices]:
+    """Cut a class by the fractions, each of what the ones before left, the rest being train; none gets nothing."""
+    parts = {}
+    for number, (split, fraction) in enumerate(fractions.items(), start=1):
+        most = len(members) - 1 - (len(fractions) - number)
+        count = min(max(1, math.floor(len(members) * fraction + 0.5)), most)
+        parts[split], members = members[:count], members[count:]
+    return {"train": members, **parts}
+
+
+def _ranks(found: Digests, *, seed: int) -> npt.NDArray[np.uint64]:
+    key = seed.to_bytes(4, "little")
+    hashes = (hashlib.blake2b(digest.tobytes(), digest_size=8, key=key).digest() for digest in found.astype("<u8"))
+    return np.frombuffer(b"".join(hashes), "<u8").astype(np.uint64)
+
+
+def _checked(splits: dict[str, Indices], *, labels: Labels, class_names: tuple[str, ...]) -> dict[str, Indices]:
+    if len(class_names) < 2:
+        raise UserError(
+            f"classes: found only {', '.join(class_names) or 'none'}; needed: at least 2; add a folder for another"
+        )
+    for split, indices in splits.items():
+        counts = np.bincount(labels[indices], minlength=len(class_names))
+        if not counts.all():
+            name = class_names[int(counts.argmin())]
+            raise UserError(f"class {name!r}: 0 readable images in {split}; needed: 1; add images or remove the class")
+    return splits
+
+
+def find_duplicates(spool: Spool, splits: Mapping[str, Indices], *, params: NormalizeParams) -> Duplicates:
+    """Identical images in all splits, and images of test nearly like one in train or validation."""
+    others = np.sort(np.concatenate([splits["train"], splits["validation"]]))
+    near = near_duplicates(
+        spool.feature_blocks(splits["test"]),
+        lambda: spool.feature_blocks(others),
+        correlation=params.near_duplicate_correlation,
+    )
+    return Duplicates(exact_duplicates(spool.digests, splits, examples=EXAMPLES), near)
+
+
+def mean_and_deviation(blocks: Iterable[Images]) -> tuple[list[float], list[float]]:
+    """Per channel, of pixels / 255, over all images; from exact sums, so that blocks and machine do not matter."""
+    counts: npt.NDArray[np.int64] | int = 0
+    for block in blocks:
+        channels = [np.bincount(block[..., channel].ravel(), minlength=256) for channel in range(block.shape[-1])]
+        counts = counts + np.stack(channels).astype(np.int64)
+    moments = [_moments(histogram) for histogram in np.atleast_2d(counts).tolist()]
+    return [mean for mean, _ in moments], [max(deviation, MIN_DEVIATION) for _, deviation in moments]
+
+
+def _moments(histogram: list[int]) -> tuple[float, float]:
+    """Mean and standard deviation of value / 255 from how often each value occurs; Python's integers are exact."""
+    total = sum(histogram)
+    first = sum(value * count for value, count in enumerate(histogram))
+    second = sum(value * value * count for value, count in enumerate(histogram))
+    return first / (255 * total), math.sqrt((total * second - first * first) / (255 * total) ** 2)
+
+
+def _write(
+    folder: Path, spool: Spool, splits: dict[str, Indices], *, source: Source, params: NormalizeParams
+) -> dict[str, Any]:
+    """The arrays, and what `dataset.json` says of them."""
+    labels, md5 = spool.labels, {}
+    for split, indices in splits.items():
+        shape = (len(indices), *spool.shape)
+        images, targets = f"{split}_images.npy", f"{split}_labels.npy"
+        md5[images] = write_array(folder / images, spool.pixel_blocks(indices), shape=shape, dtype=np.uint8)
+        md5[targets] = write_array(folder / targets, [labels[indices]], shape=shape[:1], dtype=np.int64)
+    mean, deviation = mean_and_deviation(spool.pixel_blocks(splits["train"]))
+    return {
+        "dataset": source.dataset,
+        "class_names": list(source.class_names),
+        "image_size": params.image_size,
+        "channels": source.channels,
+        "resize": params.resize,
+        "mean": mean,
+        "std": deviation,
+        "counts": {split: _counts(labels[indices], source.class_names) for split, indices in splits.items()},
+        "md5": md5,
+        "unreadable_files": [{"file": name, "reason": reason} for name, reason in spool.unreadable],
+        **_describe(find_duplicates(spool, splits, params=params), spool, splits, params=params),
+    }
+
+
+def _counts(labels: Labels, class_names: tuple[str, ...]) -> dict[str, int]:
+    return dict(zip(class_names, np.bincount(labels, minlength=len(class_names)).tolist(), strict=True))
+
+
+def _describe(
+    found: Duplicates, spool: Spool, splits: Mapping[str, Indices], *, params: NormalizeParams
+) -> dict[str, Any]:
+    exact, near = found.exact, found.near
+    likest = sorted(near, key=lambda match: (-match.correlation, match.test))[:EXAMPLES]
+    test = np.union1d(exact.test, np.array([match.test for match in near], np.int64))
+    return {
+        "exact_duplicates": {
+            "within": exact.within,
+            "across": exact.across,
+            "examples": [[spool.name(first), spool.name(later)] for first, later in exact.pairs],
+        },
+        "near_duplicates": {
+            "correlation": params.near_duplicate_correlation,
+            "test_images_with_one_in_train": len(near),
+            "examples": [[spool.name(m.test), spool.name(m.other), round(m.correlation, 4)] for m in likest],
+        },
+        "test_duplicates": np.searchsorted(splits["test"], test).tolist(),
+    }
+
+
+def report(description: Mapping[str, Any]) -> str:
+    """The data in a few lines: a table of counts, then what was found wrong."""
+    counts = description["counts"]
+    rows = {name: [counts[split][name] for split in SPLITS] for name in description["class_names"]}
+    total = {"all": [sum(counts[split].values()) for split in SPLITS]}
+    if len(rows) > 10:
+        smallest, largest = (pick(rows, key=lambda name: sum(rows[name])) for pick in (min, max))
+        rows = {f"{name} ({word})": rows[name] for name, word in ((smallest, "fewest"), (largest, "most"))}
+        total = {f"all {len(description['class_names'])} classes": total["all"]}
+    rows |= total
+    width = max(len(name) for name in ("class", *rows))
+    table = [f"{'class':{width}}  {'  '.join(f'{split:>10}' for split in SPLITS)}"]
+    table += [f"{name:{width}}  {'  '.join(f'{count:>10,}' for count in row)}" for name, row in rows.items()]
+    return "\n".join([*table, *_findings(description)])
+
+
+def _findings(description: Mapping[str, Any]) -> list[str]:
+    exact, near = description["exact_duplicates"], description["near_duplicates"]
+    unreadable, ignored = description["unreadable_files"], description["ignored_files"]
+    first = f" (first: {unreadable[0]['file']}: {unreadable[0]['reason']})" if unreadable else ""
+    num_test = sum(description["counts"]["test"].values())
+    found = near["test_images_with_one_in_train"]
+    return [
+        f"unreadable files: {len(unreadable)}{first}; files that are no images: {len(ignored)}",
+        f"exact duplicates within splits: {_listed(exact['within'])}; across: {_listed(exact['across'])}",
+        f"test images nearly like one in train or validation: {found} of {num_test:,} ({found / num_test:.2%}) "
+        f"at correlation {near['correlation']:g}",
+    ]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def main() -> None:
+    """The step `normalize`: artifacts/download to artifacts/normalize, by params.yaml."""
+    with report_errors():
+        print(report(normalize(DOWNLOAD, NORMALIZE, params=load_params().normalize)))
+
+
+if __name__ == "__main__":
+    main()

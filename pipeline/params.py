@@ -1,0 +1,309 @@
+"""Parameters: `params.yaml` and the recipes, read into frozen models that refuse what they do not know.
+
+Run as a program, it writes a recipe and single values into `params.yaml` and keeps the comments:
+`python -m pipeline.params --recipe cifar10_lenet --set train.epochs=3`.
+"""
+
+import argparse
+import difflib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.artifacts import write_text
+from pipeline.errors import UserError, report_errors
+
+PARAMS_FILE = Path("params.yaml")
+RECIPES_FOLDER = Path("recipes")
+NULL_TAG = "tag:yaml.org,2002:null"
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_refuse_bool), Field(strict=True)]
+"""A whole number; `3.0`, `"3"` and `true` are refused."""
+Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+"""A finite number; YAML reads `1e-3` as text (it wants `1.0e-3`), so text that is a number is taken as one."""
+Channels = Literal[1, 3]
+"""1 for grey, 3 for RGB."""
+Resize = Literal["crop", "pad", "stretch"]
+Flag = Annotated[bool, Field(strict=True)]
+
+
+class Section(BaseModel):
+    """One section of `params.yaml`: immutable, complete (no default is hidden in code), nothing unknown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DownloadParams(Section):
+    """Where the raw data comes from."""
+
+    dataset: Literal["digits", "cifar10", "imagefolder"] = Field(
+        description="digits (scikit-learn's, no download), cifar10 (fetched), or imagefolder (your own images)"
+    )
+    folder: Annotated[str, Field(min_length=1)] = Field(
+        description="imagefolder: the folder with <class>/… or <split>/<class>/… (train, validation, test)"
+    )
+    urls: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="cifar10: places of the archive, tried in turn: http(s)://, file://, or a path"
+    )
+    md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = Field(
+        description="cifar10: MD5 of the archive in hexadecimal, checked before anything in it is read"
+    )
+    timeout_seconds: Annotated[Number, Field(gt=0)] = Field(
+        description="cifar10: give a place up after this long without a byte from it"
+    )
+
+
+class NormalizeParams(Section):
+    """How raw images become arrays, and which of them train, validate and test."""
+
+    image_size: Annotated[Count, Field(ge=8, le=1024)] = Field(description="pixels, height and width alike")
+    channels: Literal["auto", 1, 3] = Field(description="1 (grey), 3 (RGB), or auto: 1 for digits, 3 for the others")
+    resize: Resize = Field(
+        description="how an image that is not square is made so: cut at the centre, padded with black, or stretched"
+    )
+    validation_fraction: Annotated[Number, Field(gt=0, lt=1)] = Field(
+        description="share of train set aside for validation in each class (where the source has no validation split)"
+    )
+    test_fraction: Annotated[Number, Field(gt=0, lt=1)] = Field(
+        description="share of all images set aside for test in each class (where the source has no test split)"
+    )
+    max_unreadable_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        description="stop if more than this share of the files cannot be read"
+    )
+    near_duplicate_correlation: Annotated[Number, Field(gt=0, le=1)] = Field(
+        description="a test image that correlates at least this much with a training image is a near-duplicate; the "
+        "right value depends on the images (0.9 for photographs, 0.98 for digits)"
+    )
+    seed: Annotated[Count, Field(ge=0, lt=2**32)] = Field(description="draws the splits")
+
+
+class TrainParams(Section):
+    """What is trained, and how."""
+
+    model: str = Field(description="lenet, or the name of any torchvision classification model (resnet18, …)")
+    weights: str | None = Field(
+        description="null (from scratch), DEFAULT (torchvision's pretrained), or a .safetensors or .pth file of weights"
+    )
+    input_size: Annotated[Count, Field(ge=16, le=1024)] | None = Field(
+        description="pixels; enlarge the images to this on the device before the model sees them; null: as they are"
+    )
+    loss: Literal["cross_entropy", "mse"] = Field(description="mse compares the outputs with one-hot targets")
+    label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = Field(description="for cross_entropy")
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = Field(
+        description="sgd without momentum is the bare rule: weight - learning_rate * gradient"
+    )
+    learning_rate: Annotated[Number, Field(gt=0)] = Field(description="peak learning rate, reached after the warm-up")
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = Field(description="for sgd and rmsprop")
+    nesterov: Flag = Field(description="for sgd with momentum")
+    weight_decay: Annotated[Number, Field(ge=0)] = Field(description="L2 penalty; decoupled for adamw")
+    gradient_clip_norm: Annotated[Number, Field(gt=0)] | None = Field(
+        description="scale gradients down to this total norm; null: never"
+    )
+    schedule: Literal["constant", "step", "cosine", "one_cycle"] = Field(description="course of the learning rate")
+    warmup_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        description="share of all steps over which the learning rate climbs to its peak"
+    )
+    step_epochs: Annotated[Number, Field(gt=0)] = Field(description="step: epochs between two drops")
+    step_factor: Annotated[Number, Field(gt=0, le=1)] = Field(
+        description="step: the learning rate is multiplied by this at each drop"
+    )
+    epochs: Annotated[Count, Field(ge=1)] = Field(description="passes over the training split")
+    early_stopping_epochs: Annotated[Count, Field(ge=1)] | None = Field(
+        description="stop after this many epochs without a better validation accuracy; null: never"
+    )
+    batch_size: Annotated[Count, Field(ge=1)] = Field(description="images a step; an incomplete last batch is left out")
+    flip: Flag = Field(description="augmentation: mirror half of the images left to right")
+    crop_padding: Annotated[Count, Field(ge=0)] = Field(
+        description="augmentation: shift by up to this many pixels, the gap filled by reflection"
+    )
+    cutout_size: Annotated[Count, Field(ge=0)] = Field(
+        description="augmentation: blank a square of this many pixels a side"
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
+    mixed_precision: Literal["none", "bfloat16", "float16"] = Field(description="on cuda; elsewhere float32 is used")
+    channels_last: Flag = Field(description="memory layout NHWC for the network")
+    cpu_threads: Annotated[Count, Field(ge=0)] = Field(
+        description="threads on the CPU; sums depend on it, so the same number gives the same bits; 0: one a core"
+    )
+    deterministic: Flag = Field(description="ask for deterministic kernels; slower on cuda")
+    log_every_steps: Annotated[Count, Field(ge=1)] = Field(
+        description="steps between two points of the live loss curve"
+    )
+    seed: Annotated[Count, Field(ge=0, lt=2**32)] = Field(
+        description="draws initial weights, order, augmentation and dropout"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ValueError(
+                f"nesterov is true, but optimizer is {self.optimizer} and momentum {self.momentum}; "
+                "Nesterov's rule needs optimizer: sgd and a momentum above 0"
+            )
+        if self.loss == "mse" and self.label_smoothing > 0:
+            raise ValueError("label_smoothing is for loss: cross_entropy; set it to 0 for mse")
+        return self
+
+
+class EvaluateParams(Section):
+    """How the model is judged on the test split."""
+
+    checkpoint: Literal["best", "last"] = Field(description="best by validation accuracy, or the last epoch's")
+    batch_size: Annotated[Count, Field(ge=1)] = Field(description="images at a time; does not change the result")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
+    cpu_threads: Annotated[Count, Field(ge=0)] = Field(description="threads on the CPU; 0: one a core")
+    top_k: Annotated[Count, Field(ge=2)] = Field(
+        description="also count a hit among the k likeliest, given more classes"
+    )
+
+
+class Params(Section):
+    """The whole of `params.yaml`: one section a step."""
+
+    download: DownloadParams
+    normalize: NormalizeParams
+    train: TrainParams
+    evaluate: EvaluateParams
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and check `path`; raises UserError naming the field, what was found and what is allowed."""
+    return check_params(read_yaml(path), origin=str(path))
+
+
+def check_params(values: Mapping[str, Any], *, origin: str) -> Params:
+    """Check raw values; `origin` (a file or a command) is named in the UserError."""
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, origin=origin)) from None
+
+
+def compose(recipe: str | None, overrides: Mapping[str, Any]) -> Any:
+    """The raw `params.yaml`, with a recipe's values over it and `{"train.epochs": 3}` over both; comments are kept."""
+    values = read_yaml(PARAMS_FILE)
+    for section, fields in (read_yaml(recipe_path(recipe)) if recipe else {}).items():
+        if not isinstance(fields, Mapping):
+            raise UserError(f"recipe {recipe}: {section} is {fields!r}; allowed: a section with fields under it")
+        for field, value in fields.items():
+            _assign(values, f"{section}.{field}", value, origin=f"recipe {recipe}")
+    for name, value in overrides.items():
+        _assign(values, name, value, origin="override")
+    check_params(values, origin=" + ".join(["params.yaml", *([f"recipe {recipe}"] if recipe else [])]))
+    return values
+
+
+def recipe_path(recipe: str) -> Path:
+    """`recipes/<recipe>.yaml`; raises UserError listing the recipes where it is not one."""
+    names = sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+    if recipe not in names:
+        raise UserError(f"recipe: found {recipe!r}; allowed: {_choices(recipe, names)}")
+    return RECIPES_FOLDER / f"{recipe}.yaml"
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`"train.epochs=3"` → `("train.epochs", 3)`; the value is read as YAML."""
+    name, separator, value = text.partition("=")
+    if not separator or "." not in name:
+        raise UserError(f"--set: found {text!r}; allowed: section.field=value, as in train.epochs=3")
+    try:
+        return name.strip(), YAML(typ="safe", pure=True).load(value)
+    except YAMLError:
+        raise UserError(f"--set: the value in {text!r} is not valid YAML") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML mapping with its comments; raises UserError where the file is missing or is not one."""
+    try:
+        values = YAML().load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run this in the project's folder") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, Mapping):
+        raise UserError(f"{path}: found no sections; allowed: {', '.join(Params.model_fields)}")
+    return values
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """The text of a params file, comments included."""
+    yaml, stream = YAML(), io.StringIO()
+    yaml.width = 120
+    yaml.indent(sequence=4, offset=2)  # as the committed file is written, so that a diff shows only changed values
+    yaml.representer.add_representer(type(None), lambda dumper, _: dumper.represent_scalar(NULL_TAG, "null"))
+    yaml.dump(values, stream)
+    return stream.getvalue()
+
+
+def _assign(values: Any, name: str, value: Any, *, origin: str) -> None:
+    section, _, field = name.partition(".")
+    if section not in Params.model_fields:
+        raise UserError(
+            f"{origin}: unknown section {section!r}; allowed: {_choices(section, list(Params.model_fields))}"
+        )
+    if field not in values[section]:
+        raise UserError(f"{origin}: unknown key {name!r}; allowed: {_choices(field, list(values[section]))}")
+    values[section][field] = value
+
+
+def _explain(error: ValidationError, *, origin: str) -> str:
+    """The first problem, as one line: file, field, what was found, what is allowed."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function"))
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    section = problem["loc"][0] if problem["loc"] else ""
+    fields = (
+        list(SECTIONS[section].model_fields)
+        if section in SECTIONS and len(problem["loc"]) > 1
+        else list(Params.model_fields)
+    )
+    if problem["type"] == "extra_forbidden":
+        return f"{origin}: unknown key {where!r}; allowed: {_choices(str(problem['loc'][-1]), fields)}{more}"
+    if problem["type"] == "missing":
+        return f"{origin}: {where} is missing; add it (git diff {PARAMS_FILE} shows what was changed){more}"
+    if problem["type"] == "value_error" and len(problem["loc"]) == 1:
+        return f"{origin}: {where}.{problem['ctx']['error']}{more}"
+    allowed = problem["msg"].removeprefix("Value error, ").replace("Input should be ", "")
+    return f"{origin}: {where} is {problem['input']!r}; allowed: {allowed}{more}"
+
+
+def _choices(found: str, names: list[str]) -> str:
+    """The names, the likeliest first where one is close to what was found."""
+    close = difflib.get_close_matches(found, names, n=1)
+    return ", ".join(names) + (f" (did you mean {close[0]}?)" if close else "")
+
+
+SECTIONS: Mapping[Any, type[Section]] = {
+    "download": DownloadParams,
+    "normalize": NormalizeParams,
+    "train": TrainParams,
+    "evaluate": EvaluateParams,
+}
+
+
+def main() -> None:
+    """Write a recipe and single values into `params.yaml`."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.params", description="Write values into params.yaml.")
+    parser.add_argument("--recipe", help="a name from recipes/")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="overrides")
+    arguments = parser.parse_args()
+    with report_errors():
+        overrides = dict(parse_override(text) for text in arguments.overrides)
+        write_text(PARAMS_FILE, dump_yaml(compose(arguments.recipe, overrides)))
+        print(f"{PARAMS_FILE} written; `git diff {PARAMS_FILE}` shows what changed, `dvc repro` runs it")
+
+
+if __name__ == "__main__":
+    main()

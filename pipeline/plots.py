@@ -1,0 +1,58 @@
+"""Pictures, as PNG bytes that are the same for the same numbers. The only place that imports Matplotlib."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+matplotlib.rcParams["font.family"] = ["DejaVu Sans"]  # the one that Matplotlib brings, for the same bytes everywhere
+MAX_LABELLED_CLASSES = 30
+
+
+def curves(history: Sequence[Mapping[str, float]]) -> bytes:
+    """Loss and accuracy of train and validation by epoch, side by side, the best epoch marked."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    epochs = [row["epoch"] for row in history]
+    best = epochs[int(np.argmax([row["validation_accuracy"] for row in history]))]
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for split, colour in (("train", "#1f77b4"), ("validation", "#d62728")):
+            axes.plot(epochs, [row[f"{split}_{quantity}"] for row in history], color=colour, label=split, marker=".")
+        axes.axvline(best, color="#999999", linestyle=":", label=f"best epoch ({best:.0f})")
+        axes.set(xlabel="epoch", ylabel=quantity)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return _png(figure)
+
+
+def confusion_matrix(counts: npt.NDArray[np.int64], *, class_names: Sequence[str]) -> bytes:
+    """Counts (num_classes, num_classes) by actual (row) and predicted class (column), coloured by share of the row."""
+    size = min(max(5.0, 0.55 * len(class_names) + 2), 16.0)
+    figure = Figure(figsize=(size, size * 0.9), layout="constrained")
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), label="share of the actual class", shrink=0.8)
+    axes.set(xlabel="predicted", ylabel="actual")
+    if len(class_names) <= MAX_LABELLED_CLASSES:
+        ticks = range(len(class_names))
+        axes.set_xticks(ticks, [_plain(name) for name in class_names], rotation=45, ha="right")
+        axes.set_yticks(ticks, [_plain(name) for name in class_names])
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+    return _png(figure)
+
+
+def _plain(name: str) -> str:
+    """A class name as text, since Matplotlib reads what stands between two dollar signs as a formula."""
+    return name.replace("$", r"\$")
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
+    return stream.getvalue()

@@ -1,0 +1,253 @@
+"""MLflow, which nothing else imports: runs, live metrics, the data set, the model, and who made what.
+
+The store is `mlflow.db` in the project unless MLFLOW_TRACKING_URI says otherwise. A run ends FINISHED, FAILED (an
+exception) or KILLED (SIGTERM, Ctrl-C).
+"""
+
+import hashlib
+import importlib.metadata
+import logging
+import os
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import mlflow
+import numpy as np
+import requests
+from mlflow import MlflowClient
+from mlflow.data.code_dataset_source import CodeDatasetSource
+from mlflow.data.dataset_source import DatasetSource
+from mlflow.data.dataset_source_registry import resolve_dataset_source
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.types import ColSpec, Schema, TensorSpec
+from mlflow.types.schema import DataType
+
+from pipeline.artifacts import file_md5
+from pipeline.errors import UserError
+
+SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "pillow", "safetensors")
+"""What a served model imports; its requirements name the versions it was trained with."""
+CONNECT_SECONDS = 5.0
+FLUSH_SECONDS = 1.0
+
+
+class Run:
+    """An MLflow run that takes metrics as they come and sends them about once a second."""
+
+    def __init__(self, run_id: str) -> None:
+        self.run_id = run_id
+        self._client = MlflowClient()
+        self._waiting: list[Metric] = []
+        self._sent = time.monotonic()
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        now = int(time.time() * 1000)
+        self._waiting += [Metric(name, value, now, step) for name, value in metrics.items()]
+        if time.monotonic() - self._sent > FLUSH_SECONDS or len(self._waiting) > 500:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what waits; called once more at the end of the run."""
+        if self._waiting:
+            self._client.log_batch(self.run_id, metrics=self._waiting)
+        self._waiting, self._sent = [], time.monotonic()
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def log_file(self, path: Path, *, folder: str | None = None) -> None:
+        self._client.log_artifact(self.run_id, str(path), folder)
+
+
+@contextmanager
+def training_run(*, experiment: str, params: Mapping[str, Any], dataset: MetaDataset) -> Iterator[Run]:
+    """A new run with its parameters, data set, origin and system metrics.
+
+    Raises UserError where the store cannot be reached.
+    """
+    with _store_errors():
+        connect()
+        run = MlflowClient().create_run(_experiment_id(experiment), run_name=os.environ.get("PIPELINE_EXPERIMENT"))
+        run_id = run.info.run_id
+        mlflow.start_run(run_id=run_id, log_system_metrics=True)
+    status = "FAILED"
+    try:
+        MlflowClient().log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
+        mlflow.log_input(dataset, context="training")
+        tracked = Run(run_id)
+        tracked.tag(_origin() | {"data.md5": dataset.digest})
+        _log_uncommitted(tracked)
+        yield tracked
+        tracked.flush()
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        mlflow.end_run(status)
+
+
+def run_of_model(model_md5: str, *, experiment: str) -> tuple[Run, bool]:
+    """The newest run that made the model of this hash, and whether it had to be made here because there was none.
+
+    Raises UserError where the store cannot be reached.
+    """
+    with _store_errors():
+        connect()
+        client = MlflowClient()
+        experiments = [found.experiment_id for found in client.search_experiments()]
+        query = f"tags.`model.md5` = '{model_md5}'"
+        runs = client.search_runs(experiments, query, max_results=1, order_by=["attributes.start_time DESC"])
+        if runs:
+            return Run(runs[0].info.run_id), False
+        tags = _origin() | {"model.md5": model_md5}
+        made = client.create_run(_experiment_id(experiment), tags=tags)
+        client.set_terminated(made.info.run_id)
+        return Run(made.info.run_id), True
+
+
+def connect() -> None:
+    """Point MLflow to its store; raises UserError where a server does not answer."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    if urlsplit(uri).scheme in {"http", "https"}:
+        try:
+            requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS).raise_for_status()
+        except requests.RequestException as error:
+            raise UserError(_unreachable(uri, type(error).__name__)) from None
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_system_metrics_sampling_interval(2)  # type: ignore[no-untyped-call]
+    mlflow.set_system_metrics_samples_before_logging(1)  # type: ignore[no-untyped-call]
+
+
+def _unreachable(uri: str, reason: str) -> str:
+    parts = urlsplit(uri)
+    shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # no password in a log
+    return (
+        f"MLFLOW_TRACKING_URI is {shown}, which does not answer ({reason}); start that server, "
+        "or unset the variable to record into mlflow.db here"
+    )
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    try:
+        yield
+    except MlflowException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(_unreachable(os.environ.get("MLFLOW_TRACKING_URI") or "mlflow.db", reason)) from None
+
+
+def _experiment_id(name: str) -> str:
+    """The experiment's id; it is made where it does not exist, its artifacts in the project for a local store."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or name
+    client = MlflowClient()
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    local = not os.environ.get("MLFLOW_TRACKING_URI", "sqlite:").startswith("http")
+    project = Path(os.environ.get("PIPELINE_PROJECT", ".")).resolve()
+    return client.create_experiment(name, artifact_location=(project / "mlartifacts").as_uri() if local else None)
+
+
+def dataset(name: str, *, source: str | None, digest: str) -> MetaDataset:
+    """What MLflow shows of the data: `source` is a URL or a folder, None for data that a package brings."""
+    with warnings.catch_warnings():  # MLflow finds two names for the same kind of folder
+        warnings.simplefilter("ignore", UserWarning)
+        origin: DatasetSource = CodeDatasetSource(tags={}) if source is None else resolve_dataset_source(source)
+    return MetaDataset(origin, name=name, digest=digest)  # type: ignore[abstract]
+
+
+def _origin() -> dict[str, str]:
+    """Tags that lead from a run to its code, its experiment and its flow run."""
+    tags = {
+        "mlflow.source.name": "python -m pipeline.train",
+        "mlflow.source.git.commit": _git("rev-parse", "HEAD"),
+        "git.dirty": str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower(),
+        "code.md5": code_md5(),
+        "dvc.experiment": os.environ.get("DVC_EXP_NAME") or os.environ.get("PIPELINE_EXPERIMENT", ""),
+        "prefect.flow_run_id": os.environ.get("PIPELINE_FLOW_RUN_ID", ""),
+    }
+    return {name: value for name, value in tags.items() if value}
+
+
+def code_md5() -> str:
+    """One hash of the modules of this package."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.md5("".join(map(file_md5, files)).encode(), usedforsecurity=False).hexdigest()
+
+
+def _git(*arguments: str) -> str:
+    """What git prints; empty where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def _log_uncommitted(run: Run) -> None:
+    """Keep what differs from the commit, and the installed versions, beside the run."""
+    with tempfile.TemporaryDirectory() as folder:
+        if difference := _git("diff", "HEAD"):
+            path = Path(folder) / "uncommitted.diff"
+            path.write_text(difference + "\n", encoding="utf-8")
+            run.log_file(path)
+        path = Path(folder) / "packages.txt"
+        path.write_text("".join(f"{line}\n" for line in _packages()), encoding="utf-8")
+        run.log_file(path)
+
+
+def _packages() -> list[str]:
+    return sorted({f"{found.name}=={found.version}" for found in importlib.metadata.distributions()}, key=str.lower)
+
+
+def log_model(weights: Path, config: Path, *, image_shape: tuple[int, int, int], class_names: tuple[str, ...]) -> None:
+    """Record the model in the active run, for `mlflow.pyfunc.load_model` and `mlflow models serve`, without a pickle.
+
+    Input: images (N, H, W, C) uint8 of `image_shape` (H, W, C). Output: a table with `predicted_class` and a column of
+    probabilities for each class.
+    """
+    columns = [ColSpec(DataType.string, "predicted_class"), *(ColSpec(DataType.double, name) for name in class_names)]
+    with warnings.catch_warnings():  # MLflow asks for an example, which it would trace for half a minute
+        warnings.simplefilter("ignore", UserWarning)
+        mlflow.pyfunc.log_model(
+            name="model",
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            artifacts={"weights": str(weights), "config": str(config)},
+            code_paths=[str(Path(__file__).parent)],
+            signature=ModelSignature(
+                inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *image_shape))]), outputs=Schema(list(columns))
+            ),
+            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in (*SERVED_PACKAGES, "mlflow")],
+        )
+
+
+def fetch_model(uri: str) -> Path:
+    """The folder with the weights of a recorded model, such as `runs:/<run id>/model` or `models:/<name>/<version>`.
+
+    Only weights and configuration are used of it; no code that lies beside them is run. Raises UserError where there is
+    no such model.
+    """
+    with _store_errors():
+        connect()
+    try:
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+    except (MlflowException, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"--model {uri}: not to be had from MLflow ({reason}); `make ui` shows the runs and their models"
+        ) from None
+    return next((path.parent for path in sorted(folder.rglob("model.json"))), folder)
