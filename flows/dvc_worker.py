@@ -1,0 +1,160 @@
+"""DVC in a process of its own: reproduces stages of a clone, one request after the other.
+
+`python -m flows.dvc_worker CLONE` reads JSON requests, one a line, from stdin, and answers each with one line on stdout
+that begins with MARK; all other lines are the output of the stages and of DVC. It leads a process group with the stages
+in it: on SIGTERM it lives on until the stage has ended, and if its parent dies, it ends the stage.
+"""
+
+import json
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import psutil
+from dvc.config import Config
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.stage.exceptions import StageCmdFailedError
+from scmrepo.exceptions import SCMError
+
+from flows.workspace import GRACE_SECONDS, MARK
+from pipeline.errors import EXIT_USER
+
+
+class _Lines(logging.Handler):
+    """Prints what DVC has to say and remembers whether it ran a command."""
+
+    ran = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        self.ran = self.ran or message.startswith("Running stage")
+        if record.levelno >= logging.WARNING or message.startswith(("Stage ", "> ")):
+            print(f"dvc: {message.removeprefix('> ')}", flush=True)
+
+
+LINES = _Lines(logging.INFO)
+
+
+def configure(clone: Path, *, project: Path) -> None:
+    """Let the clone use the project's cache and remotes, wherever the project's settings put them."""
+    settings = Config(dvc_dir=str(project / ".dvc"))
+    local = settings.load_one("local")
+    local["cache"]["dir"] = settings.get("cache", {}).get("dir") or str(project / ".dvc" / "cache")
+    for name, remote in settings["remote"].items():
+        local["remote"].setdefault(name, {})["url"] = str(remote["url"])
+    with Config(dvc_dir=str(clone / ".dvc")).edit("local") as own:
+        own.update(local)
+
+
+def reproduce(repo: Any, stage: str) -> dict[str, Any]:
+    """Reproduce one stage; the outcome is ran, restored (from the cache) or unchanged."""
+    LINES.ran = False
+    stages = repo.reproduce(targets=[stage], single_item=True)
+    return {"outcome": "ran" if LINES.ran else "restored" if stages else "unchanged"}
+
+
+def save(repo: Any, name: str) -> dict[str, Any]:
+    """Save the clone's files as the experiment `name`."""
+    uncached = [str(out.fs_path) for out in repo.index.outs if not out.use_cache and out.exists]
+    return {"commit": repo.experiments.save(name=name, force=True, include_untracked=uncached)}
+
+
+def push(repo: Any, name: str) -> dict[str, Any]:
+    """Bring the experiment `name` into the project."""
+    result = repo.experiments.push("origin", [name], push_cache=False)
+    if name not in result.get("success", []) + result.get("up_to_date", []):
+        return {"status": 1, "error": f"experiment {name}: the project has another one of this name; run again"}
+    return {}
+
+
+ACTIONS: dict[str, Callable[[Any, str], dict[str, Any]]] = {"reproduce": reproduce, "save": save, "push": push}
+
+
+def answer(repo: Any, request: dict[str, str]) -> dict[str, Any]:
+    """Do what is asked; a failure is an answer too: {"status": exit status, "error": one line or nothing}."""
+    [(action, argument)] = request.items()
+    try:
+        return ACTIONS[action](repo, argument)
+    except (DvcException, SCMError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, StageCmdFailedError):
+            return {"status": _status(str(cause)), "error": ""}
+        return {"status": EXIT_USER, "error": " ".join(f"{error} {'' if cause is error else cause}".split())}
+
+
+def _status(message: str) -> int:
+    """DVC tells the exit status of a command in words only; a negative one is a signal's number."""
+    status = message.rpartition("exited with ")[2]
+    return int(status) if status.lstrip("-").isdigit() else 1
+
+
+class _Requests:
+    """Reads requests on a thread, so that the parent's death shows at once, in the middle of a stage too."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._busy = threading.Event()
+        self._stopping = False
+        signal.signal(signal.SIGTERM, self._stop)
+        threading.Thread(target=self._read, args=[stream], daemon=True).start()
+
+    def next(self) -> dict[str, str] | None:
+        self._busy.clear()
+        line = None if self._stopping else self._lines.get()
+        self._busy.set()
+        return None if line is None else json.loads(line)
+
+    def _stop(self, signum: int, _frame: FrameType | None) -> None:
+        self._stopping = True
+        if not psutil.Process().children():
+            os._exit(128 + signum)
+
+    def _read(self, stream: IO[str]) -> None:
+        for line in stream:
+            self._lines.put(line)
+        self._lines.put(None)
+        if self._busy.is_set() and not self._stopping:
+            os.killpg(0, signal.SIGTERM)
+            time.sleep(GRACE_SECONDS)
+            os.killpg(0, signal.SIGKILL)
+
+
+def _private_stdin() -> IO[str]:
+    """Take stdin away from the stages, which would read the requests."""
+    stream = os.fdopen(os.dup(0), encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return stream
+
+
+def main() -> None:
+    """Serve requests until stdin ends."""
+    clone, project = Path(sys.argv[1]), Path(os.environ["PIPELINE_PROJECT"])
+    requests = _Requests(_private_stdin())
+    logger = logging.getLogger("dvc")
+    logger.handlers, logger.propagate = [LINES], False
+    logger.setLevel(logging.INFO)
+    configure(clone, project=project)
+    os.chdir(clone)
+    with Repo(str(clone)) as repo:
+        while request := requests.next():
+            print(f"\n{MARK}{json.dumps(answer(repo, request))}", flush=True)
+
+
+if __name__ == "__main__":
+    if os.getpgrp() != os.getpid():
+        sys.exit("error: flows.dvc_worker ends its whole process group: start it with start_new_session=True")
+    try:
+        main()
+    except (DvcException, SCMError) as error:
+        print(f"\n{MARK}{json.dumps({'status': EXIT_USER, 'error': ' '.join(str(error).split())})}", flush=True)

@@ -1,0 +1,123 @@
+"""What a flow run tells at its end: a table for the terminal, and the artifact that Prefect shows."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flows.workspace import Outcome
+from pipeline.artifacts import EVALUATE
+
+NEXT_RECIPE = "cifar10_lenet"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage: what DVC did for it, in how many seconds."""
+
+    stage: str
+    outcome: Outcome
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.seconds:.1f} s" if self.outcome == "ran" else f"{self.stage} cached"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result of a flow run; `recalls` is the share of a class's test images that were found, by class."""
+
+    experiment: str
+    steps: Sequence[Step]
+    seconds: float
+    metrics: Mapping[str, float]
+    recalls: Mapping[str, float]
+    mlflow_run_id: str | None
+
+
+def read_summary(
+    folder: Path, *, experiment: str, steps: Sequence[Step], seconds: float, mlflow_run_id: str | None
+) -> Summary:
+    """Read what `evaluate` wrote in `folder`, a checkout or a clone."""
+    metrics = json.loads((folder / EVALUATE / "metrics.json").read_text(encoding="utf-8"))
+    with (folder / EVALUATE / "per_class.csv").open(encoding="utf-8", newline="") as file:
+        recalls = {row["class"]: float(row["recall"]) for row in csv.DictReader(file)}
+    return Summary(experiment, steps, seconds, metrics, recalls, mlflow_run_id)
+
+
+def as_text(summary: Summary) -> str:
+    """The table at the end of `make run`, and what to try next."""
+    rows = [*_results(summary), ("steps", ", ".join(map(str, summary.steps))), ("took", f"{summary.seconds:.1f} s")]
+    rows += [("MLflow run", summary.mlflow_run_id)] if summary.mlflow_run_id else []
+    rows += [("experiment", f"{summary.experiment} (this checkout is as it was; the first command brings the files)")]
+    commands = [
+        (f".venv/bin/dvc exp apply {summary.experiment}", "bring model and metrics into this checkout: artifacts/"),
+        ("make ui", "see the curves, compare runs"),
+        (f"make run RECIPE={NEXT_RECIPE}", "the next recipe"),
+    ]
+    return "\n".join(["", *_aligned(rows), "", "Next:", *(f"  {line}" for line in _aligned(commands))])
+
+
+def as_markdown(summary: Summary, *, changes: Mapping[str, tuple[Any, Any]], flow_run_id: str) -> str:
+    """The Prefect artifact: results, all metrics, changed parameters, and where to go from here."""
+    changed = [(name, f"`{old}`", f"`{new}`") for name, (old, new) in changes.items()]
+    parts = [
+        f"# {summary.experiment}",
+        _table(["result", "value"], _results(summary)),
+        "## Metrics",
+        _table(["metric", "value"], [(name, f"{value:.6g}") for name, value in summary.metrics.items()]),
+        "## Parameters that differ from the committed ones",
+        _table(["parameter", "committed", "here"], changed) if changed else "none",
+        "## Where it is",
+        _table(["what", "name"], _places(summary, flow_run_id)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def changed_params(committed: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`{"train.epochs": (20, 3)}`: each parameter that is not as committed."""
+    pairs = {
+        f"{section}.{field}": (committed.get(section, {}).get(field), value)
+        for section, fields in params.items()
+        for field, value in fields.items()
+    }
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+
+
+def _results(summary: Summary) -> list[tuple[str, str]]:
+    metrics, recalls = summary.metrics, summary.recalls
+    worst, best = min(recalls, key=recalls.__getitem__), max(recalls, key=recalls.__getitem__)
+    interval = f"(95 % interval {_percent(metrics['accuracy_low'])} to {_percent(metrics['accuracy_high'])})"
+    return [
+        ("test accuracy", f"{_percent(metrics['accuracy'])} {interval}"),
+        (
+            "per class",
+            f"{_percent(recalls[worst])} ({worst}) to {_percent(recalls[best])} ({best}) found",
+        ),
+        ("test loss", f"{metrics['loss']:.4f}"),
+    ]
+
+
+def _places(summary: Summary, flow_run_id: str) -> list[tuple[str, str]]:
+    return [
+        ("DVC experiment", f"`dvc exp apply {summary.experiment}`"),
+        ("MLflow run", f"`{summary.mlflow_run_id}`" if summary.mlflow_run_id else "the run that made the cached model"),
+        ("Prefect flow run", f"`{flow_run_id}`"),
+        ("steps", ", ".join(map(str, summary.steps))),
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {value}" for name, value in rows]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,210 @@
+"""The flow `train-classifier`: one Prefect task for each DVC stage, in a clone of the checkout, saved as an experiment.
+
+`python -m flows.train_classifier --recipe digits --set train.epochs=3`; `make run` calls it.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import chdir
+from typing import Any
+
+from prefect import Task, flow, get_client, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Completed, Failed
+
+from flows import PROJECT, server
+from flows.summary import Step, Summary, as_markdown, as_text, changed_params, read_summary
+from flows.workspace import StepError, Workspace, experiment_name, open_workspace, untracked_files
+from pipeline.errors import EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors
+from pipeline.params import compose, dump_yaml, parse_override, read_yaml
+
+EXIT_INTERRUPTED = 130
+HOUR = 3600.0
+_CACHED = {"restored": "its files came from DVC's cache", "unchanged": "nothing to do"}
+
+
+class _OneLine(logging.Filter):
+    """Errors that are told in one line are logged as that line, without a traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, (StepError, UserError, TemporaryError)):
+            record.msg, record.args, record.exc_info = str(error), (), None
+        return True
+
+
+for _name in ("prefect.task_runs", "prefect.flow_runs"):
+    logging.getLogger(_name).addFilter(_OneLine())
+
+
+def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Whether a failed stage said, by its exit status, that trying again may help."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, StepError) and error.status == EXIT_TEMPORARY
+
+
+def _task(stage: str, *, timeout_hours: float, retry_delays: list[float] | None = None) -> Task[[Workspace], Any]:
+    """The Prefect task that reproduces one DVC stage; it returns a state that says whether DVC had to run it."""
+
+    def reproduce(workspace: Workspace) -> State[Step]:
+        start = time.monotonic()
+        outcome = workspace.reproduce(stage, on_line=get_run_logger().info)
+        step = Step(stage, outcome, time.monotonic() - start)
+        if outcome == "ran":
+            return Completed(data=step)
+        return Completed(name="Cached", message=_CACHED[outcome], data=step)
+
+    return Task(
+        reproduce,
+        name=stage,
+        task_run_name=stage,
+        description=f"Bring the DVC stage {stage} up to date.",
+        retries=len(retry_delays or []),
+        retry_delay_seconds=retry_delays or 0.0,
+        retry_condition_fn=may_pass,
+        timeout_seconds=timeout_hours * HOUR,
+        cache_policy=NO_CACHE,
+        persist_result=False,
+    )
+
+
+download = _task("download", timeout_hours=6, retry_delays=[10.0, 60.0, 300.0])
+normalize = _task("normalize", timeout_hours=6)
+train = _task("train", timeout_hours=7 * 24)
+evaluate = _task("evaluate", timeout_hours=6)
+
+
+@flow(name="train-classifier", persist_result=False)
+def train_classifier(recipe: str = "digits", overrides: dict[str, Any] = {}) -> State[Summary]:  # noqa: B006  (Prefect shows it as the form's default)
+    """Train and evaluate a classifier in a clone of the checkout, and save it as a DVC experiment.
+
+    Args:
+        recipe: a name from recipes/.
+        overrides: values over the recipe's, as {"train.epochs": 3}.
+    """
+    try:
+        return Completed(data=_run(recipe, overrides))
+    except (UserError, TemporaryError, StepError) as error:
+        get_run_logger().error(str(error))
+        return Failed(message=str(error), data=error)
+    except KeyboardInterrupt:
+        return Cancelled(message="interrupted with Ctrl-C")
+
+
+def _run(recipe: str, overrides: Mapping[str, Any]) -> Summary:
+    start = time.monotonic()
+    with chdir(PROJECT):
+        params = compose(recipe, overrides)
+    run_id, run_name = str(flow_run.id), str(flow_run.name)
+    name = experiment_name(PROJECT, f"{recipe}-{run_name}", f"{recipe}-{run_name}-{run_id[:8]}")
+    _mention_untracked()
+    text = dump_yaml(params)
+    with open_workspace(PROJECT, params=params, params_text=text, experiment=name, flow_run_id=run_id) as workspace:
+        steps = _run_steps(workspace)
+        workspace.save(on_line=get_run_logger().info)
+        seconds = time.monotonic() - start
+        summary = read_summary(
+            workspace.folder, experiment=name, steps=steps, seconds=seconds, mlflow_run_id=workspace.mlflow_run_id
+        )
+        changes = changed_params(read_yaml(workspace.committed_params), params)
+    create_markdown_artifact(as_markdown(summary, changes=changes, flow_run_id=run_id), key="summary", description=name)
+    return summary
+
+
+def _run_steps(workspace: Workspace) -> list[Step]:
+    steps: list[Step] = []
+    states: list[State[Any]] = []
+    for task in (download, normalize, train, evaluate):
+        state = task(workspace, wait_for=states[-1:], return_state=True)
+        steps.append(state.result())  # raises what the task raised
+        states.append(state)
+    return steps
+
+
+def _mention_untracked() -> None:
+    if files := untracked_files(PROJECT):
+        shown = ", ".join(files[:3]) + (", …" if len(files) > 3 else "")
+        get_run_logger().warning("git does not track %s: left out of this run; `git add` what it needs", shown)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.train_classifier",
+        description="Run download, normalize, train, evaluate in a clone of this checkout; save a DVC experiment.",
+        epilog="Exit status: 0 done, 2 a mistake to mend, 75 another try may help, 130 interrupted, 1 anything else.",
+    )
+    parser.add_argument("--recipe", default="digits", help="a name from recipes/ (default: %(default)s)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        dest="overrides",
+        help="a value over the recipe's, as in --set train.epochs=3; may be given again",
+    )
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Check the parameters, see to a server, run the flow, print what came out."""
+    arguments = parse_arguments()
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal is to end a run as tidily as SIGTERM
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with report_errors(), chdir(PROJECT):
+        overrides = dict(parse_override(text) for text in arguments.overrides)
+        compose(arguments.recipe, overrides)
+        state = _run_on_server(_api_url(), arguments.recipe, overrides)
+    sys.exit(_report(state))
+
+
+def _run_on_server(api_url: str, recipe: str, overrides: dict[str, Any]) -> State[Any]:
+    with temporary_settings({PREFECT_API_URL: api_url}):
+        return train_classifier(recipe, overrides, return_state=True)
+
+
+def _api_url() -> str:
+    """The user's Prefect server if one is set, else the project's own, started if need be."""
+    if url := PREFECT_API_URL.value():
+        if get_client(sync_client=True).api_healthcheck() is not None:
+            raise TemporaryError(f"PREFECT_API_URL: no server answers at {url}; start it, or unset it to use our own")
+        return str(url)
+    found = server.running()
+    if found is None:
+        print("Starting the project's Prefect server (about 10 s, once) …", flush=True)
+        found, _ = server.start()
+        print(f"Prefect server: {found.address}; it stays for later runs, `make stop` ends it", flush=True)
+    return found.api_url
+
+
+def _report(state: State[Any]) -> int:
+    """Print the summary, or the one line that says why there is none; returns the exit status."""
+    if state.is_completed():
+        print(as_text(state.result()))
+        return 0
+    if state.is_cancelled():
+        print("interrupted: nothing was saved", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    error = state.result(raise_on_failure=False)
+    print(f"error: {error or state.message}", file=sys.stderr)
+    return _exit_status(error)
+
+
+def _exit_status(error: object) -> int:
+    if isinstance(error, UserError) or (isinstance(error, StepError) and error.status == EXIT_USER):
+        return EXIT_USER
+    if isinstance(error, TemporaryError) or (isinstance(error, StepError) and error.status == EXIT_TEMPORARY):
+        return EXIT_TEMPORARY
+    return 1
+
+
+if __name__ == "__main__":
+    main()

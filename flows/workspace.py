@@ -1,0 +1,313 @@
+"""A throw-away clone of the checkout, in which one flow run reproduces the stages and saves them as an experiment.
+
+It lies in `.dvc/tmp/flows/`, on the file system of the DVC cache, so that files can be linked rather than copied, and
+next to a lock file, held while the flow run or its stages live.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from pipeline.errors import UserError
+from pipeline.params import PARAMS_FILE
+
+FOLDER = Path(".dvc/tmp/flows")
+MARK = "\x1e"
+"""First character of an answer among the lines of the DVC process."""
+GRACE_SECONDS = 10
+"""Between SIGTERM and SIGKILL."""
+COMMITTED_PARAMS = "committed_params.yaml"
+_MLFLOW_RUN = re.compile(r"MLflow run:? ([0-9a-f]{32})\b")
+
+Outcome = Literal["ran", "restored", "unchanged"]
+"""What became of a stage: its command ran, its files came from DVC's cache, or they were there already."""
+
+
+class StepError(RuntimeError):
+    """A stage that failed, told in one line; `status` is its exit status."""
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Workspace:
+    """An open clone; `folder` is where its files are until `open_workspace` is left.
+
+    `committed_params` is a copy of params.yaml as committed; `mlflow_run_id` is known once a stage has told it.
+    """
+
+    def __init__(self, folder: Path, *, experiment: str, process: subprocess.Popen[str]) -> None:
+        self.folder = folder
+        self.committed_params = folder.parent / COMMITTED_PARAMS
+        self.experiment = experiment
+        self.mlflow_run_id: str | None = None
+        self._process = process
+
+    def reproduce(self, stage: str, *, on_line: Callable[[str], None]) -> Outcome:
+        """Bring one stage up to date, its output going to `on_line` as it comes; raises StepError."""
+        said: list[str] = []
+
+        def listen(line: str) -> None:
+            if line.startswith("error: "):
+                said[:] = [line.removeprefix("error: ")]
+            if found := _MLFLOW_RUN.search(line):
+                self.mlflow_run_id = found[1]
+            on_line(line)
+
+        reply = self._ask({"reproduce": stage}, on_line=listen)
+        if "status" not in reply:
+            outcome: Outcome = reply["outcome"]
+            return outcome
+        status = reply["status"]
+        reason = reply["error"] or "".join(said) or f"{_how_it_ended(status)}; its output stands above"
+        raise StepError(f"{stage}: {reason}", status=status)
+
+    def save(self, *, on_line: Callable[[str], None]) -> None:
+        """Save the files as the experiment and bring that into the checkout's list; raises StepError."""
+        for action in ("save", "push"):
+            reply = self._ask({action: self.experiment}, on_line=on_line)
+            if "status" in reply:
+                raise StepError(f"experiment {self.experiment}: {reply['error']}", status=reply["status"])
+
+    def _ask(self, request: Mapping[str, str], *, on_line: Callable[[str], None]) -> dict[str, Any]:
+        """Send a request; pass lines on until the answer comes (or the process ends)."""
+        assert self._process.stdin
+        assert self._process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith(MARK):
+                reply: dict[str, Any] = json.loads(line.removeprefix(MARK))
+                return reply
+            if text := line.rstrip():
+                on_line(text)
+        return {"status": 1, "error": f"the DVC process {_how_it_ended(self._process.wait())}"}
+
+
+def _how_it_ended(status: int) -> str:
+    number = -status if status < 0 else status - 128
+    if number in {int(member) for member in signal.Signals}:
+        hint = " (out of memory?)" if number == signal.SIGKILL else ""
+        return f"was ended by {signal.Signals(number).name}{hint}"
+    return f"ended with exit status {status}"
+
+
+@contextmanager
+def open_workspace(
+    project: Path, *, params: Mapping[str, Any], params_text: str, experiment: str, flow_run_id: str
+) -> Iterator[Workspace]:
+    """Clone `project` with its uncommitted changes, and write `params_text` into its params.yaml.
+
+    On leaving, for whatever reason, what still runs in the clone is ended and the clone is removed.
+    Raises UserError where the checkout cannot be cloned.
+    """
+    commit = take_snapshot(project)
+    with _own_folder(project, flow_run_id) as (folder, lock):
+        clone = folder / "clone"
+        _git(project, "clone", "--quiet", "--shared", "--no-checkout", str(project), str(clone))
+        _git(clone, "read-tree", "-u", "--reset", commit)
+        committed = _git(project, "show", f"HEAD:{PARAMS_FILE}", check=False) or "{}"
+        (folder / COMMITTED_PARAMS).write_text(committed, encoding="utf-8")
+        (clone / PARAMS_FILE).write_text(params_text, encoding="utf-8")
+        _link_local_files(project, clone, params)
+        environment = stage_environment(project, folder, experiment=experiment, flow_run_id=flow_run_id)
+        process = _start(clone, project=project, environment=environment, lock=lock)
+        try:
+            yield Workspace(clone, experiment=experiment, process=process)
+        finally:
+            _stop(process)
+
+
+def take_snapshot(project: Path) -> str:
+    """The commit of HEAD with the uncommitted changes to tracked files; neither files nor index are touched.
+
+    Raises UserError where there is no commit or a merge is going on.
+    """
+    if not (project / ".git").exists():
+        raise UserError(f"{project}: not the top folder of a git repository; run `git init`, then commit")
+    if not (project / ".dvc" / "config").exists():
+        raise UserError(f"{project}: not a DVC repository; run `dvc init` and commit .dvc/config")
+    if _git(project, "rev-parse", "--verify", "--quiet", "HEAD", check=False) == "":
+        raise UserError(f"{project}: no git commit yet; run `git add . && git commit -m Start`")
+    if unmerged := _git(project, "diff", "--name-only", "--diff-filter=U"):
+        raise UserError(f"{', '.join(unmerged.split())}: merge conflict; resolve it or run `git merge --abort`")
+    return _git(project, "stash", "create") or _git(project, "rev-parse", "HEAD")
+
+
+def untracked_files(project: Path) -> list[str]:
+    """Files that are neither tracked nor ignored: they do not come along."""
+    return _git(project, "ls-files", "--others", "--exclude-standard").splitlines()
+
+
+def experiment_name(project: Path, *wishes: str) -> str:
+    """The first of `wishes`, made valid for git refs, that no experiment of the project has."""
+    refs = _git(project, "for-each-ref", "--format=%(refname)", "refs/exps")
+    taken = {ref.rpartition("/")[2] for ref in refs.split()}
+    names = [re.sub(r"[^0-9A-Za-z]+", "-", wish).strip("-") for wish in wishes]
+    return next((name for name in names if name not in taken), names[-1])
+
+
+def _git(folder: Path, *arguments: str, check: bool = True) -> str:
+    """Standard output of a git command; raises UserError with git's last line where it fails."""
+    try:
+        result = subprocess.run(
+            ["git", *arguments], cwd=folder, env=_environment(), capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        raise UserError("git: not found; install it") from None
+    if check and result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"git {arguments[0]} in {folder}: {reason.removeprefix('fatal: ')}")
+    return result.stdout.strip()
+
+
+def _environment() -> dict[str, str]:
+    """Our environment without what a git hook sets, which would point git and DVC to another repository."""
+    misleading = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_PREFIX")
+    return {name: value for name, value in os.environ.items() if name not in misleading}
+
+
+def git_identity(project: Path) -> dict[str, str]:
+    """Who commits, as environment variables: the user as git knows them, or a stand-in, for DVC needs one."""
+    name = _git(project, "config", "user.name", check=False) or "flow"
+    email = _git(project, "config", "user.email", check=False) or "flow@localhost"
+    roles = {"AUTHOR", "COMMITTER"}
+    return {f"GIT_{role}_NAME": name for role in roles} | {f"GIT_{role}_EMAIL": email for role in roles}
+
+
+@contextmanager
+def _own_folder(project: Path, name: str) -> Iterator[tuple[Path, IO[str]]]:
+    """A new folder and the lock file that says it is in use; removes those whose users are dead."""
+    parent = project / FOLDER
+    parent.mkdir(parents=True, exist_ok=True)
+    folder, lock_path = parent / name, parent / f"{name}.lock"
+    with (parent / "lock").open("w") as everything:
+        fcntl.flock(everything, fcntl.LOCK_EX)
+        remove_leftovers(project)
+        folder.mkdir()
+        lock = lock_path.open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock:
+        try:
+            yield folder, lock
+        finally:
+            shutil.rmtree(folder)
+            lock_path.unlink()
+
+
+def remove_leftovers(project: Path) -> list[str]:
+    """Remove the clones whose lock nobody holds: those of killed flow runs; returns their names."""
+    removed = []
+    for folder in (path for path in (project / FOLDER).glob("*") if path.is_dir()):
+        lock_path = folder.with_name(f"{folder.name}.lock")
+        with lock_path.open("w") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+            lock_path.unlink()
+            removed.append(folder.name)
+    return removed
+
+
+def _link_local_files(project: Path, clone: Path, params: Mapping[str, Any]) -> None:
+    """Let the clone see the files that parameters name by a relative path and git does not track."""
+    named = [params["download"]["folder"], *params["download"]["urls"], params["train"]["weights"]]
+    for name in (name for name in named if name and "://" not in name and not Path(name).is_absolute()):
+        source = project / name
+        if not source.exists():
+            continue
+        if not source.resolve().is_relative_to(project) and ".." in Path(name).parts:
+            raise UserError(
+                f"{PARAMS_FILE}: found the path {name!r}; allowed: inside the project, or absolute: {source.resolve()}"
+            )
+        _link(source, clone / name)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A link where the clone has nothing, else links to the files that it lacks."""
+    if target.is_dir() and source.is_dir():
+        _link_files(source, target)
+    elif not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(source)
+
+
+def _link_files(source: Path, target: Path) -> None:
+    """Real folders with links to files: DVC, hashing a folder, does not enter a folder below that is a link."""
+    for entry in os.scandir(source):
+        place = target / entry.name
+        if entry.is_dir(follow_symlinks=False):
+            place.mkdir(exist_ok=True)
+            _link_files(Path(entry.path), place)
+        elif not os.path.lexists(place):
+            place.symlink_to(entry.path)
+
+
+def stage_environment(project: Path, folder: Path, *, experiment: str, flow_run_id: str) -> dict[str, str]:
+    """Environment variables for DVC and the stages of one flow run; `folder` is its own."""
+    return {
+        # a bar redrawn ten times a second would be as many lines in the flow run's log
+        "TQDM_MININTERVAL": "5",
+        **git_identity(project),
+        **_environment(),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "SHELL": "/bin/sh",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "MLFLOW_TRACKING_URI": tracking_uri(project),
+        # DVC keeps an index of each clone there, and would never remove it
+        "DVC_SITE_CACHE_DIR": str(folder / "index"),
+        "PIPELINE_PROJECT": str(project),
+        "PIPELINE_CACHE_DIR": str(project / ".cache"),
+        "PIPELINE_EXPERIMENT": experiment,
+        "PIPELINE_FLOW_RUN_ID": flow_run_id,
+    }
+
+
+def tracking_uri(project: Path) -> str:
+    """MLFLOW_TRACKING_URI, by default the project's own sqlite file; a relative file is one in the project."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "") or "sqlite:///mlflow.db"
+    scheme, separator, path = uri.partition(":///")
+    if separator and scheme.startswith("sqlite"):
+        return f"{scheme}:///{project / path}"
+    return uri
+
+
+def _start(clone: Path, *, project: Path, environment: Mapping[str, str], lock: IO[str]) -> subprocess.Popen[str]:
+    """The DVC process, leader of a process group; it holds the lock too, should the flow's process be killed."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.dvc_worker", str(clone)],
+        cwd=project,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        pass_fds=[lock.fileno()],
+        start_new_session=True,
+    )
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """End the process group: SIGTERM, time to put things in order, SIGKILL."""
+    try:
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGTERM)
+            process.communicate(timeout=GRACE_SECONDS)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
