@@ -1,0 +1,74 @@
+# `make help` lists the targets.
+
+PYTHON ?= python3.11
+RECIPE ?= digits
+SET ?=
+# pytest's own options, as in: make test PYTEST="-k train"
+PYTEST ?= -n 2 --dist loadfile
+
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+INSTALLED := .venv/.installed
+BIN := .venv/bin
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# none of the tools phones home
+export DO_NOT_TRACK := true
+export DVC_NO_ANALYTICS := true
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+
+.PHONY: help run test check lint format types ui stop install lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epochs=3 train.seed=1"
+	@$(BIN)/python -m flows.train_classifier --recipe "$(RECIPE)" $(foreach value,$(SET),--set "$(value)")
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: lint types test ## all that CI checks: lint, format, types, tests
+
+lint: $(INSTALLED) ## find mistakes and unformatted code; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## format the code and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(INSTALLED) ## check the types, strictly
+	$(BIN)/mypy
+
+ui: $(INSTALLED) ## serve MLflow's and Prefect's pages until Ctrl-C; ports: MLFLOW_PORT, PREFECT_PORT
+	@$(BIN)/python -m flows.ui
+
+stop: ## stop the Prefect server that `make run` left running
+	@if [ -e $(INSTALLED) ]; then $(BIN)/python -m flows.server stop; fi
+
+install: $(INSTALLED) ## make .venv with the locked packages (the other targets see to it)
+
+# The stamp comes last: an interrupted installation is taken up again.
+$(INSTALLED): requirements.lock requirements-uv.lock pyproject.toml
+	@command -v git >/dev/null || { echo "error: git: not found; install it" >&2; exit 2; }
+	@python=; for candidate in "$(PYTHON)" python3 python; do \
+	    if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	    then python=$$candidate; break; fi; done; \
+	if [ -z "$$python" ]; then \
+	    echo "error: no Python 3.11 or newer with venv found; install one, or name it: make run PYTHON=/path/to/python3.11" >&2; exit 2; fi; \
+	"$$python" -m venv .venv
+	@echo "Installing the locked packages into .venv (about 6 GB, once) …"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
+	@VIRTUAL_ENV="$(CURDIR)/.venv" $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
+	@touch $@
+
+lock: $(INSTALLED) ## resolve requirements.lock anew from pyproject.toml
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
+	$(BIN)/uv pip compile pyproject.toml --group dev --universal --generate-hashes --no-header --no-emit-index-url \
+	    --quiet --output-file requirements.lock
+
+clean: stop ## remove .venv and caches; models, data, runs and experiments stay
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	find pipeline flows tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,109 @@
+"""Small data sets that the pipeline itself could have made, and a copy of the project to run it in."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.params import EvaluateParams, NormalizeParams, Params, TrainParams, check_params, read_yaml
+
+PROJECT = Path(__file__).parents[1]
+DEFAULTS = read_yaml(PROJECT / "params.yaml")
+
+
+def params(**changes: Any) -> Params:
+    """The committed parameters with `train__epochs=3`-like changes."""
+    values = json.loads(json.dumps(DEFAULTS))
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        values[section][field] = value
+    return check_params(values, origin="test")
+
+
+def train_params(**changes: Any) -> TrainParams:
+    return params(**{f"train__{name}": value for name, value in changes.items()}).train
+
+
+def normalize_params(**changes: Any) -> NormalizeParams:
+    return params(**{f"normalize__{name}": value for name, value in changes.items()}).normalize
+
+
+def evaluate_params(**changes: Any) -> EvaluateParams:
+    return params(**{f"evaluate__{name}": value for name, value in changes.items()}).evaluate
+
+
+def coloured_images(number: int, *, classes: int = 3, size: int = 32, channels: int = 3, seed: int = 0) -> Any:
+    """Images (N, S, S, C) uint8 whose class shows as a bright stripe, with noise; and labels (N,) int64."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(number, dtype=np.int64) % classes
+    images = generator.integers(0, 120, (number, size, size, channels), dtype=np.uint8)
+    width = size // classes
+    for image, label in zip(images, labels, strict=True):
+        image[:, label * width : (label + 1) * width] += 120
+    return images, labels
+
+
+def write_normalized(folder: Path, *, classes: int = 3, size: int = 32, channels: int = 3, train: int = 96) -> Path:
+    """`artifacts/normalize/` below `folder`, as the normalize step leaves it."""
+    target = folder / "artifacts" / "normalize"
+    target.mkdir(parents=True)
+    counts = {}
+    for seed, (split, number) in enumerate({"train": train, "validation": 24, "test": 30}.items()):
+        images, labels = coloured_images(number, classes=classes, size=size, channels=channels, seed=seed)
+        np.save(target / f"{split}_images.npy", images)
+        np.save(target / f"{split}_labels.npy", labels)
+        counts[split] = {f"class {index}": int((labels == index).sum()) for index in range(classes)}
+    info = {
+        "dataset": "imagefolder",
+        "class_names": [f"class {index}" for index in range(classes)],
+        "image_size": size,
+        "channels": channels,
+        "resize": "crop",
+        "mean": [0.4] * channels,
+        "std": [0.2] * channels,
+        "counts": counts,
+        "test_duplicates": [0, 3],
+    }
+    (target / "dataset.json").write_text(json.dumps(info))
+    return target
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with the committed parameters and recipes, and an MLflow store of its own."""
+    for name in ("params.yaml", "recipes"):
+        source = PROJECT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name)
+        else:
+            shutil.copy(source, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    for name in ("PIPELINE_PROJECT", "PIPELINE_EXPERIMENT", "PIPELINE_FLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh repository of the project's files as they are now, with DVC set up, as the current folder."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listing, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    target = tmp_path / "clone"
+    for name in files.splitlines():
+        if (PROJECT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PROJECT / name, target / name)
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "all"],
+    ):
+        subprocess.run(["git", *command], cwd=target, check=True)
+    monkeypatch.chdir(target)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return target

@@ -1,0 +1,116 @@
+"""The shape of the code: who may import whom, and that DVC knows what each stage runs."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from pipeline.params import read_yaml
+from tests.conftest import PROJECT
+
+ORDER = [
+    "errors",
+    "artifacts",
+    "params",
+    "progress",
+    "images",
+    "imagefolder",
+    "fetch",
+    "raw",
+    "duplicates",
+    "download",
+    "normalize",
+    "data",
+    "model",
+    "plots",
+    "tracking",
+    "served_model",
+    "train",
+    "evaluate",
+    "predict",
+]
+"""The modules of `pipeline`, each of which may import only those before it."""
+ONLY_IN = {
+    "mlflow": {"pipeline/tracking.py", "pipeline/served_model.py", "flows/ui.py"},
+    "matplotlib": {"pipeline/plots.py"},
+    "ruamel": {"pipeline/params.py"},
+    "PIL": {"pipeline/images.py"},
+    "pickle": {"pipeline/raw.py"},
+}
+"""Where a library may be imported; MLflow itself runs `served_model`."""
+STAGES = read_yaml(PROJECT / "dvc.yaml")["stages"]
+
+
+def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Full names of the modules that a file imports, `from package import module` included."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def internal(name: str) -> set[str]:
+    """The modules of `pipeline` that one of them imports."""
+    return {other for other in ORDER if f"pipeline.{other}" in imports(PROJECT / "pipeline" / f"{name}.py")}
+
+
+def reached(name: str) -> set[str]:
+    """The modules of `pipeline` that are loaded with one of them, itself included."""
+    return {name}.union(*(reached(other) for other in internal(name)))
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    assert sorted(ORDER) == sorted(path.stem for path in (PROJECT / "pipeline").glob("[!_]*.py"))
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_go_one_way(name: str) -> None:
+    assert internal(name) <= set(ORDER[: ORDER.index(name)])
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_the_pipeline_knows_nothing_of_prefect_and_flows(name: str) -> None:
+    roots = {imported.partition(".")[0] for imported in imports(PROJECT / "pipeline" / f"{name}.py")}
+    assert not roots & {"prefect", "flows", "dvc"}
+
+
+@pytest.mark.parametrize("library", ONLY_IN)
+def test_a_library_is_imported_where_it_belongs(library: str) -> None:
+    files = [*PROJECT.glob("pipeline/*.py"), *PROJECT.glob("flows/*.py")]
+    users = {
+        str(path.relative_to(PROJECT)) for path in files if library in {i.partition(".")[0] for i in imports(path)}
+    }
+    assert users <= ONLY_IN[library]
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_an_import_inside_a_function_says_why(name: str) -> None:
+    path = PROJECT / "pipeline" / f"{name}.py"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom) and node.col_offset:
+            assert "# noqa: PLC0415  # " in path.read_text().splitlines()[node.end_lineno - 1]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_deps_of_a_stage_are_the_modules_it_loads(stage: str) -> None:
+    listed = {Path(dep).stem for dep in STAGES[stage]["deps"] if dep.startswith("pipeline/")}
+    run_by_mlflow = {"served_model"} if "tracking" in reached(stage) and stage == "train" else set()
+    assert listed == reached(stage) | run_by_mlflow
+
+
+def test_only_evaluate_reads_the_test_split() -> None:
+    readers = [stage for stage, values in STAGES.items() if any("test_images" in dep for dep in values["deps"])]
+    assert readers == ["evaluate"]
+
+
+def test_no_function_is_longer_than_sixty_lines() -> None:
+    files = [*PROJECT.glob("pipeline/*.py"), *PROJECT.glob("flows/*.py")]
+    functions = [
+        node for path in files for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)
+    ]
+    assert not [f.name for f in functions if f.end_lineno - f.lineno >= 60]  # type: ignore[operator]

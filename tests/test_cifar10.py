@@ -1,0 +1,111 @@
+"""The whole pipeline on the real CIFAR-10 images, where they lie beside the checkout."""
+
+import functools
+import hashlib
+import http.server
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.params import compose, dump_yaml
+from tests.conftest import PROJECT
+
+IMAGES = PROJECT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
+pytestmark = pytest.mark.skipif(not IMAGES.exists(), reason=f"{IMAGES} is not there")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images, unpacked: `<split>/<class>/0000.jpg`."""
+    folder = tmp_path_factory.mktemp("cifar10") / "images"
+    with tarfile.open(IMAGES) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def batch(paths: list[Path], classes: list[str]) -> bytes:
+    """One file of the official archive: a pickled dictionary of pixels, channels first, and labels."""
+    pixels = np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1).reshape(-1) for path in paths])
+    labels = [classes.index(path.parent.name) for path in paths]
+    names = [path.name.encode() for path in paths]
+    return pickle.dumps({b"data": pixels, b"labels": labels, b"filenames": names, b"batch_label": b"batch"}, protocol=2)
+
+
+@pytest.fixture(scope="module")
+def official_archive(tree: Path) -> Path:
+    """The same images in the layout of the official archive."""
+    classes = sorted(path.name for path in (tree / "train").iterdir())
+    train = sorted((tree / "train").rglob("*.jpg"), key=lambda path: (path.name, path.parent.name))
+    files = {
+        f"data_batch_{index + 1}": batch(train[index * 10_000 : (index + 1) * 10_000], classes) for index in range(5)
+    }
+    files["test_batch"] = batch(sorted((tree / "test").rglob("*.jpg")), classes)
+    files["batches.meta"] = pickle.dumps(
+        {"label_names": classes, "num_cases_per_batch": 10_000, "num_vis": 3072}, protocol=2
+    )
+    path = tree.parent / "served" / "cifar-10-python.tar.gz"
+    path.parent.mkdir()
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def server(official_archive: Path) -> Iterator[str]:
+    """The address of the archive on a server on loopback."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(official_archive.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{serving.server_port}/{official_archive.name}"
+        serving.shutdown()
+
+
+def run(recipe: str, overrides: dict[str, object]) -> dict[str, float]:
+    """All four steps in the current folder; returns the metrics."""
+    Path("params.yaml").write_text(dump_yaml(compose(recipe, overrides)))
+    for step in ("download", "normalize", "train", "evaluate"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"pipeline.{step}"],
+            env=os.environ | {"PYTHONPATH": str(PROJECT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    return json.loads(Path("artifacts/evaluate/metrics.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_a_folder_of_real_images_runs_through(workspace: Path, tree: Path) -> None:
+    overrides = {"download.dataset": "imagefolder", "download.folder": str(tree), "train.epochs": 4}
+    metrics = run("cifar10_lenet", overrides)
+    info = json.loads(Path("artifacts/normalize/dataset.json").read_text())
+    assert metrics["accuracy"] > 0.5
+    assert info["mean"] == pytest.approx([0.4913, 0.4821, 0.4465], abs=2e-3)
+    assert info["std"] == pytest.approx([0.2452, 0.2428, 0.2606], abs=2e-3)
+    assert {sum(counts.values()) for counts in info["counts"].values()} == {45_000, 5_000, 10_000}
+    assert 150 < metrics["test_duplicates"] < 400
+
+
+def test_the_official_layout_over_http_gives_the_same_images(
+    workspace: Path, server: str, official_archive: Path
+) -> None:
+    md5 = hashlib.md5(official_archive.read_bytes(), usedforsecurity=False).hexdigest()
+    metrics = run("cifar10_lenet", {"download.urls": [server], "download.md5": md5, "train.epochs": 4})
+    info = json.loads(Path("artifacts/normalize/dataset.json").read_text())
+    assert metrics["accuracy"] > 0.5
+    assert info["class_names"][0] == "airplane"
+    assert info["mean"] == pytest.approx([0.4913, 0.4821, 0.4465], abs=2e-3)

@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data import Augmentation, DatasetInfo, Split, choose_device, evaluation_batches, training_batches
+from pipeline.errors import UserError
+from tests.conftest import coloured_images, write_normalized
+
+CPU = torch.device("cpu")
+
+
+def split_of(images: np.ndarray, labels: np.ndarray | None = None) -> Split:
+    channels = images.shape[3]
+    labels = np.arange(len(images)) if labels is None else labels
+    return Split.of(images, labels, mean=[0.0] * channels, std=[1 / 255] * channels, device=CPU)
+
+
+def batches(split: Split, **changes: int | bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    sizes = {"batch_size": 4, "seed": 0, "epoch": 1} | {
+        k: v for k, v in changes.items() if k in {"batch_size", "seed", "epoch"}
+    }
+    rest = {name: value for name, value in changes.items() if name not in sizes}
+    return list(training_batches(split, augmentation=Augmentation(**rest), **sizes))  # type: ignore[arg-type]
+
+
+def test_pixels_are_normalised_by_the_training_mean_and_deviation() -> None:
+    images, labels = coloured_images(50)
+    mean, std = images.mean((0, 1, 2)) / 255, images.std((0, 1, 2)) / 255
+    split = Split.of(images, labels, mean=mean.tolist(), std=std.tolist(), device=CPU)
+    floats = torch.cat([batch for batch, _ in evaluation_batches(split, batch_size=7)])
+    torch.testing.assert_close(floats.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(floats.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
+
+
+def test_batches_have_the_documented_shape_type_and_layout() -> None:
+    images, labels = batches(split_of(coloured_images(10)[0]))[0]
+    assert (images.shape, images.dtype, labels.dtype) == ((4, 3, 32, 32), torch.float32, torch.int64)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_epoch_shows_each_image_once_and_leaves_the_incomplete_batch_out() -> None:
+    seen = torch.cat([labels for _, labels in batches(split_of(coloured_images(10)[0]))]).tolist()
+    assert len(seen) == len(set(seen)) == 8
+
+
+def test_order_and_augmentation_follow_from_seed_and_epoch_alone() -> None:
+    split = split_of(coloured_images(12)[0])
+    drawn = [
+        torch.cat([i for i, _ in batches(split, seed=s, epoch=e, crop_padding=4, flip=True)])
+        for s, e in [(1, 2), (1, 2), (1, 3), (2, 2)]
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[3])
+
+
+def test_flipping_mirrors_about_half_of_the_images() -> None:
+    images = np.zeros((400, 8, 8, 1), dtype=np.uint8)
+    images[:, :, 0] = 200
+    pixels = batches(split_of(images), batch_size=400, flip=True)[0][0]
+    left, right = (pixels[:, 0, 0, 0] == 200).sum().item(), (pixels[:, 0, 0, -1] == 200).sum().item()
+    assert left + right == 400
+    assert 150 < left < 250
+
+
+def test_a_padded_crop_is_the_crop_of_the_reflected_image() -> None:
+    images = np.arange(64, dtype=np.uint8).reshape(1, 8, 8, 1)
+    reflected = np.pad(images[0, :, :, 0], 2, mode="reflect")
+    crops = [reflected[y : y + 8, x : x + 8] for y in range(5) for x in range(5)]
+    for epoch in range(40):
+        pixels = batches(split_of(images), batch_size=1, epoch=epoch, crop_padding=2)[0][0][0, 0].numpy()
+        assert any(np.array_equal(pixels, crop) for crop in crops)
+
+
+def test_cutout_blanks_one_square_to_the_mean() -> None:
+    images = np.full((50, 16, 16, 3), 99, dtype=np.uint8)
+    pixels = batches(split_of(images), batch_size=50, cutout_size=6)[0][0]
+    blank = (pixels == 0).all(1).sum((1, 2))
+    assert blank.max() == 36
+    assert blank.min() >= 9
+
+
+def test_labels_stay_with_their_images() -> None:
+    images = np.arange(20, dtype=np.uint8).reshape(20, 1, 1, 1).repeat(8, 1).repeat(8, 2)
+    for pixels, labels in batches(split_of(images), flip=True, crop_padding=3):
+        assert torch.equal(pixels[:, 0, 0, 0].long(), labels)
+
+
+def test_arrays_that_disagree_with_dataset_json_are_named(tmp_path: Path) -> None:
+    folder = write_normalized(tmp_path)
+    np.save(folder / "test_images.npy", np.zeros((30, 16, 16, 3), dtype=np.uint8))
+    with pytest.raises(UserError, match=r"test_images\.npy: its shape is \(30, 16, 16, 3\)"):
+        Split.read("test", info=DatasetInfo.read(folder), device=CPU, folder=folder)
+
+
+def test_a_damaged_dataset_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text(json.dumps({"dataset": "digits"}))
+    with pytest.raises(UserError, match=r"dataset\.json: damaged \(KeyError\('class_names'\)"):
+        DatasetInfo.read(tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_refused_with_what_is_there() -> None:
+    with pytest.raises(UserError, match=r"train\.device is cuda, .*allowed on this machine: auto, .*cpu"):
+        choose_device("cuda", field="train.device")

@@ -1,0 +1,99 @@
+"""Exact and near duplicates, planted and found."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.duplicates import Match, digests, exact_duplicates, features, mirrored, near_duplicates
+from tests.raw_folders import encoded, noise
+
+
+def photos(count: int, *, seed: int = 0) -> Any:
+    return np.stack([noise(seed + number) for number in range(count)])
+
+
+def as_jpeg(pixels: Any) -> Any:
+    return np.asarray(Image.open(io.BytesIO(encoded(pixels, "JPEG", quality=60))))
+
+
+def near(test: Any, others: Any, *, correlation: float = 0.9, block: int = 5000) -> list[Match]:
+    def blocks(images: Any) -> Any:
+        numbers = np.arange(len(images))
+        for start in range(0, len(images), block):
+            yield numbers[start : start + block], features(images[start : start + block])
+
+    return near_duplicates(blocks(test), lambda: blocks(others), correlation=correlation)
+
+
+def test_identical_images_are_counted_within_and_across_splits() -> None:
+    a, b, c, d = photos(4)
+    images = np.stack([a, a, a, b, c, a, b, d, d, c])
+    splits = {"train": np.arange(5), "validation": np.arange(5, 7), "test": np.arange(7, 10)}
+    found = exact_duplicates(digests(images), splits, examples=20)
+    assert found.within == {"train": 2, "validation": 0, "test": 1}
+    assert found.across == {"train-validation": 2, "train-test": 1, "validation-test": 0}
+    assert found.test.tolist() == [9]
+    assert found.pairs == [(0, 5), (3, 6), (4, 9), (0, 1), (0, 2), (7, 8)]
+
+
+def test_examples_are_limited() -> None:
+    images = np.zeros((9, 8, 8, 1), np.uint8)
+    splits = {"train": np.arange(5), "validation": np.arange(5, 7), "test": np.arange(7, 9)}
+    assert len(exact_duplicates(digests(images), splits, examples=3).pairs) == 3
+
+
+def test_one_pixel_makes_a_difference() -> None:
+    images = np.stack([noise(1), noise(1)])
+    images[1, 31, 31, 2] ^= 1
+    first, second = digests(images)
+    assert (first != second).any()
+
+
+def test_a_recompressed_and_a_mirrored_copy_are_found() -> None:
+    others = photos(50)
+    test = np.stack([noise(900), as_jpeg(others[7]), as_jpeg(others[31][:, ::-1]), noise(901)])
+    assert [(match.test, match.other) for match in near(test, others)] == [(1, 7), (2, 31)]
+
+
+def test_a_brighter_copy_with_less_contrast_is_found() -> None:
+    others = photos(20)
+    (match,) = near((others[3:4] // 2 + 90).astype(np.uint8), others)
+    assert match.other == 3
+    assert match.correlation > 0.99
+
+
+def test_an_identical_image_correlates_fully() -> None:
+    (match,) = near(photos(3)[1:2], photos(3), correlation=1.0)
+    assert match == Match(0, 1, 1.0)
+
+
+def test_images_of_one_colour_are_left_out() -> None:
+    flat = np.full((2, 32, 32, 3), 80, np.uint8)
+    assert near(flat, flat, correlation=0.01) == []
+
+
+def test_the_mirror_image_needs_no_second_look() -> None:
+    images = photos(5)
+    assert (mirrored(features(images)) == features(images[:, :, ::-1])).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [8, 20, 96])
+def test_correlations_are_those_of_the_differences_between_cells(size: int, channels: int) -> None:
+    """Against plain floating point, at sizes that 8 divides."""
+    images = np.random.default_rng(0).integers(0, 256, (6, size, size, channels), dtype=np.uint8)
+    values = features(images).astype(float)
+    assert values.shape == (6, 112 * channels)
+    assert np.allclose(np.linalg.norm(values, axis=1), 4000, atol=10)
+    if size % 8 == 0:
+        cells = images.reshape(6, 8, size // 8, 8, size // 8, channels).mean(axis=(2, 4))
+        plain = np.concatenate([np.diff(cells, axis=axis).reshape(6, -1) for axis in (1, 2)], axis=1)
+        assert np.allclose(np.corrcoef(values), np.corrcoef(plain), atol=0.002)
+
+
+def test_the_size_of_blocks_does_not_matter() -> None:
+    test, others = photos(7, seed=50), photos(40)
+    assert near(test, others, correlation=0.05, block=3) == near(test, others, correlation=0.05, block=1000)

@@ -1,0 +1,342 @@
+"""Flow runs in a scratch project with a real git repository, DVC and Prefect server, and stages that take no time."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from ruamel.yaml import YAML
+
+from flows import server, train_classifier, workspace
+from flows.workspace import StepError, Workspace, open_workspace
+from pipeline.errors import UserError
+from pipeline.params import read_yaml
+from tests.conftest import PROJECT
+
+TOY = """
+import json, os, sys, time
+from pathlib import Path
+stage = sys.argv[1]
+told = Path(os.environ["TOY"])
+with (told / "ran").open("a") as file:
+    print(stage, file=file)
+print(f"{stage} begins")
+if (told / f"{stage}.sleep").exists():
+    time.sleep(60)
+if (told / f"{stage}.exit").exists():
+    print("error: train.device is 'cuda'; allowed: cpu", file=sys.stderr)
+    sys.exit(int((told / f"{stage}.exit").read_text()))
+folder = Path("artifacts") / stage
+folder.mkdir(parents=True, exist_ok=True)
+if stage == "evaluate":
+    metrics = {"accuracy": 0.983, "accuracy_low": 0.964, "accuracy_high": 0.993, "loss": 0.06}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "per_class.csv").write_text("class,images,precision,recall,f1\\nzero,36,1,1,1\\none,35,1,0.9,1\\n")
+else:
+    (folder / "out.txt").write_text(Path("params.yaml").read_text())
+"""
+STAGES: dict[str, Any] = {
+    "download": {"deps": ["${download.folder}", "toy.py"], "outs": ["artifacts/download"]},
+    "normalize": {"deps": ["artifacts/download"], "outs": ["artifacts/normalize"]},
+    "train": {"deps": ["artifacts/normalize"], "outs": ["artifacts/train"]},
+    "evaluate": {
+        "deps": ["artifacts/train"],
+        "outs": ["artifacts/evaluate/per_class.csv"],
+        "metrics": [{"artifacts/evaluate/metrics.json": {"cache": False}}],
+    },
+}
+for _stage, _values in STAGES.items():
+    _values |= {"cmd": f"python toy.py {_stage}", "params": [_stage]}
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A committed project with this one's flows and toy stages, an uncommitted change and an image of the user's."""
+    folder = tmp_path / "project"
+    (folder / "pipeline").mkdir(parents=True)
+    for name in ("__init__", "errors", "artifacts", "params"):
+        shutil.copy(PROJECT / "pipeline" / f"{name}.py", folder / "pipeline")
+    for name in ("flows", ".dvc", "data/images", "params.yaml", ".gitignore"):
+        source, target = PROJECT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(
+                source, target, ignore=shutil.ignore_patterns("cache", "tmp", "config.local", "__pycache__")
+            )
+        else:
+            shutil.copy(source, target)
+    (folder / "toy.py").write_text(TOY)
+    YAML().dump({"stages": STAGES}, folder / "dvc.yaml")
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "digits.yaml").write_text("train: {epochs: 7}\n")
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "Start"],
+    ):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    (folder / "toy.py").write_text(TOY + "# changed\n")
+    (folder / "data/images/cats").mkdir()
+    (folder / "data/images/cats/1.png").write_text("an image")
+    monkeypatch.setenv("TOY", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def api_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("server")
+    started, _ = server.start(folder, port=free_port())
+    with temporary_settings({PREFECT_API_URL: started.api_url, PREFECT_HOME: folder}):
+        yield started.api_url
+    server.stop(folder)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start_run(project: Path, *arguments: str, api_url: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.train_classifier", *arguments],
+        cwd=project,
+        env={**os.environ, "PREFECT_API_URL": api_url, "PREFECT_HOME": str(project / ".prefect")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(project: Path, *arguments: str, api_url: str) -> tuple[int, str]:
+    """Exit status and output of a flow run from the command line."""
+    process = start_run(project, *arguments, api_url=api_url)
+    output, _ = process.communicate(timeout=100)
+    return process.returncode, output
+
+
+@pytest.fixture
+def run_here(project: Path, api_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """A flow run in this process, which saves the import of Prefect; gives its last state."""
+    monkeypatch.setattr(train_classifier, "PROJECT", project)
+    return lambda: train_classifier.train_classifier("digits", {}, return_state=True)
+
+
+@pytest.fixture
+def opened(project: Path) -> Iterator[Workspace]:
+    values = read_yaml(project / "params.yaml")
+    text = (project / "params.yaml").read_text()
+    with open_workspace(project, params=values, params_text=text, experiment="one", flow_run_id="1") as space:
+        yield space
+
+
+def ran(project: Path) -> list[str]:
+    return (project.parent / "ran").read_text().split()
+
+
+def files(project: Path) -> dict[str, bytes]:
+    """All that a flow run must leave as it is: the files outside git's and the tools' own folders, and git's status."""
+    own = {".git", ".dvc", ".prefect", "__pycache__"}
+    paths = (path for path in project.rglob("*") if path.is_file() and not own & set(path.relative_to(project).parts))
+    return {str(path): path.read_bytes() for path in paths} | {
+        "status": output(project, "git", "status", "--porcelain")
+    }
+
+
+def output(project: Path, *command: str) -> bytes:
+    return subprocess.run(command, cwd=project, capture_output=True, check=True).stdout
+
+
+def dvc(project: Path, *arguments: str) -> str:
+    return output(project, sys.executable, "-m", "dvc", *arguments).decode()
+
+
+def test_a_flow_run_is_an_experiment_and_leaves_the_checkout_alone(project: Path, api_url: str) -> None:
+    before = files(project)
+    status, text = run(project, "--set", "train.epochs=9", api_url=api_url)
+    assert status == 0, text
+    assert files(project) == before
+    assert ran(project) == ["download", "normalize", "train", "evaluate"]
+    assert "train     | train begins" in text
+    assert "98.3 % (95 % interval 96.4 % to 99.3 %)" in text
+    [name] = dvc(project, "exp", "list", "--name-only").split()
+    assert name.startswith("digits-")
+    assert f"dvc exp apply {name}" in text
+    assert not [path for path in (project / workspace.FOLDER).iterdir() if path.is_dir()]
+    dvc(project, "exp", "apply", name)
+    assert read_yaml(project / "artifacts/train/out.txt")["train"]["epochs"] == 9
+    assert json.loads((project / "artifacts/evaluate/metrics.json").read_text())["accuracy"] == 0.983
+    assert (project / "toy.py").read_text().endswith("# changed\n")
+    dvc(project, "repro")
+    assert len(ran(project)) == 4
+
+
+def test_what_dvc_has_already_is_shown_as_cached(project: Path, run_here: Callable[[], Any]) -> None:
+    first, second = run_here().result(), run_here().result()
+    assert [step.outcome for step in first.steps] == ["ran"] * 4
+    assert [step.outcome for step in second.steps] == ["restored"] * 4
+    assert str(second.steps[0]) == "download cached"
+    assert len(ran(project)) == 4
+
+
+def test_a_mistake_found_by_a_stage_is_one_line(
+    project: Path, run_here: Callable[[], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (project.parent / "train.exit").write_text("2")
+    state = run_here()
+    assert (state.name, state.message) == ("Failed", "train: train.device is 'cuda'; allowed: cpu")
+    assert train_classifier._report(state) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: train: train.device is 'cuda'; allowed: cpu"
+    assert ran(project) == ["download", "normalize", "train"]
+    assert "refs/exps" not in output(project, "git", "for-each-ref").decode()
+
+
+def test_a_failing_stage_leaves_no_traceback_in_the_terminal(project: Path, api_url: str) -> None:
+    (project.parent / "download.exit").write_text("1")
+    status, text = run(project, api_url=api_url)
+    assert status == 1
+    assert "Traceback" not in text
+    assert ran(project) == ["download"]
+
+
+@pytest.mark.parametrize("case", [("download", 75, 4), ("download", 2, 1), ("train", 75, 1)])
+def test_only_a_download_that_may_pass_is_tried_again(
+    project: Path,
+    run_here: Callable[[], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    case: tuple[str, int, int],
+) -> None:
+    stage, status, attempts = case
+    monkeypatch.setattr(train_classifier.download, "retry_delay_seconds", [0.0, 0.0, 0.0])
+    (project.parent / f"{stage}.exit").write_text(str(status))
+    state = run_here()
+    assert train_classifier._report(state) == status
+    assert ran(project).count(stage) == attempts
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ending_a_flow_run_ends_its_stage(project: Path, api_url: str, number: int) -> None:
+    (project.parent / "normalize.sleep").touch()
+    process = start_run(project, api_url=api_url)
+    assert process.stdout
+    next(line for line in process.stdout if "normalize begins" in line)
+    process.send_signal(number)
+    process.stdout.read()
+    assert process.wait(timeout=20) in {-number, 128 + number}
+    assert not running_in(project)
+    assert not [path for path in (project / workspace.FOLDER).iterdir() if path.is_dir()]
+
+
+def test_a_stage_does_not_outlive_a_killed_flow_run(project: Path, api_url: str) -> None:
+    (project.parent / "download.sleep").touch()
+    process = start_run(project, api_url=api_url)
+    assert process.stdout
+    next(line for line in process.stdout if "download begins" in line)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not running_in(project))
+    assert len(workspace.remove_leftovers(project)) == 1
+
+
+def running_in(project: Path) -> list[str]:
+    """Command lines of the living processes whose current folder is the project or below."""
+    found = []
+    for process in psutil.process_iter(["cwd", "cmdline", "status"]):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and (process.info["cwd"] or "").startswith(str(project)):
+            found.append(" ".join(process.info["cmdline"]))
+    return found
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_leftovers_of_the_dead_are_removed_and_the_living_are_not(project: Path, opened: Workspace) -> None:
+    dead = project / workspace.FOLDER / "dead"
+    (dead / "clone").mkdir(parents=True)
+    assert workspace.remove_leftovers(project) == ["dead"]
+    assert not dead.exists()
+    assert opened.folder.exists()
+
+
+def test_the_users_images_hash_as_in_the_checkout(project: Path, opened: Workspace) -> None:
+    opened.reproduce("download", on_line=print)
+    dvc(project, "repro", "download")
+    assert dep_md5(opened.folder) == dep_md5(project)
+
+
+def dep_md5(folder: Path) -> str:
+    [dep, _] = read_yaml(folder / "dvc.lock")["stages"]["download"]["deps"]
+    assert dep["nfiles"] == 2
+    return str(dep["md5"])
+
+
+def test_lines_and_exit_status_of_a_stage_come_through(project: Path, opened: Workspace) -> None:
+    lines: list[str] = []
+    (project.parent / "download.exit").write_text("7")
+    with pytest.raises(StepError, match=r"download: train\.device") as caught:
+        opened.reproduce("download", on_line=lines.append)
+    assert caught.value.status == 7
+    assert lines[-2:] == ["download begins", "error: train.device is 'cuda'; allowed: cpu"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "digit"], "recipe: found 'digit'; allowed: digits (did you mean digits?)"),
+        (["--set", "train.epoch=3"], "unknown key 'train.epoch'"),
+        (["--set", "train.epochs=0"], "train.epochs is 0"),
+    ],
+)
+def test_a_bad_parameter_ends_before_a_server_is_started(project: Path, arguments: list[str], message: str) -> None:
+    status, text = run(project, *arguments, api_url="")
+    assert status == 2
+    assert message in text
+    assert len(text.splitlines()) == 1
+    assert not (project / ".prefect" / "server.json").exists()
+
+
+def test_a_prefect_server_that_does_not_answer_is_one_line(project: Path) -> None:
+    status, text = run(project, api_url=f"http://127.0.0.1:{free_port()}/api")
+    assert status == 75
+    assert "PREFECT_API_URL: no server answers at" in text.splitlines()[-1]
+
+
+def test_a_checkout_without_a_commit_is_refused(project: Path) -> None:
+    shutil.rmtree(project / ".git")
+    with pytest.raises(UserError, match="not the top folder of a git repository"):
+        workspace.take_snapshot(project)
+    output(project, "git", "init", "-q")
+    with pytest.raises(UserError, match="no git commit yet"):
+        workspace.take_snapshot(project)
+
+
+def test_experiment_names_are_valid_and_unique(project: Path) -> None:
+    output(project, "git", "update-ref", "refs/exps/ab/cdef/digits-a", "HEAD")
+    assert workspace.experiment_name(project, "digits-a", "digits-a-1") == "digits-a-1"
+    assert workspace.experiment_name(project, "my images/b~1") == "my-images-b-1"
+
+
+def test_the_tracking_store_is_the_projects_unless_the_user_names_one(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert workspace.tracking_uri(project) == f"sqlite:///{project}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    assert workspace.tracking_uri(project) == f"sqlite:///{project}/other.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert workspace.tracking_uri(project) == "http://127.0.0.1:5000"

@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.params import check_params, compose, dump_yaml, load_params, main, parse_override, recipe_path
+from tests.conftest import DEFAULTS, PROJECT, params
+
+
+def test_the_committed_parameters_are_complete() -> None:
+    assert load_params(PROJECT / "params.yaml").download.dataset == "digits"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (PROJECT / "recipes").glob("*.yaml")))
+def test_every_recipe_is_valid(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+    check_params(compose(recipe, {}), origin=recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("download__dataset", "mnist", "download.dataset is 'mnist'; allowed: 'digits', 'cifar10' or 'imagefolder'"),
+        ("download__md5", "xyz", "download.md5 is 'xyz'"),
+        ("download__urls", [], "download.urls"),
+        ("download__timeout_seconds", 0, "download.timeout_seconds is 0; allowed: greater than 0"),
+        ("normalize__channels", 4, "normalize.channels is 4; allowed: 'auto', 1 or 3"),
+        ("normalize__validation_fraction", 0, "normalize.validation_fraction is 0; allowed: greater than 0"),
+        ("normalize__validation_fraction", 1, "normalize.validation_fraction is 1; allowed: less than 1"),
+        (
+            "normalize__max_unreadable_fraction",
+            "many",
+            "normalize.max_unreadable_fraction is 'many'; allowed: a valid num",
+        ),
+        ("train__epochs", 2.5, "train.epochs is 2.5; allowed: a valid integer"),
+        ("train__epochs", True, "train.epochs is True; allowed: a number"),
+        ("train__epochs", 0, "train.epochs is 0; allowed: greater than or equal to 1"),
+        ("train__optimizer", "sdg", "train.optimizer is 'sdg'; allowed: 'sgd', 'adam', 'adamw' or 'rmsprop'"),
+        ("train__learning_rate", float("nan"), "train.learning_rate is nan; allowed: a finite number"),
+        ("train__flip", "yes", "train.flip is 'yes'; allowed: a valid boolean"),
+        ("train__warmup_fraction", 1.0, "train.warmup_fraction is 1.0; allowed: less than 1"),
+        ("train__momentum", 0.0, "train.nesterov is true, but optimizer is sgd and momentum 0.0"),
+        ("train__learnig_rate", 0.1, "unknown key 'train.learnig_rate'; allowed:"),
+        ("evaluate__top_k", 1, "evaluate.top_k is 1; allowed: greater than or equal to 2"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: object, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        params(**{name: value})
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_key_suggests_the_one_that_was_meant() -> None:
+    with pytest.raises(UserError, match=r"did you mean learning_rate\?"):
+        params(train__learnig_rate=0.1)
+
+
+def test_a_missing_key_is_named() -> None:
+    values = {section: dict(fields) for section, fields in DEFAULTS.items()}
+    del values["train"]["epochs"]
+    with pytest.raises(UserError, match=r"train\.epochs is missing"):
+        check_params(values, origin="params.yaml")
+
+
+def test_a_number_in_exponent_form_is_a_number() -> None:
+    assert params(train__learning_rate="1e-3").train.learning_rate == 0.001
+
+
+def test_overrides_win_over_the_recipe_and_comments_stay(workspace: object) -> None:
+    values = compose("cifar10_tutorial", {"train.epochs": 7})
+    assert (values["train"]["epochs"], values["train"]["batch_size"]) == (7, 4)
+    assert "# Every value the pipeline uses" in dump_yaml(values)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"train.epoch": 3}, "unknown key 'train.epoch'; allowed:"),
+        (
+            {"trian.epochs": 3},
+            "unknown section 'trian'; allowed: download, normalize, train, evaluate (did you mean train?)",
+        ),
+        ({"train.epochs": "three"}, "train.epochs is 'three'; allowed: a valid integer"),
+    ],
+)
+def test_a_bad_override_is_named(workspace: object, overrides: dict[str, object], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        compose(None, overrides)
+    assert told in str(error.value)
+
+
+def test_an_unknown_recipe_lists_the_recipes(workspace: object) -> None:
+    with pytest.raises(UserError, match=r"recipe: found 'cifar'; allowed: cifar10_lenet, .*digits"):
+        recipe_path("cifar")
+
+
+@pytest.mark.parametrize("text", ["train.epochs", "epochs=3", "train.epochs=[1"])
+def test_a_malformed_override_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--set"):
+        parse_override(text)
+
+
+def test_values_of_overrides_are_yaml() -> None:
+    assert parse_override("train.weights=null") == ("train.weights", None)
+    assert parse_override("train.learning_rate=0.1") == ("train.learning_rate", 0.1)
+
+
+def test_a_recipe_can_be_written_into_params_yaml(workspace: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["params", "--recipe", "cifar10_lenet", "--set", "train.epochs=5"])
+    main()
+    assert load_params().train.epochs == 5
+    assert load_params().download.dataset == "cifar10"
+
+
+@pytest.mark.parametrize("text", ["train: [", "- 1\n", "", "\x00"])
+def test_a_params_file_that_is_not_one_is_refused_in_one_line(workspace: object, text: str) -> None:
+    Path("params.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"params\.yaml: ") as error:
+        load_params()
+    assert "\n" not in str(error.value)

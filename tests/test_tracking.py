@@ -1,0 +1,203 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+
+from pipeline.artifacts import file_md5
+from pipeline.data import DatasetInfo
+from pipeline.errors import UserError
+from pipeline.model import load_model
+from pipeline.tracking import connect, fetch_model, run_of_model
+from tests.conftest import PROJECT, coloured_images, write_normalized
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which train and evaluate have run, in a git repository with an uncommitted change."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_normalized(folder)
+    text = (
+        (PROJECT / "params.yaml")
+        .read_text()
+        .replace("epochs: 20", "epochs: 2")
+        .replace("log_every_steps: 20", "log_every_steps: 2")
+    )
+    (folder / "params.yaml").write_text("")
+    for command in (
+        ["init", "-q"],
+        ["add", "params.yaml"],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "x"],
+    ):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    (folder / "params.yaml").write_text(text)
+    environment = os.environ | {
+        "PYTHONPATH": str(PROJECT),
+        "PIPELINE_EXPERIMENT": "bold-name",
+        "PIPELINE_FLOW_RUN_ID": "f-1",
+    }
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    for step in ("train", "evaluate"):
+        done = subprocess.run(
+            [sys.executable, "-m", f"pipeline.{step}"],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return folder
+
+
+@pytest.fixture
+def store(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(trained)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{trained}/mlflow.db")
+    return trained
+
+
+def only_run() -> mlflow.entities.Run:
+    connect()
+    runs = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    assert len(runs) == 1
+    return runs[0]
+
+
+def test_a_run_has_parameters_losses_and_test_metrics(store: Path) -> None:
+    run = only_run()
+    assert run.info.status == "FINISHED"
+    assert (run.data.params["train.epochs"], run.data.params["download.dataset"]) == ("2", "digits")
+    wanted = {
+        "loss",
+        "learning_rate",
+        "train_loss",
+        "validation_accuracy",
+        "images_per_second",
+        "test_accuracy",
+        "test_loss",
+    }
+    assert wanted <= set(run.data.metrics)
+
+
+def test_losses_are_recorded_by_step_and_by_epoch(store: Path) -> None:
+    client, run_id = mlflow.MlflowClient(), only_run().info.run_id
+    assert [point.step for point in client.get_metric_history(run_id, "loss")] == [2, 4, 6]
+    assert [point.step for point in client.get_metric_history(run_id, "validation_loss")] == [1, 2]
+
+
+def test_a_run_leads_back_to_code_data_experiment_and_flow_run(store: Path) -> None:
+    tags = only_run().data.tags
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    assert (tags["mlflow.source.git.commit"], tags["git.dirty"]) == (head, "true")
+    assert (tags["dvc.experiment"], tags["prefect.flow_run_id"]) == ("bold-name", "f-1")
+    assert tags["data.md5"] == DatasetInfo.read().md5
+    assert tags["model.md5"] == file_md5(Path("artifacts/train/best.safetensors"))
+
+
+def test_what_was_not_committed_and_the_versions_are_kept_with_the_run(store: Path) -> None:
+    run_id = only_run().info.run_id
+    difference = mlflow.artifacts.load_text(f"runs:/{run_id}/uncommitted.diff")
+    assert "+  model: lenet" in difference
+    assert "\ntorch==" in mlflow.artifacts.load_text(f"runs:/{run_id}/packages.txt")
+
+
+def test_the_data_set_is_recorded_with_its_digest(store: Path) -> None:
+    (recorded,) = only_run().inputs.dataset_inputs  # type: ignore[union-attr]
+    assert (recorded.dataset.name, recorded.dataset.digest) == ("imagefolder", DatasetInfo.read().md5)
+
+
+def test_plots_are_kept_with_the_run(store: Path) -> None:
+    names = {file.path for file in mlflow.MlflowClient().list_artifacts(only_run().info.run_id, "plots")}
+    assert names == {"plots/curves.png", "plots/confusion_matrix.png"}
+
+
+def test_the_recorded_model_predicts_and_holds_no_pickle(store: Path) -> None:
+    model = mlflow.pyfunc.load_model(f"runs:/{only_run().info.run_id}/model")
+    images, _ = coloured_images(12, seed=5)
+    table = model.predict(images)
+    assert list(table.columns) == ["predicted_class", "class 0", "class 1", "class 2"]
+    np.testing.assert_allclose(table.iloc[:, 1:].sum(axis=1), 1, rtol=1e-5)
+    assert not [path for path in (store / "mlartifacts").rglob("*") if path.suffix in {".pkl", ".pth", ".pickle"}]
+
+
+def test_the_recorded_weights_can_be_fetched(store: Path) -> None:
+    folder = fetch_model(f"runs:/{only_run().info.run_id}/model")
+    assert file_md5(folder / "best.safetensors") == file_md5(Path("artifacts/train/best.safetensors"))
+    assert load_model(folder)[1].class_names == ("class 0", "class 1", "class 2")
+
+
+def test_an_unknown_model_is_refused_in_one_line(store: Path) -> None:
+    with pytest.raises(UserError, match="--model runs:/nothing/model: not to be had from MLflow") as error:
+        fetch_model("runs:/nothing/model")
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_no_run_made_gets_a_run(workspace: Path) -> None:
+    run, made = run_of_model("0" * 32, experiment="digits")
+    again, made_again = run_of_model("0" * 32, experiment="digits")
+    assert (made, made_again, again.run_id) == (True, False, run.run_id)
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/nowhere/mlflow.db", "nonsense://store"])
+def test_a_store_that_cannot_be_reached_is_told_in_one_line(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(
+        UserError, match=r"MLFLOW_TRACKING_URI is .*, which does not answer .*unset the variable"
+    ) as error:
+        run_of_model("0" * 32, experiment="digits")
+    assert "\n" not in str(error.value)
+
+
+def test_a_password_in_the_tracking_uri_is_not_shown(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    with pytest.raises(UserError) as error:
+        connect()
+    assert "secret" not in str(error.value)
+
+
+@pytest.fixture
+def served(store: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri = f"runs:/{only_run().info.run_id}/model"
+    command = ["mlflow", "models", "serve", "-m", uri, "--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with subprocess.Popen(
+        command, env=os.environ | {"PATH": path}, start_new_session=True, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(process.pid, 15)
+
+
+def answer(url: str, body: bytes | None = None) -> bytes:
+    """What the server says, once it is up."""
+    for _ in range(240):
+        try:
+            request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=10) as response:
+                return response.read()  # type: ignore[no-any-return]
+        except OSError:
+            time.sleep(0.25)
+    raise TimeoutError(url)
+
+
+def test_the_recorded_model_can_be_served(served: str) -> None:
+    answer(f"{served}/ping")
+    images, _ = coloured_images(2)
+    body = json.dumps({"inputs": images.tolist()}).encode()
+    predictions = json.loads(answer(f"{served}/invocations", body))["predictions"]
+    assert [set(row) for row in predictions] == [{"predicted_class", "class 0", "class 1", "class 2"}] * 2

@@ -1,0 +1,272 @@
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pipeline.data import Split
+from pipeline.errors import UserError
+from pipeline.model import build
+from pipeline.params import TrainParams, dump_yaml
+from pipeline.train import Trained, learning_rate, loss_function, main, make_optimizer, train
+from tests.conftest import DEFAULTS, PROJECT, coloured_images, train_params, write_normalized
+from tests.test_model import config
+
+OPTIMIZERS = {
+    "sgd": {"optimizer": "sgd", "momentum": 0.0, "nesterov": False},
+    "momentum": {"optimizer": "sgd", "momentum": 0.9, "nesterov": False},
+    "nesterov": {"optimizer": "sgd", "momentum": 0.9, "nesterov": True},
+    "adam": {"optimizer": "adam", "learning_rate": 0.002, "momentum": 0.0, "nesterov": False},
+    "adamw": {"optimizer": "adamw", "learning_rate": 0.002, "momentum": 0.0, "nesterov": False},
+    "rmsprop": {"optimizer": "rmsprop", "learning_rate": 0.001, "momentum": 0.0, "nesterov": False},
+}
+QUICK = {"epochs": 2, "batch_size": 16, "schedule": "constant", "warmup_fraction": 0.0}
+
+
+def split_of(number: int, *, seed: int) -> Split:
+    images, labels = coloured_images(number, seed=seed)
+    return Split.of(images, labels, mean=[0.4] * 3, std=[0.25] * 3, device=torch.device("cpu"))
+
+
+def run(params: TrainParams, *, images: int = 48) -> Trained:
+    torch.manual_seed(params.seed)
+    classifier = build(config(params.model, classes=3))
+    return train(classifier, params=params, train_split=split_of(images, seed=1), validation_split=split_of(24, seed=2))
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "optimizer"),
+    list(itertools.product(["lenet", "resnet18", "mobilenet_v3_small"], ["cross_entropy", "mse"], OPTIMIZERS)),
+)
+def test_every_model_loss_and_optimizer_trains(model: str, loss: str, optimizer: str) -> None:
+    params = train_params(model=model, loss=loss, **QUICK, **OPTIMIZERS[optimizer])
+    trained = run(params)
+    before = build(config(model, classes=3)).state_dict()
+    assert all(np.isfinite(vars(epoch)["train_loss"]) for epoch in trained.history)
+    assert any(not torch.equal(trained.last[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_lenet_learns_with_every_optimizer(optimizer: str) -> None:
+    rate = {} if "learning_rate" in OPTIMIZERS[optimizer] else {"learning_rate": 0.1 if optimizer == "sgd" else 0.01}
+    trained = run(train_params(**QUICK | {"epochs": 12}, **OPTIMIZERS[optimizer] | rate), images=240)
+    assert trained.history[-1].train_loss < 0.5 * trained.history[0].train_loss
+    assert trained.history[-1].validation_accuracy > 0.9
+
+
+def test_two_runs_are_bit_identical() -> None:
+    params = train_params(**QUICK, flip=True, crop_padding=3, cutout_size=8)
+    first, second = run(params), run(params)
+    assert first.history == second.history
+    assert all(torch.equal(first.last[name], second.last[name]) for name in first.last)
+
+
+def test_another_seed_gives_another_model() -> None:
+    first, second = run(train_params(**QUICK)), run(train_params(**QUICK, seed=1))
+    assert not torch.equal(first.last["network.0.weight"], second.last["network.0.weight"])
+
+
+def test_dropout_too_follows_from_the_seed() -> None:
+    params = train_params(**QUICK | {"epochs": 1}, model="mobilenet_v3_small")
+    assert run(params).history == run(params).history
+
+
+def test_golden_losses() -> None:
+    trained = run(train_params(**QUICK | {"epochs": 3}))
+    losses = [epoch.train_loss for epoch in trained.history]
+    assert losses == pytest.approx([1.0935, 1.0102, 0.5171], rel=0.02)
+
+
+def test_sgd_without_momentum_is_the_bare_rule() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    params = train_params(optimizer="sgd", momentum=0.0, nesterov=False, weight_decay=0.0, learning_rate=0.1)
+    optimizer = make_optimizer(iter([weight]), params=params)
+    (weight**2).sum().backward()  # type: ignore[no-untyped-call]
+    expected = weight.detach() - 0.1 * weight.grad  # type: ignore[operator]
+    optimizer.step()
+    assert torch.equal(weight.detach(), expected)
+
+
+def test_mse_compares_with_one_hot_targets_of_the_outputs_shape() -> None:
+    logits, labels = torch.tensor([[0.5, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])
+    assert loss_function("mse")(logits, labels).item() == pytest.approx((0.25 + 0 + 0 + 1) / 4)
+
+
+def test_label_smoothing_is_pytorchs() -> None:
+    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    ours = loss_function("cross_entropy", label_smoothing=0.1)(logits, labels)
+    assert torch.equal(ours, nn.functional.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+def rates(params: TrainParams, steps_per_epoch: int = 10) -> list[float]:
+    steps = range(params.epochs * steps_per_epoch)
+    return [learning_rate(step, steps_per_epoch=steps_per_epoch, params=params) for step in steps]
+
+
+def pytorch_rates(scheduler_of: object, params: TrainParams, steps: int) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=params.learning_rate)
+    scheduler = scheduler_of(optimizer)  # type: ignore[operator]
+    found = []
+    for _ in range(steps):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+def test_one_cycle_is_pytorchs() -> None:
+    params = train_params(schedule="one_cycle", epochs=10, warmup_fraction=0.3)
+    schedulers = torch.optim.lr_scheduler
+    reference = pytorch_rates(
+        lambda o: schedulers.OneCycleLR(o, params.learning_rate, total_steps=100, pct_start=0.3), params, 100
+    )
+    assert rates(params) == pytest.approx(reference)
+
+
+def test_cosine_is_pytorchs() -> None:
+    params = train_params(schedule="cosine", epochs=10, warmup_fraction=0.0)
+    reference = pytorch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 100), params, 100)
+    assert rates(params) == pytest.approx(reference)
+
+
+def test_step_is_pytorchs() -> None:
+    params = train_params(schedule="step", epochs=10, warmup_fraction=0.0, step_epochs=3, step_factor=0.5)
+    reference = pytorch_rates(lambda o: torch.optim.lr_scheduler.StepLR(o, 30, 0.5), params, 100)
+    assert rates(params) == pytest.approx(reference)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "one_cycle"])
+def test_every_schedule_climbs_to_its_peak_during_the_warm_up(schedule: str) -> None:
+    found = rates(train_params(schedule=schedule, epochs=10, warmup_fraction=0.2, step_epochs=4))
+    assert found[:20] == sorted(found[:20])
+    assert max(found) == pytest.approx(0.05)
+    assert all(rate <= 0.05 for rate in found)
+
+
+@pytest.mark.parametrize("warmup_fraction", [0.0, 0.01, 0.99])
+def test_one_cycle_survives_extreme_warm_ups(warmup_fraction: float) -> None:
+    found = rates(train_params(schedule="one_cycle", epochs=2, warmup_fraction=warmup_fraction))
+    assert all(0 < rate <= 0.05 for rate in found)
+
+
+def test_gradients_are_clipped() -> None:
+    params = QUICK | {"epochs": 1, "optimizer": "sgd", "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+    start = run(train_params(**params, learning_rate=1e-12)).last
+    clipped = run(train_params(**params, learning_rate=1.0, gradient_clip_norm=1e-3)).last
+    moved = torch.sqrt(sum(((clipped[name] - start[name]) ** 2).sum() for name in start))  # type: ignore[arg-type]
+    assert 0 < moved <= 3 * 1e-3 * 1.01
+
+
+def test_early_stopping_ends_after_epochs_without_a_better_validation() -> None:
+    trained = run(train_params(**QUICK | {"epochs": 50}, early_stopping_epochs=2, learning_rate=1e-9))
+    assert len(trained.history) == 3
+
+
+def test_the_best_epoch_is_kept_beside_the_last() -> None:
+    trained = run(train_params(**QUICK | {"epochs": 6}, learning_rate=0.1))
+    accuracies = [epoch.validation_accuracy for epoch in trained.history]
+    best = accuracies.index(max(accuracies)) + 1
+    shorter = run(train_params(**QUICK | {"epochs": best}, learning_rate=0.1))
+    assert torch.equal(trained.best["network.0.weight"], shorter.last["network.0.weight"])
+
+
+def test_a_non_finite_loss_stops_before_the_step_and_names_it() -> None:
+    with pytest.raises(UserError, match=r"epoch 1, step \d+: the loss is (nan|inf); lower train\.learning_rate"):
+        run(train_params(**QUICK, optimizer="sgd", momentum=0.0, nesterov=False, learning_rate=1e30))
+
+
+def step(workspace: Path, **changes: object) -> subprocess.CompletedProcess[str]:
+    """Run the step as DVC runs it."""
+    values = json.loads(json.dumps(DEFAULTS))
+    values["train"] |= {"epochs": 2, "batch_size": 16} | changes
+    (workspace / "params.yaml").write_text(dump_yaml(values))
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    command = [sys.executable, "-m", "pipeline.train"]
+    return subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
+
+
+def runs() -> list[mlflow.entities.Run]:
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    return client.search_runs([e.experiment_id for e in client.search_experiments()])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"batch_size": 500}, "error: train.batch_size is 500, but the train split has 96 images; allowed: 1 to 96"),
+        ({"model": "lent"}, "error: train.model is 'lent'; allowed: lenet or"),
+        ({"weights": "gone.pth"}, "error: train.weights: no such file gone.pth"),
+        pytest.param(
+            {"device": "cuda"},
+            "error: train.device is cuda, but PyTorch finds none here; allowed on this machine: auto, ",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_the_last_model_stays(
+    workspace: Path, changes: dict[str, object], told: str
+) -> None:
+    write_normalized(workspace)
+    model = workspace / "artifacts" / "train" / "best.safetensors"
+    model.parent.mkdir()
+    model.write_text("the last good model")
+    done = step(workspace, **changes)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert done.stderr.startswith(told)
+    assert model.read_text() == "the last good model"
+
+
+def test_a_failed_run_is_marked_failed_and_leaves_the_last_model(workspace: Path) -> None:
+    write_normalized(workspace)
+    done = step(workspace, optimizer="sgd", momentum=0.0, nesterov=False, learning_rate=1.0e30, schedule="constant")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "step 2: the loss is" in done.stderr
+    assert [run.info.status for run in runs()] == ["FAILED"]
+    assert not (workspace / "artifacts" / "train").exists()
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_run_is_marked_killed(workspace: Path, sent: signal.Signals, status: int) -> None:
+    write_normalized(workspace)
+    values = json.loads(json.dumps(DEFAULTS))
+    values["train"] |= {"epochs": 100_000, "batch_size": 16}
+    (workspace / "params.yaml").write_text(dump_yaml(values))
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "pipeline.train"],
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("epoch"):
+        assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(sent)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert len(stderr.splitlines()) == 1, stderr
+    assert [run.info.status for run in runs()] == ["KILLED"]
+
+
+def test_the_step_writes_models_history_and_curves(workspace: Path) -> None:
+    write_normalized(workspace)
+    done = step(workspace)
+    assert (done.returncode, done.stderr) == (0, "")
+    names = sorted(path.name for path in (workspace / "artifacts" / "train").iterdir())
+    assert names == ["best.safetensors", "curves.png", "history.csv", "last.safetensors", "model.json"]
+    assert done.stdout.splitlines()[-1].startswith("epoch 2/2 ████████████████████ loss")
+
+
+def test_missing_input_names_the_step_that_makes_it(workspace: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main()

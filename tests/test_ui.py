@@ -1,0 +1,91 @@
+"""`make ui`: both servers answer on loopback, and nothing of them stays."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import server, ui
+from pipeline.errors import TemporaryError, UserError
+from tests.test_flows import free_port
+
+PROGRAM = "from pathlib import Path; from flows import ui; ui.PROJECT = Path.cwd(); ui.main()"
+REPOSITORY = str(Path(__file__).parents[1])
+
+
+@contextmanager
+def open_ui(folder: Path, *, mlflow_port: int, prefect_port: int) -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "MLFLOW_PORT": str(mlflow_port), "PREFECT_PORT": str(prefect_port)}
+    environment |= {"PYTHONPATH": REPOSITORY, "PREFECT_HOME": str(folder / ".prefect"), "PREFECT_API_URL": ""}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        cwd=folder,
+        env={name: value for name, value in environment.items() if name != "MLFLOW_TRACKING_URI"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def test_both_pages_answer_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
+    mlflow_port, prefect_port = free_port(), free_port()
+    with open_ui(tmp_path, mlflow_port=mlflow_port, prefect_port=prefect_port) as process:
+        assert process.stdout
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert lines[0] == f"MLflow:  http://127.0.0.1:{mlflow_port}\n"
+        assert lines[1] == f"Prefect: http://127.0.0.1:{prefect_port}\n"
+        assert server.answers(f"http://127.0.0.1:{mlflow_port}/")
+        assert server.answers(f"http://127.0.0.1:{prefect_port}/")
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert server.is_free(mlflow_port)
+    assert server.is_free(prefect_port)
+
+
+@pytest.mark.parametrize("name", ["MLFLOW_PORT", "PREFECT_PORT"])
+def test_a_port_in_use_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    port = free_port()
+    monkeypatch.setenv(name, str(port))
+    refused = pytest.raises(UserError, match=f"port {port} is in use; .* {name}=")
+    with socket.create_server(("127.0.0.1", port)), refused:
+        open_page(name, tmp_path, port)
+
+
+def open_page(name: str, folder: Path, port: int) -> None:
+    with ui.mlflow_server(folder, port=port) if name == "MLFLOW_PORT" else ui.prefect_server(folder):
+        pass
+
+
+def test_a_port_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_PORT", "http")
+    with pytest.raises(UserError, match="MLFLOW_PORT: found 'http'; allowed: a port number"):
+        server.port_variable("MLFLOW_PORT", 5000)
+
+
+def test_stop_ends_the_server_and_a_second_start_reuses_it(tmp_path: Path) -> None:
+    first, new = server.start(tmp_path, port=free_port())
+    assert (server.start(tmp_path), new) == ((first, False), True)
+    assert server.stop(tmp_path) == first
+    assert server.running(tmp_path) is None
+    assert server.is_free(first.port)
+    assert server.stop(tmp_path) is None
+
+
+def test_a_server_that_does_not_start_is_one_line(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = server.launch(["nothing_here"], log=log, environment=dict(os.environ))
+    with pytest.raises(TemporaryError, match=r"the server did not start: .*No module named nothing_here; see "):
+        server.wait_for("http://127.0.0.1:9/", process, name="the server", log=log)
