@@ -1,5 +1,6 @@
 """Errors that a user can act on: one line and an exit status, never a traceback."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -56,5 +57,8 @@ def _terminate(_signum: int, _frame: Any) -> NoReturn:
 
 
 def _leave(message: str, status: int) -> NoReturn:
+    # DVC takes a stage's outputs away before it runs the stage, but keeps them in its cache
+    if "DVC_STAGE" in os.environ and "PIPELINE_FLOW_RUN_ID" not in os.environ:
+        message += "; `dvc checkout` brings the last good outputs back"
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     sys.exit(status)

@@ -209,7 +209,8 @@ def recipe_path(recipe: str) -> Path:
     """`recipes/<recipe>.yaml`; raises UserError listing the recipes where it is not one."""
     names = sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
     if recipe not in names:
-        raise UserError(f"recipe: found {recipe!r}; allowed: {_choices(recipe, names)}")
+        allowed = _choices(recipe, names) if names else f"none here, since {RECIPES_FOLDER}/ holds no recipe"
+        raise UserError(f"recipe: found {recipe!r}; allowed: {allowed}")
     return RECIPES_FOLDER / f"{recipe}.yaml"
 
 

@@ -315,12 +315,11 @@ def _report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams
         {name: value for name, value in values.items() if name != "epoch"} | {"images_per_second": images_per_second},
         step=epoch.epoch,
     )
-    done = round(20 * epoch.epoch / params.epochs)
+    done = round(10 * epoch.epoch / params.epochs)
     print(
-        f"epoch {epoch.epoch:>{len(str(params.epochs))}}/{params.epochs} {'█' * done}{'░' * (20 - done)} "
-        f"loss {epoch.train_loss:.4f}  accuracy {epoch.train_accuracy:.1%}  |  "
-        f"validation: loss {epoch.validation_loss:.4f}  accuracy {epoch.validation_accuracy:.1%}  |  "
-        f"{images_per_second:,.0f} images/s",
+        f"epoch {epoch.epoch:>{len(str(params.epochs))}}/{params.epochs} {'█' * done}{'░' * (10 - done)} "
+        f"loss {epoch.train_loss:.3f} accuracy {epoch.train_accuracy:.1%} | "
+        f"validation {epoch.validation_loss:.3f} {epoch.validation_accuracy:.1%} | {images_per_second:,.0f} images/s",
         flush=True,
     )
 

@@ -88,22 +88,15 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh repository of the project's files as they are now, with DVC set up, as the current folder."""
+def copy_project(target: Path) -> Path:
+    """A fresh repository of the project's files as they are now."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listing, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
-    target = tmp_path / "clone"
     for name in files.splitlines():
         if (PROJECT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(PROJECT / name, target / name)
-    for command in (
-        ["init", "-q"],
-        ["add", "."],
-        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "all"],
-    ):
+    commit = ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "all"]
+    for command in (["init", "-q"], ["add", "."], commit):
         subprocess.run(["git", *command], cwd=target, check=True)
-    monkeypatch.chdir(target)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return target

@@ -264,7 +264,7 @@ def test_the_step_writes_models_history_and_curves(workspace: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     names = sorted(path.name for path in (workspace / "artifacts" / "train").iterdir())
     assert names == ["best.safetensors", "curves.png", "history.csv", "last.safetensors", "model.json"]
-    assert done.stdout.splitlines()[-1].startswith("epoch 2/2 ████████████████████ loss")
+    assert done.stdout.splitlines()[-1].startswith("epoch 2/2 ██████████ loss")
 
 
 def test_missing_input_names_the_step_that_makes_it(workspace: Path) -> None:

@@ -1,0 +1,114 @@
+"""`dvc repro` in a fresh clone: what runs, what does not, and that nothing good is lost."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.params import read_yaml
+from tests.conftest import PROJECT, copy_project
+
+BIN = Path(sys.executable).parent
+
+
+def dvc(*arguments: str, status: int = 0) -> str:
+    """What a DVC command prints in the current folder."""
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run([BIN / "dvc", *arguments], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def change(old: str, new: str) -> None:
+    path = Path("params.yaml")
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+def stages_run(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+@pytest.fixture(scope="module")
+def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone whose default trains for two epochs, reproduced once."""
+    folder = copy_project(tmp_path_factory.mktemp("dvc") / "project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        change("epochs: 20", "epochs: 2")
+        assert stages_run(dvc("repro")) == ["download", "normalize", "train", "evaluate"]
+    return folder
+
+
+@pytest.fixture
+def project(reproduced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that clone of one's own, as the current folder."""
+    monkeypatch.chdir(shutil.copytree(reproduced, tmp_path / "project"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Path.cwd()
+
+
+def test_a_second_repro_runs_nothing_and_a_change_only_what_depends_on_it(project: Path) -> None:
+    assert stages_run(dvc("repro")) == []
+    change("top_k: 5", "top_k: 3")
+    assert stages_run(dvc("repro")) == ["evaluate"]
+    change("checkpoint: best", "checkpoint: last")
+    change("seed: 0\n\nevaluate", "seed: 1\n\nevaluate")
+    assert stages_run(dvc("repro")) == ["train", "evaluate"]
+
+
+def test_data_comes_out_with_the_committed_hashes(project: Path) -> None:
+    committed, made = (read_yaml(folder / "dvc.lock")["stages"] for folder in (PROJECT, project))
+    for stage in ("download", "normalize"):
+        assert made[stage]["outs"] == committed[stage]["outs"]
+
+
+def test_metrics_and_parameters_are_there_to_compare(project: Path) -> None:
+    assert (
+        "accuracy"
+        in json.loads(dvc("metrics", "show", "--json"))[""]["data"]["artifacts/evaluate/metrics.json"]["data"]
+    )
+    assert "train.epochs" in dvc("params", "diff")
+    assert Path("dvc_plots/index.html").resolve().as_uri() in dvc("plots", "show")
+
+
+def test_after_a_failed_stage_the_last_good_model_comes_back_as_the_error_says(project: Path) -> None:
+    before = {path: path.read_bytes() for path in Path("artifacts/train").iterdir()}
+    change("batch_size: 32", "batch_size: 32000")
+    output = dvc("repro", status=255)
+    assert "error: train.batch_size is 32000, but the train split has 1293 images" in output
+    assert "`dvc checkout` brings the last good outputs back" in output
+    dvc("checkout")
+    assert {path: path.read_bytes() for path in Path("artifacts/train").iterdir()} == before
+
+
+def test_what_ran_once_is_not_run_again(project: Path) -> None:
+    change("epochs: 2", "epochs: 1")
+    assert stages_run(dvc("repro")) == ["train", "evaluate"]
+    change("epochs: 1", "epochs: 2")
+    assert "Stage 'train' is cached" in dvc("repro")
+
+
+def test_what_was_pushed_can_be_pulled(project: Path) -> None:
+    model = Path("artifacts/train/best.safetensors")
+    content = model.read_bytes()
+    dvc("push")
+    for folder in (".dvc/cache", "artifacts/train"):
+        shutil.rmtree(folder)
+    dvc("pull")
+    assert model.read_bytes() == content
+
+
+def test_a_read_only_project_is_told_in_one_line(project: Path) -> None:
+    read_only = f"mount --bind {project} {project} && mount -o remount,ro,bind {project} && cd {project}"
+    command = ["unshare", "--mount", "sh", "-c", f"{read_only} && exec {sys.executable} -m pipeline.download"]
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("making a folder read-only for root as well takes mount namespaces, which are refused here")
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "Read-only file system" in done.stderr
