@@ -40,7 +40,7 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        change("epochs: 20", "epochs: 2")
+        change("  epochs: 20\n", "  epochs: 2\n")
         assert stages_run(dvc("repro")) == ["download", "normalize", "train", "evaluate"]
     return folder
 
@@ -88,9 +88,9 @@ def test_after_a_failed_stage_the_last_good_model_comes_back_as_the_error_says(p
 
 
 def test_what_ran_once_is_not_run_again(project: Path) -> None:
-    change("epochs: 2", "epochs: 1")
+    change("  epochs: 2\n", "  epochs: 1\n")
     assert stages_run(dvc("repro")) == ["train", "evaluate"]
-    change("epochs: 1", "epochs: 2")
+    change("  epochs: 1\n", "  epochs: 2\n")
     assert "Stage 'train' is cached" in dvc("repro")
 
 
