@@ -163,7 +163,7 @@ def main() -> None:
         overrides = dict(parse_override(text) for text in arguments.overrides)
         compose(arguments.recipe, overrides)
         state = _run_on_server(_api_url(), arguments.recipe, overrides)
-    sys.exit(_report(state))
+    sys.exit(_report(state, recipe=arguments.recipe))
 
 
 def _run_on_server(api_url: str, recipe: str, overrides: dict[str, Any]) -> State[Any]:
@@ -185,10 +185,10 @@ def _api_url() -> str:
     return found.api_url
 
 
-def _report(state: State[Any]) -> int:
+def _report(state: State[Any], *, recipe: str) -> int:
     """Print the summary, or the one line that says why there is none; returns the exit status."""
     if state.is_completed():
-        print(as_text(state.result()))
+        print(as_text(state.result(), recipe=recipe))
         return 0
     if state.is_cancelled():
         print("interrupted: nothing was saved", file=sys.stderr)

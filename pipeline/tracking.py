@@ -29,6 +29,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.types import ColSpec, Schema, TensorSpec
 from mlflow.types.schema import DataType
 
@@ -128,9 +129,21 @@ def connect() -> None:
             requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS).raise_for_status()
         except requests.RequestException as error:
             raise UserError(_unreachable(uri, type(error).__name__)) from None
+    else:
+        _make_store(uri)
     mlflow.set_tracking_uri(uri)
     mlflow.set_system_metrics_sampling_interval(2)  # type: ignore[no-untyped-call]
     mlflow.set_system_metrics_samples_before_logging(1)  # type: ignore[no-untyped-call]
+
+
+def _make_store(uri: str) -> None:
+    """Make a local store with its artifacts in the project; MLflow itself would put them below the current folder."""
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        SqlAlchemyStore(uri, _artifact_root())  # type: ignore[no-untyped-call]
+
+
+def _artifact_root() -> str:
+    return (Path(os.environ.get("PIPELINE_PROJECT", ".")).resolve() / "mlartifacts").as_uri()
 
 
 def _unreachable(uri: str, reason: str) -> str:
@@ -158,8 +171,7 @@ def _experiment_id(name: str) -> str:
     if found := client.get_experiment_by_name(name):
         return str(found.experiment_id)
     local = not os.environ.get("MLFLOW_TRACKING_URI", "sqlite:").startswith("http")
-    project = Path(os.environ.get("PIPELINE_PROJECT", ".")).resolve()
-    return client.create_experiment(name, artifact_location=(project / "mlartifacts").as_uri() if local else None)
+    return client.create_experiment(name, artifact_location=_artifact_root() if local else None)
 
 
 def dataset(name: str, *, source: str | None, digest: str) -> MetaDataset:

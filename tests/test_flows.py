@@ -197,7 +197,7 @@ def test_a_mistake_found_by_a_stage_is_one_line(
     (project.parent / "train.exit").write_text("2")
     state = run_here()
     assert (state.name, state.message) == ("Failed", "train: train.device is 'cuda'; allowed: cpu")
-    assert train_classifier._report(state) == 2
+    assert train_classifier._report(state, recipe="digits") == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: train: train.device is 'cuda'; allowed: cpu"
     assert ran(project) == ["download", "normalize", "train"]
     assert "refs/exps" not in output(project, "git", "for-each-ref").decode()
@@ -222,7 +222,7 @@ def test_only_a_download_that_may_pass_is_tried_again(
     monkeypatch.setattr(train_classifier.download, "retry_delay_seconds", [0.0, 0.0, 0.0])
     (project.parent / f"{stage}.exit").write_text(str(status))
     state = run_here()
-    assert train_classifier._report(state) == status
+    assert train_classifier._report(state, recipe="digits") == status
     assert ran(project).count(stage) == attempts
 
 
