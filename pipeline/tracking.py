@@ -159,7 +159,7 @@ def _unreachable(uri: str, reason: str) -> str:
 def _store_errors() -> Iterator[None]:
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(_unreachable(os.environ.get("MLFLOW_TRACKING_URI") or "mlflow.db", reason)) from None
 

@@ -85,6 +85,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "Start"],
     ):
         subprocess.run(["git", *command], cwd=folder, check=True)
+    for name in ("user.name", "user.email"):  # which DVC asks for to put uncommitted changes aside
+        subprocess.run(["git", "config", name, "t"], cwd=folder, check=True)
     (folder / "toy.py").write_text(TOY + "# changed\n")
     (folder / "data/images/cats").mkdir()
     (folder / "data/images/cats/1.png").write_text("an image")
