@@ -94,7 +94,6 @@ def train_classifier(recipe: str = "digits", overrides: dict[str, Any] = {}) -> 
     try:
         return Completed(data=_run(recipe, overrides))
     except (UserError, TemporaryError, StepError) as error:
-        get_run_logger().error(str(error))
         return Failed(message=str(error), data=error)
     except KeyboardInterrupt:
         return Cancelled(message="interrupted with Ctrl-C")

@@ -221,7 +221,16 @@ def remove_leftovers(project: Path) -> list[str]:
 
 
 def _link_local_files(project: Path, clone: Path, params: Mapping[str, Any]) -> None:
-    """Let the clone see the files that parameters name by a relative path and git does not track."""
+    """Let the clone see the files that parameters name by a relative path and git does not track.
+
+    Raises UserError where the folder of images, which DVC watches whatever the data set, is not there.
+    """
+    folder = project / params["download"]["folder"]
+    if not folder.is_dir():
+        raise UserError(
+            f"download.folder: {str(folder)!r} is not a folder; "
+            "allowed: the path of one with <class>/… or <split>/<class>/…; correct it"
+        )
     named = [params["download"]["folder"], *params["download"]["urls"], params["train"]["weights"]]
     for name in (name for name in named if name and "://" not in name and not Path(name).is_absolute()):
         source = project / name

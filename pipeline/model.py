@@ -219,7 +219,7 @@ def _download_weights(name: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except OSError as error:
         raise TemporaryError(
-            f"train.weights DEFAULT: {weights.url} cannot be fetched ({error}); "
+            f"train.weights DEFAULT: {weights.url} cannot be fetched ({getattr(error, 'reason', error)}); "
             "without internet, copy that file here and name it in train.weights"
         ) from None
     return state
