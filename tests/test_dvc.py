@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.artifacts import file_md5
 from pipeline.params import read_yaml
 from tests.conftest import PROJECT, copy_project
 
@@ -60,6 +61,15 @@ def test_a_second_repro_runs_nothing_and_a_change_only_what_depends_on_it(projec
     change("checkpoint: best", "checkpoint: last")
     change("seed: 0\n\nevaluate", "seed: 1\n\nevaluate")
     assert stages_run(dvc("repro")) == ["train", "evaluate"]
+
+
+def test_the_committed_lock_file_is_of_the_committed_code_and_parameters() -> None:
+    params = read_yaml(PROJECT / "params.yaml")
+    for name, stage in read_yaml(PROJECT / "dvc.lock")["stages"].items():
+        assert stage["params"]["params.yaml"] == {name: params[name]}
+        for dep in stage["deps"]:
+            if dep["path"].startswith("pipeline/"):
+                assert dep["md5"] == file_md5(PROJECT / dep["path"]), f"{dep['path']} changed: run `dvc repro`"
 
 
 def test_data_comes_out_with_the_committed_hashes(project: Path) -> None:
