@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flows import PROJECT, server
 from flows.workspace import tracking_uri
-from pipeline.errors import report_errors
+from pipeline.errors import report_errors, shown
 
 MLFLOW_PORT = 5000
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -22,7 +22,7 @@ def mlflow_server(project: Path, *, port: int) -> Iterator[str]:
     """
     uri = tracking_uri(project)
     if uri.startswith(("http://", "https://")):
-        yield f"{uri} (yours, from MLFLOW_TRACKING_URI)"
+        yield f"{shown(uri)} (yours, from MLFLOW_TRACKING_URI)"
         return
     server.require_free(port, variable="MLFLOW_PORT")
     command = ["mlflow", "server", "--backend-store-uri", uri, "--artifacts-destination", str(project / "mlartifacts")]

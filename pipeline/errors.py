@@ -27,6 +27,14 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised in the main thread while `report_errors` is active."""
 
 
+def shown(place: str) -> str:
+    """A URL or path without what may be secret in it: user, password and query."""
+    address, _, _ = place.partition("?") if "://" in place else (place, "", "")
+    scheme, separator, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+
+
 @contextmanager
 def report_errors() -> Iterator[None]:
     """Turn what a user can act on, and SIGTERM, into one line on stderr and an exit status.

@@ -13,7 +13,7 @@ import requests
 import urllib3
 
 from pipeline.artifacts import expand, file_md5, naming
-from pipeline.errors import TemporaryError, UserError
+from pipeline.errors import TemporaryError, UserError, shown
 from pipeline.params import DownloadParams
 from pipeline.progress import in_bytes, progress
 
@@ -55,8 +55,8 @@ def _try_places(params: DownloadParams, *, kept: Path) -> Path:
                 return _check_local(local, params.md5)
             return _fetch(place, params, partial=kept.parent / f"{params.md5}.partial").replace(kept)
         except _PlaceError as failure:
-            print(f"{_shown(place)}: {failure}", flush=True)
-            failures[_shown(place)] = failure
+            print(f"{shown(place)}: {failure}", flush=True)
+            failures[shown(place)] = failure
     raise _no_place_served(failures, params.md5)
 
 
@@ -88,16 +88,8 @@ def _local_path(place: str) -> Path | None:
     elif not scheme:
         return expand(place)
     raise UserError(
-        f"download.urls: found {_shown(place)!r}; allowed: http://…, https://…, file:///… or a path; correct it"
+        f"download.urls: found {shown(place)!r}; allowed: http://…, https://…, file:///… or a path; correct it"
     )
-
-
-def _shown(place: str) -> str:
-    """The place without what may be secret: user, password and query."""
-    address, _, _ = place.partition("?") if "://" in place else (place, "", "")
-    scheme, separator, rest = address.partition("://")
-    host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
 
 
 def _check_local(path: Path, md5: str) -> Path:
@@ -144,7 +136,7 @@ def _fetch(url: str, params: DownloadParams, *, partial: Path) -> Path:
         partial.unlink()
         if not resumed:
             break
-        print(f"{_shown(url)}: the resumed download has MD5 {found}; fetching it anew", flush=True)
+        print(f"{shown(url)}: the resumed download has MD5 {found}; fetching it anew", flush=True)
     raise _PlaceError(f"{in_bytes(size)} with MD5 {found}", may_pass=False, found_md5=found)
 
 
@@ -161,7 +153,7 @@ def _receive_all(url: str, params: DownloadParams, *, partial: Path) -> bool:
             size = _size(partial)
             if not failure.may_pass or size <= longest or resumes == MAX_RESUMES:
                 raise
-            print(f"{_shown(url)}: {failure}; going on", flush=True)
+            print(f"{shown(url)}: {failure}; going on", flush=True)
             longest = size
         time.sleep(RESUME_PAUSE_SECONDS)
     raise AssertionError("the last attempt returns or raises")
@@ -207,7 +199,7 @@ def _append(response: requests.Response, partial: Path, *, offset: int) -> None:
     length = response.headers.get("Content-Length", "")
     total = offset + int(length) if length.isdecimal() else None
     size = in_bytes(total) if total is not None else "size unknown"
-    print(f"{_shown(response.url)}: {f'resuming at {in_bytes(offset)}' if offset else 'fetching'}, {size}", flush=True)
+    print(f"{shown(response.url)}: {f'resuming at {in_bytes(offset)}' if offset else 'fetching'}, {size}", flush=True)
     with (
         naming(partial),
         partial.open("ab" if offset else "wb") as file,

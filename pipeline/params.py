@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from pipeline.artifacts import write_text
-from pipeline.errors import UserError, report_errors
+from pipeline.errors import UserError, report_errors, shown
 
 PARAMS_FILE = Path("params.yaml")
 RECIPES_FOLDER = Path("recipes")
@@ -176,6 +176,11 @@ class Params(Section):
     normalize: NormalizeParams
     train: TrainParams
     evaluate: EvaluateParams
+
+    def flat(self) -> dict[str, Any]:
+        """`{"train.epochs": 20, …}` to be recorded: addresses without user, password and query."""
+        values = {f"{step}.{name}": value for step, section in self for name, value in section}
+        return values | {"download.urls": ", ".join(map(shown, self.download.urls))}
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:

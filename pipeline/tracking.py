@@ -34,7 +34,7 @@ from mlflow.types import ColSpec, Schema, TensorSpec
 from mlflow.types.schema import DataType
 
 from pipeline.artifacts import file_md5
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 
 SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "pillow", "safetensors")
 """What a served model imports; its requirements name the versions it was trained with."""
@@ -147,10 +147,8 @@ def _artifact_root() -> str:
 
 
 def _unreachable(uri: str, reason: str) -> str:
-    parts = urlsplit(uri)
-    shown = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()  # no password in a log
     return (
-        f"MLFLOW_TRACKING_URI is {shown}, which does not answer ({reason}); start that server, "
+        f"MLFLOW_TRACKING_URI is {shown(uri)}, which does not answer ({reason}); start that server, "
         "or unset the variable to record into mlflow.db here"
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pipeline import plots, tracking
 from pipeline.artifacts import TRAIN, file_md5, replace_folder, write_bytes, write_csv
 from pipeline.data import Augmentation, DatasetInfo, Split, choose_device, generator, training_batches
-from pipeline.errors import UserError, report_errors
+from pipeline.errors import UserError, report_errors, shown
 from pipeline.model import Classifier, ModelConfig, build, load_pretrained, logits_of, save_config, save_weights
 from pipeline.params import DownloadParams, TrainParams, load_params
 from pipeline.progress import progress
@@ -275,12 +275,7 @@ def main() -> None:
         classifier.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
         _say_start(classifier, config=config, device=device, drawn=drawn)
         source = tracking.dataset(info.dataset, source=_source(everything.download), digest=info.md5)
-        flat = {
-            f"{step}.{name}": value
-            for step, section in everything.model_dump().items()
-            for name, value in section.items()
-        }
-        with tracking.training_run(experiment=info.dataset, params=flat, dataset=source) as run:
+        with tracking.training_run(experiment=info.dataset, params=everything.flat(), dataset=source) as run:
             print(f"MLflow run {run.run_id}", flush=True)
             trained = train(
                 classifier,
@@ -295,7 +290,7 @@ def main() -> None:
 
 
 def _source(params: DownloadParams) -> str | None:
-    return {"digits": None, "cifar10": params.urls[0], "imagefolder": str(Path(params.folder).resolve())}[
+    return {"digits": None, "cifar10": shown(params.urls[0]), "imagefolder": str(Path(params.folder).resolve())}[
         params.dataset
     ]
 

@@ -119,3 +119,9 @@ def test_a_params_file_that_is_not_one_is_refused_in_one_line(workspace: object,
     with pytest.raises(UserError, match=r"params\.yaml: ") as error:
         load_params()
     assert "\n" not in str(error.value)
+
+
+def test_recorded_parameters_hold_no_password() -> None:
+    flat = params(download__urls=["https://me:secret@host/a.tar.gz?token=secret", "/data/b.tar.gz"]).flat()
+    assert flat["download.urls"] == "https://host/a.tar.gz, /data/b.tar.gz"
+    assert flat["train.epochs"] == 20
