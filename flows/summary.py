@@ -1,6 +1,7 @@
 """What a flow run tells at its end: a table for the terminal, and the artifact that Prefect shows."""
 
 import csv
+import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,4 +120,4 @@ def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(html.escape(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -24,10 +24,9 @@ from prefect.states import Cancelled, Completed, Failed
 from flows import PROJECT, server
 from flows.summary import Step, Summary, as_markdown, as_text, changed_params, read_summary
 from flows.workspace import StepError, Workspace, experiment_name, open_workspace, untracked_files
-from pipeline.errors import EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors
+from pipeline.errors import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors
 from pipeline.params import compose, dump_yaml, parse_override, read_yaml
 
-EXIT_INTERRUPTED = 130
 HOUR = 3600.0
 _CACHED = {"restored": "its files came from DVC's cache", "unchanged": "nothing to do"}
 
@@ -93,7 +92,7 @@ def train_classifier(recipe: str = "digits", overrides: dict[str, Any] = {}) -> 
     """
     try:
         return Completed(data=_run(recipe, overrides))
-    except (UserError, TemporaryError, StepError) as error:
+    except (UserError, TemporaryError, StepError, OSError) as error:
         return Failed(message=str(error), data=error)
     except KeyboardInterrupt:
         return Cancelled(message="interrupted with Ctrl-C")

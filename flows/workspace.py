@@ -143,7 +143,12 @@ def take_snapshot(project: Path) -> str:
         raise UserError(f"{project}: no git commit yet; run `git add . && git commit -m Start`")
     if unmerged := _git(project, "diff", "--name-only", "--diff-filter=U"):
         raise UserError(f"{', '.join(unmerged.split())}: merge conflict; resolve it or run `git merge --abort`")
-    return _git(project, "stash", "create") or _git(project, "rev-parse", "HEAD")
+    changes = _git(project, "stash", "create")
+    if changes and _git(project, "rev-parse", "--is-shallow-repository") == "true":
+        raise UserError(
+            f"{project}: a shallow clone with uncommitted changes; run `git fetch --unshallow`, or commit them"
+        )
+    return changes or _git(project, "rev-parse", "HEAD")
 
 
 def untracked_files(project: Path) -> list[str]:

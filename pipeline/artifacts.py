@@ -24,6 +24,9 @@ NORMALIZE = Path("artifacts/normalize")
 TRAIN = Path("artifacts/train")
 EVALUATE = Path("artifacts/evaluate")
 
+CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
+IMAGEFOLDER_ARCHIVE = "images.tar"
+
 Images = npt.NDArray[np.uint8]
 """(N, H, W, C) uint8."""
 Labels = npt.NDArray[np.int64]

@@ -11,15 +11,21 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pipeline.artifacts import DOWNLOAD, atomic, expand, replace_folder, write_array, write_json
+from pipeline.artifacts import (
+    CIFAR10_ARCHIVE,
+    DOWNLOAD,
+    IMAGEFOLDER_ARCHIVE,
+    atomic,
+    expand,
+    replace_folder,
+    write_array,
+    write_json,
+)
 from pipeline.errors import UserError, report_errors
 from pipeline.fetch import find_archive
 from pipeline.imagefolder import pack, scan
 from pipeline.params import DownloadParams, load_params
 from pipeline.progress import in_bytes
-
-CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
-IMAGEFOLDER_ARCHIVE = "images.tar"
 
 
 def download(params: DownloadParams, *, folder: Path = DOWNLOAD) -> None:

@@ -27,9 +27,14 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised in the main thread while `report_errors` is active."""
 
 
+def first_line(error: object) -> str:
+    """What an error says, in one line, or its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def shown(place: str) -> str:
     """A URL or path without what may be secret in it: user, password and query."""
-    address, _, _ = place.partition("?") if "://" in place else (place, "", "")
+    address = place.partition("#")[0].partition("?")[0] if "://" in place else place
     scheme, separator, rest = address.partition("://")
     host, slash, path = rest.partition("/")
     return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"

@@ -148,6 +148,8 @@ def _split_folders(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
 def _check_classes(root: Path, classes: Sequence[_ClassFolder], folders: dict[str, Path]) -> None:
     known = {each.name for each in classes if each.split == "train"}
     for each in classes:
+        if each.name == "predicted_class":  # the first column of what a served model answers
+            raise _bad_folder(f"{str(each.path)!r} has a name that is taken", "rename it")
         if each.name not in known:
             raise _bad_folder(
                 f"{str(each.path)!r} is a class that train does not have", "add its images to train, or move it away"
@@ -243,6 +245,8 @@ def _composed(entry: os.DirEntry[str]) -> str:
         raise UserError(
             f"download.folder: the name {os.fsencode(entry.path)!r} is not UTF-8; allowed: UTF-8; rename it"
         ) from None
+    if not entry.name.isprintable():
+        raise UserError(f"download.folder: the name {entry.path!r} has control characters; allowed: none; rename it")
     return unicodedata.normalize("NFC", entry.name)
 
 

@@ -1,5 +1,6 @@
 """Networks by name, their weights, and the files that keep both: `<name>.safetensors` with `model.json` beside it."""
 
+import copy
 import difflib
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
-from pipeline.artifacts import Images, missing, read_json, write_bytes, write_json
+from pipeline.artifacts import Images, file_md5, missing, read_json, write_bytes, write_json
 from pipeline.data import Split, evaluation_batches
-from pipeline.errors import TemporaryError, UserError
+from pipeline.errors import TemporaryError, UserError, first_line
 from pipeline.params import Channels, Resize
 
 SMALL_IMAGE_SIZE = 64
@@ -95,14 +96,18 @@ class Classifier(nn.Module):
 
 def build(config: ModelConfig) -> Classifier:
     """The network with freshly drawn weights; raises UserError for an unknown name or a size it cannot take."""
-    num_classes = len(config.class_names)
-    if config.model == "lenet":
-        network: nn.Module = LeNet(num_classes=num_classes, channels=config.channels, image_size=config.network_size)
-        return Classifier(network, network_channels=config.channels, input_size=config.input_size)
-    network = _torchvision_network(config, num_classes=num_classes)
-    classifier = Classifier(network, network_channels=3, input_size=config.input_size)
-    _try(classifier, config)
+    network = _network(config, num_classes=len(config.class_names))
+    channels = config.channels if config.model == "lenet" else 3
+    classifier = Classifier(network, network_channels=channels, input_size=config.input_size)
+    _try(classifier.eval(), config=config, batch_size=1)
+    classifier.train()
     return classifier
+
+
+def _network(config: ModelConfig, *, num_classes: int) -> nn.Module:
+    if config.model == "lenet":
+        return LeNet(num_classes=num_classes, channels=config.channels, image_size=config.network_size)
+    return _torchvision_network(config, num_classes=num_classes)
 
 
 def _torchvision_network(config: ModelConfig, *, num_classes: int) -> nn.Module:
@@ -143,52 +148,66 @@ def _keep_resolution(network: Any, *, kernel_size: int) -> None:
     network.maxpool = nn.Identity()
 
 
-def _try(classifier: Classifier, config: ModelConfig) -> None:
+def try_training(classifier: Classifier, *, config: ModelConfig, batch_size: int) -> None:
+    """Raises UserError where the network cannot take such a batch in training, as its batch normalisation may not."""
+    if config.model != "lenet":
+        _try(copy.deepcopy(classifier).train(), config=config, batch_size=min(batch_size, 2))
+
+
+def _try(classifier: nn.Module, *, config: ModelConfig, batch_size: int) -> None:
     """One forward pass over nothing, since only that tells whether a network can take images of this size."""
-    images = torch.zeros(1, config.channels, config.image_size, config.image_size)
+    images = torch.zeros(batch_size, config.channels, config.image_size, config.image_size)
     try:
         with torch.no_grad():
-            classifier.eval()(images)
+            classifier(images)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"train.model {config.model} cannot take images of {config.network_size} pixels ({reason}); "
-            "set train.input_size to what it was made for, such as 224"
+            f"train.model {config.model} cannot take images of {config.network_size} pixels in batches of {batch_size} "
+            f"({first_line(error)}); set train.input_size to what it was made for, such as 224, or raise batch_size"
         ) from None
 
 
-def load_pretrained(classifier: Classifier, *, config: ModelConfig) -> list[str]:
+def load_pretrained(classifier: Classifier, *, config: ModelConfig, md5: str | None) -> list[str]:
     """Put the weights of `train.weights` into the network; the head stays as drawn where the classes differ in number.
 
     Returns the names of the tensors left as drawn. Nothing is unpickled beyond tensors. Raises UserError where the file
-    is missing, damaged, or of another network, TemporaryError where a download failed.
+    is missing, damaged, of another network or not of this MD5, TemporaryError where a download failed.
     """
     if config.weights is None:
         return []
-    weights = _read_weights(config)
+    weights = {name.removeprefix("network."): tensor for name, tensor in _read_weights(config, md5=md5).items()}
     target = classifier.network.state_dict()
-    weights = {name.removeprefix("network."): tensor for name, tensor in weights.items()}
-    num_classes = len(config.class_names)
     fits = {name: tensor for name, tensor in weights.items() if name in target and tensor.shape == target[name].shape}
     left = [name for name in target if name not in fits]
-    wrong = [name for name in left if target[name].ndim == 0 or target[name].shape[0] != num_classes]
-    if wrong or not fits:
-        name = (wrong or left)[0]
+    wrong = sorted(set(left) - _head(config), key=left.index)
+    if wrong:
+        name = wrong[0]
         found = f"{name} of shape {tuple(weights[name].shape)}" if name in weights else f"no {name}"
         raise UserError(
             f"train.weights {config.weights}: found {found}, but train.model {config.model} has it of shape "
-            f"{tuple(target[name].shape)}; use weights of the same network"
+            f"{tuple(target[name].shape)} for images of {config.network_size} pixels; use weights of the same network"
         )
     classifier.network.load_state_dict(fits, strict=False)
     return left
 
 
-def _read_weights(config: ModelConfig) -> dict[str, Tensor]:
+def _head(config: ModelConfig) -> set[str]:
+    """The names of the tensors whose shape follows from the number of classes."""
+    with torch.device("meta"):
+        one, more = (_network(config, num_classes=len(config.class_names) + extra).state_dict() for extra in (0, 1))
+    return {name for name in one if one[name].shape != more[name].shape}
+
+
+def _read_weights(config: ModelConfig, *, md5: str | None) -> dict[str, Tensor]:
     assert config.weights is not None
     if config.weights == "DEFAULT":
         return _download_weights(config.model)
     path = Path(config.weights)
     try:
+        if (found := file_md5(path)) != md5:
+            raise UserError(
+                f"train.weights_md5 is {md5 or 'null'}, but {path} has {found}; set it to that if the file is right"
+            )
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -196,10 +215,11 @@ def _read_weights(config: ModelConfig) -> dict[str, Tensor]:
         raise UserError(
             f"train.weights: no such file {path}; allowed: null, DEFAULT, or a .safetensors or .pth file"
         ) from None
+    except UserError:
+        raise
     except Exception as error:  # torch raises what its many formats raise; all of it means the same to the user
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"train.weights {path}: not readable as weights alone ({reason}); "
+            f"train.weights {path}: not readable as weights alone ({first_line(error)}); "
             "allowed: .safetensors, or .pth of a state dict"
         ) from None
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
@@ -217,9 +237,9 @@ def _download_weights(name: str) -> dict[str, Tensor]:
     weights: Any = models.get_model_weights(name).DEFAULT
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise TemporaryError(
-            f"train.weights DEFAULT: {weights.url} cannot be fetched ({getattr(error, 'reason', error)}); "
+            f"train.weights DEFAULT: {weights.url} cannot be fetched ({first_line(getattr(error, 'reason', error))}); "
             "without internet, copy that file here and name it in train.weights"
         ) from None
     return state
@@ -254,9 +274,9 @@ def load_model(folder: Path, *, checkpoint: str = "best") -> tuple[Classifier, M
     except FileNotFoundError:
         raise UserError(missing(weights)) from None
     except (SafetensorError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{weights}: damaged or not of {config.model} ({reason}); `dvc repro train --force` makes it again"
+            f"{weights}: damaged or not of {config.model} ({first_line(error)}); "
+            "`dvc repro train --force` makes it again"
         ) from None
     return classifier.eval(), config
 

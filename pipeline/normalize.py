@@ -302,15 +302,14 @@ def report(description: Mapping[str, Any]) -> str:
     """The data in a few lines: a table of counts, then what was found wrong."""
     counts = description["counts"]
     rows = {name: [counts[split][name] for split in SPLITS] for name in description["class_names"]}
-    total = {"all": [sum(counts[split].values()) for split in SPLITS]}
+    total = ("all", [sum(counts[split].values()) for split in SPLITS])
     if len(rows) > 10:
         smallest, largest = (pick(rows, key=lambda name: sum(rows[name])) for pick in (min, max))
         rows = {f"{name} ({word})": rows[name] for name, word in ((smallest, "fewest"), (largest, "most"))}
-        total = {f"all {len(description['class_names'])} classes": total["all"]}
-    rows |= total
-    width = max(len(name) for name in ("class", *rows))
+        total = (f"all {len(description['class_names'])} classes", total[1])
+    width = max(len(name) for name in ("class", total[0], *rows))
     table = [f"{'class':{width}}  {'  '.join(f'{split:>10}' for split in SPLITS)}"]
-    table += [f"{name:{width}}  {'  '.join(f'{count:>10,}' for count in row)}" for name, row in rows.items()]
+    table += [f"{name:{width}}  {'  '.join(f'{count:>10,}' for count in row)}" for name, row in [*rows.items(), total]]
     return "\n".join([*table, *_findings(description)])
 
 

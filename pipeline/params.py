@@ -54,7 +54,7 @@ class DownloadParams(Section):
     folder: Annotated[str, Field(min_length=1)] = Field(
         description="imagefolder: the folder with <class>/… or <split>/<class>/… (train, validation, test)"
     )
-    urls: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+    urls: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = Field(
         description="cifar10: places of the archive, tried in turn: http(s)://, file://, or a path"
     )
     md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = Field(
@@ -63,6 +63,16 @@ class DownloadParams(Section):
     timeout_seconds: Annotated[Number, Field(gt=0)] = Field(
         description="cifar10: give a place up after this long without a byte from it"
     )
+
+    @model_validator(mode="after")
+    def _without_passwords(self) -> Self:
+        for url in self.urls:
+            if "@" in url.partition("://")[2].partition("/")[0]:
+                raise ValueError(
+                    f"urls: {shown(url)} comes with a user or password, which every run would record; "
+                    "put it into ~/.netrc"
+                )
+        return self
 
 
 class NormalizeParams(Section):
@@ -95,6 +105,9 @@ class TrainParams(Section):
     model: str = Field(description="lenet, or the name of any torchvision classification model (resnet18, …)")
     weights: str | None = Field(
         description="null (from scratch), DEFAULT (torchvision's pretrained), or a .safetensors or .pth file of weights"
+    )
+    weights_md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = Field(
+        description="MD5 of the file of weights in hexadecimal, by which its content is known; null where there is none"
     )
     input_size: Annotated[Count, Field(ge=16, le=1024)] | None = Field(
         description="pixels; enlarge the images to this on the device before the model sees them; null: as they are"
@@ -152,6 +165,9 @@ class TrainParams(Section):
                 f"nesterov is true, but optimizer is {self.optimizer} and momentum {self.momentum}; "
                 "Nesterov's rule needs optimizer: sgd and a momentum above 0"
             )
+        from_file = self.weights not in (None, "DEFAULT")
+        if self.weights_md5 is not None and not from_file:
+            raise ValueError(f"weights_md5 is set, but weights is {self.weights}; allowed: null, as there is no file")
         if self.loss == "mse" and self.label_smoothing > 0:
             raise ValueError("label_smoothing is for loss: cross_entropy; set it to 0 for mse")
         return self
@@ -199,6 +215,7 @@ def check_params(values: Mapping[str, Any], *, origin: str) -> Params:
 def compose(recipe: str | None, overrides: Mapping[str, Any]) -> Any:
     """The raw `params.yaml`, with a recipe's values over it and `{"train.epochs": 3}` over both; comments are kept."""
     values = read_yaml(PARAMS_FILE)
+    check_params(values, origin=str(PARAMS_FILE))
     for section, fields in (read_yaml(recipe_path(recipe)) if recipe else {}).items():
         if not isinstance(fields, Mapping):
             raise UserError(f"recipe {recipe}: {section} is {fields!r}; allowed: a section with fields under it")
@@ -291,12 +308,7 @@ def _choices(found: str, names: list[str]) -> str:
     return ", ".join(names) + (f" (did you mean {close[0]}?)" if close else "")
 
 
-SECTIONS: Mapping[Any, type[Section]] = {
-    "download": DownloadParams,
-    "normalize": NormalizeParams,
-    "train": TrainParams,
-    "evaluate": EvaluateParams,
-}
+SECTIONS: Mapping[Any, Any] = {name: field.annotation for name, field in Params.model_fields.items()}
 
 
 def main() -> None:

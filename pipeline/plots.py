@@ -1,6 +1,7 @@
 """Pictures, as PNG bytes that are the same for the same numbers. The only place that imports Matplotlib."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -54,5 +55,7 @@ def _plain(name: str) -> str:
 
 def _png(figure: Figure) -> bytes:
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
+    with warnings.catch_warnings():  # a class name in a script that the font lacks shows as boxes
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
     return stream.getvalue()

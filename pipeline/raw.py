@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import Images, Labels, missing, read_array, read_json
+from pipeline.artifacts import CIFAR10_ARCHIVE, IMAGEFOLDER_ARCHIVE, Images, Labels, missing, read_array, read_json
 from pipeline.errors import UserError
 from pipeline.images import UnreadableImage, decode, resize_pixels
 from pipeline.params import Channels, NormalizeParams, Resize
@@ -34,12 +34,9 @@ MAX_FILE_BYTES = 2**30
 POOL_BYTES = 2**24
 """Archives smaller than this are decoded in this process: to start others would take longer (about a second)."""
 
-CIFAR_ARCHIVE = "cifar-10-python.tar.gz"
 CIFAR_FOLDER = "cifar-10-batches-py"
 CIFAR_BATCHES = (*((f"data_batch_{number}", "train") for number in range(1, 6)), ("test_batch", "test"))
 CIFAR_SIZE = 32
-
-IMAGES_ARCHIVE = "images.tar"
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,8 @@ def open_source(folder: Path, *, params: NormalizeParams) -> Source:
     if dataset == "digits":
         return _open_digits(folder, image_size=params.image_size, channels=channels)
     if dataset == "cifar10":
-        return _open_cifar(folder / CIFAR_ARCHIVE, image_size=params.image_size, channels=channels)
-    return _open_image_folder(folder / IMAGES_ARCHIVE, description, params=params, channels=channels)
+        return _open_cifar(folder / CIFAR10_ARCHIVE, image_size=params.image_size, channels=channels)
+    return _open_image_folder(folder / IMAGEFOLDER_ARCHIVE, description, params=params, channels=channels)
 
 
 def block_length(image_bytes: int) -> int:

@@ -34,7 +34,7 @@ from mlflow.types import ColSpec, Schema, TensorSpec
 from mlflow.types.schema import DataType
 
 from pipeline.artifacts import file_md5
-from pipeline.errors import UserError, shown
+from pipeline.errors import UserError, first_line, shown
 
 SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "pillow", "safetensors")
 """What a served model imports; its requirements name the versions it was trained with."""
@@ -54,14 +54,16 @@ class Run:
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         now = int(time.time() * 1000)
         self._waiting += [Metric(name, value, now, step) for name, value in metrics.items()]
-        if time.monotonic() - self._sent > FLUSH_SECONDS or len(self._waiting) > 500:
+        if time.monotonic() - self._sent > FLUSH_SECONDS or len(self._waiting) == 500:
             self.flush()
 
     def flush(self) -> None:
-        """Send what waits; called once more at the end of the run."""
-        if self._waiting:
-            self._client.log_batch(self.run_id, metrics=self._waiting)
-        self._waiting, self._sent = [], time.monotonic()
+        """Send what waits, or keep it for the next time where MLflow does not answer."""
+        self._sent = time.monotonic()
+        with told(f"{len(self._waiting)} metrics wait for MLflow"):
+            if self._waiting:
+                self._client.log_batch(self.run_id, metrics=self._waiting)
+            self._waiting = []
 
     def tag(self, tags: Mapping[str, str]) -> None:
         self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
@@ -78,24 +80,36 @@ def training_run(*, experiment: str, params: Mapping[str, Any], dataset: MetaDat
     """
     with _store_errors():
         connect()
-        run = MlflowClient().create_run(_experiment_id(experiment), run_name=os.environ.get("PIPELINE_EXPERIMENT"))
-        run_id = run.info.run_id
-        mlflow.start_run(run_id=run_id, log_system_metrics=True)
-    status = "FAILED"
+        run_id = (
+            MlflowClient()
+            .create_run(_experiment_id(experiment), run_name=os.environ.get("PIPELINE_EXPERIMENT"))
+            .info.run_id
+        )
+    tracked, status = Run(run_id), "FAILED"
     try:
+        mlflow.start_run(run_id=run_id, log_system_metrics=True)
         MlflowClient().log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
         mlflow.log_input(dataset, context="training")
-        tracked = Run(run_id)
         tracked.tag(_origin() | {"data.md5": dataset.digest})
         _log_uncommitted(tracked)
         yield tracked
-        tracked.flush()
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        mlflow.end_run(status)
+        with told(f"MLflow run {run_id} was not closed"):
+            tracked.flush()
+            mlflow.end_run(status)
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Let a training go on where MLflow fails in its midst: a line says what is missing there."""
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        print(f"warning: {what}: {first_line(error)}", flush=True)
 
 
 def run_of_model(model_md5: str, *, experiment: str) -> tuple[Run, bool]:
@@ -121,6 +135,7 @@ def connect() -> None:
     """Point MLflow to its store; raises UserError where a server does not answer."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # of a server that went away: 7 take minutes
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
@@ -157,9 +172,11 @@ def _unreachable(uri: str, reason: str) -> str:
 def _store_errors() -> Iterator[None]:
     try:
         yield
-    except (MlflowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(_unreachable(os.environ.get("MLFLOW_TRACKING_URI") or "mlflow.db", reason)) from None
+    except (MlflowException, OSError, ValueError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or "mlflow.db"
+        raise UserError(_unreachable(uri, first_line(error).replace(uri, shown(uri)))) from None
 
 
 def _experiment_id(name: str) -> str:
@@ -200,20 +217,23 @@ def code_md5() -> str:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints; empty where there is no git or no repository."""
+    """What git prints, without the last line's end; empty where there is no git or no repository."""
+    return _git_bytes(*arguments).decode(errors="replace").rstrip("\n")
+
+
+def _git_bytes(*arguments: str) -> bytes:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+        return subprocess.run(["git", *arguments], capture_output=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
+        return b""
 
 
 def _log_uncommitted(run: Run) -> None:
     """Keep what differs from the commit, and the installed versions, beside the run."""
     with tempfile.TemporaryDirectory() as folder:
-        if difference := _git("diff", "HEAD"):
+        if difference := _git_bytes("diff", "--binary", "HEAD"):
             path = Path(folder) / "uncommitted.diff"
-            path.write_text(difference + "\n", encoding="utf-8")
+            path.write_bytes(difference)
             run.log_file(path)
         path = Path(folder) / "packages.txt"
         path.write_text("".join(f"{line}\n" for line in _packages()), encoding="utf-8")
@@ -256,8 +276,7 @@ def fetch_model(uri: str) -> Path:
     try:
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"--model {uri}: not to be had from MLflow ({reason}); `make ui` shows the runs and their models"
+            f"--model {uri}: not to be had from MLflow ({first_line(error)}); `make ui` shows the runs and their models"
         ) from None
     return next((path.parent for path in sorted(folder.rglob("model.json"))), folder)

@@ -15,7 +15,16 @@ from pipeline import plots, tracking
 from pipeline.artifacts import TRAIN, file_md5, replace_folder, write_bytes, write_csv
 from pipeline.data import Augmentation, DatasetInfo, Split, choose_device, generator, training_batches
 from pipeline.errors import UserError, report_errors, shown
-from pipeline.model import Classifier, ModelConfig, build, load_pretrained, logits_of, save_config, save_weights
+from pipeline.model import (
+    Classifier,
+    ModelConfig,
+    build,
+    load_pretrained,
+    logits_of,
+    save_config,
+    save_weights,
+    try_training,
+)
 from pipeline.params import DownloadParams, TrainParams, load_params
 from pipeline.progress import progress
 
@@ -74,6 +83,7 @@ def train(
         loss, accuracy, images = trainer.run_epoch(epoch, train_split)
         images_per_second = images / (time.perf_counter() - started)
         validation_loss, validation_accuracy = judge(classifier, validation_split, loss=params.loss)
+        refuse_non_finite(validation_loss, where=f"epoch {epoch}, validation", params=params)
         history.append(Epoch(epoch, trainer.rate, loss, accuracy, validation_loss, validation_accuracy))
         on_epoch(history[-1], images_per_second)
         if validation_accuracy > best_accuracy:
@@ -126,7 +136,7 @@ class _Trainer:
         with torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision is not None):
             logits = self._classifier(images)
         loss = self._criterion(logits.float(), labels)
-        self._refuse_non_finite(loss, epoch=epoch)
+        refuse_non_finite(loss.item(), where=f"epoch {epoch}, step {self._step}", params=self._params)
         # backward
         self._optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -140,12 +150,13 @@ class _Trainer:
             self._on_step(self._step, loss.item(), self.rate)
         return loss.detach(), logits.detach()
 
-    def _refuse_non_finite(self, loss: Tensor, *, epoch: int) -> None:
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"epoch {epoch}, step {self._step}: the loss is {loss.item()}; "
-                f"lower train.learning_rate (now {self._params.learning_rate:g}) or set train.gradient_clip_norm"
-            )
+
+def refuse_non_finite(loss: float, *, where: str, params: TrainParams) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"{where}: the loss is {loss}; lower train.learning_rate (now {params.learning_rate:g}) "
+            "or set train.gradient_clip_norm"
+        )
 
 
 def augmentation(params: TrainParams) -> Augmentation:
@@ -254,12 +265,17 @@ def configure(params: TrainParams, info: DatasetInfo) -> ModelConfig:
     )
 
 
-def refuse_large_batch(params: TrainParams, num_images: int) -> None:
-    if params.batch_size > num_images:
-        raise UserError(
-            f"train.batch_size is {params.batch_size}, but the train split has {num_images} images; "
-            f"allowed: 1 to {num_images}"
-        )
+def refuse_misfits(params: TrainParams, info: DatasetInfo) -> None:
+    """Raises UserError where a parameter does not fit the size or number of the images."""
+    num_images, size = sum(info.counts["train"].values()), info.image_size
+    limits = {
+        "batch_size": (params.batch_size, num_images, f"the train split has {num_images} images"),
+        "crop_padding": (params.crop_padding, size - 1, f"the images have {size} pixels a side"),
+        "cutout_size": (params.cutout_size, size - 1, f"the images have {size} pixels a side"),
+    }
+    for field, (value, most, reason) in limits.items():
+        if value > most:
+            raise UserError(f"train.{field} is {value}, but {reason}; allowed: up to {most}")
 
 
 def main() -> None:
@@ -267,11 +283,12 @@ def main() -> None:
     with report_errors():
         everything = load_params()
         params, info = everything.train, DatasetInfo.read()
-        refuse_large_batch(params, sum(info.counts["train"].values()))
+        refuse_misfits(params, info)
         device = prepare_torch(params)
         config = configure(params, info)
         classifier = build(config)
-        drawn = load_pretrained(classifier, config=config)
+        drawn = load_pretrained(classifier, config=config, md5=params.weights_md5)
+        try_training(classifier, config=config, batch_size=params.batch_size)
         classifier.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
         _say_start(classifier, config=config, device=device, drawn=drawn)
         source = tracking.dataset(info.dataset, source=_source(everything.download), digest=info.md5)
@@ -286,7 +303,8 @@ def main() -> None:
                 on_epoch=lambda epoch, speed: _report_epoch(epoch, speed, params=params, run=run),
             )
             _write(trained, classifier, config=config)
-            _record(run, config=config)
+            with tracking.told("the model is in artifacts/train, but not in MLflow"):
+                _record(run, config=config)
 
 
 def _source(params: DownloadParams) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.params import EvaluateParams, NormalizeParams, Params, TrainParams, check_params, read_yaml
+from pipeline.params import Params, TrainParams, check_params, read_yaml
 
 PROJECT = Path(__file__).parents[1]
 DEFAULTS = read_yaml(PROJECT / "params.yaml")
@@ -26,14 +26,6 @@ def params(**changes: Any) -> Params:
 
 def train_params(**changes: Any) -> TrainParams:
     return params(**{f"train__{name}": value for name, value in changes.items()}).train
-
-
-def normalize_params(**changes: Any) -> NormalizeParams:
-    return params(**{f"normalize__{name}": value for name, value in changes.items()}).normalize
-
-
-def evaluate_params(**changes: Any) -> EvaluateParams:
-    return params(**{f"evaluate__{name}": value for name, value in changes.items()}).evaluate
 
 
 def coloured_images(number: int, *, classes: int = 3, size: int = 32, channels: int = 3, seed: int = 0) -> Any:

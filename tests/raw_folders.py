@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from pipeline.artifacts import CIFAR10_ARCHIVE
 from pipeline.params import NormalizeParams, load_params
-from pipeline.raw import CIFAR_ARCHIVE, CIFAR_FOLDER
+from pipeline.raw import CIFAR_FOLDER
 
 NAMES = ["cat", "dog"]
 
@@ -61,7 +62,7 @@ def cifar_folder(folder: Path, *, per_batch: int = 20, **changes: Any) -> Path:
     batches: dict[str, Any] = {f"data_batch_{number}": cifar_batch(number, per_batch) for number in range(5, 0, -1)}
     batches |= {"test_batch": cifar_batch(6, per_batch), "batches.meta": {b"label_names": [b"cat", b"dog"]}}
     pickles = {f"{CIFAR_FOLDER}/{name}": pickle.dumps(value, 2) for name, value in {**batches, **changes}.items()}
-    write_tar(folder / CIFAR_ARCHIVE, pickles, mode="w:gz")
+    write_tar(folder / CIFAR10_ARCHIVE, pickles, mode="w:gz")
     return _described(folder, "cifar10")
 
 

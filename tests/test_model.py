@@ -4,8 +4,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pipeline.artifacts import file_md5
 from pipeline.errors import UserError
-from pipeline.model import Classifier, LeNet, ModelConfig, build, load_model, load_pretrained, save_config, save_weights
+from pipeline.model import (
+    Classifier,
+    LeNet,
+    ModelConfig,
+    build,
+    load_model,
+    load_pretrained,
+    save_config,
+    save_weights,
+    try_training,
+)
 
 
 def config(model: str = "lenet", *, classes: int = 10, **changes: object) -> ModelConfig:
@@ -95,15 +106,16 @@ def test_pretrained_weights_are_taken_and_the_head_is_replaced(tmp_path: Path, s
     save_file(donor, path) if suffix == ".safetensors" else torch.save(donor, path)
     chosen = config("resnet18", classes=4, weights=str(path))
     classifier = build(chosen)
-    assert load_pretrained(classifier, config=chosen) == ["fc.weight", "fc.bias"]
+    assert load_pretrained(classifier, config=chosen, md5=file_md5(path)) == ["fc.weight", "fc.bias"]
     assert torch.equal(classifier.network.state_dict()["conv1.weight"], donor["conv1.weight"])
 
 
 def test_weights_of_our_own_model_file_are_taken(tmp_path: Path) -> None:
     donor = build(config(classes=7))
     save_weights(donor, tmp_path / "best.safetensors")
+    md5 = file_md5(tmp_path / "best.safetensors")
     chosen = config(classes=3, weights=str(tmp_path / "best.safetensors"))
-    assert load_pretrained(build(chosen), config=chosen) == ["11.weight", "11.bias"]
+    assert load_pretrained(build(chosen), config=chosen, md5=md5) == ["11.weight", "11.bias"]
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
@@ -113,7 +125,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"lenet\.safetensors: found no conv1\.weight, but train\.model resnet18 has it"
     ):
-        load_pretrained(build(chosen), config=chosen)
+        load_pretrained(build(chosen), config=chosen, md5=file_md5(path))
 
 
 class Malicious:
@@ -126,22 +138,46 @@ def test_a_pickle_in_a_weights_file_is_not_run(tmp_path: Path, monkeypatch: pyte
     torch.save({"conv1.weight": Malicious()}, tmp_path / "bad.pth")
     chosen = config("resnet18", weights="bad.pth")
     with pytest.raises(UserError, match=r"bad\.pth: not readable as weights alone") as error:
-        load_pretrained(build(chosen), config=chosen)
+        load_pretrained(build(chosen), config=chosen, md5=file_md5(Path("bad.pth")))
     assert "\n" not in str(error.value)
     assert not Path("pwned").exists()
+
+
+def test_weights_are_known_by_their_md5(tmp_path: Path) -> None:
+    save_weights(build(config()), tmp_path / "best.safetensors")
+    chosen = config(weights=str(tmp_path / "best.safetensors"))
+    with pytest.raises(
+        UserError, match=r"train\.weights_md5 is null, but .*best\.safetensors has [0-9a-f]{32}; set it"
+    ):
+        load_pretrained(build(chosen), config=chosen, md5=None)
+
+
+def test_only_the_head_may_be_left_as_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    donor = build(config("resnet18", classes=64, weights="any.pth")).network.state_dict()
+    save_file(donor | {"conv1.weight": torch.zeros(64, 3, 3, 3)}, path)
+    chosen = config("resnet18", classes=64, weights=str(path))
+    with pytest.raises(UserError, match=r"found conv1\.weight of shape \(64, 3, 3, 3\), but train\.model resnet18"):
+        load_pretrained(build(chosen), config=chosen, md5=file_md5(path))
+
+
+def test_a_batch_too_small_for_batch_normalisation_is_refused() -> None:
+    chosen = config("resnet18", image_size=8)
+    with pytest.raises(UserError, match=r"cannot take images of 8 pixels in batches of 1 .*raise batch_size"):
+        try_training(build(chosen), config=chosen, batch_size=1)
 
 
 @pytest.mark.parametrize("name", ["absent.pth", "absent.safetensors"])
 def test_missing_weights_are_named(name: str) -> None:
     chosen = config(weights=name)
     with pytest.raises(UserError, match=f"train.weights: no such file {name}; allowed"):
-        load_pretrained(build(chosen), config=chosen)
+        load_pretrained(build(chosen), config=chosen, md5=None)
 
 
 def test_lenet_has_no_default_weights() -> None:
     chosen = config(weights="DEFAULT")
     with pytest.raises(UserError, match="lenet has no pretrained weights"):
-        load_pretrained(build(chosen), config=chosen)
+        load_pretrained(build(chosen), config=chosen, md5=None)
 
 
 def test_a_saved_model_comes_back_the_same(tmp_path: Path) -> None:

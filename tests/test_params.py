@@ -23,6 +23,7 @@ def test_every_recipe_is_valid(recipe: str, monkeypatch: pytest.MonkeyPatch) -> 
         ("download__dataset", "mnist", "download.dataset is 'mnist'; allowed: 'digits', 'cifar10' or 'imagefolder'"),
         ("download__md5", "xyz", "download.md5 is 'xyz'"),
         ("download__urls", [], "download.urls"),
+        ("download__urls", ["https://me:secret@host/a"], "download.urls: https://host/a comes with a user or password"),
         ("download__timeout_seconds", 0, "download.timeout_seconds is 0; allowed: greater than 0"),
         ("normalize__channels", 4, "normalize.channels is 4; allowed: 'auto', 1 or 3"),
         ("normalize__validation_fraction", 0, "normalize.validation_fraction is 0; allowed: greater than 0"),
@@ -113,7 +114,7 @@ def test_a_recipe_can_be_written_into_params_yaml(workspace: object, monkeypatch
     assert load_params().download.dataset == "cifar10"
 
 
-@pytest.mark.parametrize("text", ["train: [", "- 1\n", "", "\x00"])
+@pytest.mark.parametrize("text", ["train: [", "- 1\n", "", "\x00", "train:\n", "train: 3\n"])
 def test_a_params_file_that_is_not_one_is_refused_in_one_line(workspace: object, text: str) -> None:
     Path("params.yaml").write_text(text)
     with pytest.raises(UserError, match=r"params\.yaml: ") as error:
@@ -122,6 +123,6 @@ def test_a_params_file_that_is_not_one_is_refused_in_one_line(workspace: object,
 
 
 def test_recorded_parameters_hold_no_password() -> None:
-    flat = params(download__urls=["https://me:secret@host/a.tar.gz?token=secret", "/data/b.tar.gz"]).flat()
+    flat = params(download__urls=["https://host/a.tar.gz?token=secret#secret", "/data/b.tar.gz"]).flat()
     assert flat["download.urls"] == "https://host/a.tar.gz, /data/b.tar.gz"
     assert flat["train.epochs"] == 20

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from pipeline import raw
+from pipeline.artifacts import CIFAR10_ARCHIVE
 from pipeline.errors import UserError
-from pipeline.raw import CIFAR_ARCHIVE, Block, open_source
+from pipeline.raw import Block, open_source
 from tests.raw_folders import (
     cifar_batch,
     cifar_folder,
@@ -108,7 +109,7 @@ def test_a_batch_that_is_not_as_documented_is_refused(tmp_path: Path, change: An
 
 
 def test_a_truncated_archive_is_refused(tmp_path: Path) -> None:
-    archive = cifar_folder(tmp_path / "raw") / CIFAR_ARCHIVE
+    archive = cifar_folder(tmp_path / "raw") / CIFAR10_ARCHIVE
     archive.write_bytes(archive.read_bytes()[:-40_000])
     with pytest.raises(UserError, match=r"damaged|has no"):
         blocks(tmp_path / "raw")

@@ -32,13 +32,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         .replace("log_every_steps: 20", "log_every_steps: 2")
     )
     (folder / "params.yaml").write_text("")
+    (folder / "notes.txt").write_text("")
     for command in (
         ["init", "-q"],
-        ["add", "params.yaml"],
+        ["add", "params.yaml", "notes.txt"],
         ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "x"],
     ):
         subprocess.run(["git", *command], cwd=folder, check=True)
     (folder / "params.yaml").write_text(text)
+    (folder / "notes.txt").write_bytes(b"caf\xe9\n")
     environment = os.environ | {
         "PYTHONPATH": str(PROJECT),
         "PIPELINE_EXPERIMENT": "bold-name",
@@ -105,8 +107,9 @@ def test_a_run_leads_back_to_code_data_experiment_and_flow_run(store: Path) -> N
 
 def test_what_was_not_committed_and_the_versions_are_kept_with_the_run(store: Path) -> None:
     run_id = only_run().info.run_id
-    difference = mlflow.artifacts.load_text(f"runs:/{run_id}/uncommitted.diff")
-    assert "+  model: lenet" in difference
+    difference = Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/uncommitted.diff")).read_bytes()
+    assert b"+  model: lenet" in difference
+    assert b"+caf\xe9" in difference
     assert "\ntorch==" in mlflow.artifacts.load_text(f"runs:/{run_id}/packages.txt")
 
 
@@ -147,7 +150,9 @@ def test_a_model_that_no_run_made_gets_a_run(workspace: Path) -> None:
     assert (made, made_again, again.run_id) == (True, False, run.run_id)
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/nowhere/mlflow.db", "nonsense://store"])
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:9", "sqlite:////proc/nowhere/mlflow.db", "nonsense://me:secret@store", "http://[bad"]
+)
 def test_a_store_that_cannot_be_reached_is_told_in_one_line(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
@@ -157,6 +162,7 @@ def test_a_store_that_cannot_be_reached_is_told_in_one_line(
     ) as error:
         run_of_model("0" * 32, experiment="digits")
     assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
 
 
 def test_a_password_in_the_tracking_uri_is_not_shown(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

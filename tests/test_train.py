@@ -48,8 +48,9 @@ def run(params: TrainParams, *, images: int = 48) -> Trained:
     list(itertools.product(["lenet", "resnet18", "mobilenet_v3_small"], ["cross_entropy", "mse"], OPTIMIZERS)),
 )
 def test_every_model_loss_and_optimizer_trains(model: str, loss: str, optimizer: str) -> None:
-    params = train_params(model=model, loss=loss, **QUICK, **OPTIMIZERS[optimizer])
+    params = train_params(model=model, loss=loss, **QUICK, **{"learning_rate": 0.005} | OPTIMIZERS[optimizer])
     trained = run(params)
+    torch.manual_seed(params.seed)
     before = build(config(model, classes=3)).state_dict()
     assert all(np.isfinite(vars(epoch)["train_loss"]) for epoch in trained.history)
     assert any(not torch.equal(trained.last[name], before[name]) for name in before)
@@ -184,6 +185,11 @@ def test_a_non_finite_loss_stops_before_the_step_and_names_it() -> None:
         run(train_params(**QUICK, optimizer="sgd", momentum=0.0, nesterov=False, learning_rate=1e30))
 
 
+def test_a_model_spoilt_by_the_last_step_of_an_epoch_is_refused() -> None:
+    with pytest.raises(UserError, match=r"epoch 1, validation: the loss is (nan|inf)"):
+        run(train_params(**QUICK, optimizer="sgd", momentum=0.0, nesterov=False, learning_rate=1e30), images=16)
+
+
 def step(workspace: Path, **changes: object) -> subprocess.CompletedProcess[str]:
     """Run the step as DVC runs it."""
     values = json.loads(json.dumps(DEFAULTS))
@@ -202,7 +208,15 @@ def runs() -> list[mlflow.entities.Run]:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"batch_size": 500}, "error: train.batch_size is 500, but the train split has 96 images; allowed: 1 to 96"),
+        ({"batch_size": 500}, "error: train.batch_size is 500, but the train split has 96 images; allowed: up to 96"),
+        (
+            {"crop_padding": 32},
+            "error: train.crop_padding is 32, but the images have 32 pixels a side; allowed: up to 31",
+        ),
+        (
+            {"cutout_size": 99},
+            "error: train.cutout_size is 99, but the images have 32 pixels a side; allowed: up to 31",
+        ),
         ({"model": "lent"}, "error: train.model is 'lent'; allowed: lenet or"),
         ({"weights": "gone.pth"}, "error: train.weights: no such file gone.pth"),
         pytest.param(
