@@ -6,6 +6,8 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 """The folder with `dvc.yaml` that holds this package: the caller's checkout."""
 
+FLOW_NAME = "train-classifier"
+
 _USER_PROFILES = Path("~/.prefect/profiles.toml").expanduser()
 
 DEFAULTS = {

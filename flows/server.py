@@ -24,6 +24,7 @@ import psutil
 from flows import PROJECT
 from pipeline.artifacts import write_json
 from pipeline.errors import TemporaryError, UserError, report_errors
+from pipeline.processes import lives
 
 DEFAULT_PORT = 4200
 START_SECONDS = 90
@@ -79,13 +80,25 @@ def stop(project: Path = PROJECT) -> Server | None:
     return server
 
 
+def forget_dead(project: Path = PROJECT, *, remove: bool = True) -> bool:
+    """Whether the server on record is dead; removes such a record."""
+    folder = project / ".prefect"
+    if not (folder / "server.json").exists():
+        return False
+    with (folder / "server.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # while one is being started, its record is not whole
+        dead = (folder / "server.json").exists() and _recorded(project) is None
+        if dead and remove:
+            (folder / "server.json").unlink()
+        return dead
+
+
 def _recorded(project: Path) -> Server | None:
     """The server on record if that very process lives."""
     try:
         server = Server(**json.loads((project / ".prefect" / "server.json").read_text(encoding="utf-8")))
-        # the boot time, from which this is reckoned, moves by a second when the clock is set
-        return server if abs(psutil.Process(server.pid).create_time() - server.started) < 5 else None
-    except (OSError, ValueError, TypeError, psutil.NoSuchProcess):
+        return server if lives(server.pid, started=server.started) else None
+    except (OSError, ValueError, TypeError):
         return None
 
 

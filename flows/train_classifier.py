@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import chdir
@@ -21,7 +22,8 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
 
-from flows import PROJECT, server
+from flows import FLOW_NAME, PROJECT, server
+from flows.doctor import settle_quietly, sign
 from flows.summary import Step, Summary, as_markdown, as_text, changed_params, read_summary
 from flows.workspace import StepError, Workspace, experiment_name, open_workspace, untracked_files
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors
@@ -82,7 +84,7 @@ train = _task("train", timeout_hours=7 * 24)
 evaluate = _task("evaluate", timeout_hours=6)
 
 
-@flow(name="train-classifier", persist_result=False)
+@flow(name=FLOW_NAME, persist_result=False)
 def train_classifier(recipe: str = "digits", overrides: dict[str, Any] = {}) -> State[Summary]:  # noqa: B006  (Prefect shows it as the form's default)
     """Train and evaluate a classifier in a clone of the checkout, and save it as a DVC experiment.
 
@@ -104,6 +106,11 @@ def _run(recipe: str, overrides: Mapping[str, Any]) -> Summary:
         params = compose(recipe, overrides)
     run_id, run_name = str(flow_run.id), str(flow_run.name)
     name = experiment_name(PROJECT, f"{recipe}-{run_name}", f"{recipe}-{run_name}-{run_id[:8]}")
+    if "PREFECT__FLOW_RUN_ID" in os.environ:  # which Prefect's worker sets
+        threading.Thread(target=_end_with_worker, args=[os.getppid()], daemon=True).start()
+    sign(run_id, run_count=flow_run.run_count, project=PROJECT)
+    for line in settle_quietly(PROJECT):
+        get_run_logger().info(line)
     _mention_untracked()
     text = dump_yaml(params)
     with open_workspace(PROJECT, params=params, params_text=text, experiment=name, flow_run_id=run_id) as workspace:
@@ -116,6 +123,13 @@ def _run(recipe: str, overrides: Mapping[str, Any]) -> Summary:
         changes = changed_params(read_yaml(workspace.committed_params), params)
     create_markdown_artifact(as_markdown(summary, changes=changes, flow_run_id=run_id), key="summary", description=name)
     return summary
+
+
+def _end_with_worker(worker: int) -> None:
+    """A flow run whose worker was killed could be neither cancelled nor seen: it ends too."""
+    while os.getppid() == worker:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run_steps(workspace: Workspace) -> list[Step]:

@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -116,9 +116,9 @@ def open_workspace(
     commit = take_snapshot(project)
     with _own_folder(project, flow_run_id) as (folder, lock):
         clone = folder / "clone"
-        _git(project, "clone", "--quiet", "--shared", "--no-checkout", str(project), str(clone))
-        _git(clone, "read-tree", "-u", "--reset", commit)
-        committed = _git(project, "show", f"HEAD:{PARAMS_FILE}", check=False) or "{}"
+        git(project, "clone", "--quiet", "--shared", "--no-checkout", str(project), str(clone))
+        git(clone, "read-tree", "-u", "--reset", commit)
+        committed = git(project, "show", f"HEAD:{PARAMS_FILE}", check=False) or "{}"
         (folder / COMMITTED_PARAMS).write_text(committed, encoding="utf-8")
         (clone / PARAMS_FILE).write_text(params_text, encoding="utf-8")
         _link_local_files(project, clone, params)
@@ -139,32 +139,32 @@ def take_snapshot(project: Path) -> str:
         raise UserError(f"{project}: not the top folder of a git repository; run `git init`, then commit")
     if not (project / ".dvc" / "config").exists():
         raise UserError(f"{project}: not a DVC repository; run `dvc init` and commit .dvc/config")
-    if _git(project, "rev-parse", "--verify", "--quiet", "HEAD", check=False) == "":
+    if git(project, "rev-parse", "--verify", "--quiet", "HEAD", check=False) == "":
         raise UserError(f"{project}: no git commit yet; run `git add . && git commit -m Start`")
-    if unmerged := _git(project, "diff", "--name-only", "--diff-filter=U"):
+    if unmerged := git(project, "diff", "--name-only", "--diff-filter=U"):
         raise UserError(f"{', '.join(unmerged.split())}: merge conflict; resolve it or run `git merge --abort`")
-    changes = _git(project, "stash", "create")
-    if changes and _git(project, "rev-parse", "--is-shallow-repository") == "true":
+    changes = git(project, "stash", "create")
+    if changes and git(project, "rev-parse", "--is-shallow-repository") == "true":
         raise UserError(
             f"{project}: a shallow clone with uncommitted changes; run `git fetch --unshallow`, or commit them"
         )
-    return changes or _git(project, "rev-parse", "HEAD")
+    return changes or git(project, "rev-parse", "HEAD")
 
 
 def untracked_files(project: Path) -> list[str]:
     """Files that are neither tracked nor ignored: they do not come along."""
-    return _git(project, "ls-files", "--others", "--exclude-standard").splitlines()
+    return git(project, "ls-files", "--others", "--exclude-standard").splitlines()
 
 
 def experiment_name(project: Path, *wishes: str) -> str:
     """The first of `wishes`, made valid for git refs, that no experiment of the project has."""
-    refs = _git(project, "for-each-ref", "--format=%(refname)", "refs/exps")
+    refs = git(project, "for-each-ref", "--format=%(refname)", "refs/exps")
     taken = {ref.rpartition("/")[2] for ref in refs.split()}
     names = [re.sub(r"[^0-9A-Za-z]+", "-", wish).strip("-") for wish in wishes]
     return next((name for name in names if name not in taken), names[-1])
 
 
-def _git(folder: Path, *arguments: str, check: bool = True) -> str:
+def git(folder: Path, *arguments: str, check: bool = True) -> str:
     """Standard output of a git command; raises UserError with git's last line where it fails."""
     try:
         result = subprocess.run(
@@ -186,8 +186,8 @@ def _environment() -> dict[str, str]:
 
 def git_identity(project: Path) -> dict[str, str]:
     """Who commits, as environment variables: the user as git knows them, or a stand-in, for DVC needs one."""
-    name = _git(project, "config", "user.name", check=False) or "flow"
-    email = _git(project, "config", "user.email", check=False) or "flow@localhost"
+    name = git(project, "config", "user.name", check=False) or "flow"
+    email = git(project, "config", "user.email", check=False) or "flow@localhost"
     roles = {"AUTHOR", "COMMITTER"}
     return {f"GIT_{role}_NAME": name for role in roles} | {f"GIT_{role}_EMAIL": email for role in roles}
 
@@ -198,9 +198,8 @@ def _own_folder(project: Path, name: str) -> Iterator[tuple[Path, IO[str]]]:
     parent = project / FOLDER
     parent.mkdir(parents=True, exist_ok=True)
     folder, lock_path = parent / name, parent / f"{name}.lock"
-    with (parent / "lock").open("w") as everything:
-        fcntl.flock(everything, fcntl.LOCK_EX)
-        remove_leftovers(project)
+    with _all_workspaces(project):
+        _remove(_leftovers(project))
         folder.mkdir()
         lock = lock_path.open("w")
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -212,17 +211,53 @@ def _own_folder(project: Path, name: str) -> Iterator[tuple[Path, IO[str]]]:
             lock_path.unlink()
 
 
+@contextmanager
+def _all_workspaces(project: Path) -> Iterator[None]:
+    """Between the making of a folder and of its lock, nobody must take it for a left-over."""
+    with (project / FOLDER / "lock").open("w") as everything:
+        fcntl.flock(everything, fcntl.LOCK_EX)
+        yield
+
+
+def is_held(project: Path, name: str) -> bool:
+    """Whether a flow run or its stages live in the workspace of this name."""
+    try:
+        with (project / FOLDER / f"{name}.lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _leftovers(project: Path) -> list[Path]:
+    """The folders whose lock nobody holds: those of killed flow runs."""
+    folders = (path for path in (project / FOLDER).glob("*") if path.is_dir())
+    return [folder for folder in folders if not is_held(project, folder.name)]
+
+
+def find_leftovers(project: Path) -> list[str]:
+    """The names of the workspaces that killed flow runs left."""
+    if not (project / FOLDER).is_dir():
+        return []
+    with _all_workspaces(project):
+        return [folder.name for folder in _leftovers(project)]
+
+
 def remove_leftovers(project: Path) -> list[str]:
-    """Remove the clones whose lock nobody holds: those of killed flow runs; returns their names."""
-    removed = []
-    for folder in (path for path in (project / FOLDER).glob("*") if path.is_dir()):
-        lock_path = folder.with_name(f"{folder.name}.lock")
-        with lock_path.open("w") as lock, contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-            lock_path.unlink()
-            removed.append(folder.name)
-    return removed
+    """Remove what killed flow runs left; returns the names."""
+    if not (project / FOLDER).is_dir():
+        return []
+    with _all_workspaces(project):
+        return _remove(_leftovers(project))
+
+
+def _remove(folders: Sequence[Path]) -> list[str]:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)
+    return [folder.name for folder in folders]
 
 
 def _link_local_files(project: Path, clone: Path, params: Mapping[str, Any]) -> None:

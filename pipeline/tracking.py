@@ -1,7 +1,7 @@
 """MLflow, which nothing else imports: runs, live metrics, the data set, the model, and who made what.
 
 The store is `mlflow.db` in the project unless MLFLOW_TRACKING_URI says otherwise. A run ends FINISHED, FAILED (an
-exception) or KILLED (SIGTERM, Ctrl-C).
+exception) or KILLED (SIGTERM, Ctrl-C); of a run that could not end itself (SIGKILL), the next training sets it KILLED.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,6 +36,7 @@ from mlflow.types.schema import DataType
 
 from pipeline.artifacts import file_md5
 from pipeline.errors import UserError, first_line, shown
+from pipeline.processes import HOST, PID, Life, life, this_process
 
 SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "pillow", "safetensors")
 """What a served model imports; its requirements name the versions it was trained with."""
@@ -80,17 +82,17 @@ def training_run(*, experiment: str, params: Mapping[str, Any], dataset: MetaDat
     """
     with _store_errors():
         connect()
-        run_id = (
-            MlflowClient()
-            .create_run(_experiment_id(experiment), run_name=os.environ.get("PIPELINE_EXPERIMENT"))
-            .info.run_id
-        )
+        for dead in (run for run in running() if run.life == "dead" and mark_killed(run)):
+            print(f"MLflow run {dead.run_id} was left RUNNING by a dead process: marked KILLED", flush=True)
+        name = os.environ.get("PIPELINE_EXPERIMENT")
+        run = MlflowClient().create_run(_experiment_id(experiment), run_name=name, tags=_origin())
+    run_id = run.info.run_id
     tracked, status = Run(run_id), "FAILED"
     try:
         mlflow.start_run(run_id=run_id, log_system_metrics=True)
         MlflowClient().log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
         mlflow.log_input(dataset, context="training")
-        tracked.tag(_origin() | {"data.md5": dataset.digest})
+        tracked.tag({"data.md5": dataset.digest})
         _log_uncommitted(tracked)
         yield tracked
         status = "FINISHED"
@@ -129,6 +131,40 @@ def run_of_model(model_md5: str, *, experiment: str) -> tuple[Run, bool]:
         made = client.create_run(_experiment_id(experiment), tags=tags)
         client.set_terminated(made.info.run_id)
         return Run(made.info.run_id), True
+
+
+@dataclass(frozen=True)
+class Running:
+    """A run of ours that MLflow holds to be running, and what became of its process."""
+
+    run_id: str
+    name: str
+    host: str
+    pid: str
+    life: Life
+
+
+def running() -> list[Running]:
+    """The RUNNING runs that say which process makes them; `connect` comes first."""
+    query = f"attributes.status = 'RUNNING' and tags.`{HOST}` LIKE '%'"
+    with _store_errors():
+        runs = mlflow.search_runs(search_all_experiments=True, filter_string=query, output_format="list")
+    return [
+        Running(run.info.run_id, run.info.run_name, run.data.tags[HOST], run.data.tags[PID], life(run.data.tags))
+        for run in runs
+    ]
+
+
+def mark_killed(run: Running) -> bool:
+    """End a run whose process is dead, with a tag that says so; False where it has ended meanwhile."""
+    reason = f"process {run.pid} on {run.host} ended without ending the run; found at {time.strftime('%F %T%z')}"
+    with _store_errors():
+        client = MlflowClient()
+        if client.get_run(run.run_id).info.status != "RUNNING":
+            return False
+        client.set_tag(run.run_id, "killed.reason", reason)
+        client.set_terminated(run.run_id, "KILLED")
+    return True
 
 
 def connect() -> None:
@@ -198,7 +234,7 @@ def dataset(name: str, *, source: str | None, digest: str) -> MetaDataset:
 
 
 def _origin() -> dict[str, str]:
-    """Tags that lead from a run to its code, its experiment and its flow run."""
+    """Tags that lead from a run to its code, its experiment, its flow run and its process."""
     tags = {
         "mlflow.source.name": "python -m pipeline.train",
         "mlflow.source.git.commit": _git("rev-parse", "HEAD"),
@@ -207,7 +243,7 @@ def _origin() -> dict[str, str]:
         "dvc.experiment": os.environ.get("DVC_EXP_NAME") or os.environ.get("PIPELINE_EXPERIMENT", ""),
         "prefect.flow_run_id": os.environ.get("PIPELINE_FLOW_RUN_ID", ""),
     }
-    return {name: value for name, value in tags.items() if value}
+    return {name: value for name, value in tags.items() if value} | this_process()
 
 
 def code_md5() -> str:

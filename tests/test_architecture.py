@@ -10,6 +10,7 @@ from tests.conftest import PROJECT
 
 ORDER = [
     "errors",
+    "processes",
     "artifacts",
     "params",
     "progress",

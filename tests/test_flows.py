@@ -64,7 +64,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A committed project with this one's flows and toy stages, an uncommitted change and an image of the user's."""
     folder = tmp_path / "project"
     (folder / "pipeline").mkdir(parents=True)
-    for name in ("__init__", "errors", "artifacts", "params"):
+    for name in ("__init__", "errors", "artifacts", "params", "processes"):
         shutil.copy(PROJECT / "pipeline" / f"{name}.py", folder / "pipeline")
     for name in ("flows", ".dvc", "data/images", "params.yaml", ".gitignore"):
         source, target = PROJECT / name, folder / name

@@ -1,0 +1,142 @@
+"""What killed or careless commands leave in DVC: locks of dead processes, and files that its cache does not have."""
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from dvc.config import Config
+from dvc.utils.serialize import parse_yaml
+
+from flows.workspace import git
+from pipeline.artifacts import file_md5
+from pipeline.processes import START_TOLERANCE_SECONDS
+
+RWLOCK = Path(".dvc/tmp/rwlock")
+"""JSON: {"read": {path: [{"pid": …, "cmd": …}]}, "write": {path: {"pid": …, "cmd": …}}}."""
+HARDLINK_LOCK = Path(".dvc/tmp/lock")
+HERE = "this checkout"
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Outputs of the checkout (owner is HERE) or of an experiment of which files are nowhere to be had."""
+
+    owner: str
+    outputs: tuple[str, ...]
+
+
+def dead_lockers(project: Path) -> list[int]:
+    """The dead processes among those that hold a lock on an output or a dependency.
+
+    Raises ValueError where DVC's file is damaged, which stops DVC too.
+    """
+    path = project / RWLOCK
+    try:
+        written, text = path.stat().st_mtime, path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    pids = {entry["pid"] for entries in _entries(json.loads(text)) for entry in entries}
+    return sorted(pid for pid in pids if not _may_hold(pid, written=written))
+
+
+def _entries(locks: Any) -> Iterator[list[dict[str, Any]]]:
+    yield from locks.get("read", {}).values()
+    yield from ([entry] for entry in locks.get("write", {}).values())
+
+
+def _may_hold(pid: int, *, written: float) -> bool:
+    """DVC notes no start time; who started after the file was last written is a later owner of the id."""
+    try:
+        process = psutil.Process(pid)
+        return process.create_time() < written + START_TOLERANCE_SECONDS and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def release_dead_lockers(project: Path) -> bool:
+    """Take the locks of dead processes out; False where DVC is writing the file just now."""
+    path = project / RWLOCK
+    with suppress(BlockingIOError), path.with_name("rwlock.lock").open("a") as guard:  # as DVC itself guards it
+        fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        dead = set(dead_lockers(project))
+        locks = json.loads(path.read_text(encoding="utf-8"))
+        readers = {
+            name: [entry for entry in entries if entry["pid"] not in dead]
+            for name, entries in locks.get("read", {}).items()
+        }
+        writers = {name: entry for name, entry in locks.get("write", {}).items() if entry["pid"] not in dead}
+        kept = {"read": {name: entries for name, entries in readers.items() if entries}, "write": writers}
+        path.write_text(json.dumps({mode: names for mode, names in kept.items() if names}), encoding="utf-8")
+        return True
+    return False
+
+
+def hardlink_lock(project: Path) -> bool:
+    """Whether the lock of `core.hardlink_lock` is taken: a second link to the file, with no word on who made it."""
+    path = project / HARDLINK_LOCK
+    return path.exists() and path.stat().st_nlink > 1
+
+
+def missing_outputs(project: Path) -> Iterator[Missing]:
+    """The outputs, of this checkout and of each experiment, that neither the cache nor the checkout has whole."""
+    cache = _cache(project)
+    for owner, definition, lock in _lock_files(project):
+        outputs = _cached_outputs(definition, lock)
+        if lacking := tuple(output for output, md5 in outputs if not _is_whole(project, cache, output, md5)):
+            yield Missing(owner, lacking)
+
+
+def _cache(project: Path) -> Path:
+    settings = Config(dvc_dir=str(project / ".dvc"))
+    return Path(settings.get("cache", {}).get("dir") or project / ".dvc" / "cache") / "files" / "md5"
+
+
+def _lock_files(project: Path) -> Iterator[tuple[str, str, str]]:
+    """Owner, dvc.yaml and dvc.lock of the checkout and of each experiment."""
+    if (project / "dvc.lock").exists():
+        definition, lock = ((project / name).read_text(encoding="utf-8") for name in ("dvc.yaml", "dvc.lock"))
+        yield HERE, definition, lock
+    for ref in git(project, "for-each-ref", "--format=%(refname)", "refs/exps").split():
+        if ref.startswith(("refs/exps/exec/", "refs/exps/stash", "refs/exps/celery/")):  # DVC's own, while it works
+            continue
+        texts = [git(project, "show", f"{ref}:{name}", check=False) for name in ("dvc.yaml", "dvc.lock")]
+        if all(texts):
+            yield ref.rpartition("/")[2], texts[0], texts[1]
+
+
+def _cached_outputs(definition: str, lock: str) -> Iterator[tuple[str, str]]:
+    """Path and hash of each output that DVC keeps in its cache (git keeps the others)."""
+    uncached = {
+        path
+        for stage in parse_yaml(definition, "dvc.yaml").get("stages", {}).values()
+        for kind in ("outs", "metrics", "plots")
+        for entry in stage.get(kind, [])
+        if isinstance(entry, dict)
+        for path, options in entry.items()
+        if options.get("cache") is False
+    }
+    for stage in parse_yaml(lock, "dvc.lock").get("stages", {}).values():
+        for output in stage.get("outs", []):
+            if output["path"] not in uncached and "md5" in output:
+                yield output["path"], output["md5"]
+
+
+def _is_whole(project: Path, cache: Path, output: str, md5: str) -> bool:
+    """Whether each file of the output is in the cache or in the checkout."""
+    listing = cache / md5[:2] / md5[2:]
+    if not md5.endswith(".dir"):
+        return listing.exists() or _holds(project / output, md5)
+    if not listing.exists():
+        return (project / output).is_dir()
+    files = json.loads(listing.read_text(encoding="utf-8"))
+    absent = (file for file in files if not (cache / file["md5"][:2] / file["md5"][2:]).exists())
+    return all(_holds(project / output / file["relpath"], file["md5"]) for file in absent)
+
+
+def _holds(path: Path, md5: str) -> bool:
+    return path.is_file() and file_md5(path) == md5

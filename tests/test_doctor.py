@@ -1,0 +1,291 @@
+"""The doctor, with real flow runs killed in the middle of a training that MLflow records."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from prefect import get_client
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import TaskRunSort
+from prefect.states import Running
+
+from flows import doctor, dvc_state, workspace
+from flows.train_classifier import train_classifier
+from pipeline.processes import HOST, PID, life, this_process
+from tests import test_flows
+from tests.conftest import PROJECT
+from tests.test_flows import dvc, output, run, start_run, wait_until
+
+project, api_url = test_flows.project, test_flows.api_url  # fixtures
+
+TRAIN = """
+if stage == "train":
+    from pipeline import tracking
+    dataset = tracking.dataset("toy", source=None, digest="0")
+    with tracking.training_run(experiment="toy", params={}, dataset=dataset):
+        print("training begins")
+        if (told / "train.long").exists():
+            time.sleep(60)
+"""
+
+
+@pytest.fixture
+def tracked(project: Path) -> Path:
+    """The toy project with a training that MLflow records; it lasts a minute while `train.long` exists."""
+    toy = project / "toy.py"
+    toy.write_text(toy.read_text() + TRAIN)
+    for name in ("tracking", "served_model"):
+        (project / f"pipeline/{name}.py").write_bytes((PROJECT / f"pipeline/{name}.py").read_bytes())
+    output(project, "git", "add", "--all")
+    (project.parent / "train.long").touch()
+    return project
+
+
+def start_training(project: Path, epochs: int, *, api_url: str) -> subprocess.Popen[str]:
+    process = start_run(project, "--set", f"train.epochs={epochs}", api_url=api_url)
+    assert process.stdout
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "training begins" in line:
+            return process
+    raise AssertionError("".join(said))
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """As the end of a container would: nobody has time for a last word."""
+    victims = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for victim in victims:
+        victim.kill()
+    process.communicate()
+    psutil.wait_procs(victims, timeout=10)
+
+
+def examine(project: Path, *arguments: str, api_url: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.doctor", *arguments],
+        cwd=project,
+        env={**os.environ, "PREFECT_API_URL": api_url, "PREFECT_HOME": str(project / ".prefect")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    return done.returncode, done.stdout
+
+
+def mlflow_statuses(project: Path) -> list[str]:
+    """The statuses of the runs, oldest first."""
+    client = MlflowClient(f"sqlite:///{project}/mlflow.db")
+    ids = [experiment.experiment_id for experiment in client.search_experiments()]
+    return [run.info.status for run in client.search_runs(ids, order_by=["attributes.start_time ASC"])]
+
+
+def flow_run(flow_run_id: str) -> FlowRun:
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(flow_run_id)  # type: ignore[arg-type]
+
+
+def task_states(flow_run_id: str) -> list[str]:
+    with get_client(sync_client=True) as client:
+        tasks = client.read_task_runs(sort=TaskRunSort.ID_DESC, limit=200)
+    return [str(task.state_name) for task in tasks if str(task.flow_run_id) == flow_run_id]
+
+
+def workspaces(project: Path) -> set[str]:
+    return {path.name for path in (project / workspace.FOLDER).glob("*") if path.is_dir()}
+
+
+def test_what_killed_runs_left_is_settled_and_the_living_are_left_alone(tracked: Path, api_url: str) -> None:
+    first = start_training(tracked, 1, api_url=api_url)
+    [dead] = workspaces(tracked)
+    second = start_training(tracked, 2, api_url=api_url)
+    assert examine(tracked, "--fix", api_url=api_url) == (0, "nothing found\n")
+
+    kill_all(first)
+    status, text = examine(tracked, api_url=api_url)
+    assert (status, text.count("found  "), text.count(f"process {first.pid} is dead")) == (1, 3, 1), text
+    assert mlflow_statuses(tracked) == ["RUNNING", "RUNNING"]
+    status, text = examine(tracked, "--fix", api_url=api_url)
+    assert (status, text.count("settled  ")) == (0, 3), text
+    assert mlflow_statuses(tracked) == ["KILLED", "RUNNING"]
+    state = flow_run(dead).state
+    assert state
+    assert (state.type, state.message) == (
+        StateType.CRASHED,
+        f"its process {first.pid} on {socket.gethostname()} ended without a word",
+    )
+    assert set(task_states(dead)) <= {"Completed", "Cached", "Crashed"}
+    [other] = workspaces(tracked)
+    assert flow_run(other).state_name == "Running"
+
+    kill_all(second)
+    (tracked.parent / "train.long").unlink()
+    status, text = run(tracked, "--set", "train.epochs=3", api_url=api_url)
+    assert status == 0, text
+    assert text.count("settled  ") == 3, text
+    assert flow_run(other).state_name == "Crashed"
+    assert mlflow_statuses(tracked) == ["KILLED", "KILLED", "FINISHED"]
+    assert not workspaces(tracked)
+    assert examine(tracked, api_url=api_url) == (0, "nothing found\n")
+
+
+def test_a_training_outlived_by_its_flow_is_marked_killed_by_the_next_one(tracked: Path, api_url: str) -> None:
+    process = start_training(tracked, 1, api_url=api_url)
+    [training] = [p for p in psutil.Process(process.pid).children(recursive=True) if p.cmdline()[-1:] == ["train"]]
+    training.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=30)
+    assert "SIGKILL (out of memory?)" in output
+    assert mlflow_statuses(tracked) == ["RUNNING"]
+    (tracked.parent / "train.long").unlink()
+    status, text = run(tracked, api_url=api_url)
+    assert "was left RUNNING by a dead process: marked KILLED" in text, text
+    assert (status, mlflow_statuses(tracked)) == (0, ["KILLED", "FINISHED"])
+
+
+def found(check: doctor.Check, project: Path) -> list[str]:
+    return [finding.what for finding in check(project)]
+
+
+def settle(check: doctor.Check, project: Path) -> list[bool]:
+    return [bool(finding.settle and finding.settle()) for finding in check(project)]
+
+
+@pytest.fixture
+def dead_pid() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def pretend(flow_run_labels: dict[str, Any], *, run_count: int = 1) -> str:
+    """A flow run in state Running with these labels; gives its id."""
+    with get_client(sync_client=True) as client:
+        made = client.create_flow_run(train_classifier)
+        for _ in range(run_count):
+            client.set_flow_run_state(made.id, Running(), force=True)
+        client.update_flow_run_labels(made.id, flow_run_labels)
+        return str(made.id)
+
+
+def test_a_flow_run_of_another_host_or_a_later_attempt_is_left_alone(
+    project: Path, api_url: str, dead_pid: int
+) -> None:
+    dead = {**this_process(), PID: str(dead_pid), doctor.PROJECT_LABEL: str(project), doctor.RUN_COUNT_LABEL: 1}
+    elsewhere = pretend({**dead, HOST: "far-away"})
+    again = pretend(dead, run_count=2)
+    gone = pretend(dead)
+    findings = {finding.what.split()[3]: finding for finding in doctor.prefect_runs(project)}
+    assert again not in findings
+    assert (findings[elsewhere].settle, findings[elsewhere].what.endswith("on another host, far-away")) == (None, True)
+    assert findings[gone].settle
+    with get_client(sync_client=True) as client:
+        for run_id in (elsewhere, again, gone):
+            client.delete_flow_run(run_id)  # type: ignore[arg-type]
+
+
+def test_a_process_is_told_from_a_later_one_of_the_same_id(dead_pid: int) -> None:
+    me = this_process()
+    assert life(me) == "alive"
+    assert life({**me, "process.started": "1000.0"}) == "dead"
+    assert life({**me, PID: str(dead_pid)}) == "dead"
+    assert life({**me, HOST: "far-away"}) == "elsewhere"
+    assert life({}) == "unknown"
+
+
+def test_without_a_server_the_doctor_says_that_prefect_was_not_looked_at(project: Path) -> None:
+    status, text = examine(project, api_url="")
+    assert (status, text.count("\n")) == (0, 1)
+    assert "Prefect's flow runs were not looked at: no server" in text
+    assert not (project / ".prefect" / "server.json").exists()
+
+
+def test_locks_of_dead_processes_are_released_and_those_of_the_living_stay(project: Path, dead_pid: int) -> None:
+    mine, dead = {"pid": os.getpid(), "cmd": "dvc repro"}, {"pid": dead_pid, "cmd": "dvc repro"}
+    path = project / dvc_state.RWLOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"read": {"a": [mine, dead]}, "write": {"b": dead, "c": mine}}))
+    assert found(doctor.dvc_locks, project) == [f".dvc/tmp/rwlock holds locks of the dead process {dead_pid}"]
+    assert settle(doctor.dvc_locks, project) == [True]
+    assert json.loads(path.read_text()) == {"read": {"a": [mine]}, "write": {"c": mine}}
+    path.write_text("")
+    assert found(doctor.dvc_locks, project) == [".dvc/tmp/rwlock is damaged"]
+
+
+def test_temporary_files_of_dead_processes_are_removed(project: Path, dead_pid: int) -> None:
+    folder = project / "artifacts" / "train"
+    folder.mkdir(parents=True)
+    mine, dead = (folder / f".history.csv.{pid}.tmp" for pid in (os.getpid(), dead_pid))
+    half = project / "artifacts" / ".train.new.tmp"
+    half.mkdir()
+    for path in (mine, dead, half / "x"):
+        path.touch()
+    assert len(found(doctor.temporary_files, project)) == 1  # the folder may be a living one's: it is new
+    os.utime(half, (0, 0))
+    assert settle(doctor.temporary_files, project) == [True, True]
+    assert (mine.exists(), dead.exists(), half.exists()) == (True, False, False)
+
+
+def test_the_record_of_a_dead_server_is_removed(project: Path, dead_pid: int) -> None:
+    record = project / ".prefect" / "server.json"
+    record.parent.mkdir(exist_ok=True)
+    record.write_text(json.dumps({"pid": dead_pid, "started": 0.0, "port": 4200}))
+    assert settle(doctor.prefect_server, project) == [True]
+    assert not record.exists()
+    assert found(doctor.prefect_server, project) == []
+
+
+def test_what_the_cache_lost_is_reported_with_the_way_to_get_it_back(project: Path, api_url: str) -> None:
+    status, text = run(project, api_url=api_url)
+    assert status == 0, text
+    [name] = dvc(project, "exp", "list", "--name-only").split()
+    assert found(doctor.missing_objects, project) == []
+    Path(cached(project, name, "artifacts/evaluate/per_class.csv")).unlink()
+    [finding] = doctor.missing_objects(project)
+    assert finding.what == f"experiment {name}: DVC's cache lacks files of artifacts/evaluate/per_class.csv"
+    assert f"dvc exp apply {name} && dvc repro" in finding.cure
+    assert finding.settle is None
+
+
+def cached(project: Path, experiment: str, path: str) -> str:
+    """Where the cache keeps an experiment's output."""
+    [lock] = [lock for owner, _, lock in dvc_state._lock_files(project) if owner == experiment]
+    [md5] = {md5 for output, md5 in dvc_state._cached_outputs("{}", lock) if output == path}
+    return str(project / ".dvc/cache/files/md5" / md5[:2] / md5[2:])
+
+
+def test_a_taken_workspace_is_no_leftover(project: Path) -> None:
+    with workspace._own_folder(project, "one") as (folder, _):
+        assert workspace.is_held(project, "one")
+        assert workspace.find_leftovers(project) == []
+        (folder.parent / "two").mkdir()
+        assert settle(doctor.workspaces, project) == [True]
+        assert folder.exists()
+    wait_until(lambda: not workspace.is_held(project, "one"), seconds=1)
+
+
+def test_a_flow_run_ends_when_its_worker_was_killed() -> None:
+    flow = (
+        "import os; from flows.train_classifier import _end_with_worker; "
+        "worker = os.getppid(); print(os.getpid(), flush=True); _end_with_worker(worker)"
+    )
+    worker = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {flow!r}])"],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert worker.stdout
+    process = psutil.Process(int(worker.stdout.readline()))
+    worker.kill()
+    worker.communicate()
+    _, living = psutil.wait_procs([process], timeout=10)
+    assert not living
