@@ -78,7 +78,7 @@ def _task(stage: str, *, timeout_hours: float, retry_delays: list[float] | None 
     )
 
 
-download = _task("download", timeout_hours=6, retry_delays=[10.0, 60.0, 300.0])
+download = _task("download", timeout_hours=6, retry_delays=[5.0, 20.0, 60.0])
 normalize = _task("normalize", timeout_hours=6)
 train = _task("train", timeout_hours=7 * 24)
 evaluate = _task("evaluate", timeout_hours=6)

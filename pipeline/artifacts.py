@@ -186,8 +186,9 @@ def read_split(split: str, *, folder: Path = NORMALIZE) -> tuple[Images, Labels]
 
 def missing(path: Path) -> str:
     """One line for a file between steps that is not there."""
-    step = path.parent.name
-    return f"{path}: no such file; `dvc repro {step}` makes it, `dvc pull` fetches it"
+    if path.parent not in (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE):
+        return f"{path}: no such file"
+    return f"{path}: no such file; `dvc repro {path.parent.name}` makes it, `dvc pull` fetches it"
 
 
 def file_md5(path: Path) -> str:

@@ -325,10 +325,11 @@ def _report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams
     """The finished epoch, as a line and as metrics."""
     values = vars(epoch)
     run.log(
-        {name: value for name, value in values.items() if name != "epoch"} | {"images_per_second": images_per_second},
+        {name: value for name, value in values.items() if name not in ("epoch", "learning_rate")}
+        | {"images_per_second": images_per_second},
         step=epoch.epoch,
     )
-    done = round(10 * epoch.epoch / params.epochs)
+    done = 10 * epoch.epoch // params.epochs
     print(
         f"epoch {epoch.epoch:>{len(str(params.epochs))}}/{params.epochs} {'█' * done}{'░' * (10 - done)} "
         f"loss {epoch.train_loss:.3f} accuracy {epoch.train_accuracy:.1%} | "

@@ -82,6 +82,7 @@ def test_images_and_labels_must_agree(tmp_path: Path) -> None:
         read_split("train", folder=tmp_path)
 
 
-def test_a_missing_file_names_the_step_that_makes_it(tmp_path: Path) -> None:
+def test_a_missing_file_names_the_step_that_makes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"`dvc repro normalize` makes it"):
-        read_split("train", folder=tmp_path / "normalize")
+        read_split("train")

@@ -21,7 +21,7 @@ from flows import server, train_classifier, workspace
 from flows.workspace import StepError, Workspace, open_workspace
 from pipeline.errors import UserError
 from pipeline.params import read_yaml
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, heed_interrupts
 
 TOY = """
 import json, os, sys, time
@@ -119,6 +119,7 @@ def start_run(project: Path, *arguments: str, api_url: str) -> subprocess.Popen[
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509
     )
 
 

@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.model import build
 from pipeline.params import TrainParams, dump_yaml
 from pipeline.train import Trained, learning_rate, loss_function, main, make_optimizer, train
-from tests.conftest import DEFAULTS, PROJECT, coloured_images, train_params, write_normalized
+from tests.conftest import DEFAULTS, PROJECT, coloured_images, heed_interrupts, train_params, write_normalized
 from tests.test_model import config
 
 OPTIMIZERS = {
@@ -260,6 +260,7 @@ def test_an_interrupted_run_is_marked_killed(workspace: Path, sent: signal.Signa
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509
     )
     assert process.stdout is not None
     while not process.stdout.readline().startswith("epoch"):
