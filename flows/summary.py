@@ -2,14 +2,13 @@
 
 import csv
 import html
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flows.workspace import Outcome
-from pipeline.artifacts import EVALUATE
+from pipeline.artifacts import EVALUATE, read_json
 
 NEXT_RECIPE = "cifar10_lenet"
 
@@ -42,7 +41,7 @@ def read_summary(
     folder: Path, *, experiment: str, steps: Sequence[Step], seconds: float, mlflow_run_id: str | None
 ) -> Summary:
     """Read what `evaluate` wrote in `folder`, a checkout or a clone."""
-    metrics = json.loads((folder / EVALUATE / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(folder / EVALUATE / "metrics.json")
     with (folder / EVALUATE / "per_class.csv").open(encoding="utf-8", newline="") as file:
         recalls = {row["class"]: float(row["recall"]) for row in csv.DictReader(file)}
     return Summary(experiment, steps, seconds, metrics, recalls, mlflow_run_id)

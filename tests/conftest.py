@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,20 @@ def copy_project(target: Path) -> Path:
         if (PROJECT / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(PROJECT / name, target / name)
-    commit = ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "all"]
-    for command in (["init", "-q"], ["add", "."], commit):
-        subprocess.run(["git", *command], cwd=target, check=True)
+    start_repository(target)
     return target
+
+
+def start_repository(folder: Path, *paths: str) -> None:
+    """Make a git repository of the folder, and its first commit of all that is in it or of some paths."""
+    commit = ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "Start"]
+    for command in (["init", "-q"], ["add", *(paths or ["."])], commit):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+
+
+def free_port() -> int:
+    """A port on loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

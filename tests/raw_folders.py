@@ -13,15 +13,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.artifacts import CIFAR10_ARCHIVE
-from pipeline.params import NormalizeParams, load_params
+from pipeline.params import NormalizeParams
 from pipeline.raw import CIFAR_FOLDER
+from tests import conftest
 
 NAMES = ["cat", "dog"]
 
 
 def params(**changes: Any) -> NormalizeParams:
-    committed = load_params(Path(__file__).parents[1] / "params.yaml").normalize
-    return NormalizeParams(**{**committed.model_dump(), **changes})
+    return conftest.params(**{f"normalize__{name}": value for name, value in changes.items()}).normalize
 
 
 def noise(seed: int, *, size: int = 32, channels: int = 3) -> Any:

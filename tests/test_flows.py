@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from flows import server, train_classifier, workspace
 from flows.workspace import StepError, Workspace, open_workspace
 from pipeline.errors import UserError
 from pipeline.params import read_yaml
-from tests.conftest import PROJECT, heed_interrupts
+from tests.conftest import PROJECT, free_port, heed_interrupts, start_repository
 
 TOY = """
 import json, os, sys, time
@@ -79,12 +78,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     YAML().dump({"stages": STAGES}, folder / "dvc.yaml")
     (folder / "recipes").mkdir()
     (folder / "recipes" / "digits.yaml").write_text("train: {epochs: 7}\n")
-    for command in (
-        ["init", "-q"],
-        ["add", "."],
-        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "Start"],
-    ):
-        subprocess.run(["git", *command], cwd=folder, check=True)
+    start_repository(folder)
     for name in ("user.name", "user.email"):  # which DVC asks for to put uncommitted changes aside
         subprocess.run(["git", "config", name, "t"], cwd=folder, check=True)
     (folder / "toy.py").write_text(TOY + "# changed\n")
@@ -102,13 +96,6 @@ def api_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with temporary_settings({PREFECT_API_URL: started.api_url, PREFECT_HOME: folder}):
         yield started.api_url
     server.stop(folder)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def start_run(project: Path, *arguments: str, api_url: str) -> subprocess.Popen[str]:

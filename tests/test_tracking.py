@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pipeline.data import DatasetInfo
 from pipeline.errors import UserError
 from pipeline.model import load_model
 from pipeline.tracking import connect, fetch_model, run_of_model
-from tests.conftest import PROJECT, coloured_images, write_normalized
+from tests.conftest import PROJECT, coloured_images, free_port, start_repository, write_normalized
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "params.yaml").write_text("")
     (folder / "notes.txt").write_text("")
-    for command in (
-        ["init", "-q"],
-        ["add", "params.yaml", "notes.txt"],
-        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "x"],
-    ):
-        subprocess.run(["git", *command], cwd=folder, check=True)
+    start_repository(folder, "params.yaml", "notes.txt")
     (folder / "params.yaml").write_text(text)
     (folder / "notes.txt").write_bytes(b"caf\xe9\n")
     environment = os.environ | {
@@ -174,9 +168,7 @@ def test_a_password_in_the_tracking_uri_is_not_shown(workspace: Path, monkeypatc
 
 @pytest.fixture
 def served(store: Path) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     uri = f"runs:/{only_run().info.run_id}/model"
     command = ["mlflow", "models", "serve", "-m", uri, "--env-manager", "local", "-h", "127.0.0.1", "-p", str(port)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

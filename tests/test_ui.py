@@ -14,7 +14,7 @@ import pytest
 
 from flows import server, ui
 from pipeline.errors import TemporaryError, UserError
-from tests.test_flows import free_port
+from tests.conftest import free_port
 
 PROGRAM = "from pathlib import Path; from flows import ui; ui.PROJECT = Path.cwd(); ui.main()"
 REPOSITORY = str(Path(__file__).parents[1])
