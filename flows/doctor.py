@@ -50,7 +50,7 @@ from flows.dvc_state import (
     missing_outputs,
     release_dead_lockers,
 )
-from flows.workspace import FOLDER, find_leftovers, is_held, remove_leftovers, tracking_uri
+from flows.workspace import EXPERIMENT_LABEL, FOLDER, find_leftovers, is_held, remove_leftovers, tracking_uri
 from pipeline.errors import TemporaryError, UserError, report_errors
 from pipeline.processes import HOST, PID, life, this_process
 
@@ -77,9 +77,10 @@ class Finding:
 Check = Callable[[Path], Iterator[Finding]]
 
 
-def sign(flow_run_id: str, *, run_count: int, project: Path = PROJECT) -> None:
+def sign(flow_run_id: str, *, run_count: int, project: Path = PROJECT, experiment: str = "") -> None:
     """Write down, in Prefect, which process makes this flow run: what `prefect_runs` goes by."""
     labels: dict[str, Any] = {**this_process(), PROJECT_LABEL: str(project), RUN_COUNT_LABEL: run_count}
+    labels |= {EXPERIMENT_LABEL: experiment} if experiment else {}
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(UUID(flow_run_id), labels)
 
@@ -126,7 +127,7 @@ def prefect_runs(project: Path) -> Iterator[Finding]:
         yield Finding("Prefect's flow runs were not looked at: no server of this project is running")
         return
     try:
-        with _client(url) as client:
+        with prefect_client(url) as client:
             runs = _live_runs(client)
     except (httpx.HTTPError, PrefectException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -137,7 +138,7 @@ def prefect_runs(project: Path) -> Iterator[Finding]:
 
 
 @contextmanager
-def _client(url: str) -> Iterator[SyncPrefectClient]:
+def prefect_client(url: str) -> Iterator[SyncPrefectClient]:
     with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
         yield client
 
@@ -177,7 +178,7 @@ def _judge(run: FlowRun, *, url: str) -> Iterator[Finding]:
 
 def _end_run(run: FlowRun, state: State[Any], *, url: str) -> bool:
     """Set the flow run, and those of its task runs that have no end, to the state."""
-    with _client(url) as client:
+    with prefect_client(url) as client:
         tasks = client.read_task_runs(
             flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])),
             task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=LIVE_STATES))),

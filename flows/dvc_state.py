@@ -84,14 +84,14 @@ def hardlink_lock(project: Path) -> bool:
 
 def missing_outputs(project: Path) -> Iterator[Missing]:
     """The outputs, of this checkout and of each experiment, that neither the cache nor the checkout has whole."""
-    cache = _cache(project)
+    cache = cache_folder(project)
     for owner, definition, lock in _lock_files(project):
         outputs = _cached_outputs(definition, lock)
         if lacking := tuple(output for output, md5 in outputs if not _is_whole(project, cache, output, md5)):
             yield Missing(owner, lacking)
 
 
-def _cache(project: Path) -> Path:
+def cache_folder(project: Path) -> Path:
     settings = Config(dvc_dir=str(project / ".dvc"))
     return Path(settings.get("cache", {}).get("dir") or project / ".dvc" / "cache") / "files" / "md5"
 
@@ -101,12 +101,17 @@ def _lock_files(project: Path) -> Iterator[tuple[str, str, str]]:
     if (project / "dvc.lock").exists():
         definition, lock = ((project / name).read_text(encoding="utf-8") for name in ("dvc.yaml", "dvc.lock"))
         yield HERE, definition, lock
-    for ref in git(project, "for-each-ref", "--format=%(refname)", "refs/exps").split():
-        if ref.startswith(("refs/exps/exec/", "refs/exps/stash", "refs/exps/celery/")):  # DVC's own, while it works
-            continue
+    for ref in experiment_refs(project):
         texts = [git(project, "show", f"{ref}:{name}", check=False) for name in ("dvc.yaml", "dvc.lock")]
         if all(texts):
             yield ref.rpartition("/")[2], texts[0], texts[1]
+
+
+def experiment_refs(project: Path) -> list[str]:
+    """The refs `refs/exps/<2 digits>/<38 digits of the baseline>/<name>`."""
+    refs = git(project, "for-each-ref", "--format=%(refname)", "refs/exps").split()
+    own = ("refs/exps/exec/", "refs/exps/stash", "refs/exps/celery/")  # DVC's, while it works
+    return [ref for ref in refs if not ref.startswith(own)]
 
 
 def _cached_outputs(definition: str, lock: str) -> Iterator[tuple[str, str]]:

@@ -62,6 +62,12 @@ def reproduce(repo: Any, stage: str) -> dict[str, Any]:
     return {"outcome": "ran" if LINES.ran else "restored" if stages else "unchanged"}
 
 
+def remake(repo: Any, stage: str) -> dict[str, Any]:
+    """Run one stage whatever DVC has of it, and keep what it makes out of the cache, whose files are the originals."""
+    repo.reproduce(targets=[stage], single_item=True, force=True, no_commit=True)
+    return {"outcome": "ran"}
+
+
 def save(repo: Any, name: str) -> dict[str, Any]:
     """Save the clone's files as the experiment `name`."""
     uncached = [str(out.fs_path) for out in repo.index.outs if not out.use_cache and out.exists]
@@ -76,7 +82,12 @@ def push(repo: Any, name: str) -> dict[str, Any]:
     return {}
 
 
-ACTIONS: dict[str, Callable[[Any, str], dict[str, Any]]] = {"reproduce": reproduce, "save": save, "push": push}
+ACTIONS: dict[str, Callable[[Any, str], dict[str, Any]]] = {
+    "reproduce": reproduce,
+    "remake": remake,
+    "save": save,
+    "push": push,
+}
 
 
 def answer(repo: Any, request: dict[str, str]) -> dict[str, Any]:

@@ -62,7 +62,9 @@ def as_text(summary: Summary, *, recipe: str) -> str:
     return "\n".join(["", *_aligned(rows), "", "Next:", *(f"  {line}" for line in _aligned(commands))])
 
 
-def as_markdown(summary: Summary, *, changes: Mapping[str, tuple[Any, Any]], flow_run_id: str) -> str:
+def as_markdown(
+    summary: Summary, *, changes: Mapping[str, tuple[Any, Any]], flow_run_id: str, mlflow_link: str | None = None
+) -> str:
     """The Prefect artifact: results, all metrics, changed parameters, and where to go from here."""
     changed = [(name, f"`{old}`", f"`{new}`") for name, (old, new) in changes.items()]
     parts = [
@@ -73,7 +75,7 @@ def as_markdown(summary: Summary, *, changes: Mapping[str, tuple[Any, Any]], flo
         "## Parameters that differ from the committed ones",
         _table(["parameter", "committed", "here"], changed) if changed else "none",
         "## Where it is",
-        _table(["what", "name"], _places(summary, flow_run_id)),
+        _table(["what", "name"], _places(summary, flow_run_id, mlflow_link)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -99,11 +101,13 @@ def _results(summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
-def _places(summary: Summary, flow_run_id: str) -> list[tuple[str, str]]:
+def _places(summary: Summary, flow_run_id: str, mlflow_link: str | None) -> list[tuple[str, str]]:
+    run = summary.mlflow_run_id
     return [
         ("DVC experiment", f"`dvc exp apply {summary.experiment}`"),
-        ("MLflow run", f"`{summary.mlflow_run_id}`" if summary.mlflow_run_id else "the run that made the cached model"),
+        ("MLflow run", f"[{run}]({mlflow_link})" if mlflow_link else f"`{run}`" if run else "none made this model"),
         ("Prefect flow run", f"`{flow_run_id}`"),
+        ("all that belongs to it", f"`python -m flows.trace {summary.experiment}`"),
         ("steps", ", ".join(map(str, summary.steps))),
     ]
 

@@ -4,14 +4,16 @@
 """
 
 import argparse
+import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import chdir
+from collections.abc import Iterator, Mapping
+from contextlib import chdir, contextmanager
 from typing import Any
 
 from prefect import Task, flow, get_client, get_run_logger
@@ -21,12 +23,14 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
+from prefect.utilities.urls import url_for
 
 from flows import FLOW_NAME, PROJECT, server
 from flows.doctor import settle_quietly, sign
 from flows.summary import Step, Summary, as_markdown, as_text, changed_params, read_summary
-from flows.workspace import StepError, Workspace, experiment_name, open_workspace, untracked_files
-from pipeline.errors import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors
+from flows.workspace import StepError, Workspace, experiment_name, open_workspace, tracking_uri, untracked_files
+from pipeline.artifacts import TRAIN, file_md5
+from pipeline.errors import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors, shown
 from pipeline.params import compose, dump_yaml, parse_override, read_yaml
 
 HOUR = 3600.0
@@ -108,21 +112,58 @@ def _run(recipe: str, overrides: Mapping[str, Any]) -> Summary:
     name = experiment_name(PROJECT, f"{recipe}-{run_name}", f"{recipe}-{run_name}-{run_id[:8]}")
     if "PREFECT__FLOW_RUN_ID" in os.environ:  # which Prefect's worker sets
         threading.Thread(target=_end_with_worker, args=[os.getppid()], daemon=True).start()
-    sign(run_id, run_count=flow_run.run_count, project=PROJECT)
+    sign(run_id, run_count=flow_run.run_count, project=PROJECT, experiment=name)
     for line in settle_quietly(PROJECT):
         get_run_logger().info(line)
     _mention_untracked()
-    text = dump_yaml(params)
-    with open_workspace(PROJECT, params=params, params_text=text, experiment=name, flow_run_id=run_id) as workspace:
+    link = shown(url_for("flow-run", obj_id=run_id) or "")
+    with open_workspace(
+        PROJECT,
+        params=params,
+        params_text=dump_yaml(params),
+        experiment=name,
+        flow_run_id=run_id,
+        variables={"PIPELINE_FLOW_RUN_NAME": run_name, "PIPELINE_FLOW_RUN_LINK": link},
+    ) as workspace:
         steps = _run_steps(workspace)
-        workspace.save(on_line=get_run_logger().info)
+        with _maker(workspace, run_id) as maker:
+            workspace.save(on_line=get_run_logger().info)
         seconds = time.monotonic() - start
+        mlflow_run_id = workspace.mlflow_run_id or maker.get("run_id")
         summary = read_summary(
-            workspace.folder, experiment=name, steps=steps, seconds=seconds, mlflow_run_id=workspace.mlflow_run_id
+            workspace.folder, experiment=name, steps=steps, seconds=seconds, mlflow_run_id=mlflow_run_id
         )
         changes = changed_params(read_yaml(workspace.committed_params), params)
-    create_markdown_artifact(as_markdown(summary, changes=changes, flow_run_id=run_id), key="summary", description=name)
+    text = as_markdown(summary, changes=changes, flow_run_id=run_id, mlflow_link=_mlflow_link(mlflow_run_id))
+    create_markdown_artifact(text, key="summary", description=name)
     return summary
+
+
+@contextmanager
+def _maker(workspace: Workspace, flow_run_id: str) -> Iterator[dict[str, str]]:
+    """Where all came from the cache, look for the MLflow run that made the model while the block runs.
+
+    In a process of its own, since MLflow takes 2 s to import. What it finds is in the dictionary after the block.
+    """
+    model = workspace.folder / TRAIN / "best.safetensors"
+    found: dict[str, str] = {}
+    if workspace.mlflow_run_id or not model.exists():
+        yield found
+        return
+    command = [sys.executable, "-m", "flows.trace", file_md5(model), "--used-by", flow_run_id, workspace.experiment]
+    with subprocess.Popen(
+        command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        yield found
+        output, _ = process.communicate()
+    if process.returncode == 0:
+        found |= json.loads(output)
+
+
+def _mlflow_link(run_id: str | None) -> str | None:
+    """The run's page on the MLflow server, where one is known."""
+    uri = tracking_uri(PROJECT)
+    return f"{shown(uri).rstrip('/')}/#/runs/{run_id}" if run_id and uri.startswith(("http://", "https://")) else None
 
 
 def _end_with_worker(worker: int) -> None:

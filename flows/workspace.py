@@ -19,13 +19,17 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from pipeline.errors import UserError
-from pipeline.params import PARAMS_FILE
+from pipeline.params import PARAMS_FILE, read_yaml
 
 FOLDER = Path(".dvc/tmp/flows")
+KEPT = Path(".dvc/tmp/kept")
+"""Where clones lie that the user asked to keep."""
 MARK = "\x1e"
 """First character of an answer among the lines of the DVC process."""
 GRACE_SECONDS = 10
 """Between SIGTERM and SIGKILL."""
+EXPERIMENT_LABEL = "dvc.experiment"
+"""Label of a flow run in Prefect."""
 COMMITTED_PARAMS = "committed_params.yaml"
 _MLFLOW_RUN = re.compile(r"MLflow run:? ([0-9a-f]{32})\b")
 
@@ -54,8 +58,11 @@ class Workspace:
         self.mlflow_run_id: str | None = None
         self._process = process
 
-    def reproduce(self, stage: str, *, on_line: Callable[[str], None]) -> Outcome:
-        """Bring one stage up to date, its output going to `on_line` as it comes; raises StepError."""
+    def reproduce(self, stage: str, *, on_line: Callable[[str], None], again: bool = False) -> Outcome:
+        """Bring one stage up to date, its output going to `on_line` as it comes; raises StepError.
+
+        `again`: run it whatever DVC has of it, and leave DVC's cache as it is.
+        """
         said: list[str] = []
 
         def listen(line: str) -> None:
@@ -65,7 +72,7 @@ class Workspace:
                 self.mlflow_run_id = found[1]
             on_line(line)
 
-        reply = self._ask({"reproduce": stage}, on_line=listen)
+        reply = self._ask({"remake" if again else "reproduce": stage}, on_line=listen)
         if "status" not in reply:
             outcome: Outcome = reply["outcome"]
             return outcome
@@ -106,28 +113,90 @@ def _how_it_ended(status: int) -> str:
 
 @contextmanager
 def open_workspace(
-    project: Path, *, params: Mapping[str, Any], params_text: str, experiment: str, flow_run_id: str
+    project: Path,
+    *,
+    params: Mapping[str, Any],
+    params_text: str,
+    experiment: str,
+    flow_run_id: str,
+    variables: Mapping[str, str] = {},
 ) -> Iterator[Workspace]:
     """Clone `project` with its uncommitted changes, and write `params_text` into its params.yaml.
 
-    On leaving, for whatever reason, what still runs in the clone is ended and the clone is removed.
-    Raises UserError where the checkout cannot be cloned.
+    `variables` are environment variables for the stages. On leaving, for whatever reason, what still runs in the clone
+    is ended and the clone is removed. Raises UserError where the checkout cannot be cloned.
     """
     commit = take_snapshot(project)
-    with _own_folder(project, flow_run_id) as (folder, lock):
+
+    def fill(clone: Path) -> Mapping[str, Any]:
+        git(clone, "read-tree", "-u", "--reset", commit)
+        (clone / PARAMS_FILE).write_text(params_text, encoding="utf-8")
+        return params
+
+    variables = {"PIPELINE_EXPERIMENT": experiment, "PIPELINE_FLOW_RUN_ID": flow_run_id, **variables}
+    with _open(project, name=flow_run_id, fill=fill, experiment=experiment, variables=variables) as workspace:
+        yield workspace
+
+
+@contextmanager
+def open_recorded(
+    project: Path, *, commit: str, difference: bytes, name: str, variables: Mapping[str, str], keep: bool = False
+) -> Iterator[Workspace]:
+    """Clone `project` as it was at `commit` with `difference`, a recorded `git diff`, applied.
+
+    `keep`: the clone is moved to KEPT at the end. Raises UserError where the difference does not apply.
+    """
+
+    def fill(clone: Path) -> Mapping[str, Any]:
+        git(clone, "update-ref", "--no-deref", "HEAD", commit)
+        git(clone, "read-tree", "-u", "--reset", commit)
+        if difference:
+            _apply(difference, clone, commit=commit)
+        params: Mapping[str, Any] = read_yaml(clone / PARAMS_FILE)
+        return params
+
+    # without a flow run, but `pipeline.errors` is to know that this is no checkout of the user's
+    variables = {"PIPELINE_EXPERIMENT": "", "PIPELINE_FLOW_RUN_ID": "", **variables}
+    with _open(project, name=name, fill=fill, experiment="", variables=variables, keep=keep) as workspace:
+        yield workspace
+
+
+def _apply(difference: bytes, clone: Path, *, commit: str) -> None:
+    patch = clone.parent / "uncommitted.diff"
+    patch.write_bytes(difference)
+    try:
+        git(clone, "apply", "--index", "--whitespace=nowarn", str(patch))
+    except UserError as error:
+        raise UserError(f"the recorded changes do not apply to commit {commit}: {error}") from None
+
+
+@contextmanager
+def _open(
+    project: Path,
+    *,
+    name: str,
+    fill: Callable[[Path], Mapping[str, Any]],
+    experiment: str,
+    variables: Mapping[str, str],
+    keep: bool = False,
+) -> Iterator[Workspace]:
+    """A clone in a folder of its own, in which `fill` puts the files and gives the parameters, and its DVC process."""
+    with _own_folder(project, name) as (folder, lock):
         clone = folder / "clone"
         git(project, "clone", "--quiet", "--shared", "--no-checkout", str(project), str(clone))
-        git(clone, "read-tree", "-u", "--reset", commit)
-        committed = git(project, "show", f"HEAD:{PARAMS_FILE}", check=False) or "{}"
+        params = fill(clone)
+        committed = git(clone, "show", f"HEAD:{PARAMS_FILE}", check=False) or "{}"
         (folder / COMMITTED_PARAMS).write_text(committed, encoding="utf-8")
-        (clone / PARAMS_FILE).write_text(params_text, encoding="utf-8")
         _link_local_files(project, clone, params)
-        environment = stage_environment(project, folder, experiment=experiment, flow_run_id=flow_run_id)
+        environment = stage_environment(project, folder, variables=variables)
         process = _start(clone, project=project, environment=environment, lock=lock)
         try:
             yield Workspace(clone, experiment=experiment, process=process)
         finally:
             _stop(process)
+            if keep:
+                (project / KEPT).mkdir(parents=True, exist_ok=True)
+                clone.rename(project / KEPT / name)
 
 
 def take_snapshot(project: Path) -> str:
@@ -303,8 +372,8 @@ def _link_files(source: Path, target: Path) -> None:
             place.symlink_to(entry.path)
 
 
-def stage_environment(project: Path, folder: Path, *, experiment: str, flow_run_id: str) -> dict[str, str]:
-    """Environment variables for DVC and the stages of one flow run; `folder` is its own."""
+def stage_environment(project: Path, folder: Path, *, variables: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables for DVC and the stages of one flow run, `variables` among them; `folder` is its own."""
     return {
         # a bar redrawn ten times a second would be as many lines in the flow run's log
         "TQDM_MININTERVAL": "5",
@@ -319,8 +388,7 @@ def stage_environment(project: Path, folder: Path, *, experiment: str, flow_run_
         "DVC_SITE_CACHE_DIR": str(folder / "index"),
         "PIPELINE_PROJECT": str(project),
         "PIPELINE_CACHE_DIR": str(project / ".cache"),
-        "PIPELINE_EXPERIMENT": experiment,
-        "PIPELINE_FLOW_RUN_ID": flow_run_id,
+        **variables,
     }
 
 

@@ -18,6 +18,7 @@ from pipeline.model import load_model, logits_of
 from pipeline.params import load_params
 from pipeline.train import loss_function
 
+FILES = ("confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv")
 Row = Mapping[str, Any]
 
 
@@ -158,6 +159,8 @@ def _record(result: Evaluation, *, experiment: str) -> None:
         )
     run.log({f"test_{name.removeprefix('test_')}": value for name, value in result.metrics.items()}, step=0)
     run.flush()
+    run.tag(tracking.outputs_tag(EVALUATE, names=FILES), once=True)  # a later evaluation may have other parameters
+    print(f"MLflow run {run.run_id}", flush=True)
     for name in ("confusion_matrix.png", "per_class.csv"):
         run.log_file(EVALUATE / name, folder="plots" if name.endswith("png") else "evaluate")
 

@@ -6,13 +6,14 @@ exception) or KILLED (SIGTERM, Ctrl-C); of a run that could not end itself (SIGK
 
 import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import subprocess
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +35,21 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.types import ColSpec, Schema, TensorSpec
 from mlflow.types.schema import DataType
 
-from pipeline.artifacts import file_md5
+from pipeline.artifacts import DOWNLOAD, NORMALIZE, file_md5
 from pipeline.errors import UserError, first_line, shown
+from pipeline.params import read_yaml
 from pipeline.processes import HOST, PID, Life, life, this_process
 
 SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "pillow", "safetensors")
 """What a served model imports; its requirements name the versions it was trained with."""
 CONNECT_SECONDS = 5.0
 FLUSH_SECONDS = 1.0
+COMMIT = "mlflow.source.git.commit"
+REPRODUCES = "reproduces"
+"""Tag of a run that re-makes another one: the other one's id. It is no new result."""
+FLOW_RUN = "flow_run."
+"""Tag `flow_run.<id>` = experiment, for each flow run that made the model or had it from DVC's cache."""
+LOCK_FILE = Path("dvc.lock")
 
 
 class Run:
@@ -67,7 +75,10 @@ class Run:
                 self._client.log_batch(self.run_id, metrics=self._waiting)
             self._waiting = []
 
-    def tag(self, tags: Mapping[str, str]) -> None:
+    def tag(self, tags: Mapping[str, str], *, once: bool = False) -> None:
+        """Set the tags; `once`: but for those that the run has already."""
+        if once:
+            tags = {name: tags[name] for name in tags.keys() - self._client.get_run(self.run_id).data.tags.keys()}
         self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def log_file(self, path: Path, *, folder: str | None = None) -> None:
@@ -75,8 +86,10 @@ class Run:
 
 
 @contextmanager
-def training_run(*, experiment: str, params: Mapping[str, Any], dataset: MetaDataset) -> Iterator[Run]:
-    """A new run with its parameters, data set, origin and system metrics.
+def training_run(
+    *, experiment: str, params: Mapping[str, Any], dataset: MetaDataset, hardware: Mapping[str, str] = {}
+) -> Iterator[Run]:
+    """A new run with its parameters, data set, origin, hardware and system metrics.
 
     Raises UserError where the store cannot be reached.
     """
@@ -92,7 +105,7 @@ def training_run(*, experiment: str, params: Mapping[str, Any], dataset: MetaDat
         mlflow.start_run(run_id=run_id, log_system_metrics=True)
         MlflowClient().log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
         mlflow.log_input(dataset, context="training")
-        tracked.tag({"data.md5": dataset.digest})
+        tracked.tag({"data.md5": dataset.digest, **_inputs(params), **_prefixed("hardware", hardware)})
         _log_uncommitted(tracked)
         yield tracked
         status = "FINISHED"
@@ -117,20 +130,107 @@ def told(what: str) -> Iterator[None]:
 def run_of_model(model_md5: str, *, experiment: str) -> tuple[Run, bool]:
     """The newest run that made the model of this hash, and whether it had to be made here because there was none.
 
+    A flow run that takes the model from DVC's cache leaves its id with it. In a reproduction, only its own runs count.
     Raises UserError where the store cannot be reached.
     """
+    connect_here()
+    original = os.environ.get("PIPELINE_REPRODUCES")
+    found = [run for run in find_runs({"model.md5": model_md5}) if run.tags.get(REPRODUCES) == original]
     with _store_errors():
-        connect()
         client = MlflowClient()
-        experiments = [found.experiment_id for found in client.search_experiments()]
-        query = f"tags.`model.md5` = '{model_md5}'"
-        runs = client.search_runs(experiments, query, max_results=1, order_by=["attributes.start_time DESC"])
-        if runs:
-            return Run(runs[0].info.run_id), False
+        if found:
+            run = Run(found[0].run_id)
+            run.tag(_flow_run())
+            return run, False
         tags = _origin() | {"model.md5": model_md5}
         made = client.create_run(_experiment_id(experiment), tags=tags)
         client.set_terminated(made.info.run_id)
         return Run(made.info.run_id), True
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run as MLflow has it; `started` is in milliseconds since the epoch."""
+
+    run_id: str
+    experiment_id: str
+    name: str
+    status: str
+    started: int
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+def connect_here() -> None:
+    """`connect`, its failures told in one line."""
+    with _store_errors():
+        connect()
+
+
+def find_runs(tags: Mapping[str, str]) -> list[Record]:
+    """The runs with all of these tags (`%` stands for anything), newest first; `connect` comes first."""
+    conditions = [f"tags.`{name}` {'LIKE' if '%' in value else '='} '{value}'" for name, value in tags.items()]
+    with _store_errors():
+        runs = mlflow.search_runs(
+            search_all_experiments=True,
+            filter_string=" and ".join(conditions),
+            order_by=["attributes.start_time DESC"],
+            output_format="list",
+        )
+    return [_as_record(run) for run in runs]
+
+
+def find_run(run_id: str) -> Record | None:
+    """The run of this id, if there is one."""
+    with _store_errors():
+        try:
+            return _as_record(MlflowClient().get_run(run_id))
+        except MlflowException as error:
+            if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+                return None
+            raise
+
+
+def _as_record(run: mlflow.entities.Run) -> Record:
+    info, data = run.info, run.data
+    return Record(
+        info.run_id,
+        info.experiment_id,
+        info.run_name,
+        info.status,
+        info.start_time,
+        dict(data.tags),
+        dict(data.params),
+        dict(data.metrics),
+    )
+
+
+def read_file(run: Record, name: str) -> bytes | None:
+    """A file recorded with the run, or None where there is none of this name."""
+    with _store_errors():
+        folder, _, _ = name.rpartition("/")
+        if name not in {file.path for file in MlflowClient().list_artifacts(run.run_id, folder or None)}:
+            return None
+        with tempfile.TemporaryDirectory() as target:
+            return Path(mlflow.artifacts.download_artifacts(f"runs:/{run.run_id}/{name}", dst_path=target)).read_bytes()
+
+
+def recorded_model(run: Record) -> str | None:
+    """MD5 of the weights that MLflow keeps of the run's model, or None where it keeps none."""
+    with tempfile.TemporaryDirectory() as target:
+        try:
+            folder = mlflow.artifacts.download_artifacts(f"runs:/{run.run_id}/model", dst_path=target)
+        except (MlflowException, OSError):
+            return None
+        return next((file_md5(path) for path in sorted(Path(folder).rglob("best.safetensors"))), None)
+
+
+def link(run: Record) -> str | None:
+    """The run's page on the MLflow server, where one is known."""
+    uri = mlflow.get_tracking_uri()
+    known = urlsplit(uri).scheme in {"http", "https"}
+    return f"{shown(uri).rstrip('/')}/#/experiments/{run.experiment_id}/runs/{run.run_id}" if known else None
 
 
 @dataclass(frozen=True)
@@ -235,15 +335,59 @@ def dataset(name: str, *, source: str | None, digest: str) -> MetaDataset:
 
 def _origin() -> dict[str, str]:
     """Tags that lead from a run to its code, its experiment, its flow run and its process."""
+    flow_run_id, link = (os.environ.get(f"PIPELINE_FLOW_RUN_{name}", "") for name in ("ID", "LINK"))
     tags = {
         "mlflow.source.name": "python -m pipeline.train",
-        "mlflow.source.git.commit": _git("rev-parse", "HEAD"),
+        COMMIT: _git("rev-parse", "HEAD"),
         "git.dirty": str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower(),
         "code.md5": code_md5(),
         "dvc.experiment": os.environ.get("DVC_EXP_NAME") or os.environ.get("PIPELINE_EXPERIMENT", ""),
-        "prefect.flow_run_id": os.environ.get("PIPELINE_FLOW_RUN_ID", ""),
+        "prefect.flow_run_id": flow_run_id,
+        "prefect.flow_run_name": os.environ.get("PIPELINE_FLOW_RUN_NAME", ""),
+        "mlflow.note.content": f"[Prefect flow run]({link})" if link else "",
+        REPRODUCES: os.environ.get("PIPELINE_REPRODUCES", ""),
     }
-    return {name: value for name, value in tags.items() if value} | this_process()
+    return {name: value for name, value in tags.items() if value} | _flow_run() | this_process()
+
+
+def _flow_run() -> dict[str, str]:
+    flow_run_id = os.environ.get("PIPELINE_FLOW_RUN_ID")
+    return {f"{FLOW_RUN}{flow_run_id}": os.environ.get("PIPELINE_EXPERIMENT", "")} if flow_run_id else {}
+
+
+def _inputs(params: Mapping[str, Any]) -> dict[str, str]:
+    """Hashes of the parameters, of the file of weights they name, and of the data as DVC has them."""
+    text = json.dumps(params, sort_keys=True, default=str)
+    tags = {"params.md5": hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()}
+    if params.get("train.weights_md5"):
+        tags["weights.md5"] = params["train.weights_md5"]
+    stages = read_yaml(LOCK_FILE).get("stages", {}) if LOCK_FILE.exists() else {}
+    made = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
+    data = {f"dvc.{folder.name}": made.get(str(folder)) for folder in (DOWNLOAD, NORMALIZE)}
+    return tags | {name: md5 for name, md5 in data.items() if md5}
+
+
+def _prefixed(prefix: str, values: Mapping[str, str]) -> dict[str, str]:
+    return {f"{prefix}.{name}": value for name, value in values.items()}
+
+
+def outputs_tag(folder: Path, *, names: Sequence[str] = ()) -> dict[str, str]:
+    """Tag `outputs.<step>`: the MD5 of each file that the step wrote, as JSON; all of the folder without `names`."""
+    files = [folder / name for name in names] or sorted(path for path in folder.iterdir() if path.is_file())
+    return {f"outputs.{folder.name}": json.dumps({path.name: file_md5(path) for path in files})}
+
+
+DIFF = (
+    "diff",
+    "--binary",
+    "--no-ext-diff",
+    "--no-textconv",
+    "--no-color",
+    "--src-prefix=a/",
+    "--dst-prefix=b/",
+    "HEAD",
+)
+"""What `git apply` can take, whatever the user's settings for diffs."""
 
 
 def code_md5() -> str:
@@ -267,7 +411,7 @@ def _git_bytes(*arguments: str) -> bytes:
 def _log_uncommitted(run: Run) -> None:
     """Keep what differs from the commit, and the installed versions, beside the run."""
     with tempfile.TemporaryDirectory() as folder:
-        if difference := _git_bytes("diff", "--binary", "HEAD"):
+        if difference := _git_bytes(*DIFF):
             path = Path(folder) / "uncommitted.diff"
             path.write_bytes(difference)
             run.log_file(path)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -250,6 +251,18 @@ def prepare_torch(params: TrainParams) -> torch.device:
     return device
 
 
+def _hardware(device: torch.device) -> dict[str, str]:
+    """What the last bits of a model depend on, besides code, data and parameters."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")]
+    name = next(iter(names), platform.processor() or platform.machine())
+    return {
+        "cpu": f"{name}, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": str(torch.get_num_threads()),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.replace("cpu", "none"),
+    }
+
+
 def configure(params: TrainParams, info: DatasetInfo) -> ModelConfig:
     return ModelConfig(
         model=params.model,
@@ -292,7 +305,9 @@ def main() -> None:
         classifier.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
         _say_start(classifier, config=config, device=device, drawn=drawn)
         source = tracking.dataset(info.dataset, source=_source(everything.download), digest=info.md5)
-        with tracking.training_run(experiment=info.dataset, params=everything.flat(), dataset=source) as run:
+        with tracking.training_run(
+            experiment=info.dataset, params=everything.flat(), dataset=source, hardware=_hardware(device)
+        ) as run:
             print(f"MLflow run {run.run_id}", flush=True)
             trained = train(
                 classifier,
@@ -350,7 +365,7 @@ def _write(trained: Trained, classifier: Classifier, *, config: ModelConfig) -> 
 
 
 def _record(run: tracking.Run, *, config: ModelConfig) -> None:
-    run.tag({"model.md5": file_md5(TRAIN / "best.safetensors")})
+    run.tag({"model.md5": file_md5(TRAIN / "best.safetensors"), **tracking.outputs_tag(TRAIN)})
     run.log_file(TRAIN / "curves.png", folder="plots")
     size = config.image_size
     weights, config_file = TRAIN / "best.safetensors", TRAIN / "model.json"

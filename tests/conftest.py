@@ -1,16 +1,20 @@
 """Small data sets that the pipeline itself could have made, and a copy of the project to run it in."""
 
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from flows import server
 from pipeline.params import Params, TrainParams, check_params, read_yaml
 
 PROJECT = Path(__file__).parents[1]
@@ -112,3 +116,34 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def flow_run(project: Path, *arguments: str) -> str:
+    """Output of a flow run of `project`, from the command line, with MLflow store and Prefect server of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    started, _ = server.start(project, port=free_port())
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.train_classifier", *arguments],
+        cwd=project,
+        env=environment | {"PREFECT_API_URL": started.api_url, "PREFECT_HOME": str(project / ".prefect")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the project with an uncommitted change, in which a flow run has trained on digits for one epoch."""
+    project = copy_project(tmp_path_factory.mktemp("recorded") / "project")
+    for name in ("user.name", "user.email"):
+        subprocess.run(["git", "config", name, "t"], cwd=project, check=True)
+    text = (project / "params.yaml").read_text()
+    (project / "params.yaml").write_text(text.replace("top_k: 5", "top_k: 3"))
+    try:
+        flow_run(project, "--set", "train.epochs=1")
+        yield project
+    finally:
+        server.stop(project)

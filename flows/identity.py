@@ -1,0 +1,399 @@
+"""From any one id to what belongs together: code, data, parameters, MLflow run, experiment, flow runs, model, files.
+
+MLflow's tags hold most of it; git's refs hold the experiments, Prefect the states of the flow runs.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import httpx
+from dvc.utils.serialize import parse_yaml
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterName
+from prefect.client.schemas.objects import FlowRun as PrefectFlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import PrefectException
+from prefect.settings import PREFECT_API_URL
+from prefect.utilities.urls import url_for
+
+from flows import server
+from flows.doctor import PAGE, prefect_client
+from flows.dvc_state import cache_folder, experiment_refs
+from flows.workspace import EXPERIMENT_LABEL, git, tracking_uri
+from pipeline import tracking
+from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
+from pipeline.errors import UserError, first_line, shown
+from pipeline.tracking import Record
+
+MODEL = "best.safetensors"
+_SAFE = re.compile(r"[\w .:/+-]{1,250}")
+"""What may stand in a query to MLflow."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A DVC experiment; `commit` is None where this repository no longer has it."""
+
+    name: str
+    commit: str | None
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class FlowRun:
+    """A Prefect flow run; without a server only its id, and mostly its name, are known."""
+
+    run_id: str
+    name: str | None = None
+    state: str | None = None
+    link: str | None = None
+    experiment: str | None = None
+
+
+@dataclass(frozen=True)
+class File:
+    """A file or folder that the run made, its MD5, and where DVC's cache has it (None: nowhere)."""
+
+    path: str
+    md5: str
+    cached: str | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """All that belongs to one training; what is not known is None or empty."""
+
+    commit: str | None = None
+    dirty: bool | None = None
+    uncommitted: tuple[str, ...] = ()
+    data_set: str | None = None
+    data_md5: str | None = None
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    run: Record | None = None
+    run_link: str | None = None
+    reproductions: tuple[tuple[str, str], ...] = ()
+    experiments: tuple[Experiment, ...] = ()
+    flow_runs: tuple[FlowRun, ...] = ()
+    model_md5: str | None = None
+    files: tuple[File, ...] = ()
+
+
+class Sources:
+    """The places to look at, each opened once; `notes` has a line for each that could not be looked at."""
+
+    def __init__(self, project: Path) -> None:
+        self.project = project
+        self.notes: list[str] = []
+        self.mlflow = self._connect()
+        self.prefect = PREFECT_API_URL.value() or getattr(server.running(project), "api_url", None)
+        if self.prefect is None:
+            self._note(
+                "Prefect was not looked at: no server of this project is running (`python -m flows.server start`)"
+            )
+
+    def _connect(self) -> bool:
+        uri = tracking_uri(self.project)
+        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+            self._note(f"MLflow has no runs yet: {uri.removeprefix('sqlite:///')} does not exist")
+            return False
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+        try:
+            tracking.connect_here()
+        except UserError as error:
+            self._note(f"MLflow was not looked at: {error}")
+            return False
+        return True
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
+    @cached_property
+    def experiments(self) -> list[Experiment]:
+        found = []
+        for ref in experiment_refs(self.project):
+            _, _, first, rest, name = ref.split("/", 4)
+            commit = git(self.project, "rev-parse", f"{ref}^{{commit}}")
+            found.append(Experiment(name, commit, first + rest))
+        return found
+
+    def runs(self, **tags: str) -> list[Record]:
+        """MLflow's runs with these tags; dots in names are written as `__`."""
+        wanted = {name.replace("__", "."): value for name, value in tags.items()}
+        if not self.mlflow or not all(
+            _SAFE.fullmatch(text.replace("%", "")) for pair in wanted.items() for text in pair
+        ):
+            return []
+        return tracking.find_runs(wanted)
+
+    def flow_runs(self, *, ids: Iterable[str] = (), name: str | None = None) -> list[FlowRun]:
+        """Prefect's flow runs of these ids or of this name."""
+        wanted = [UUID(run_id) for run_id in ids if _is_uuid(run_id)]
+        if self.prefect is None or not (wanted or name):
+            return []
+        which = (
+            FlowRunFilter(name=FlowRunFilterName(any_=[name]))
+            if name
+            else FlowRunFilter(id=FlowRunFilterId(any_=wanted))
+        )
+        try:
+            with prefect_client(self.prefect) as client:
+                found = client.read_flow_runs(flow_run_filter=which, sort=FlowRunSort.ID_DESC, limit=PAGE)
+                return [_as_flow_run(run) for run in found]
+        except (httpx.HTTPError, PrefectException) as error:
+            self._note(f"Prefect was not looked at: {shown(self.prefect)}: {first_line(error)}")
+            return []
+
+    def file(self, commit: str | None, name: str) -> str:
+        return git(self.project, "show", f"{commit}:{name}", check=False) if commit else ""
+
+    def outputs(self, commit: str | None) -> dict[str, str]:
+        """Path and hash of the outputs in a commit's dvc.lock."""
+        stages = (parse_yaml(self.file(commit, "dvc.lock"), "dvc.lock") or {}).get("stages", {})
+        return {out["path"]: out.get("md5", "") for stage in stages.values() for out in stage.get("outs", [])}
+
+    def in_cache(self, md5: str) -> Path | None:
+        """The cached file, or for a folder (`….dir`) its listing."""
+        path = cache_folder(self.project) / md5[:2] / md5[2:]
+        return path if path.is_file() else None
+
+    def model_of(self, outputs: Mapping[str, str]) -> str | None:
+        """The hash of the best model, by the listing of artifacts/train in DVC's cache."""
+        return self.listing(outputs.get(str(TRAIN), "")).get(MODEL)
+
+    def listing(self, md5: str) -> dict[str, str]:
+        path = self.in_cache(md5) if md5.endswith(".dir") else None
+        entries = json.loads(path.read_text(encoding="utf-8")) if path else []
+        return {entry["relpath"]: entry["md5"] for entry in entries}
+
+
+def _as_flow_run(run: PrefectFlowRun) -> FlowRun:
+    """Within `prefect_client`, by which the server's address is known."""
+    link, experiment = url_for("flow-run", obj_id=run.id), run.labels.get(EXPERIMENT_LABEL)
+    return FlowRun(
+        str(run.id),
+        run.name,
+        run.state.name if run.state else None,
+        shown(link) if link else None,
+        str(experiment) if experiment else None,
+    )
+
+
+def adopt(project: Path, model: str, flow_run_id: str, experiment: str) -> dict[str, str | None]:
+    """Note with the run that made the model that a flow run took it from the cache; gives the run's id and link."""
+    made = [run for run in Sources(project).runs(model__md5=model) if tracking.REPRODUCES not in run.tags]
+    if not made:
+        return {"run_id": None, "link": None}
+    tracking.Run(made[0].run_id).tag({f"{tracking.FLOW_RUN}{flow_run_id}": experiment})
+    return {"run_id": made[0].run_id, "link": tracking.link(made[0])}
+
+
+def trace(project: Path, wanted: str, *, file: Path | None = None) -> tuple[list[Trace], list[str]]:
+    """All that belongs to `wanted`, newest first, and notes on what could not be looked at.
+
+    `file`: where `wanted` is the path of a file. Raises UserError where nothing is known of it.
+    """
+    sources = Sources(project)
+    wanted = file_md5(file) if file else wanted
+    runs, experiments, flow_runs = _match(sources, wanted)
+    own = {run.run_id: run for run in runs}
+    loose: list[Experiment] = []
+    for experiment in experiments:
+        found = _runs_of(sources, experiment)
+        own |= {run.run_id: run for run in found}
+        loose += [] if found else [experiment]
+    newest_first = sorted(own.values(), key=lambda run: run.started, reverse=True)
+    traces = [_of_run(sources, run) for run in newest_first] + [_of_experiment(sources, found) for found in loose]
+    traces = traces or [Trace(flow_runs=(run,)) for run in flow_runs]
+    if not traces:
+        raise UserError(_nothing(sources, wanted, file=file))
+    return traces, sources.notes
+
+
+def _nothing(sources: Sources, wanted: str, *, file: Path | None) -> str:
+    name = f"{file} (MD5 {wanted})" if file else wanted
+    store = shown(tracking_uri(sources.project))
+    places = [
+        "commits of this repository",
+        f"{len(sources.experiments)} DVC experiments",
+        f"runs, tags and model hashes in MLflow ({store})",
+        "Prefect's flow runs",
+    ]
+    return "; ".join([f"{name}: nothing known of it; looked at: {', '.join(places)}", *sources.notes])
+
+
+def _match(sources: Sources, wanted: str) -> tuple[list[Record], list[Experiment], list[FlowRun]]:
+    """The MLflow runs, experiments and flow runs that the id names."""
+    runs = [run] if sources.mlflow and _SAFE.fullmatch(wanted) and (run := tracking.find_run(wanted)) else []
+    commit = git(
+        sources.project, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{wanted}^{{commit}}", check=False
+    )
+    named = [found for found in sources.experiments if wanted == found.name or (commit and commit == found.commit)]
+    flow_runs = sources.flow_runs(ids=[wanted]) if _is_uuid(wanted) else sources.flow_runs(name=wanted)
+    names = {run.experiment for run in flow_runs} | {wanted}
+    named += [found for found in sources.experiments if found.name in names and found not in named]
+    found = [
+        *sources.runs(dvc__experiment=wanted),
+        *sources.runs(prefect__flow_run_name=wanted),
+        *(
+            run
+            for flow_run in [wanted, *(run.run_id for run in flow_runs)]
+            for run in _runs_of_flow_run(sources, flow_run)
+        ),
+    ]
+    if commit:
+        found += sources.runs(**{tracking.COMMIT: commit})
+        named += [found for found in sources.experiments if found.baseline == commit and found not in named]
+        wanted = sources.model_of(sources.outputs(commit)) or ""
+    if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", wanted):
+        model = sources.listing(f"{wanted.removesuffix('.dir')}.dir").get(MODEL, wanted)
+        found += sources.runs(outputs__train=f"%{model}%") or sources.runs(model__md5=model)
+        named += [found for found in sources.experiments if _has_model(sources, found, model) and found not in named]
+    return runs + [run for run in found if tracking.REPRODUCES not in run.tags], named, flow_runs
+
+
+def _runs_of_flow_run(sources: Sources, flow_run_id: str) -> list[Record]:
+    if not _is_uuid(flow_run_id):
+        return []
+    return sources.runs(prefect__flow_run_id=flow_run_id) or sources.runs(**{f"{tracking.FLOW_RUN}{flow_run_id}": "%"})
+
+
+def _has_model(sources: Sources, experiment: Experiment, model: str) -> bool:
+    return sources.model_of(sources.outputs(experiment.commit)) == model
+
+
+def _runs_of(sources: Sources, experiment: Experiment) -> list[Record]:
+    """The runs of the experiment's own training, else those that made the model which it had from the cache."""
+    if own := sources.runs(dvc__experiment=experiment.name):
+        return own
+    model = sources.model_of(sources.outputs(experiment.commit))
+    makers = sources.runs(model__md5=model) if model else []
+    return [run for run in makers if tracking.REPRODUCES not in run.tags]
+
+
+def _of_run(sources: Sources, run: Record) -> Trace:
+    """A trace with an MLflow run at its centre."""
+    tags = run.tags
+    model = tags.get("model.md5")
+    experiments = _experiments_of(sources, run)
+    commit = tags.get(tracking.COMMIT)
+    difference = tracking.read_file(run, "uncommitted.diff") or b""
+    names = re.findall(rb'^diff --git "?a/(.*?)"? "?b/', difference, re.MULTILINE)
+    copies = sources.runs(**{tracking.REPRODUCES: run.run_id})
+    return Trace(
+        commit=commit,
+        dirty=tags["git.dirty"] == "true" if "git.dirty" in tags else None,
+        uncommitted=tuple(name.decode(errors="replace") for name in names),
+        data_set=run.params.get("download.dataset"),
+        data_md5=tags.get("data.md5"),
+        changed=_changed(_flat(sources.file(commit, "params.yaml")), run.params),
+        run=run,
+        run_link=tracking.link(run),
+        reproductions=tuple((copy.run_id, copy.tags.get("reproduction.result", copy.status)) for copy in copies),
+        experiments=experiments,
+        flow_runs=tuple(_flow_runs_of(sources, run)),
+        model_md5=model,
+        files=tuple(_files(sources, _recorded(run) or sources.outputs(next((e.commit for e in experiments), None)))),
+    )
+
+
+def _of_experiment(sources: Sources, experiment: Experiment) -> Trace:
+    """A trace of an experiment of which MLflow knows nothing."""
+    outputs = sources.outputs(experiment.commit)
+    params, committed = (
+        _flat(sources.file(commit, "params.yaml")) for commit in (experiment.commit, experiment.baseline)
+    )
+    listing = git(sources.project, "diff", "--name-only", str(experiment.baseline), str(experiment.commit), check=False)
+    return Trace(
+        commit=experiment.baseline,
+        dirty=bool(listing),
+        uncommitted=tuple(listing.splitlines()),
+        data_set=params.get("download.dataset"),
+        data_md5=sources.listing(outputs.get(str(NORMALIZE), "")).get("dataset.json"),
+        changed=_changed(committed, params),
+        experiments=(experiment,),
+        model_md5=sources.model_of(outputs),
+        files=tuple(_files(sources, outputs)),
+    )
+
+
+def _experiments_of(sources: Sources, run: Record) -> tuple[Experiment, ...]:
+    """The run's own experiment first, then those that took its model from the cache."""
+    names = [run.tags.get("dvc.experiment")]
+    names += [value for tag, value in sorted(run.tags.items()) if tag.startswith(tracking.FLOW_RUN)]
+    here = {found.name: found for found in sources.experiments}
+    if model := run.tags.get("model.md5"):
+        names += [
+            found.name
+            for found in sources.experiments
+            if _has_model(sources, found, model) and run in _runs_of(sources, found)
+        ]
+    return tuple(here.get(name) or Experiment(name, None) for name in dict.fromkeys(names) if name)
+
+
+def _flow_runs_of(sources: Sources, run: Record) -> Iterator[FlowRun]:
+    """The flow run that made the run first, then those that took its model from the cache."""
+    own = run.tags.get("prefect.flow_run_id")
+    tagged = {
+        tag.removeprefix(tracking.FLOW_RUN): name for tag, name in run.tags.items() if tag.startswith(tracking.FLOW_RUN)
+    }
+    ids = list(dict.fromkeys(run_id for run_id in [own, *sorted(tagged)] if run_id))
+    known = {found.run_id: found for found in sources.flow_runs(ids=ids)}
+    for run_id in ids:
+        name = run.tags.get("prefect.flow_run_name") if run_id == own else None
+        experiment = tagged.get(run_id) or run.tags.get("dvc.experiment")
+        yield known.get(run_id) or FlowRun(run_id, name, experiment=experiment)
+
+
+def _recorded(run: Record) -> dict[str, str]:
+    """Paths and hashes of what the run made, by its tags."""
+    data = {str(folder): run.tags.get(f"dvc.{folder.name}", "") for folder in (DOWNLOAD, NORMALIZE)}
+    files = {
+        f"{folder}/{name}": md5
+        for folder in (TRAIN, EVALUATE)
+        for name, md5 in json.loads(run.tags.get(f"outputs.{folder.name}", "{}")).items()
+    }
+    return {path: md5 for path, md5 in (data | files).items() if md5} if files else {}
+
+
+def _files(sources: Sources, outputs: Mapping[str, str]) -> Iterator[File]:
+    for path, md5 in outputs.items():
+        found = sources.in_cache(md5)
+        whole = found and all(sources.in_cache(part) for part in sources.listing(md5).values())
+        yield File(path, md5, str(found) if found and whole else None)
+
+
+def _flat(text: str) -> dict[str, str]:
+    """`{"train.epochs": "20", …}` from the text of a params.yaml, as MLflow has it."""
+    sections = parse_yaml(text, "params.yaml") or {}
+    return {
+        f"{section}.{name}": ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
+        for section, fields in sections.items()
+        for name, value in fields.items()
+    }
+
+
+def _changed(committed: Mapping[str, str], here: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
+    return {
+        name: (committed.get(name), value)
+        for name, value in here.items()
+        if _number(committed.get(name)) != _number(value)
+    }
+
+
+def _number(text: str | None) -> str | float | None:
+    """MLflow has 30.0 where the file has 30."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return text
+
+
+def _is_uuid(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text) is not None

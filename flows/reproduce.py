@@ -1,0 +1,213 @@
+"""Make a recorded run again, and say of each stage whether the same came out.
+
+`python -m flows.reproduce MLFLOW_RUN_ID [--from-cache] [--keep-workspace]`. The run's commit, the changes that were not
+committed, its parameters and data are put into a fresh clone, and every stage runs there again. MLflow gets a run for
+it that is tagged `reproduces`, so it does not pass for a new result. Exit status: 0 identical, 1 something differs,
+2 a mistake to mend.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import chdir
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
+from dvc.utils.serialize import parse_yaml
+
+from flows import PROJECT
+from flows.dvc_state import cache_folder
+from flows.workspace import KEPT, StepError, Workspace, git, open_recorded, tracking_uri
+from pipeline import tracking
+from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
+from pipeline.errors import EXIT_TEMPORARY, EXIT_USER, UserError, report_errors
+from pipeline.tracking import Record
+
+STAGES = (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE)
+HARDWARE = "hardware."
+Hashes = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one stage: `differences` has a line for each file with another hash; None: nothing to compare."""
+
+    stage: str
+    differences: tuple[str, ...] | None
+
+    def __str__(self) -> str:
+        if self.differences is None:
+            return f"{self.stage:<11} not compared: the run did not record its hashes"
+        return f"{self.stage:<11} {'differs: ' + '; '.join(self.differences) if self.differences else 'identical'}"
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """The outcome; `surroundings` tells packages and hardware, `damaged` kept copies, that are not the same."""
+
+    verdicts: tuple[Verdict, ...]
+    surroundings: tuple[str, ...]
+    damaged: tuple[str, ...]
+    mlflow_run_id: str | None
+
+    @property
+    def identical(self) -> bool:
+        return not any(verdict.differences for verdict in self.verdicts) and not self.damaged
+
+
+def find(project: Path, run_id: str) -> Record:
+    """The run to make again; raises UserError where there is none, or it made no model."""
+    uri = tracking_uri(project)
+    run = None
+    if not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists():
+        os.environ["MLFLOW_TRACKING_URI"] = uri
+        tracking.connect_here()
+        run = tracking.find_run(run_id)
+    if run is None:
+        raise UserError(f"no MLflow run {run_id}; `python -m flows.trace HEAD` lists the runs of the current commit")
+    if "model.md5" not in run.tags:
+        raise UserError(f"MLflow run {run_id} ({run.status}) made no model; there is nothing to compare with")
+    commit = run.tags.get(tracking.COMMIT, "")
+    if not commit or not git(project, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}", check=False):
+        raise UserError(
+            f"MLflow run {run_id}: its commit {commit or '(none recorded)'} is not in this repository; "
+            "`git fetch` the branch that has it"
+        )
+    return run
+
+
+def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Reproduction:
+    """Make it again; raises UserError where the clone cannot be made, StepError where a stage fails."""
+    difference = tracking.read_file(run, "uncommitted.diff") or b""
+    if run.tags.get("git.dirty") == "true" and not difference:
+        raise UserError(f"MLflow run {run.run_id}: its uncommitted.diff is gone from MLflow, so its code is not known")
+    variables = {"PIPELINE_REPRODUCES": run.run_id}
+    name = f"reproduce-{uuid4().hex[:8]}"
+    with open_recorded(
+        project,
+        commit=run.tags[tracking.COMMIT],
+        difference=difference,
+        name=name,
+        variables=variables,
+        keep=keep,
+    ) as workspace:
+        for folder in STAGES:
+            workspace.reproduce(folder.name, on_line=lambda line: _follow(line, workspace, run), again=not from_cache)
+        verdicts = tuple(_compare(run, folder, made=_made(workspace.folder, folder)) for folder in STAGES)
+    if keep:
+        print(f"kept        {KEPT / name}")
+    again = tracking.find_run(workspace.mlflow_run_id) if workspace.mlflow_run_id else None
+    result = Reproduction(
+        verdicts,
+        tuple(_surroundings(run, again)) if again else (),
+        tuple(_damaged_copies(project, run)),
+        workspace.mlflow_run_id,
+    )
+    if again:
+        outcome = "identical" if result.identical else "differs"
+        tracking.Run(again.run_id).tag({"reproduction.result": outcome})
+    return result
+
+
+def _follow(line: str, workspace: Workspace, run: Record) -> None:
+    """Show a stage's line; where the recorded code is too old to tag its run as a reproduction, tag it here."""
+    print(f"  | {line}", flush=True)
+    if "MLflow run" in line and workspace.mlflow_run_id not in (None, run.run_id):
+        tracking.Run(str(workspace.mlflow_run_id)).tag({tracking.REPRODUCES: run.run_id})
+
+
+def _made(clone: Path, folder: Path) -> Hashes:
+    """What a stage made: of data, DVC's hash of the folder; of the others, the hash of each file."""
+    if folder in (TRAIN, EVALUATE):
+        return {path.name: file_md5(path) for path in sorted((clone / folder).iterdir()) if path.is_file()}
+    lock = parse_yaml((clone / "dvc.lock").read_text(encoding="utf-8"), "dvc.lock")
+    return {out["path"]: out["md5"] for out in lock["stages"][folder.name]["outs"]}
+
+
+def recorded_hashes(run: Record, folder: Path) -> Hashes:
+    """What the run says its stage made, as `_made` has it."""
+    if folder in (TRAIN, EVALUATE):
+        hashes: dict[str, str] = json.loads(run.tags.get(f"outputs.{folder.name}", "{}"))
+        return hashes or ({"best.safetensors": run.tags["model.md5"]} if folder == TRAIN else {})
+    md5 = run.tags.get(f"dvc.{folder.name}")
+    return {str(folder): md5} if md5 else {}
+
+
+def _compare(run: Record, folder: Path, *, made: Hashes) -> Verdict:
+    recorded = recorded_hashes(run, folder)
+    lines = tuple(
+        f"{name} was {md5}, is {made.get(name, 'missing')}" for name, md5 in recorded.items() if made.get(name) != md5
+    )
+    return Verdict(folder.name, lines if recorded else None)
+
+
+def _surroundings(run: Record, again: Record) -> Iterator[str]:
+    """Packages and hardware that are not the same in the two runs."""
+    then, now = (_packages(tracking.read_file(record, "packages.txt")) for record in (run, again))
+    if not then:
+        yield "environment not compared: the run's packages.txt is gone"
+    for name in sorted(then.keys() | now.keys()) if then else []:
+        if then.get(name) != now.get(name):
+            yield f"environment {name}: was {then.get(name, 'not installed')}, is {now.get(name, 'not installed')}"
+    for tag in sorted(name for name in again.tags if name.startswith(HARDWARE)):
+        if run.tags.get(tag) != again.tags[tag]:
+            part = tag.removeprefix(HARDWARE)
+            yield f"hardware    {part}: was {run.tags.get(tag, 'not recorded')}, is {again.tags[tag]}"
+
+
+def _packages(text: bytes | None) -> dict[str, str]:
+    lines = (text or b"").decode().splitlines()
+    return {name: version for name, _, version in (line.partition("==") for line in lines)}
+
+
+def _damaged_copies(project: Path, run: Record) -> Iterator[str]:
+    """The kept copies of the recorded model that are no longer that."""
+    md5 = run.tags["model.md5"]
+    cached = cache_folder(project) / md5[:2] / md5[2:]
+    copies = {
+        "MLflow's copy": tracking.recorded_model(run),
+        "DVC's cache": file_md5(cached) if cached.exists() else None,
+    }
+    for place, found in copies.items():
+        if found not in (None, md5):
+            yield f"model       {place} was changed by hand: it was {md5}, is {found}"
+
+
+def _report(result: Reproduction) -> Iterator[str]:
+    yield from map(str, result.verdicts)
+    yield from result.surroundings
+    if not result.surroundings and result.mlflow_run_id:
+        yield "surroundings identical (package versions, CPU, threads, GPU)"
+    yield from result.damaged
+    if result.mlflow_run_id:
+        yield f"recorded as MLflow run {result.mlflow_run_id}, tagged `{tracking.REPRODUCES}`"
+    yield "identical" if result.identical else "differs"
+
+
+def main() -> None:
+    """Find the run, make it again, compare."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.reproduce",
+        description="Make a recorded run again in a fresh clone, and say of each stage whether the same came out.",
+        epilog="Exit status: 0 identical, 1 something differs, 2 a mistake to mend, 75 another try may help.",
+    )
+    parser.add_argument("run", metavar="MLFLOW_RUN_ID", help="`python -m flows.trace` tells it from any other id")
+    parser.add_argument("--from-cache", action="store_true", help="take from DVC's cache what it has, do not run it")
+    parser.add_argument("--keep-workspace", action="store_true", help=f"keep the clone, in {KEPT}/")
+    arguments = parser.parse_args()
+    with report_errors(), chdir(PROJECT):
+        try:
+            run = find(PROJECT, arguments.run)
+            result = reproduce(PROJECT, run, from_cache=arguments.from_cache, keep=arguments.keep_workspace)
+        except StepError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(error.status if error.status in (EXIT_USER, EXIT_TEMPORARY) else 1)
+        print("\n".join(["", *_report(result)]))
+    sys.exit(0 if result.identical else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""A real run on digits is made again."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import reproduce, workspace
+from flows.workspace import git
+from pipeline import tracking
+from pipeline.artifacts import file_md5
+from pipeline.errors import UserError
+from pipeline.tracking import Record, connect_here, find_run, find_runs
+
+DIFFERENCE = b"""diff --git a/params.yaml b/params.yaml
+--- a/params.yaml
++++ b/params.yaml
+@@ -1 +1 @@
+-no
++yes
+"""
+PACKAGES = {False: b"numpy==2.3.0\ntorch==2.11.0\n", True: b"numpy==2.3.0\ntorch==2.15.0\n"}
+
+
+@pytest.fixture
+def project(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{recorded}/mlflow.db")
+    connect_here()
+    return recorded
+
+
+@pytest.fixture
+def run(project: Path) -> Record:
+    [found] = [run for run in find_runs({"model.md5": "%"}) if tracking.REPRODUCES not in run.tags]
+    return found
+
+
+@pytest.fixture(scope="module")
+def again(recorded: Path) -> tuple[int, str]:
+    """Status and output of the command, which trains again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{recorded}/mlflow.db")
+        connect_here()
+        [original] = [run for run in find_runs({"model.md5": "%"}) if tracking.REPRODUCES not in run.tags]
+        command = [sys.executable, "-m", "flows.reproduce", original.run_id]
+        before = state(recorded)
+        done = subprocess.run(command, cwd=recorded, capture_output=True, text=True, check=False)
+    assert state(recorded) == before
+    return done.returncode, done.stdout + done.stderr
+
+
+def state(project: Path) -> Any:
+    """What a reproduction leaves alone: the checkout and DVC's cache; and no workspace is left."""
+    cache = sorted(str(path) for path in (project / ".dvc/cache").rglob("*"))
+    spaces = [path for path in (project / workspace.FOLDER).iterdir() if path.is_dir()]
+    return git(project, "diff", "HEAD"), git(project, "status", "--porcelain"), cache, spaces
+
+
+def from_cache(project: Path, run: Record, *, keep: bool = False) -> reproduce.Reproduction:
+    return reproduce.reproduce(project, run, from_cache=True, keep=keep)
+
+
+def test_a_run_comes_out_the_same_again(again: tuple[int, str], run: Record) -> None:
+    status, text = again
+    assert (status, text.splitlines()[-1]) == (0, "identical"), text
+    assert "epoch 1/1" in text
+    for stage in ("download", "normalize", "train", "evaluate"):
+        assert f"{stage:<11} identical" in text
+    [copy] = find_runs({tracking.REPRODUCES: run.run_id})
+    assert (copy.tags["model.md5"], copy.tags["reproduction.result"]) == (run.tags["model.md5"], "identical")
+    assert "dvc.experiment" not in copy.tags
+    assert tracking.run_of_model(run.tags["model.md5"], experiment="digits")[0].run_id == run.run_id
+
+
+def test_another_package_version_or_hardware_is_named(
+    again: tuple[int, str], run: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [copy] = find_runs({tracking.REPRODUCES: run.run_id})
+    monkeypatch.setattr(tracking, "read_file", lambda found, name: PACKAGES[found.run_id == copy.run_id])
+    lines = list(reproduce._surroundings(replace(run, tags={**run.tags, "hardware.cpu": "abacus"}), copy))
+    assert lines == [
+        "environment torch: was 2.11.0, is 2.15.0",
+        f"hardware    cpu: was abacus, is {copy.tags['hardware.cpu']}",
+    ]
+
+
+def test_another_hash_is_named_with_its_file(project: Path, run: Record) -> None:
+    tags = {**run.tags, "outputs.train": run.tags["outputs.train"].replace('"history.csv": "', '"history.csv": "f')}
+    result = from_cache(project, replace(run, tags=tags))
+    assert not result.identical
+    assert result.mlflow_run_id is None
+    assert [bool(verdict.differences) for verdict in result.verdicts] == [False, False, True, False]
+    assert "history.csv was f" in str(result.verdicts[2])
+
+
+def test_a_model_changed_by_hand_in_mlflow_is_told_and_a_clone_can_be_kept(project: Path, run: Record) -> None:
+    copies = list((project / "mlartifacts").rglob("best.safetensors"))
+    content = copies[0].read_bytes()
+    for copy in copies:
+        copy.write_bytes(content + b" ")
+    try:
+        result = from_cache(project, run, keep=True)
+    finally:
+        for copy in copies:
+            copy.write_bytes(content)
+    assert not result.identical
+    assert "MLflow's copy was changed by hand" in result.damaged[0]
+    [kept] = (project / workspace.KEPT).iterdir()
+    assert file_md5(kept / "artifacts/train/best.safetensors") == run.tags["model.md5"]
+
+
+def test_an_unknown_run_is_refused(project: Path) -> None:
+    with pytest.raises(UserError, match="no MLflow run " + "0" * 32):
+        reproduce.find(project, "0" * 32)
+
+
+def test_a_commit_that_is_not_here_is_refused(project: Path, run: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    stranger = replace(run, tags={**run.tags, tracking.COMMIT: "1" * 40})
+    monkeypatch.setattr(tracking, "find_run", lambda run_id: stranger)
+    with pytest.raises(UserError, match=f"its commit {'1' * 40} is not in this repository"):
+        reproduce.find(project, run.run_id)
+
+
+def test_changes_that_do_not_apply_are_refused(project: Path, run: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "read_file", lambda run, name: DIFFERENCE)
+    with pytest.raises(UserError, match="the recorded changes do not apply to commit"):
+        from_cache(project, run)
+    assert find_run(run.run_id)

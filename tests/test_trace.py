@@ -1,0 +1,103 @@
+"""Every id of a real flow run leads to the same answer."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows import identity, server
+from flows.identity import Trace, trace
+from flows.trace import as_json, as_text
+from pipeline.errors import UserError
+from tests.conftest import flow_run
+
+
+@pytest.fixture
+def project(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{recorded}/mlflow.db")
+    running = server.running(recorded)
+    assert running
+    with temporary_settings({PREFECT_API_URL: running.api_url}):
+        yield recorded
+
+
+@pytest.fixture
+def only(project: Path) -> Trace:
+    [found], notes = trace(project, "HEAD")
+    assert notes == []
+    return found
+
+
+def test_every_id_leads_to_the_same_answer(project: Path, only: Trace) -> None:
+    [experiment, *_], [own, *_] = only.experiments, only.flow_runs
+    assert only.run
+    ids = [only.commit, experiment.name, experiment.commit, only.run.run_id, own.run_id, own.name, only.model_md5]
+    assert all(ids)
+    for wanted in ids:
+        assert trace(project, str(wanted))[0] == [only], wanted
+    [weights] = [file for file in only.files if file.path == "artifacts/train/best.safetensors"]
+    assert trace(project, "path", file=Path(str(weights.cached)))[0] == [only]
+
+
+def test_the_answer_has_code_data_parameters_and_files(only: Trace) -> None:
+    assert (only.dirty, only.uncommitted) == (True, ("params.yaml",))
+    assert only.changed == {"train.epochs": ("20", "1"), "evaluate.top_k": ("5", "3")}
+    assert only.data_set == "digits"
+    paths = {file.path for file in only.files if file.cached and Path(file.cached).is_file()}
+    assert {"artifacts/download", "artifacts/normalize", "artifacts/train/best.safetensors"} <= paths
+    own = only.flow_runs[0]
+    assert (own.state, own.experiment) == ("Completed", only.experiments[0].name)
+    assert own.link
+    assert own.link.endswith(own.run_id)
+    assert only.run
+    text = as_text(only)
+    assert f"dvc exp apply {own.experiment}" in text
+    assert f"test_accuracy {only.run.metrics['test_accuracy']:.6g}" in text
+    assert json.loads(as_json([only], []))["traces"][0]["run"]["tags"]["model.md5"] == only.model_md5
+
+
+def test_a_run_that_had_all_from_the_cache_leads_to_the_run_that_made_the_model(project: Path, only: Trace) -> None:
+    text = flow_run(project, "--set", "train.epochs=1")
+    assert "train cached, evaluate cached" in text
+    assert only.run
+    assert only.run.run_id in text
+    [name] = [line.split()[1] for line in text.splitlines() if line.startswith("experiment ")]
+    [found], _ = trace(project, name)
+    assert found.run
+    assert found.run.run_id == only.run.run_id
+    [own] = [run for run in found.flow_runs if run.experiment == name]
+    assert trace(project, own.run_id)[0] == trace(project, str(only.model_md5))[0] == [found]
+
+
+def test_without_a_prefect_server_the_rest_is_told(project: Path, only: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "running", lambda project: None)
+    with temporary_settings(restore_defaults=[PREFECT_API_URL]):
+        [found], [note] = trace(project, only.flow_runs[0].run_id)
+    assert "Prefect was not looked at" in note
+    assert (found.run, found.flow_runs[0].name) == (only.run, only.flow_runs[0].name)
+
+
+def test_without_mlflow_the_experiment_is_told(project: Path, only: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/none.db")
+    [found], notes = trace(project, only.experiments[0].name)
+    assert "MLflow has no runs yet" in notes[0]
+    assert not (project / "none.db").exists()
+    assert (found.commit, found.model_md5, found.data_md5) == (only.commit, only.model_md5, only.data_md5)
+    assert found.changed == only.changed
+
+
+@pytest.mark.parametrize("wanted", ["nonsense", "it's", "0" * 32, "--", "00000000-0000-4000-8000-000000000000"])
+def test_what_is_unknown_is_told_with_the_places(project: Path, wanted: str) -> None:
+    with pytest.raises(UserError, match=r"nothing known of it; looked at: commits .* MLflow .* Prefect") as error:
+        identity.trace(project, wanted)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_id_ends_with_status_2(recorded: Path) -> None:
+    command = [sys.executable, "-m", "flows.trace", "nonsense"]
+    done = subprocess.run(command, cwd=recorded, capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
