@@ -17,10 +17,10 @@ export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help run test check lint format types ui stop install lock clean
+.PHONY: help run test check lint format types ui worker prefect-env stop install lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epochs=3 train.seed=1"
 	@$(BIN)/python -m flows.train_classifier --recipe "$(RECIPE)" $(foreach value,$(SET),--set "$(value)")
@@ -44,6 +44,12 @@ types: $(INSTALLED) ## check the types, strictly
 ui: $(INSTALLED) ## serve MLflow's and Prefect's pages until Ctrl-C; ports: MLFLOW_PORT, PREFECT_PORT
 	@$(BIN)/python -m flows.ui
 
+worker: $(INSTALLED) ## register the deployments (prefect.yaml) and run them until Ctrl-C
+	@$(BIN)/python -m flows.worker
+
+prefect-env: $(INSTALLED) ## what a shell needs for the prefect command: eval "$(make prefect-env)"
+	@$(BIN)/python -m flows.worker --env
+
 stop: ## stop the Prefect server that `make run` left running
 	@if [ -e $(INSTALLED) ]; then $(BIN)/python -m flows.server stop; fi
 
@@ -58,7 +64,7 @@ $(INSTALLED): requirements.lock requirements-uv.lock pyproject.toml
 	if [ -z "$$python" ]; then \
 	    echo "error: no Python 3.11 or newer with venv found; install one, or name it: make run PYTHON=/path/to/python3.11" >&2; exit 2; fi; \
 	"$$python" -m venv .venv
-	@echo "Installing the locked packages into .venv (about 6 GB, once) …"
+	@echo "Installing the locked packages into .venv (about 6 GB, once) …" >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
 	@VIRTUAL_ENV="$(CURDIR)/.venv" $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
 	@touch $@

@@ -28,6 +28,10 @@ from scmrepo.exceptions import SCMError
 from flows.workspace import GRACE_SECONDS, MARK
 from pipeline.errors import EXIT_USER
 
+REMOTE_VARIABLE = "PIPELINE_DVC_REMOTE"
+"""URL of a DVC remote to take files from and put them into: for a project that is thrown away after the run."""
+REMOTE = "shared"
+
 
 class _Lines(logging.Handler):
     """Prints what DVC has to say and remembers whether it ran a command."""
@@ -51,6 +55,9 @@ def configure(clone: Path, *, project: Path) -> None:
     local["cache"]["dir"] = settings.get("cache", {}).get("dir") or str(project / ".dvc" / "cache")
     for name, remote in settings["remote"].items():
         local["remote"].setdefault(name, {})["url"] = str(remote["url"])
+    if url := os.environ.get(REMOTE_VARIABLE):
+        local["remote"][REMOTE] = {"url": url}
+        local["core"]["remote"] = REMOTE
     with Config(dvc_dir=str(clone / ".dvc")).edit("local") as own:
         own.update(local)
 
@@ -58,7 +65,7 @@ def configure(clone: Path, *, project: Path) -> None:
 def reproduce(repo: Any, stage: str) -> dict[str, Any]:
     """Reproduce one stage; the outcome is ran, restored (from the cache) or unchanged."""
     LINES.ran = False
-    stages = repo.reproduce(targets=[stage], single_item=True)
+    stages = repo.reproduce(targets=[stage], single_item=True, pull=REMOTE_VARIABLE in os.environ)
     return {"outcome": "ran" if LINES.ran else "restored" if stages else "unchanged"}
 
 
@@ -79,7 +86,16 @@ def push(repo: Any, name: str) -> dict[str, Any]:
     result = repo.experiments.push("origin", [name], push_cache=False)
     if name not in result.get("success", []) + result.get("up_to_date", []):
         return {"status": 1, "error": f"experiment {name}: the project has another one of this name; run again"}
+    if REMOTE_VARIABLE in os.environ:
+        _share(repo, name)
     return {}
+
+
+def _share(repo: Any, name: str) -> None:
+    """Put files and run cache into the shared remote, and the experiment where the project was cloned from."""
+    repo.push(run_cache=True)
+    with Repo(os.environ["PIPELINE_PROJECT"]) as project:
+        project.experiments.push("origin", [name], push_cache=False)
 
 
 ACTIONS: dict[str, Callable[[Any, str], dict[str, Any]]] = {

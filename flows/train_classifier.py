@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import chdir, contextmanager
+from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext
 from typing import Any
 
 from prefect import Task, flow, get_client, get_run_logger
@@ -27,11 +27,13 @@ from prefect.utilities.urls import url_for
 
 from flows import FLOW_NAME, PROJECT, server
 from flows.doctor import settle_quietly, sign
+from flows.form import Overrides, Recipe
+from flows.gpu import gpu_slot
 from flows.summary import Step, Summary, as_markdown, as_text, changed_params, read_summary
 from flows.workspace import StepError, Workspace, experiment_name, open_workspace, tracking_uri, untracked_files
 from pipeline.artifacts import TRAIN, file_md5
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors, shown
-from pipeline.params import compose, dump_yaml, parse_override, read_yaml
+from pipeline.params import PARAMS_FILE, compose, dump_yaml, parse_override, read_yaml
 
 HOUR = 3600.0
 _CACHED = {"restored": "its files came from DVC's cache", "unchanged": "nothing to do"}
@@ -57,12 +59,17 @@ def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, StepError) and error.status == EXIT_TEMPORARY
 
 
+def _slot(stage: str, workspace: Workspace) -> AbstractContextManager[None]:
+    return gpu_slot(read_yaml(workspace.folder / PARAMS_FILE)["train"]["device"]) if stage == "train" else nullcontext()
+
+
 def _task(stage: str, *, timeout_hours: float, retry_delays: list[float] | None = None) -> Task[[Workspace], Any]:
     """The Prefect task that reproduces one DVC stage; it returns a state that says whether DVC had to run it."""
 
     def reproduce(workspace: Workspace) -> State[Step]:
-        start = time.monotonic()
-        outcome = workspace.reproduce(stage, on_line=get_run_logger().info)
+        with _slot(stage, workspace):
+            start = time.monotonic()
+            outcome = workspace.reproduce(stage, on_line=get_run_logger().info)
         step = Step(stage, outcome, time.monotonic() - start)
         if outcome == "ran":
             return Completed(data=step)
@@ -89,15 +96,15 @@ evaluate = _task("evaluate", timeout_hours=6)
 
 
 @flow(name=FLOW_NAME, persist_result=False)
-def train_classifier(recipe: str = "digits", overrides: dict[str, Any] = {}) -> State[Summary]:  # noqa: B006  (Prefect shows it as the form's default)
+def train_classifier(recipe: Recipe = "digits", overrides: Overrides = Overrides()) -> State[Summary]:  # noqa: B008  (it is frozen)
     """Train and evaluate a classifier in a clone of the checkout, and save it as a DVC experiment.
 
     Args:
-        recipe: a name from recipes/.
+        recipe: a name from recipes/: one file, one way to train.
         overrides: values over the recipe's, as {"train.epochs": 3}.
     """
     try:
-        return Completed(data=_run(recipe, overrides))
+        return Completed(data=_run(recipe, overrides.flat()))
     except (UserError, TemporaryError, StepError, OSError) as error:
         return Failed(message=str(error), data=error)
     except KeyboardInterrupt:
@@ -215,16 +222,16 @@ def main() -> None:
     with report_errors(), chdir(PROJECT):
         overrides = dict(parse_override(text) for text in arguments.overrides)
         compose(arguments.recipe, overrides)
-        state = _run_on_server(_api_url(), arguments.recipe, overrides)
+        state = _run_on_server(see_to_server(), arguments.recipe, overrides)
     sys.exit(_report(state, recipe=arguments.recipe))
 
 
 def _run_on_server(api_url: str, recipe: str, overrides: dict[str, Any]) -> State[Any]:
     with temporary_settings({PREFECT_API_URL: api_url}):
-        return train_classifier(recipe, overrides, return_state=True)
+        return train_classifier(recipe, Overrides.model_validate(overrides), return_state=True)
 
 
-def _api_url() -> str:
+def see_to_server() -> str:
     """The user's Prefect server if one is set, else the project's own, started if need be."""
     if url := PREFECT_API_URL.value():
         if get_client(sync_client=True).api_healthcheck() is not None:

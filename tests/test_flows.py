@@ -23,12 +23,16 @@ from pipeline.params import read_yaml
 from tests.conftest import PROJECT, free_port, heed_interrupts, start_repository
 
 TOY = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 stage = sys.argv[1]
 told = Path(os.environ["TOY"])
 with (told / "ran").open("a") as file:
     print(stage, file=file)
+def terminate(number, frame):
+    (told / f"{stage}.terminated").touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, terminate)
 print(f"{stage} begins")
 if (told / f"{stage}.sleep").exists():
     time.sleep(60)
@@ -60,8 +64,14 @@ for _stage, _values in STAGES.items():
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TOY", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return make_project(tmp_path)
+
+
+def make_project(parent: Path) -> Path:
     """A committed project with this one's flows and toy stages, an uncommitted change and an image of the user's."""
-    folder = tmp_path / "project"
+    folder = parent / "project"
     (folder / "pipeline").mkdir(parents=True)
     for name in ("__init__", "errors", "artifacts", "params", "processes"):
         shutil.copy(PROJECT / "pipeline" / f"{name}.py", folder / "pipeline")
@@ -84,8 +94,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "toy.py").write_text(TOY + "# changed\n")
     (folder / "data/images/cats").mkdir()
     (folder / "data/images/cats/1.png").write_text("an image")
-    monkeypatch.setenv("TOY", str(tmp_path))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return folder
 
 

@@ -1,0 +1,122 @@
+"""A worker for the deployments of prefect.yaml, in the foreground until Ctrl-C: `make worker`.
+
+`python -m flows.worker` sees to a Prefect server and the work pool, deploys, and starts the worker.
+`python -m flows.worker --env` prints what a shell needs for the `prefect` command to reach the same server.
+"""
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import dataclass
+
+from prefect import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows import DEFAULTS, FLOW_NAME, PROJECT, server
+from flows.train_classifier import see_to_server
+from pipeline.errors import TemporaryError, UserError, report_errors
+
+POOL = "local"
+STOP_SECONDS = 40
+"""A worker that ends lets its flow runs end, which let their stages end."""
+QUERY_SECONDS = "2"
+"""How often the worker asks for flow runs; Prefect's own default is 10."""
+
+
+@dataclass
+class Outcome:
+    """What a command of Prefect's came to."""
+
+    status: int
+    output: str
+
+
+def environment(api_url: str) -> dict[str, str]:
+    """What the `prefect` command needs to reach the server and to keep to this project."""
+    return {"PREFECT_API_URL": api_url, "PREFECT_HOME": os.environ["PREFECT_HOME"]}
+
+
+def see_to_pool(name: str = POOL) -> None:
+    """Make the work pool unless it is there."""
+    with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
+        client.create_work_pool(WorkPoolCreate(name=name, type="process"))
+
+
+def deploy(api_url: str) -> list[str]:
+    """Register what prefect.yaml says; returns the deployments' names."""
+    done = _prefect(api_url, "--no-prompt", "deploy", "--all")
+    if done.status:
+        reason = next((line for line in reversed(done.output.splitlines()) if line.strip()), "no reason given")
+        raise UserError(f"prefect deploy --all: {reason.strip()}; see prefect.yaml")
+    with get_client(sync_client=True) as client:
+        names = [found.name for found in client.read_deployments(limit=200, offset=0)]
+    return sorted(f"{FLOW_NAME}/{name}" for name in names)
+
+
+def _prefect(api_url: str, *arguments: str) -> Outcome:
+    command = [sys.executable, "-m", "prefect", *arguments]
+    done = subprocess.run(
+        command, cwd=PROJECT, env={**os.environ, **environment(api_url)}, capture_output=True, text=True, check=False
+    )
+    return Outcome(done.returncode, done.stdout + done.stderr)
+
+
+def work(api_url: str) -> int:
+    """Run a worker until it ends or a signal comes; what it started has ended when this returns."""
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
+    extra = {"PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", QUERY_SECONDS)}
+    process = subprocess.Popen(
+        command, cwd=PROJECT, env={**os.environ, **environment(api_url), **extra}, start_new_session=True
+    )
+    try:
+        return process.wait()
+    finally:  # the signal comes to us alone, as the worker is in a session of its own
+        server.end_group(process.pid, grace_seconds=STOP_SECONDS)
+
+
+def _print_environment() -> None:
+    found = os.environ.get("PREFECT_API_URL") or getattr(server.running(), "api_url", None)
+    if found is None:
+        raise TemporaryError("no Prefect server of this project is running; `make worker` or `make ui` starts one")
+    for name, value in {**DEFAULTS, **environment(found)}.items():
+        if name in {"PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILES_PATH", "DO_NOT_TRACK"}:
+            print(f"export {name}={shlex.quote(value)}")
+
+
+def _serve() -> int:
+    api_url = see_to_server()
+    with temporary_settings({PREFECT_API_URL: api_url}):
+        see_to_pool()
+        names = deploy(api_url)
+    print(f"Deployments: {', '.join(names)}\nForm:        {api_url.removesuffix('/api')}/deployments")
+    print('Commands:    eval "$(make prefect-env)"; prefect deployment run train-classifier/on-demand -p recipe=digits')
+    print("Ctrl-C stops the worker and what it runs.", flush=True)
+    return work(api_url)
+
+
+def main() -> None:
+    """Deploy and work, or print the environment."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.worker",
+        description="Register the deployments of prefect.yaml and run them until Ctrl-C.",
+        epilog='The prefect command needs PREFECT_API_URL and PREFECT_HOME: eval "$(python -m flows.worker --env)"',
+    )
+    parser.add_argument("--env", action="store_true", help="print what a shell needs for the prefect command")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with report_errors():
+        if arguments.env:
+            _print_environment()
+        else:
+            sys.exit(_serve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Deployments with a real Prefect server, work pool and worker on loopback, and stages that take no time."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.concurrency.sync import concurrency
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+from flows import deploy, gpu, server, train_classifier
+from flows.form import Overrides
+from pipeline.errors import UserError
+from pipeline.params import Params, read_yaml
+from tests.conftest import PROJECT, free_port
+from tests.test_flows import dvc, make_project, running_in, wait_until
+
+DEPLOYMENT = "train-classifier/on-demand"
+RECIPES = sorted(path.stem for path in (PROJECT / "recipes").glob("*.yaml"))
+
+
+class Site:
+    """A project whose worker runs; `cli` runs the prefect command there."""
+
+    def __init__(self, project: Path, api_url: str) -> None:
+        self.project = project
+        self.environment = {**os.environ, "PREFECT_API_URL": api_url, "PREFECT_HOME": str(project / ".prefect")}
+
+    def cli(self, *arguments: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "prefect", *arguments]
+        done = subprocess.run(
+            command, cwd="/", env=self.environment, capture_output=True, text=True, check=False, timeout=60
+        )
+        return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+    def start(self, **overrides: Any) -> UUID:
+        """A run of the deployment; `train__epochs=3` stands for train.epochs."""
+        values = json.dumps({name.replace("__", "."): value for name, value in overrides.items()})
+        status, text = self.cli("deployment", "run", DEPLOYMENT, "-p", "recipe=digits", "-p", f"overrides={values}")
+        assert status == 0, text
+        return UUID(text.partition("UUID: ")[2].split()[0])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """`python -m flows.worker` in a project with toy stages, with a server that it starts itself."""
+    folder = tmp_path_factory.mktemp("site")
+    project = make_project(folder)
+    shutil.copy(PROJECT / "prefect.yaml", project)
+    environment = {**os.environ, "TOY": str(folder), "PREFECT_HOME": str(project / ".prefect")}
+    environment |= {"PREFECT_PORT": str(free_port()), "PREFECT_API_URL": ""}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    with (folder / "worker.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.worker"], cwd=project, env=environment, stdout=log, stderr=log
+        )
+    try:
+        wait_until(lambda: "started!" in (folder / "worker.log").read_text() or process.poll() is not None, seconds=60)
+        found = server.running(project)
+        assert found, (folder / "worker.log").read_text()
+        with temporary_settings({PREFECT_API_URL: found.api_url, PREFECT_HOME: project / ".prefect"}):
+            yield Site(project, found.api_url)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        server.stop(project)
+    assert not running_in(project)
+
+
+def flow_run(run_id: UUID) -> FlowRun:
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(run_id)
+
+
+def wait_for_end(run_id: UUID) -> FlowRun:
+    wait_until(lambda: bool((state := flow_run(run_id).state) and state.is_final()), seconds=60)
+    return flow_run(run_id)
+
+
+def has_begun(site: Site, stage: str) -> bool:
+    ran = site.project.parent / "ran"
+    return ran.exists() and stage in ran.read_text().split()
+
+
+def test_a_deployment_run_takes_overrides_and_is_an_experiment(site: Site) -> None:
+    run = wait_for_end(site.start(train__epochs=9, train__weights=None))
+    assert run.state
+    assert run.state.name == "Completed", run.state.message
+    assert run.parameters == {"recipe": "digits", "overrides": {"train.epochs": 9, "train.weights": None}}
+    [name] = dvc(site.project, "exp", "list", "--name-only").split()
+    assert name == f"digits-{run.name}"
+    dvc(site.project, "exp", "apply", name)
+    assert read_yaml(site.project / "artifacts/train/out.txt")["train"]["epochs"] == 9
+
+
+@pytest.mark.parametrize(
+    ("parameter", "told"),
+    [
+        ('overrides={"train.epochs": 0}', "0 is less than the minimum of 1"),
+        ('overrides={"train.optimizer": "sdg"}', "'sdg' is not one of ['sgd', 'adam', 'adamw', 'rmsprop']"),
+        ('overrides={"train.epoch": 3}', "'train.epoch' was unexpected"),
+        ("recipe=digit", "'digits' was expected"),
+    ],
+)
+def test_the_server_refuses_a_bad_value(site: Site, parameter: str, told: str) -> None:
+    status, text = site.cli("deployment", "run", DEPLOYMENT, "-p", parameter)
+    assert status == 1
+    assert told in text
+
+
+def test_cancelling_a_run_ends_its_training_and_saves_nothing(site: Site) -> None:
+    before = dvc(site.project, "exp", "list", "--name-only")
+    (site.project.parent / "ran").unlink(missing_ok=True)
+    (site.project.parent / "train.sleep").touch()
+    run_id = site.start(train__epochs=11)
+    wait_until(lambda: has_begun(site, "train"), seconds=60)
+    asked = time.monotonic()
+    assert site.cli("flow-run", "cancel", str(run_id))[0] == 0
+    wait_until(lambda: not [line for line in running_in(site.project) if "toy.py" in line])
+    assert time.monotonic() - asked < 10
+    assert (site.project.parent / "train.terminated").exists()
+    run = wait_for_end(run_id)
+    assert run.state
+    assert run.state.name == "Cancelled"
+    (site.project.parent / "train.sleep").unlink()
+    assert dvc(site.project, "exp", "list", "--name-only") == before
+
+
+def test_the_nightly_schedule_is_off_until_enabled(site: Site) -> None:
+    with get_client(sync_client=True) as client:
+        [schedule] = client.read_deployment_by_name("train-classifier/nightly").schedules
+    assert not schedule.active
+
+
+def test_the_environment_for_the_prefect_command_is_printed(site: Site) -> None:
+    environment = {**site.environment, "PREFECT_API_URL": ""}
+    command = [sys.executable, "-m", "flows.worker", "--env"]
+    done = subprocess.run(command, cwd=site.project, env=environment, capture_output=True, text=True, check=True)
+    assert f"export PREFECT_API_URL={site.environment['PREFECT_API_URL']}\n" in done.stdout
+    assert f"export PREFECT_HOME={site.project / '.prefect'}\n" in done.stdout
+
+
+def test_the_form_has_every_parameter_with_its_description_and_bounds() -> None:
+    schema = train_classifier.train_classifier.parameters.model_dump()
+    assert schema["properties"]["recipe"]["enum"] == RECIPES
+    fields = schema["definitions"]["Overrides"]["properties"]
+    sections = {name: field.annotation for name, field in Params.model_fields.items()}
+    assert list(fields) == [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]  # type: ignore[union-attr]
+    assert all(field["description"] and "default" not in field for field in fields.values())
+    assert fields["train.optimizer"]["enum"] == ["sgd", "adam", "adamw", "rmsprop"]
+    assert (fields["train.epochs"]["type"], fields["train.epochs"]["minimum"]) == ("integer", 1)
+    assert fields["train.nesterov"]["enum"] == [True, False]
+    assert "type" not in fields["train.nesterov"]  # a switch, which cannot be left alone
+    assert fields["train.input_size"]["anyOf"][0]["maximum"] == 1024
+    assert not schema["definitions"]["Overrides"]["additionalProperties"]
+
+
+def test_overrides_hold_what_was_given_and_no_more() -> None:
+    given = {"train.epochs": 3, "train.weights": None}
+    assert Overrides.model_validate(given).flat() == given
+    assert Overrides().flat() == {}
+
+
+def test_one_gpu_gets_one_training(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "visible_gpu", lambda: "0")
+    monkeypatch.setattr("socket.gethostname", lambda: "host")
+    with gpu.gpu_slot("auto"):
+        with pytest.raises(TimeoutError), concurrency("gpu-host-0", timeout_seconds=1):
+            pass
+        with gpu.gpu_slot("cpu"):
+            pass
+    with concurrency("gpu-host-0", timeout_seconds=5):
+        pass
+
+
+def test_without_a_gpu_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert gpu.visible_gpu() is None
+    monkeypatch.setattr(gpu, "concurrency", None)
+    with gpu.gpu_slot("auto"):
+        pass
+
+
+def test_a_worker_without_a_checkout_takes_code_from_git_and_files_from_the_remote(site: Site, tmp_path: Path) -> None:
+    url, remote = f"file://{site.project}", tmp_path / "remote"
+    remote.mkdir()
+    deploy.deploy_from_git(url, deploy.find_commit(url, "HEAD"))
+    environment = {**site.environment, "TOY": str(tmp_path), "PIPELINE_DVC_REMOTE": str(remote)}
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "git", "--type", "process", "--run-once"]
+    for attempt in (1, 2):  # each in a clone with a cache of its own
+        status, text = site.cli(
+            "deployment", "run", "train-classifier/from-git", "-p", 'overrides={"train.epochs": 13}'
+        )
+        assert status == 0
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60, capture_output=True)
+        run = wait_for_end(UUID(text.partition("UUID: ")[2].split()[0]))
+        assert run.state
+        assert run.state.name == "Completed", run.state.message
+        assert (tmp_path / "ran").read_text().split().count("train") == 1, f"attempt {attempt}"
+        assert f"digits-{run.name}" in dvc(site.project, "exp", "list", "--name-only")
+
+
+def test_a_revision_that_is_not_there_is_one_line(site: Site) -> None:
+    with pytest.raises(UserError, match=r"--revision: .* has no 'nothing'; allowed: a branch"):
+        deploy.find_commit(str(site.project), "nothing")
