@@ -25,6 +25,7 @@ from prefect.utilities.urls import url_for
 from flows import server
 from flows.doctor import PAGE, prefect_client
 from flows.dvc_state import cache_folder, experiment_refs
+from flows.ui import mlflow_page
 from flows.workspace import EXPERIMENT_LABEL, git, tracking_uri
 from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
@@ -185,15 +186,6 @@ def _as_flow_run(run: PrefectFlowRun) -> FlowRun:
     )
 
 
-def adopt(project: Path, model: str, flow_run_id: str, experiment: str) -> dict[str, str | None]:
-    """Note with the run that made the model that a flow run took it from the cache; gives the run's id and link."""
-    made = [run for run in Sources(project).runs(model__md5=model) if tracking.REPRODUCES not in run.tags]
-    if not made:
-        return {"run_id": None, "link": None}
-    tracking.Run(made[0].run_id).tag({f"{tracking.FLOW_RUN}{flow_run_id}": experiment})
-    return {"run_id": made[0].run_id, "link": tracking.link(made[0])}
-
-
 def trace(project: Path, wanted: str, *, file: Path | None = None) -> tuple[list[Trace], list[str]]:
     """All that belongs to `wanted`, newest first, and notes on what could not be looked at.
 
@@ -294,7 +286,7 @@ def _of_run(sources: Sources, run: Record) -> Trace:
         data_md5=tags.get("data.md5"),
         changed=_changed(_flat(sources.file(commit, "params.yaml")), run.params),
         run=run,
-        run_link=tracking.link(run),
+        run_link=mlflow_page(run.run_id, project=sources.project),
         reproductions=tuple((copy.run_id, copy.tags.get("reproduction.result", copy.status)) for copy in copies),
         experiments=experiments,
         flow_runs=tuple(_flow_runs_of(sources, run)),

@@ -1,9 +1,9 @@
 """Make a recorded run again, and say of each stage whether the same came out.
 
 `python -m flows.reproduce MLFLOW_RUN_ID [--from-cache] [--keep-workspace]`. The run's commit, the changes that were not
-committed, its parameters and data are put into a fresh clone, and every stage runs there again. MLflow gets a run for
-it that is tagged `reproduces`, so it does not pass for a new result. Exit status: 0 identical, 1 something differs,
-2 a mistake to mend.
+committed, its parameters and the raw data, as DVC has kept it, are put into a fresh clone, and every other stage runs
+there again. MLflow gets a run for it that is tagged `reproduces`, so it does not pass for a new result. Exit status:
+0 identical, 1 something differs, 2 a mistake to mend.
 """
 
 import argparse
@@ -37,11 +37,13 @@ class Verdict:
 
     stage: str
     differences: tuple[str, ...] | None
+    remark: str = ""
 
     def __str__(self) -> str:
         if self.differences is None:
             return f"{self.stage:<11} not compared: the run did not record its hashes"
-        return f"{self.stage:<11} {'differs: ' + '; '.join(self.differences) if self.differences else 'identical'}"
+        outcome = f"differs: {'; '.join(self.differences)}" if self.differences else "identical"
+        return f"{self.stage:<11} {outcome}{self.remark}"
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,13 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
         variables=variables,
         keep=keep,
     ) as workspace:
-        for folder in STAGES:
+        data = recorded_hashes(run, DOWNLOAD)
+        kept_data = bool(data) and workspace.restore(DOWNLOAD, data[str(DOWNLOAD)])
+        for folder in STAGES[kept_data:]:
             workspace.reproduce(folder.name, on_line=lambda line: _follow(line, workspace, run), again=not from_cache)
-        verdicts = tuple(_compare(run, folder, made=_made(workspace.folder, folder)) for folder in STAGES)
+        verdicts = tuple(_compare(run, folder, made=_made(workspace.folder, folder)) for folder in STAGES[kept_data:])
+        if kept_data:
+            verdicts = (Verdict(DOWNLOAD.name, (), remark=" (DVC has kept the data)"), *verdicts)
     if keep:
         print(f"kept        {KEPT / name}")
     again = tracking.find_run(workspace.mlflow_run_id) if workspace.mlflow_run_id else None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import PROJECT
-from flows.identity import MODEL, Experiment, FlowRun, Trace, adopt, trace
+from flows.identity import MODEL, Experiment, FlowRun, Trace, trace
 from pipeline.errors import report_errors
 
 UNKNOWN = "not known"
@@ -103,14 +103,10 @@ def main() -> None:
         "id", metavar="ID", help="git commit, DVC experiment, MLflow run, Prefect flow run, MD5 or path of a model"
     )
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--used-by", nargs=2, help=argparse.SUPPRESS)  # a flow run and its experiment: `adopt`
     arguments = parser.parse_args()
     path = Path(arguments.id)
     file = next((candidate.resolve() for candidate in (path / MODEL, path) if candidate.is_file()), None)
     with report_errors(), chdir(PROJECT):
-        if arguments.used_by:
-            print(json.dumps(adopt(PROJECT, arguments.id, *arguments.used_by)))
-            return
         traces, notes = trace(PROJECT, arguments.id, file=file)
         print(as_json(traces, notes) if arguments.json else _page(traces, notes))
 

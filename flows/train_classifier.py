@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -30,7 +29,8 @@ from flows.doctor import settle_quietly, sign
 from flows.form import Overrides, Recipe
 from flows.gpu import gpu_slot
 from flows.summary import Step, Summary, as_markdown, as_text, changed_params, read_summary
-from flows.workspace import StepError, Workspace, experiment_name, open_workspace, tracking_uri, untracked_files
+from flows.ui import mlflow_page
+from flows.workspace import StepError, Workspace, experiment_name, open_workspace, untracked_files
 from pipeline.artifacts import TRAIN, file_md5
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors, shown
 from pipeline.params import PARAMS_FILE, compose, dump_yaml, parse_override, read_yaml
@@ -133,44 +133,33 @@ def _run(recipe: str, overrides: Mapping[str, Any]) -> Summary:
         variables={"PIPELINE_FLOW_RUN_NAME": run_name, "PIPELINE_FLOW_RUN_LINK": link},
     ) as workspace:
         steps = _run_steps(workspace)
-        with _maker(workspace, run_id) as maker:
+        with _maker(workspace, run_id):
             workspace.save(on_line=get_run_logger().info)
         seconds = time.monotonic() - start
-        mlflow_run_id = workspace.mlflow_run_id or maker.get("run_id")
         summary = read_summary(
-            workspace.folder, experiment=name, steps=steps, seconds=seconds, mlflow_run_id=mlflow_run_id
+            workspace.folder, experiment=name, steps=steps, seconds=seconds, mlflow_run_id=workspace.mlflow_run_id
         )
         changes = changed_params(read_yaml(workspace.committed_params), params)
-    text = as_markdown(summary, changes=changes, flow_run_id=run_id, mlflow_link=_mlflow_link(mlflow_run_id))
+    page = mlflow_page(summary.mlflow_run_id) if summary.mlflow_run_id else None
+    text = as_markdown(summary, changes=changes, flow_run_id=run_id, mlflow_link=page)
     create_markdown_artifact(text, key="summary", description=name)
     return summary
 
 
 @contextmanager
-def _maker(workspace: Workspace, flow_run_id: str) -> Iterator[dict[str, str]]:
-    """Where all came from the cache, look for the MLflow run that made the model while the block runs.
-
-    In a process of its own, since MLflow takes 2 s to import. What it finds is in the dictionary after the block.
-    """
+def _maker(workspace: Workspace, flow_run_id: str) -> Iterator[None]:
+    """Where all came from the cache, look for the MLflow run that made the model while the block runs."""
     model = workspace.folder / TRAIN / "best.safetensors"
-    found: dict[str, str] = {}
     if workspace.mlflow_run_id or not model.exists():
-        yield found
+        yield
         return
-    command = [sys.executable, "-m", "flows.trace", file_md5(model), "--used-by", flow_run_id, workspace.experiment]
-    with subprocess.Popen(
-        command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        yield found
-        output, _ = process.communicate()
-    if process.returncode == 0:
-        found |= json.loads(output)
-
-
-def _mlflow_link(run_id: str | None) -> str | None:
-    """The run's page on the MLflow server, where one is known."""
-    uri = tracking_uri(PROJECT)
-    return f"{shown(uri).rstrip('/')}/#/runs/{run_id}" if run_id and uri.startswith(("http://", "https://")) else None
+    command = [sys.executable, "-m", "flows.maker", file_md5(model), flow_run_id, workspace.experiment]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield
+        output, errors = process.communicate()
+    workspace.mlflow_run_id = output.strip() or None
+    if process.returncode:
+        get_run_logger().warning("the MLflow run that made the model is not known: %s", errors.strip())
 
 
 def _end_with_worker(worker: int) -> None:

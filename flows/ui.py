@@ -14,6 +14,16 @@ MLFLOW_PORT = 5000
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+def mlflow_page(run_id: str, *, project: Path = PROJECT) -> str:
+    """Address of a run's page: on the server that MLFLOW_TRACKING_URI names, else on that of `make ui`."""
+    uri = tracking_uri(project)
+    served = uri.startswith(("http://", "https://"))
+    address = (
+        shown(uri).rstrip("/") if served else f"http://127.0.0.1:{server.port_variable('MLFLOW_PORT', MLFLOW_PORT)}"
+    )
+    return f"{address}/#/runs/{run_id}"
+
+
 @contextmanager
 def mlflow_server(project: Path, *, port: int) -> Iterator[str]:
     """Serve the project's MLflow store; gives its address, and ends it on leaving.
@@ -25,12 +35,13 @@ def mlflow_server(project: Path, *, port: int) -> Iterator[str]:
         yield f"{shown(uri)} (yours, from MLFLOW_TRACKING_URI)"
         return
     server.require_free(port, variable="MLFLOW_PORT")
-    command = ["mlflow", "server", "--backend-store-uri", uri, "--artifacts-destination", str(project / "mlartifacts")]
+    command = ["mlflow", "server", "--artifacts-destination", str(project / "mlartifacts")]
     log = project / ".prefect" / "mlflow.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     # without MLFLOW_TRACKING_URI, or the server would ask another one; without its job queue, which is eight processes
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    # the store's address not as an argument, which all users of the machine could read, password included
+    environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
     process = server.launch(
         [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"], log=log, environment=environment
     )

@@ -80,6 +80,11 @@ class Workspace:
         reason = reply["error"] or "".join(said) or f"{_how_it_ended(status)}; its output stands above"
         raise StepError(f"{stage}: {reason}", status=status)
 
+    def restore(self, path: Path, md5: str) -> bool:
+        """Put an output's recorded content in its place; False where neither cache nor remote has it."""
+        reply = self._ask({"restore": f"{path} {md5}"}, on_line=lambda _line: None)
+        return reply.get("outcome") == "restored"
+
     def save(self, *, on_line: Callable[[str], None]) -> None:
         """Save the files as the experiment and bring that into the checkout's list; raises StepError."""
         for action in ("save", "push"):

@@ -4,6 +4,7 @@ The store is `mlflow.db` in the project unless MLFLOW_TRACKING_URI says otherwis
 exception) or KILLED (SIGTERM, Ctrl-C); of a run that could not end itself (SIGKILL), the next training sets it KILLED.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -153,7 +154,6 @@ class Record:
     """A run as MLflow has it; `started` is in milliseconds since the epoch."""
 
     run_id: str
-    experiment_id: str
     name: str
     status: str
     started: int
@@ -196,7 +196,6 @@ def _as_record(run: mlflow.entities.Run) -> Record:
     info, data = run.info, run.data
     return Record(
         info.run_id,
-        info.experiment_id,
         info.run_name,
         info.status,
         info.start_time,
@@ -224,13 +223,6 @@ def recorded_model(run: Record) -> str | None:
         except (MlflowException, OSError):
             return None
         return next((file_md5(path) for path in sorted(Path(folder).rglob("best.safetensors"))), None)
-
-
-def link(run: Record) -> str | None:
-    """The run's page on the MLflow server, where one is known."""
-    uri = mlflow.get_tracking_uri()
-    known = urlsplit(uri).scheme in {"http", "https"}
-    return f"{shown(uri).rstrip('/')}/#/experiments/{run.experiment_id}/runs/{run.run_id}" if known else None
 
 
 @dataclass(frozen=True)
@@ -288,13 +280,20 @@ def connect() -> None:
 
 
 def _make_store(uri: str) -> None:
-    """Make a local store with its artifacts in the project; MLflow itself would put them below the current folder."""
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        SqlAlchemyStore(uri, _artifact_root())  # type: ignore[no-untyped-call]
+    """Make the tables of a database, with artifacts in the project; MLflow would put them below the current folder.
+
+    One process at a time, since MLflow fails where two make them at once.
+    """
+    folder = _artifact_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not uri.startswith("sqlite:///") or not Path(uri.removeprefix("sqlite:///")).exists():
+            SqlAlchemyStore(uri, folder.as_uri())  # type: ignore[no-untyped-call]
 
 
-def _artifact_root() -> str:
-    return (Path(os.environ.get("PIPELINE_PROJECT", ".")).resolve() / "mlartifacts").as_uri()
+def _artifact_folder() -> Path:
+    return Path(os.environ.get("PIPELINE_PROJECT", ".")).resolve() / "mlartifacts"
 
 
 def _unreachable(uri: str, reason: str) -> str:
@@ -322,7 +321,7 @@ def _experiment_id(name: str) -> str:
     if found := client.get_experiment_by_name(name):
         return str(found.experiment_id)
     local = not os.environ.get("MLFLOW_TRACKING_URI", "sqlite:").startswith("http")
-    return client.create_experiment(name, artifact_location=_artifact_root() if local else None)
+    return client.create_experiment(name, artifact_location=_artifact_folder().as_uri() if local else None)
 
 
 def dataset(name: str, *, source: str | None, digest: str) -> MetaDataset:
@@ -339,7 +338,7 @@ def _origin() -> dict[str, str]:
     tags = {
         "mlflow.source.name": "python -m pipeline.train",
         COMMIT: _git("rev-parse", "HEAD"),
-        "git.dirty": str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower(),
+        "git.dirty": str(bool(_git_bytes(*DIFF))).lower(),
         "code.md5": code_md5(),
         "dvc.experiment": os.environ.get("DVC_EXP_NAME") or os.environ.get("PIPELINE_EXPERIMENT", ""),
         "prefect.flow_run_id": flow_run_id,
