@@ -305,6 +305,11 @@ def is_held(project: Path, name: str) -> bool:
     return False
 
 
+def in_use(project: Path) -> list[str]:
+    """The names of the workspaces in which flow runs or their stages live."""
+    return [lock.stem for lock in (project / FOLDER).glob("*.lock") if is_held(project, lock.stem)]
+
+
 def _leftovers(project: Path) -> list[Path]:
     """The folders whose lock nobody holds: those of killed flow runs."""
     folders = (path for path in (project / FOLDER).glob("*") if path.is_dir())
