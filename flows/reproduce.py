@@ -86,6 +86,7 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
     difference = tracking.read_file(run, "uncommitted.diff") or b""
     if run.tags.get("git.dirty") == "true" and not difference:
         raise UserError(f"MLflow run {run.run_id}: its uncommitted.diff is gone from MLflow, so its code is not known")
+    damaged = tuple(_damaged_copies(project, run))  # before DVC, which notices too, puts them right
     variables = {"PIPELINE_REPRODUCES": run.run_id}
     name = f"reproduce-{uuid4().hex[:8]}"
     with open_recorded(
@@ -109,7 +110,7 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
     result = Reproduction(
         verdicts,
         tuple(_surroundings(run, again)) if again else (),
-        tuple(_damaged_copies(project, run)),
+        damaged,
         workspace.mlflow_run_id,
     )
     if again:

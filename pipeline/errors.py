@@ -12,6 +12,7 @@ EXIT_USER = 2
 EXIT_TEMPORARY = 75
 """Exit status for a failure that may pass, such as the network (EX_TEMPFAIL of sysexits.h): try again."""
 EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_PIPE = 128 + signal.SIGPIPE
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
@@ -49,6 +50,7 @@ def report_errors() -> Iterator[None]:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
         _leave(str(error), EXIT_USER)
     except TemporaryError as error:
@@ -57,6 +59,9 @@ def report_errors() -> Iterator[None]:
         _leave("terminated by SIGTERM; the same command starts again", EXIT_TERMINATED)
     except KeyboardInterrupt:
         _leave("interrupted; the same command starts again", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # `… | head`: who reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_PIPE)
     except OSError as error:
         if error.filename is None:
             raise

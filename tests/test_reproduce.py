@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from flows import reproduce, workspace
+from flows.dvc_state import cache_folder
 from flows.workspace import git
 from pipeline import tracking
 from pipeline.artifacts import file_md5
@@ -110,6 +111,17 @@ def test_a_model_changed_by_hand_in_mlflow_is_told_and_a_clone_can_be_kept(proje
     assert "MLflow's copy was changed by hand" in result.damaged[0]
     [kept] = (project / workspace.KEPT).iterdir()
     assert file_md5(kept / "artifacts/train/best.safetensors") == run.tags["model.md5"]
+
+
+def test_a_model_changed_by_hand_in_dvcs_cache_is_told_though_dvc_mends_it(project: Path, run: Record) -> None:
+    cached = cache_folder(project) / run.tags["model.md5"][:2] / run.tags["model.md5"][2:]
+    content = cached.read_bytes()
+    cached.chmod(0o644)
+    cached.write_bytes(content[:-1] + b"?")
+    result = from_cache(project, run)
+    assert "DVC's cache was changed by hand" in result.damaged[0]
+    assert not result.identical
+    assert cached.read_bytes() == content
 
 
 def test_an_unknown_run_is_refused(project: Path) -> None:

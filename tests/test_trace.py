@@ -97,6 +97,12 @@ def test_what_is_unknown_is_told_with_the_places(project: Path, wanted: str) -> 
     assert "\n" not in str(error.value)
 
 
+def test_a_reader_that_has_seen_enough_gets_no_traceback(recorded: Path) -> None:
+    command = f"{sys.executable} -m flows.trace HEAD | head -c 1"
+    done = subprocess.run(["sh", "-c", command], cwd=recorded, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("c", "")
+
+
 def test_an_unknown_id_ends_with_status_2(recorded: Path) -> None:
     command = [sys.executable, "-m", "flows.trace", "nonsense"]
     done = subprocess.run(command, cwd=recorded, capture_output=True, text=True, check=False)
