@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -428,10 +429,23 @@ def _start(clone: Path, *, project: Path, environment: Mapping[str, str], lock: 
     )
 
 
+@contextmanager
+def _deaf_to_sigterm() -> Iterator[None]:
+    """A second SIGTERM, while the first is being heeded, is not to cut short what that one began."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
 def _stop(process: subprocess.Popen[str]) -> None:
     """End the process group: SIGTERM, time to put things in order, SIGKILL."""
     try:
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        with _deaf_to_sigterm(), contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGTERM)
             process.communicate(timeout=GRACE_SECONDS)
     finally:

@@ -30,6 +30,7 @@ told = Path(os.environ["TOY"])
 with (told / "ran").open("a") as file:
     print(stage, file=file)
 def terminate(number, frame):
+    time.sleep(0.5)
     (told / f"{stage}.terminated").touch()
     sys.exit(143)
 signal.signal(signal.SIGTERM, terminate)
@@ -235,6 +236,19 @@ def test_ending_a_flow_run_ends_its_stage(project: Path, api_url: str, number: i
     assert process.wait(timeout=20) in {-number, 128 + number}
     assert not running_in(project)
     assert not [path for path in (project / workspace.FOLDER).iterdir() if path.is_dir()]
+
+
+def test_a_second_sigterm_does_not_cut_short_what_a_stage_puts_in_order(project: Path, api_url: str) -> None:
+    (project.parent / "normalize.sleep").touch()
+    process = start_run(project, api_url=api_url)
+    assert process.stdout
+    next(line for line in process.stdout if "normalize begins" in line)
+    process.terminate()
+    time.sleep(0.2)
+    process.terminate()
+    process.stdout.read()
+    process.wait(timeout=20)
+    assert (project.parent / "normalize.terminated").exists()
 
 
 def test_a_stage_does_not_outlive_a_killed_flow_run(project: Path, api_url: str) -> None:
