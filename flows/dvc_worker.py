@@ -44,6 +44,8 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
         self.ran = self.ran or message.startswith("Running stage")
+        if message.startswith("Some of the cache files do not exist"):
+            return  # then the stage runs
         if record.levelno >= logging.WARNING or message.startswith(("Stage ", "> ")):
             print(f"dvc: {message.removeprefix('> ')}", flush=True)
 
@@ -124,6 +126,8 @@ def push(repo: Any, name: str) -> dict[str, Any]:
 def _share(repo: Any, name: str) -> None:
     """Put files and run cache into the shared remote, and the experiment where the project was cloned from."""
     repo.push(run_cache=True)
+    # what git keeps, DVC does not push, but its run cache wants it too
+    repo.cloud.push([out.hash_info for out in repo.index.outs if not out.use_cache and out.hash_info])
     with Repo(os.environ["PIPELINE_PROJECT"]) as project:
         project.experiments.push("origin", [name], push_cache=False)
 
@@ -202,6 +206,7 @@ def main() -> None:
     logger = logging.getLogger("dvc")
     logger.handlers, logger.propagate = [LINES], False
     logger.setLevel(logging.INFO)
+    logging.getLogger("dvc_data").setLevel(logging.ERROR)  # tells the same
     configure(clone, project=project)
     os.chdir(clone)
     with Repo(str(clone)) as repo:
