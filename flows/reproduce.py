@@ -95,7 +95,7 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
         difference=difference,
         name=name,
         variables=variables,
-        keep=keep,
+        keep="always" if keep else "never",
     ) as workspace:
         data = recorded_hashes(run, DOWNLOAD)
         kept_data = bool(data) and workspace.restore(DOWNLOAD, data[str(DOWNLOAD)])

@@ -30,7 +30,7 @@ from flows.form import Overrides, Recipe
 from flows.gpu import gpu_slot
 from flows.summary import Step, Summary, as_markdown, as_text, changed_params, read_summary
 from flows.ui import mlflow_page
-from flows.workspace import StepError, Workspace, experiment_name, open_workspace, untracked_files
+from flows.workspace import KEPT, Keep, StepError, Workspace, experiment_name, open_workspace, untracked_files
 from pipeline.artifacts import TRAIN, file_md5
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors, shown
 from pipeline.params import PARAMS_FILE, compose, dump_yaml, parse_override, read_yaml
@@ -96,22 +96,27 @@ evaluate = _task("evaluate", timeout_hours=6)
 
 
 @flow(name=FLOW_NAME, persist_result=False)
-def train_classifier(recipe: Recipe = "digits", overrides: Overrides = Overrides()) -> State[Summary]:  # noqa: B008  (it is frozen)
+def train_classifier(
+    recipe: Recipe = "digits",
+    overrides: Overrides = Overrides(),  # noqa: B008  (it is frozen)
+    keep_workspace: bool = False,
+) -> State[Summary]:
     """Train and evaluate a classifier in a clone of the checkout, and save it as a DVC experiment.
 
     Args:
         recipe: a name from recipes/: one file, one way to train.
         overrides: values over the recipe's, as {"train.epochs": 3}.
+        keep_workspace: where the run fails, keep its clone, in .dvc/tmp/kept/.
     """
     try:
-        return Completed(data=_run(recipe, overrides.flat()))
+        return Completed(data=_run(recipe, overrides.flat(), keep="failed" if keep_workspace else "never"))
     except (UserError, TemporaryError, StepError, OSError) as error:
         return Failed(message=str(error), data=error)
     except KeyboardInterrupt:
         return Cancelled(message="interrupted with Ctrl-C")
 
 
-def _run(recipe: str, overrides: Mapping[str, Any]) -> Summary:
+def _run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> Summary:
     start = time.monotonic()
     with chdir(PROJECT):
         params = compose(recipe, overrides)
@@ -131,6 +136,7 @@ def _run(recipe: str, overrides: Mapping[str, Any]) -> Summary:
         experiment=name,
         flow_run_id=run_id,
         variables={"PIPELINE_FLOW_RUN_NAME": run_name, "PIPELINE_FLOW_RUN_LINK": link},
+        keep=keep,
     ) as workspace:
         steps = _run_steps(workspace)
         with _maker(workspace, run_id):
@@ -200,6 +206,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         dest="overrides",
         help="a value over the recipe's, as in --set train.epochs=3; may be given again",
     )
+    parser.add_argument("--keep-workspace", action="store_true", help=f"keep the clone of a run that fails, in {KEPT}/")
     return parser.parse_args(arguments)
 
 
@@ -211,13 +218,18 @@ def main() -> None:
     with report_errors(), chdir(PROJECT):
         overrides = dict(parse_override(text) for text in arguments.overrides)
         compose(arguments.recipe, overrides)
-        state = _run_on_server(see_to_server(), arguments.recipe, overrides)
-    sys.exit(_report(state, recipe=arguments.recipe))
+        state = _run_on_server(see_to_server(), arguments.recipe, overrides, keep_workspace=arguments.keep_workspace)
+        status = _report(state, recipe=arguments.recipe)
+        kept = KEPT / str(state.state_details.flow_run_id)
+        if kept.is_dir():
+            print(f"kept the clone: {kept}", file=sys.stderr)
+    sys.exit(status)
 
 
-def _run_on_server(api_url: str, recipe: str, overrides: dict[str, Any]) -> State[Any]:
+def _run_on_server(api_url: str, recipe: str, overrides: dict[str, Any], *, keep_workspace: bool) -> State[Any]:
     with temporary_settings({PREFECT_API_URL: api_url}):
-        return train_classifier(recipe, Overrides.model_validate(overrides), return_state=True)
+        values = Overrides.model_validate(overrides)
+        return train_classifier(recipe, values, keep_workspace, return_state=True)
 
 
 def see_to_server() -> str:

@@ -34,6 +34,8 @@ EXPERIMENT_LABEL = "dvc.experiment"
 COMMITTED_PARAMS = "committed_params.yaml"
 _MLFLOW_RUN = re.compile(r"MLflow run:? ([0-9a-f]{32})\b")
 
+Keep = Literal["never", "failed", "always"]
+"""Whether a clone is moved to KEPT when it is left."""
 Outcome = Literal["ran", "restored", "unchanged"]
 """What became of a stage: its command ran, its files came from DVC's cache, or they were there already."""
 
@@ -126,11 +128,13 @@ def open_workspace(
     experiment: str,
     flow_run_id: str,
     variables: Mapping[str, str] = {},
+    keep: Keep = "never",
 ) -> Iterator[Workspace]:
     """Clone `project` with its uncommitted changes, and write `params_text` into its params.yaml.
 
     `variables` are environment variables for the stages. On leaving, for whatever reason, what still runs in the clone
-    is ended and the clone is removed. Raises UserError where the checkout cannot be cloned.
+    is ended and the clone is removed or, as `keep` says, moved to KEPT. Raises UserError where the checkout cannot be
+    cloned.
     """
     commit = take_snapshot(project)
 
@@ -140,17 +144,19 @@ def open_workspace(
         return params
 
     variables = {"PIPELINE_EXPERIMENT": experiment, "PIPELINE_FLOW_RUN_ID": flow_run_id, **variables}
-    with _open(project, name=flow_run_id, fill=fill, experiment=experiment, variables=variables) as workspace:
+    with _open(
+        project, name=flow_run_id, fill=fill, experiment=experiment, variables=variables, keep=keep
+    ) as workspace:
         yield workspace
 
 
 @contextmanager
 def open_recorded(
-    project: Path, *, commit: str, difference: bytes, name: str, variables: Mapping[str, str], keep: bool = False
+    project: Path, *, commit: str, difference: bytes, name: str, variables: Mapping[str, str], keep: Keep = "never"
 ) -> Iterator[Workspace]:
     """Clone `project` as it was at `commit` with `difference`, a recorded `git diff`, applied.
 
-    `keep`: the clone is moved to KEPT at the end. Raises UserError where the difference does not apply.
+    On leaving, as with `open_workspace`. Raises UserError where the difference does not apply.
     """
 
     def fill(clone: Path) -> Mapping[str, Any]:
@@ -184,7 +190,7 @@ def _open(
     fill: Callable[[Path], Mapping[str, Any]],
     experiment: str,
     variables: Mapping[str, str],
-    keep: bool = False,
+    keep: Keep,
 ) -> Iterator[Workspace]:
     """A clone in a folder of its own, in which `fill` puts the files and gives the parameters, and its DVC process."""
     with _own_folder(project, name) as (folder, lock):
@@ -196,11 +202,16 @@ def _open(
         _link_local_files(project, clone, params)
         environment = stage_environment(project, folder, variables=variables)
         process = _start(clone, project=project, environment=environment, lock=lock)
+        kept = keep == "always"
         try:
             yield Workspace(clone, experiment=experiment, process=process)
+        except BaseException:
+            kept = keep != "never"
+            raise
         finally:
             _stop(process)
-            if keep:
+            if kept:
+                shutil.rmtree(project / KEPT / name, ignore_errors=True)  # of an earlier try of the same flow run
                 (project / KEPT).mkdir(parents=True, exist_ok=True)
                 clone.rename(project / KEPT / name)
 

@@ -210,6 +210,16 @@ def test_a_failing_stage_leaves_no_traceback_in_the_terminal(project: Path, api_
     assert ran(project) == ["download"]
 
 
+def test_the_clone_of_a_failed_run_is_kept_where_that_is_asked_for(project: Path, api_url: str) -> None:
+    (project.parent / "train.exit").write_text("1")
+    status, text = run(project, "--keep-workspace", api_url=api_url)
+    assert status == 1
+    [kept] = (project / workspace.KEPT).iterdir()
+    assert text.splitlines()[-1] == f"kept the clone: {workspace.KEPT / kept.name}"
+    assert (kept / "artifacts/normalize/out.txt").exists()
+    assert not [path for path in (project / workspace.FOLDER).iterdir() if path.is_dir()]
+
+
 @pytest.mark.parametrize("case", [("download", 75, 4), ("download", 2, 1), ("train", 75, 1)])
 def test_only_a_download_that_may_pass_is_tried_again(
     project: Path,
@@ -259,7 +269,7 @@ def test_a_stage_does_not_outlive_a_killed_flow_run(project: Path, api_url: str)
     process.kill()
     process.communicate()
     wait_until(lambda: len(workspace.remove_leftovers(project)) == 1)  # once the DVC process has let go of its lock
-    assert not running_in(project)
+    wait_until(lambda: not running_in(project))  # the stage may still put things in order
 
 
 def running_in(project: Path) -> list[str]:
