@@ -27,12 +27,17 @@ ENTRYPOINT = "flows/train_classifier.py:train_classifier"
 
 def find_commit(url: str, revision: str) -> str:
     """The commit that a branch, tag or full hash stands for there; raises UserError where there is none."""
+    if shown(url) != url:  # Prefect would keep it, and show it to everybody
+        raise UserError(f"--git: found a password in the address of {shown(url)}; use git's credential helper there")
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
-    lines = git(PROJECT, "ls-remote", url, revision, f"{revision}^{{}}").splitlines()
-    if not lines:
+    lines = git(PROJECT, "ls-remote", "--", url).splitlines()
+    commits = {ref: commit for commit, _, ref in (line.partition("\t") for line in lines)}
+    wishes = (revision, f"refs/heads/{revision}", f"refs/tags/{revision}^{{}}", f"refs/tags/{revision}")
+    found = next((commits[wish] for wish in wishes if wish in commits), None)
+    if found is None:
         raise UserError(f"--revision: {shown(url)} has no {revision!r}; allowed: a branch, a tag or a full commit hash")
-    return lines[-1].split()[0]
+    return found
 
 
 def deploy_from_git(url: str, commit: str) -> UUID:

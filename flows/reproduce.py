@@ -57,7 +57,7 @@ class Reproduction:
 
     @property
     def identical(self) -> bool:
-        return not any(verdict.differences for verdict in self.verdicts) and not self.damaged
+        return all(verdict.differences == () for verdict in self.verdicts) and not self.damaged
 
 
 def find(project: Path, run_id: str) -> Record:

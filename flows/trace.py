@@ -6,6 +6,7 @@ name, the MD5 of a model, or the path of one. Exit status: 0 found, 2 nothing kn
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import chdir
 from dataclasses import asdict
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args()
     path = Path(arguments.id)
-    file = next((candidate.resolve() for candidate in (path / MODEL, path) if candidate.is_file()), None)
+    file = next((candidate.resolve() for candidate in (path / MODEL, path) if os.path.isfile(candidate)), None)  # noqa: PTH113  (no error where an id is no path)
     with report_errors(), chdir(PROJECT):
         traces, notes = trace(PROJECT, arguments.id, file=file)
         print(as_json(traces, notes) if arguments.json else _page(traces, notes))

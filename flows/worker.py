@@ -14,7 +14,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -50,13 +53,27 @@ def see_to_pool(name: str = POOL) -> None:
 
 def deploy(api_url: str) -> list[str]:
     """Register what prefect.yaml says; returns the deployments' names."""
+    active = _active_schedules()
     done = _prefect(api_url, "--no-prompt", "deploy", "--all")
     if done.status:
         reason = next((line for line in reversed(done.output.splitlines()) if line.strip()), "no reason given")
         raise UserError(f"prefect deploy --all: {reason.strip()}; see prefect.yaml")
     with get_client(sync_client=True) as client:
-        names = [found.name for found in client.read_deployments(limit=200, offset=0)]
-    return sorted(f"{FLOW_NAME}/{name}" for name in names)
+        for found in _deployments(client):
+            for schedule in found.schedules if found.name in active else []:
+                client.update_deployment_schedule(found.id, schedule.id, active=True)
+        return sorted(f"{FLOW_NAME}/{found.name}" for found in _deployments(client))
+
+
+def _deployments(client: SyncPrefectClient) -> list[DeploymentResponse]:
+    ours = FlowFilter(name=FlowFilterName(any_=[FLOW_NAME]))
+    return client.read_deployments(flow_filter=ours, limit=200, offset=0)
+
+
+def _active_schedules() -> set[str]:
+    """The deployments whose schedule the user switched on, which Prefect would make anew as the file has it: off."""
+    with get_client(sync_client=True) as client:
+        return {found.name for found in _deployments(client) if any(one.active for one in found.schedules)}
 
 
 def _prefect(api_url: str, *arguments: str) -> Outcome:

@@ -18,7 +18,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.concurrency.sync import concurrency
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from flows import deploy, gpu, server, train_classifier
+from flows import deploy, gpu, server, train_classifier, worker
 from flows.form import Overrides
 from pipeline.errors import UserError
 from pipeline.params import Params, read_yaml
@@ -142,6 +142,18 @@ def test_the_nightly_schedule_is_off_until_enabled(site: Site) -> None:
     assert not schedule.active
 
 
+def test_a_schedule_that_was_switched_on_stays_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "PROJECT", site.project)
+    with get_client(sync_client=True) as client:
+        found = client.read_deployment_by_name("train-classifier/nightly")
+        client.update_deployment_schedule(found.id, found.schedules[0].id, active=True)
+        names = worker.deploy(site.environment["PREFECT_API_URL"])
+        [schedule] = client.read_deployment_by_name("train-classifier/nightly").schedules
+        assert schedule.active
+        client.update_deployment_schedule(found.id, schedule.id, active=False)
+    assert "train-classifier/nightly" in names
+
+
 def test_the_environment_for_the_prefect_command_is_printed(site: Site) -> None:
     environment = {**site.environment, "PREFECT_API_URL": ""}
     command = [sys.executable, "-m", "flows.worker", "--env"]
@@ -208,6 +220,12 @@ def test_a_worker_without_a_checkout_takes_code_from_git_and_files_from_the_remo
         assert run.state.name == "Completed", run.state.message
         assert (tmp_path / "ran").read_text().split() == ["download", "normalize", "train", "evaluate"], attempt
         assert f"digits-{run.name}" in dvc(site.project, "exp", "list", "--name-only")
+
+
+def test_a_password_in_the_address_is_refused_and_not_told() -> None:
+    with pytest.raises(UserError, match="--git: found a password") as error:
+        deploy.find_commit("https://user:secret@host/repository.git", "0" * 40)
+    assert "secret" not in str(error.value)
 
 
 def test_a_revision_that_is_not_there_is_one_line(site: Site) -> None:
