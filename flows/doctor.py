@@ -50,7 +50,7 @@ from flows.dvc_state import (
     missing_outputs,
     release_dead_lockers,
 )
-from flows.workspace import EXPERIMENT_LABEL, FOLDER, find_leftovers, is_held, remove_leftovers, tracking_uri
+from flows.workspace import EXPERIMENT_LABEL, FOLDER, find_leftovers, is_held, made_store, remove_leftovers
 from pipeline.errors import TemporaryError, UserError, report_errors
 from pipeline.processes import HOST, PID, life, this_process
 
@@ -101,8 +101,8 @@ def settle_quietly(project: Path = PROJECT) -> Iterator[str]:
 
 def mlflow_runs(project: Path) -> Iterator[Finding]:
     """Runs that MLflow holds to be running, though their process is dead."""
-    uri = tracking_uri(project)
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    uri = made_store(project)
+    if uri is None:
         return
     os.environ["MLFLOW_TRACKING_URI"] = uri
     from pipeline import tracking  # noqa: PLC0415  # MLflow takes 2 s to import; a flow run's start has no need of it

@@ -125,21 +125,29 @@ def _cached_outputs(definition: str, lock: str) -> Iterator[tuple[str, str]]:
         for path, options in entry.items()
         if options.get("cache") is False
     }
-    for stage in parse_yaml(lock, "dvc.lock").get("stages", {}).values():
-        for output in stage.get("outs", []):
-            if output["path"] not in uncached and "md5" in output:
-                yield output["path"], output["md5"]
+    yield from ((path, md5) for path, md5 in outputs(lock).items() if path not in uncached)
+
+
+def outputs(lock: str) -> dict[str, str]:
+    """Path and hash of each output in the text of a dvc.lock."""
+    stages = (parse_yaml(lock, "dvc.lock") or {}).get("stages", {})
+    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", []) if "md5" in out}
+
+
+def cached_path(cache: Path, md5: str) -> Path:
+    """Where DVC keeps the file, or for a folder (`….dir`) its listing."""
+    return cache / md5[:2] / md5[2:]
 
 
 def _is_whole(project: Path, cache: Path, output: str, md5: str) -> bool:
     """Whether each file of the output is in the cache or in the checkout."""
-    listing = cache / md5[:2] / md5[2:]
+    listing = cached_path(cache, md5)
     if not md5.endswith(".dir"):
         return listing.exists() or _holds(project / output, md5)
     if not listing.exists():
         return (project / output).is_dir()
     files = json.loads(listing.read_text(encoding="utf-8"))
-    absent = (file for file in files if not (cache / file["md5"][:2] / file["md5"][2:]).exists())
+    absent = (file for file in files if not cached_path(cache, file["md5"]).exists())
     return all(_holds(project / output / file["relpath"], file["md5"]) for file in absent)
 
 

@@ -24,9 +24,9 @@ from prefect.utilities.urls import url_for
 
 from flows import server
 from flows.doctor import PAGE, prefect_client
-from flows.dvc_state import cache_folder, experiment_refs
+from flows.dvc_state import cache_folder, cached_path, experiment_refs, outputs
 from flows.ui import mlflow_page
-from flows.workspace import EXPERIMENT_LABEL, git, tracking_uri
+from flows.workspace import EXPERIMENT_LABEL, git, made_store, tracking_uri
 from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.errors import UserError, first_line, shown
@@ -99,13 +99,15 @@ class Sources:
             )
 
     def _connect(self) -> bool:
-        uri = tracking_uri(self.project)
-        if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-            self._note(f"MLflow has no runs yet: {uri.removeprefix('sqlite:///')} does not exist")
+        uri = made_store(self.project)
+        if uri is None:
+            self._note(
+                f"MLflow has no runs yet: {tracking_uri(self.project).removeprefix('sqlite:///')} does not exist"
+            )
             return False
         os.environ["MLFLOW_TRACKING_URI"] = uri
         try:
-            tracking.connect_here()
+            tracking.connect()
         except UserError as error:
             self._note(f"MLflow was not looked at: {error}")
             return False
@@ -124,14 +126,14 @@ class Sources:
             found.append(Experiment(name, commit, first + rest))
         return found
 
-    def runs(self, **tags: str) -> list[Record]:
-        """MLflow's runs with these tags; dots in names are written as `__`."""
-        wanted = {name.replace("__", "."): value for name, value in tags.items()}
-        if not self.mlflow or not all(
-            _SAFE.fullmatch(text.replace("%", "")) for pair in wanted.items() for text in pair
-        ):
-            return []
-        return tracking.find_runs(wanted)
+    def runs(self, tag: str, value: str) -> list[Record]:
+        """MLflow's runs with this tag."""
+        safe = all(_SAFE.fullmatch(text.replace("%", "")) for text in (tag, value))
+        return tracking.find_runs({tag: value}) if self.mlflow and safe else []
+
+    def makers(self, model: str | None) -> list[Record]:
+        """The runs that made the model of this hash, reproductions left out."""
+        return tracking.makers(model) if self.mlflow and model else []
 
     def flow_runs(self, *, ids: Iterable[str] = (), name: str | None = None) -> list[FlowRun]:
         """Prefect's flow runs of these ids or of this name."""
@@ -156,12 +158,11 @@ class Sources:
 
     def outputs(self, commit: str | None) -> dict[str, str]:
         """Path and hash of the outputs in a commit's dvc.lock."""
-        stages = (parse_yaml(self.file(commit, "dvc.lock"), "dvc.lock") or {}).get("stages", {})
-        return {out["path"]: out.get("md5", "") for stage in stages.values() for out in stage.get("outs", [])}
+        return outputs(self.file(commit, "dvc.lock"))
 
     def in_cache(self, md5: str) -> Path | None:
         """The cached file, or for a folder (`….dir`) its listing."""
-        path = cache_folder(self.project) / md5[:2] / md5[2:]
+        path = cached_path(cache_folder(self.project), md5)
         return path if path.is_file() else None
 
     def model_of(self, outputs: Mapping[str, str]) -> str | None:
@@ -231,8 +232,8 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Record], list[Experiment
     names = {run.experiment for run in flow_runs} | {wanted}
     named += [found for found in sources.experiments if found.name in names and found not in named]
     found = [
-        *sources.runs(dvc__experiment=wanted),
-        *sources.runs(prefect__flow_run_name=wanted),
+        *sources.runs("dvc.experiment", wanted),
+        *sources.runs("prefect.flow_run_name", wanted),
         *(
             run
             for flow_run in [wanted, *(run.run_id for run in flow_runs)]
@@ -240,12 +241,12 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Record], list[Experiment
         ),
     ]
     if commit:
-        found += sources.runs(**{tracking.COMMIT: commit})
+        found += sources.runs(tracking.COMMIT, commit)
         named += [found for found in sources.experiments if found.baseline == commit and found not in named]
         wanted = sources.model_of(sources.outputs(commit)) or ""
     if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", wanted):
         model = sources.listing(f"{wanted.removesuffix('.dir')}.dir").get(MODEL, wanted)
-        found += sources.runs(outputs__train=f"%{model}%") or sources.runs(model__md5=model)
+        found += sources.runs("outputs.train", f"%{model}%") or sources.makers(model)
         named += [found for found in sources.experiments if _has_model(sources, found, model) and found not in named]
     return runs + [run for run in found if tracking.REPRODUCES not in run.tags], named, flow_runs
 
@@ -253,7 +254,7 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Record], list[Experiment
 def _runs_of_flow_run(sources: Sources, flow_run_id: str) -> list[Record]:
     if not _is_uuid(flow_run_id):
         return []
-    return sources.runs(prefect__flow_run_id=flow_run_id) or sources.runs(**{f"{tracking.FLOW_RUN}{flow_run_id}": "%"})
+    return sources.runs("prefect.flow_run_id", flow_run_id) or sources.runs(f"{tracking.FLOW_RUN}{flow_run_id}", "%")
 
 
 def _has_model(sources: Sources, experiment: Experiment, model: str) -> bool:
@@ -262,11 +263,8 @@ def _has_model(sources: Sources, experiment: Experiment, model: str) -> bool:
 
 def _runs_of(sources: Sources, experiment: Experiment) -> list[Record]:
     """The runs of the experiment's own training, else those that made the model which it had from the cache."""
-    if own := sources.runs(dvc__experiment=experiment.name):
-        return own
-    model = sources.model_of(sources.outputs(experiment.commit))
-    makers = sources.runs(model__md5=model) if model else []
-    return [run for run in makers if tracking.REPRODUCES not in run.tags]
+    own = sources.runs("dvc.experiment", experiment.name)
+    return own or sources.makers(sources.model_of(sources.outputs(experiment.commit)))
 
 
 def _of_run(sources: Sources, run: Record) -> Trace:
@@ -277,7 +275,7 @@ def _of_run(sources: Sources, run: Record) -> Trace:
     commit = tags.get(tracking.COMMIT)
     difference = tracking.read_file(run, "uncommitted.diff") or b""
     names = re.findall(rb'^diff --git "?a/(.*?)"? "?b/', difference, re.MULTILINE)
-    copies = sources.runs(**{tracking.REPRODUCES: run.run_id})
+    copies = sources.runs(tracking.REPRODUCES, run.run_id)
     return Trace(
         commit=commit,
         dirty=tags["git.dirty"] == "true" if "git.dirty" in tags else None,
@@ -297,7 +295,7 @@ def _of_run(sources: Sources, run: Record) -> Trace:
 
 def _of_experiment(sources: Sources, experiment: Experiment) -> Trace:
     """A trace of an experiment of which MLflow knows nothing."""
-    outputs = sources.outputs(experiment.commit)
+    made = sources.outputs(experiment.commit)
     params, committed = (
         _flat(sources.file(commit, "params.yaml")) for commit in (experiment.commit, experiment.baseline)
     )
@@ -307,11 +305,11 @@ def _of_experiment(sources: Sources, experiment: Experiment) -> Trace:
         dirty=bool(listing),
         uncommitted=tuple(listing.splitlines()),
         data_set=params.get("download.dataset"),
-        data_md5=sources.listing(outputs.get(str(NORMALIZE), "")).get("dataset.json"),
+        data_md5=sources.listing(made.get(str(NORMALIZE), "")).get("dataset.json"),
         changed=_changed(committed, params),
         experiments=(experiment,),
-        model_md5=sources.model_of(outputs),
-        files=tuple(_files(sources, outputs)),
+        model_md5=sources.model_of(made),
+        files=tuple(_files(sources, made)),
     )
 
 

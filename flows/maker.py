@@ -15,7 +15,7 @@ from pipeline.errors import report_errors
 
 def adopt(model_md5: str, *, flow_run_id: str, experiment: str) -> str | None:
     """Note with the run that made the model that the flow run took it from the cache; gives the run's id."""
-    made = [run for run in tracking.find_runs({"model.md5": model_md5}) if tracking.REPRODUCES not in run.tags]
+    made = tracking.makers(model_md5)
     if not made:
         return None
     tracking.Run(made[0].run_id).tag({f"{tracking.FLOW_RUN}{flow_run_id}": experiment})
@@ -27,7 +27,7 @@ def main() -> None:
     model_md5, flow_run_id, experiment = sys.argv[1:]
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri(PROJECT)
     with report_errors():
-        tracking.connect_here()
+        tracking.connect()
         print(adopt(model_md5, flow_run_id=flow_run_id, experiment=experiment) or "")
 
 

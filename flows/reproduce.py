@@ -16,18 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-from dvc.utils.serialize import parse_yaml
-
 from flows import PROJECT
-from flows.dvc_state import cache_folder
-from flows.workspace import KEPT, StepError, Workspace, git, open_recorded, tracking_uri
+from flows.dvc_state import cache_folder, cached_path, outputs
+from flows.workspace import KEPT, StepError, Workspace, git, made_store, open_recorded
 from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.errors import EXIT_TEMPORARY, EXIT_USER, UserError, report_errors
 from pipeline.tracking import Record
 
 STAGES = (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE)
-HARDWARE = "hardware."
 Hashes = Mapping[str, str]
 
 
@@ -62,11 +59,10 @@ class Reproduction:
 
 def find(project: Path, run_id: str) -> Record:
     """The run to make again; raises UserError where there is none, or it made no model."""
-    uri = tracking_uri(project)
     run = None
-    if not uri.startswith("sqlite:///") or Path(uri.removeprefix("sqlite:///")).exists():
+    if uri := made_store(project):
         os.environ["MLFLOW_TRACKING_URI"] = uri
-        tracking.connect_here()
+        tracking.connect()
         run = tracking.find_run(run_id)
     if run is None:
         raise UserError(f"no MLflow run {run_id}; `python -m flows.trace HEAD` lists the runs of the current commit")
@@ -130,8 +126,7 @@ def _made(clone: Path, folder: Path) -> Hashes:
     """What a stage made: of data, DVC's hash of the folder; of the others, the hash of each file."""
     if folder in (TRAIN, EVALUATE):
         return {path.name: file_md5(path) for path in sorted((clone / folder).iterdir()) if path.is_file()}
-    lock = parse_yaml((clone / "dvc.lock").read_text(encoding="utf-8"), "dvc.lock")
-    return {out["path"]: out["md5"] for out in lock["stages"][folder.name]["outs"]}
+    return {str(folder): outputs((clone / "dvc.lock").read_text(encoding="utf-8"))[str(folder)]}
 
 
 def recorded_hashes(run: Record, folder: Path) -> Hashes:
@@ -159,9 +154,9 @@ def _surroundings(run: Record, again: Record) -> Iterator[str]:
     for name in sorted(then.keys() | now.keys()) if then else []:
         if then.get(name) != now.get(name):
             yield f"environment {name}: was {then.get(name, 'not installed')}, is {now.get(name, 'not installed')}"
-    for tag in sorted(name for name in again.tags if name.startswith(HARDWARE)):
+    for tag in sorted(name for name in again.tags if name.startswith(tracking.HARDWARE)):
         if run.tags.get(tag) != again.tags[tag]:
-            part = tag.removeprefix(HARDWARE)
+            part = tag.removeprefix(tracking.HARDWARE)
             yield f"hardware    {part}: was {run.tags.get(tag, 'not recorded')}, is {again.tags[tag]}"
 
 
@@ -173,7 +168,7 @@ def _packages(text: bytes | None) -> dict[str, str]:
 def _damaged_copies(project: Path, run: Record) -> Iterator[str]:
     """The kept copies of the recorded model that are no longer that."""
     md5 = run.tags["model.md5"]
-    cached = cache_folder(project) / md5[:2] / md5[2:]
+    cached = cached_path(cache_folder(project), md5)
     copies = {
         "MLflow's copy": tracking.recorded_model(run),
         "DVC's cache": file_md5(cached) if cached.exists() else None,

@@ -102,10 +102,9 @@ def _results(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _places(summary: Summary, flow_run_id: str, mlflow_link: str | None) -> list[tuple[str, str]]:
-    run = summary.mlflow_run_id
     return [
         ("DVC experiment", f"`dvc exp apply {summary.experiment}`"),
-        ("MLflow run", f"[{run}]({mlflow_link})" if mlflow_link else f"`{run}`" if run else "none made this model"),
+        ("MLflow run", f"[{summary.mlflow_run_id}]({mlflow_link})" if mlflow_link else "none made this model"),
         ("Prefect flow run", f"`{flow_run_id}`"),
         ("all that belongs to it", f"`python -m flows.trace {summary.experiment}`"),
         ("steps", ", ".join(map(str, summary.steps))),

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
 
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
@@ -32,14 +31,6 @@ QUERY_SECONDS = "2"
 """How often the worker asks for flow runs; Prefect's own default is 10."""
 
 
-@dataclass
-class Outcome:
-    """What a command of Prefect's came to."""
-
-    status: int
-    output: str
-
-
 def environment(api_url: str) -> dict[str, str]:
     """What the `prefect` command needs to reach the server and to keep to this project."""
     return {"PREFECT_API_URL": api_url, "PREFECT_HOME": os.environ["PREFECT_HOME"]}
@@ -54,9 +45,18 @@ def see_to_pool(name: str = POOL) -> None:
 def deploy(api_url: str) -> list[str]:
     """Register what prefect.yaml says; returns the deployments' names."""
     active = _active_schedules()
-    done = _prefect(api_url, "--no-prompt", "deploy", "--all")
-    if done.status:
-        reason = next((line for line in reversed(done.output.splitlines()) if line.strip()), "no reason given")
+    done = subprocess.run(
+        _command("--no-prompt", "deploy", "--all"),
+        cwd=PROJECT,
+        env={**os.environ, **environment(api_url)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        reason = next(
+            (line for line in reversed((done.stdout + done.stderr).splitlines()) if line.strip()), "no reason given"
+        )
         raise UserError(f"prefect deploy --all: {reason.strip()}; see prefect.yaml")
     with get_client(sync_client=True) as client:
         for found in _deployments(client):
@@ -76,17 +76,13 @@ def _active_schedules() -> set[str]:
         return {found.name for found in _deployments(client) if any(one.active for one in found.schedules)}
 
 
-def _prefect(api_url: str, *arguments: str) -> Outcome:
-    command = [sys.executable, "-m", "prefect", *arguments]
-    done = subprocess.run(
-        command, cwd=PROJECT, env={**os.environ, **environment(api_url)}, capture_output=True, text=True, check=False
-    )
-    return Outcome(done.returncode, done.stdout + done.stderr)
+def _command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "prefect", *arguments]
 
 
 def work(api_url: str) -> int:
     """Run a worker until it ends or a signal comes; what it started has ended when this returns."""
-    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
+    command = _command("worker", "start", "--pool", POOL, "--type", "process")
     extra = {"PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", QUERY_SECONDS)}
     process = subprocess.Popen(
         command, cwd=PROJECT, env={**os.environ, **environment(api_url), **extra}, start_new_session=True

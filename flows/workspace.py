@@ -423,6 +423,12 @@ def tracking_uri(project: Path) -> str:
     return uri
 
 
+def made_store(project: Path) -> str | None:
+    """`tracking_uri`, or None where that is a sqlite file which no run has made yet."""
+    uri = tracking_uri(project)
+    return None if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists() else uri
+
+
 def _start(clone: Path, *, project: Path, environment: Mapping[str, str], lock: IO[str]) -> subprocess.Popen[str]:
     """The DVC process, leader of a process group; it holds the lock too, should the flow's process be killed."""
     return subprocess.Popen(

@@ -50,6 +50,8 @@ REPRODUCES = "reproduces"
 """Tag of a run that re-makes another one: the other one's id. It is no new result."""
 FLOW_RUN = "flow_run."
 """Tag `flow_run.<id>` = experiment, for each flow run that made the model or had it from DVC's cache."""
+HARDWARE = "hardware."
+"""Tags `hardware.<part>`: what the last bits of a model depend on."""
 LOCK_FILE = Path("dvc.lock")
 
 
@@ -94,20 +96,27 @@ def training_run(
 
     Raises UserError where the store cannot be reached.
     """
+    connect()
+    difference = _git_bytes(*DIFF)
     with _store_errors():
-        connect()
         for dead in (run for run in running() if run.life == "dead" and mark_killed(run)):
             print(f"MLflow run {dead.run_id} was left RUNNING by a dead process: marked KILLED", flush=True)
         name = os.environ.get("PIPELINE_EXPERIMENT")
-        run = MlflowClient().create_run(_experiment_id(experiment), run_name=name, tags=_origin())
+        run = MlflowClient().create_run(_experiment_id(experiment), run_name=name, tags=_origin(difference))
     run_id = run.info.run_id
     tracked, status = Run(run_id), "FAILED"
     try:
         mlflow.start_run(run_id=run_id, log_system_metrics=True)
         MlflowClient().log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
         mlflow.log_input(dataset, context="training")
-        tracked.tag({"data.md5": dataset.digest, **_inputs(params), **_prefixed("hardware", hardware)})
-        _log_uncommitted(tracked)
+        tracked.tag(
+            {
+                "data.md5": dataset.digest,
+                **_inputs(params),
+                **{f"{HARDWARE}{name}": value for name, value in hardware.items()},
+            }
+        )
+        _log_surroundings(tracked, difference)
         yield tracked
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -134,16 +143,15 @@ def run_of_model(model_md5: str, *, experiment: str) -> tuple[Run, bool]:
     A flow run that takes the model from DVC's cache leaves its id with it. In a reproduction, only its own runs count.
     Raises UserError where the store cannot be reached.
     """
-    connect_here()
-    original = os.environ.get("PIPELINE_REPRODUCES")
-    found = [run for run in find_runs({"model.md5": model_md5}) if run.tags.get(REPRODUCES) == original]
+    connect()
+    found = makers(model_md5, reproduces=os.environ.get("PIPELINE_REPRODUCES"))
     with _store_errors():
         client = MlflowClient()
         if found:
             run = Run(found[0].run_id)
             run.tag(_flow_run())
             return run, False
-        tags = _origin() | {"model.md5": model_md5}
+        tags = _origin(_git_bytes(*DIFF)) | {"model.md5": model_md5}
         made = client.create_run(_experiment_id(experiment), tags=tags)
         client.set_terminated(made.info.run_id)
         return Run(made.info.run_id), True
@@ -162,12 +170,6 @@ class Record:
     metrics: Mapping[str, float]
 
 
-def connect_here() -> None:
-    """`connect`, its failures told in one line."""
-    with _store_errors():
-        connect()
-
-
 def find_runs(tags: Mapping[str, str]) -> list[Record]:
     """The runs with all of these tags (`%` stands for anything), newest first; `connect` comes first."""
     conditions = [f"tags.`{name}` {'LIKE' if '%' in value else '='} '{value}'" for name, value in tags.items()]
@@ -179,6 +181,11 @@ def find_runs(tags: Mapping[str, str]) -> list[Record]:
             output_format="list",
         )
     return [_as_record(run) for run in runs]
+
+
+def makers(model_md5: str, *, reproduces: str | None = None) -> list[Record]:
+    """The runs that made the model of this hash, newest first: no reproductions, or only those of that run."""
+    return [run for run in find_runs({"model.md5": model_md5}) if run.tags.get(REPRODUCES) == reproduces]
 
 
 def find_run(run_id: str) -> Record | None:
@@ -260,20 +267,21 @@ def mark_killed(run: Running) -> bool:
 
 
 def connect() -> None:
-    """Point MLflow to its store; raises UserError where a server does not answer."""
+    """Point MLflow to its store; raises UserError where it cannot be reached."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # of a server that went away: 7 take minutes
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
-    if urlsplit(uri).scheme in {"http", "https"}:
-        try:
-            requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS).raise_for_status()
-        except requests.RequestException as error:
-            raise UserError(_unreachable(uri, type(error).__name__)) from None
-    else:
-        _make_store(uri)
+    with _store_errors():
+        if urlsplit(uri).scheme in {"http", "https"}:
+            try:
+                requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS).raise_for_status()
+            except requests.RequestException as error:
+                raise UserError(_unreachable(uri, type(error).__name__)) from None
+        else:
+            _make_store(uri)
     mlflow.set_tracking_uri(uri)
     mlflow.set_system_metrics_sampling_interval(2)  # type: ignore[no-untyped-call]
     mlflow.set_system_metrics_samples_before_logging(1)  # type: ignore[no-untyped-call]
@@ -332,13 +340,13 @@ def dataset(name: str, *, source: str | None, digest: str) -> MetaDataset:
     return MetaDataset(origin, name=name, digest=digest)  # type: ignore[abstract]
 
 
-def _origin() -> dict[str, str]:
+def _origin(difference: bytes) -> dict[str, str]:
     """Tags that lead from a run to its code, its experiment, its flow run and its process."""
     flow_run_id, link = (os.environ.get(f"PIPELINE_FLOW_RUN_{name}", "") for name in ("ID", "LINK"))
     tags = {
         "mlflow.source.name": "python -m pipeline.train",
         COMMIT: _git("rev-parse", "HEAD"),
-        "git.dirty": str(bool(_git_bytes(*DIFF))).lower(),
+        "git.dirty": str(bool(difference)).lower(),
         "code.md5": code_md5(),
         "dvc.experiment": os.environ.get("DVC_EXP_NAME") or os.environ.get("PIPELINE_EXPERIMENT", ""),
         "prefect.flow_run_id": flow_run_id,
@@ -364,10 +372,6 @@ def _inputs(params: Mapping[str, Any]) -> dict[str, str]:
     made = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
     data = {f"dvc.{folder.name}": made.get(str(folder)) for folder in (DOWNLOAD, NORMALIZE)}
     return tags | {name: md5 for name, md5 in data.items() if md5}
-
-
-def _prefixed(prefix: str, values: Mapping[str, str]) -> dict[str, str]:
-    return {f"{prefix}.{name}": value for name, value in values.items()}
 
 
 def outputs_tag(folder: Path, *, names: Sequence[str] = ()) -> dict[str, str]:
@@ -407,10 +411,10 @@ def _git_bytes(*arguments: str) -> bytes:
         return b""
 
 
-def _log_uncommitted(run: Run) -> None:
+def _log_surroundings(run: Run, difference: bytes) -> None:
     """Keep what differs from the commit, and the installed versions, beside the run."""
     with tempfile.TemporaryDirectory() as folder:
-        if difference := _git_bytes(*DIFF):
+        if difference:
             path = Path(folder) / "uncommitted.diff"
             path.write_bytes(difference)
             run.log_file(path)
@@ -450,8 +454,7 @@ def fetch_model(uri: str) -> Path:
     Only weights and configuration are used of it; no code that lies beside them is run. Raises UserError where there is
     no such model.
     """
-    with _store_errors():
-        connect()
+    connect()
     try:
         folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
     except (MlflowException, OSError) as error:

@@ -119,6 +119,15 @@ def start_run(project: Path, *arguments: str, api_url: str) -> subprocess.Popen[
     )
 
 
+def start_run_until(stage: str, *, project: Path, api_url: str) -> subprocess.Popen[str]:
+    """A flow run in whose `stage`, which would go on for a minute, we are."""
+    (project.parent / f"{stage}.sleep").touch()
+    process = start_run(project, api_url=api_url)
+    assert process.stdout
+    next(line for line in process.stdout if f"{stage} begins" in line)
+    return process
+
+
 def run(project: Path, *arguments: str, api_url: str) -> tuple[int, str]:
     """Exit status and output of a flow run from the command line."""
     process = start_run(project, *arguments, api_url=api_url)
@@ -237,35 +246,26 @@ def test_only_a_download_that_may_pass_is_tried_again(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ending_a_flow_run_ends_its_stage(project: Path, api_url: str, number: int) -> None:
-    (project.parent / "normalize.sleep").touch()
-    process = start_run(project, api_url=api_url)
-    assert process.stdout
-    next(line for line in process.stdout if "normalize begins" in line)
+    process = start_run_until("normalize", project=project, api_url=api_url)
     process.send_signal(number)
-    process.stdout.read()
+    process.communicate()
     assert process.wait(timeout=20) in {-number, 128 + number}
     assert not running_in(project)
     assert not [path for path in (project / workspace.FOLDER).iterdir() if path.is_dir()]
 
 
 def test_a_second_sigterm_does_not_cut_short_what_a_stage_puts_in_order(project: Path, api_url: str) -> None:
-    (project.parent / "normalize.sleep").touch()
-    process = start_run(project, api_url=api_url)
-    assert process.stdout
-    next(line for line in process.stdout if "normalize begins" in line)
+    process = start_run_until("normalize", project=project, api_url=api_url)
     process.terminate()
     time.sleep(0.2)
     process.terminate()
-    process.stdout.read()
+    process.communicate()
     process.wait(timeout=20)
     assert (project.parent / "normalize.terminated").exists()
 
 
 def test_a_stage_does_not_outlive_a_killed_flow_run(project: Path, api_url: str) -> None:
-    (project.parent / "download.sleep").touch()
-    process = start_run(project, api_url=api_url)
-    assert process.stdout
-    next(line for line in process.stdout if "download begins" in line)
+    process = start_run_until("download", project=project, api_url=api_url)
     process.kill()
     process.communicate()
     wait_until(lambda: len(workspace.remove_leftovers(project)) == 1)  # once the DVC process has let go of its lock

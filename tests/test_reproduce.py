@@ -14,7 +14,7 @@ from flows.workspace import git
 from pipeline import tracking
 from pipeline.artifacts import file_md5
 from pipeline.errors import UserError
-from pipeline.tracking import Record, connect_here, find_run, find_runs
+from pipeline.tracking import Record, connect, find_run, find_runs
 
 DIFFERENCE = b"""diff --git a/params.yaml b/params.yaml
 --- a/params.yaml
@@ -29,7 +29,7 @@ PACKAGES = {False: b"numpy==2.3.0\ntorch==2.11.0\n", True: b"numpy==2.3.0\ntorch
 @pytest.fixture
 def project(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{recorded}/mlflow.db")
-    connect_here()
+    connect()
     return recorded
 
 
@@ -44,7 +44,7 @@ def again(recorded: Path) -> tuple[int, str]:
     """Status and output of the command, which trains again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{recorded}/mlflow.db")
-        connect_here()
+        connect()
         [original] = [run for run in find_runs({"model.md5": "%"}) if tracking.REPRODUCES not in run.tags]
         command = [sys.executable, "-m", "flows.reproduce", original.run_id]
         before = state(recorded)
