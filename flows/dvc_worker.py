@@ -1,8 +1,10 @@
 """DVC in a process of its own: reproduces stages of a clone, one request after the other.
 
 `python -m flows.dvc_worker CLONE` reads JSON requests, one a line, from stdin, and answers each with one line on stdout
-that begins with MARK; all other lines are the output of the stages and of DVC. It leads a process group with the stages
-in it: on SIGTERM it lives on until the stage has ended, and if its parent dies, it ends the stage.
+that begins with MARK; all other lines are the output of the stages and of DVC. Before it runs a stage's command, rather
+than take the stage's files from the cache, it says so, `{"starting": stage}`, and waits for a line. It leads a process
+group with the stages in it: on SIGTERM it lives on until the stage has ended, and if its parent dies, it ends the
+stage.
 """
 
 import json
@@ -37,13 +39,19 @@ GIVEN = frozenset(os.environ)
 
 
 class _Lines(logging.Handler):
-    """Prints what DVC has to say and remembers whether it ran a command."""
+    """Prints what DVC has to say, remembers whether it ran a command, and calls `on_start` just before it does.
+
+    DVC tells that a command is about to run on the thread that will run it, and has let go of its lock by then.
+    """
 
     ran = False
+    on_start: Callable[[str], None] = staticmethod(lambda stage: None)
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        self.ran = self.ran or message.startswith("Running stage")
+        if message.startswith("Running stage"):
+            self.ran = True
+            self.on_start(str(record.args[0] if isinstance(record.args, tuple) and record.args else ""))
         if message.startswith("Some of the cache files do not exist"):
             return  # then the stage runs
         if record.levelno >= logging.WARNING or message.startswith(("Stage ", "> ")):
@@ -175,6 +183,12 @@ class _Requests:
         self._busy.set()
         return None if line is None else json.loads(line)
 
+    def wait_to_start(self, stage: str) -> None:
+        """Return once the parent lets the stage's command start; end where the parent has ended."""
+        print(f"\n{MARK}{json.dumps({'starting': stage})}", flush=True)
+        if self._lines.get() is None:
+            os._exit(1)
+
     def _stop(self, signum: int, _frame: FrameType | None) -> None:
         self._stopping = True
         if not psutil.Process().children():
@@ -205,6 +219,7 @@ def main() -> None:
     requests = _Requests(_private_stdin())
     logger = logging.getLogger("dvc")
     logger.handlers, logger.propagate = [LINES], False
+    LINES.on_start = requests.wait_to_start
     logger.setLevel(logging.INFO)
     logging.getLogger("dvc_data").setLevel(logging.ERROR)  # tells the same
     configure(clone, project=project)

@@ -1,14 +1,14 @@
 """One training at a time on one GPU: a slot of a global concurrency limit of Prefect, taken where a GPU is used.
 
 A limit of the work pool or of a deployment would hold back runs on the CPU too, would not know of `make run`, and would
-count one for all machines. This limit is named after host and GPU. Who holds the slot renews it, so that a killed run's
-slot is free again after LEASE_SECONDS.
+count one for all machines. This limit is named after the GPU. Who holds the slot renews it, so that a killed run's slot
+is free again after LEASE_SECONDS.
 """
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pynvml
 from prefect import get_client
@@ -16,33 +16,47 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
+from pipeline.params import PARAMS_FILE, read_yaml
+
 LEASE_SECONDS = 60.0
 
 
 def visible_gpu() -> str | None:
-    """The GPU that a training here would use: the first of CUDA_VISIBLE_DEVICES, else "0"; None if there is none."""
+    """The UUID of the GPU that a training here would use, as `nvidia-smi -L` lists it; None if there is none.
+
+    That is the first of CUDA_VISIBLE_DEVICES (a number, or a UUID or the beginning of one), else the machine's first.
+    """
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    if wanted in {"", "-1"}:
-        return None
     with suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
         try:
-            return wanted if pynvml.nvmlDeviceGetCount() else None
+            handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+            uuids = [str(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
         finally:
             pynvml.nvmlShutdown()
+        if wanted.isdigit():
+            return uuids[int(wanted)] if int(wanted) < len(uuids) else None
+        if wanted.startswith("MIG-"):  # a part of a GPU counts as a GPU
+            return wanted
+        return next((uuid for uuid in uuids if wanted and uuid.startswith(wanted)), None)
     return None
 
 
+def needed_gpu(clone: Path) -> str | None:
+    """The GPU that the step `train` of this clone would use."""
+    device = read_yaml(clone / PARAMS_FILE)["train"].get("device", "auto")
+    return visible_gpu() if device in {"auto", "cuda"} else None
+
+
 @contextmanager
-def gpu_slot(device: str) -> Iterator[None]:
-    """Wait until no other flow run trains on our GPU; at once where `device` (train.device) does not mean one."""
-    gpu = visible_gpu() if device in {"auto", "cuda"} else None
-    if gpu is None:
-        yield
-        return
-    name = f"gpu-{socket.gethostname()}-{gpu}"
-    _see_to_limit(name)
-    with concurrency(name, lease_duration=LEASE_SECONDS, strict=True, raise_on_lease_renewal_failure=False):
+def gpu_slot(clone: Path) -> Iterator[None]:
+    """Wait until no other flow run trains on the GPU that the clone's step `train` would use, if it would use one."""
+    if gpu := needed_gpu(clone):
+        name = f"gpu-{gpu.removeprefix('GPU-')}"
+        _see_to_limit(name)
+        with concurrency(name, lease_duration=LEASE_SECONDS, strict=True, raise_on_lease_renewal_failure=False):
+            yield
+    else:
         yield
 
 

@@ -194,6 +194,8 @@ def trace(project: Path, wanted: str, *, file: Path | None = None) -> tuple[list
     """
     sources = Sources(project)
     wanted = file_md5(file) if file else wanted
+    if re.fullmatch(r"[0-9A-Fa-f-]{32,40}", wanted):  # hashes and UUIDs are kept in lower case
+        wanted = wanted.lower()
     runs, experiments, flow_runs = _match(sources, wanted)
     own = {run.run_id: run for run in runs}
     loose: list[Experiment] = []

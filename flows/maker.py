@@ -18,7 +18,8 @@ def adopt(model_md5: str, *, flow_run_id: str, experiment: str) -> str | None:
     made = tracking.makers(model_md5)
     if not made:
         return None
-    tracking.Run(made[0].run_id).tag({f"{tracking.FLOW_RUN}{flow_run_id}": experiment})
+    with tracking.told("the run is not told of this flow run"):
+        tracking.Run(made[0].run_id).tag({f"{tracking.FLOW_RUN}{flow_run_id}": experiment})
     return made[0].run_id
 
 

@@ -11,13 +11,18 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import chdir
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
 from flows import PROJECT
 from flows.dvc_state import cache_folder, cached_path, outputs
+from flows.gpu import gpu_slot, needed_gpu
+from flows.train_classifier import see_to_server
 from flows.workspace import KEPT, StepError, Workspace, git, made_store, open_recorded
 from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
@@ -85,23 +90,29 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
     damaged = tuple(_damaged_copies(project, run))  # before DVC, which notices too, puts them right
     variables = {"PIPELINE_REPRODUCES": run.run_id}
     name = f"reproduce-{uuid4().hex[:8]}"
-    with open_recorded(
-        project,
-        commit=run.tags[tracking.COMMIT],
-        difference=difference,
-        name=name,
-        variables=variables,
-        keep="always" if keep else "never",
-    ) as workspace:
+    with (
+        _tell_kept(project / KEPT / name),
+        open_recorded(
+            project,
+            commit=run.tags[tracking.COMMIT],
+            difference=difference,
+            name=name,
+            variables=variables,
+            keep="always" if keep else "never",
+        ) as workspace,
+    ):
         data = recorded_hashes(run, DOWNLOAD)
         kept_data = bool(data) and workspace.restore(DOWNLOAD, data[str(DOWNLOAD)])
         for folder in STAGES[kept_data:]:
-            workspace.reproduce(folder.name, on_line=lambda line: _follow(line, workspace, run), again=not from_cache)
+            workspace.reproduce(
+                folder.name,
+                on_line=lambda line: _follow(line, workspace, run),
+                again=not from_cache,
+                slot=partial(_slot, workspace.folder) if folder == TRAIN else nullcontext,
+            )
         verdicts = tuple(_compare(run, folder, made=_made(workspace.folder, folder)) for folder in STAGES[kept_data:])
         if kept_data:
             verdicts = (Verdict(DOWNLOAD.name, (), remark=" (DVC has kept the data)"), *verdicts)
-    if keep:
-        print(f"kept        {KEPT / name}")
     again = tracking.find_run(workspace.mlflow_run_id) if workspace.mlflow_run_id else None
     result = Reproduction(
         verdicts,
@@ -111,15 +122,37 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
     )
     if again:
         outcome = "identical" if result.identical else "differs"
-        tracking.Run(again.run_id).tag({"reproduction.result": outcome})
+        with tracking.told("the outcome is not in MLflow"):
+            tracking.Run(again.run_id).tag({"reproduction.result": outcome})
     return result
+
+
+@contextmanager
+def _tell_kept(clone: Path) -> Iterator[None]:
+    """Say where the clone was kept, whether or not a stage failed."""
+    try:
+        yield
+    finally:
+        if clone.is_dir():
+            print(f"kept the clone: {clone}", file=sys.stderr)
+
+
+@contextmanager
+def _slot(clone: Path) -> Iterator[None]:
+    """Wait for the GPU as a flow run does; where none is needed, no server is either."""
+    if needed_gpu(clone):
+        with temporary_settings({PREFECT_API_URL: see_to_server()}), gpu_slot(clone):
+            yield
+    else:
+        yield
 
 
 def _follow(line: str, workspace: Workspace, run: Record) -> None:
     """Show a stage's line; where the recorded code is too old to tag its run as a reproduction, tag it here."""
     print(f"  | {line}", flush=True)
     if "MLflow run" in line and workspace.mlflow_run_id not in (None, run.run_id):
-        tracking.Run(str(workspace.mlflow_run_id)).tag({tracking.REPRODUCES: run.run_id})
+        with tracking.told("the run is not marked as a reproduction"):
+            tracking.Run(str(workspace.mlflow_run_id)).tag({tracking.REPRODUCES: run.run_id})
 
 
 def _made(clone: Path, folder: Path) -> Hashes:

@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, chdir, contextmanager, nullcontext
+from contextlib import chdir, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from prefect import Task, flow, get_client, get_run_logger
@@ -33,7 +34,7 @@ from flows.ui import mlflow_page
 from flows.workspace import KEPT, Keep, StepError, Workspace, experiment_name, open_workspace, untracked_files
 from pipeline.artifacts import TRAIN, file_md5
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors, shown
-from pipeline.params import PARAMS_FILE, compose, dump_yaml, parse_override, read_yaml
+from pipeline.params import compose, dump_yaml, parse_override, read_yaml
 
 HOUR = 3600.0
 _CACHED = {"restored": "its files came from DVC's cache", "unchanged": "nothing to do"}
@@ -59,17 +60,13 @@ def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, StepError) and error.status == EXIT_TEMPORARY
 
 
-def _slot(stage: str, workspace: Workspace) -> AbstractContextManager[None]:
-    return gpu_slot(read_yaml(workspace.folder / PARAMS_FILE)["train"]["device"]) if stage == "train" else nullcontext()
-
-
 def _task(stage: str, *, timeout_hours: float, retry_delays: list[float] | None = None) -> Task[[Workspace], Any]:
     """The Prefect task that reproduces one DVC stage; it returns a state that says whether DVC had to run it."""
 
     def reproduce(workspace: Workspace) -> State[Step]:
-        with _slot(stage, workspace):
-            start = time.monotonic()
-            outcome = workspace.reproduce(stage, on_line=get_run_logger().info)
+        start = time.monotonic()
+        slot = partial(gpu_slot, workspace.folder) if stage == "train" else nullcontext
+        outcome = workspace.reproduce(stage, on_line=get_run_logger().info, slot=slot)
         step = Step(stage, outcome, time.monotonic() - start)
         if outcome == "ran":
             return Completed(data=step)
@@ -109,14 +106,14 @@ def train_classifier(
         keep_workspace: where the run fails, keep its clone, in .dvc/tmp/kept/.
     """
     try:
-        return Completed(data=_run(recipe, overrides.flat(), keep="failed" if keep_workspace else "never"))
+        return Completed(data=_make_experiment(recipe, overrides.flat(), keep="failed" if keep_workspace else "never"))
     except (UserError, TemporaryError, StepError, OSError) as error:
         return Failed(message=str(error), data=error)
     except KeyboardInterrupt:
         return Cancelled(message="interrupted with Ctrl-C")
 
 
-def _run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> Summary:
+def _make_experiment(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> Summary:
     start = time.monotonic()
     with chdir(PROJECT):
         params = compose(recipe, overrides)
@@ -138,9 +135,13 @@ def _run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> Summary:
         variables={"PIPELINE_FLOW_RUN_NAME": run_name, "PIPELINE_FLOW_RUN_LINK": link},
         keep=keep,
     ) as workspace:
-        steps = _run_steps(workspace)
+        states: list[State[Step]] = []
+        for task in (download, normalize, train):
+            states.append(_run(task, workspace, after=states))
         with _maker(workspace, run_id):
+            states.append(_run(evaluate, workspace, after=states))
             workspace.save(on_line=get_run_logger().info)
+        steps = [state.result() for state in states]
         seconds = time.monotonic() - start
         summary = read_summary(
             workspace.folder, experiment=name, steps=steps, seconds=seconds, mlflow_run_id=workspace.mlflow_run_id
@@ -154,7 +155,7 @@ def _run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> Summary:
 
 @contextmanager
 def _maker(workspace: Workspace, flow_run_id: str) -> Iterator[None]:
-    """Where all came from the cache, look for the MLflow run that made the model while the block runs."""
+    """Where the model came from the cache, look for the MLflow run that made it while the block runs."""
     model = workspace.folder / TRAIN / "best.safetensors"
     if workspace.mlflow_run_id or not model.exists():
         yield
@@ -163,7 +164,7 @@ def _maker(workspace: Workspace, flow_run_id: str) -> Iterator[None]:
     with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield
         output, errors = process.communicate()
-    workspace.mlflow_run_id = output.strip() or None
+    workspace.mlflow_run_id = workspace.mlflow_run_id or output.strip() or None
     if process.returncode:
         get_run_logger().warning("the MLflow run that made the model is not known: %s", errors.strip())
 
@@ -175,14 +176,11 @@ def _end_with_worker(worker: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _run_steps(workspace: Workspace) -> list[Step]:
-    steps: list[Step] = []
-    states: list[State[Any]] = []
-    for task in (download, normalize, train, evaluate):
-        state = task(workspace, wait_for=states[-1:], return_state=True)
-        steps.append(state.result())  # raises what the task raised
-        states.append(state)
-    return steps
+def _run(task: Task[[Workspace], Any], workspace: Workspace, *, after: list[State[Step]]) -> State[Step]:
+    """The state of the task, run after the last of `after`; raises what the task raised."""
+    state: State[Step] = task(workspace, wait_for=after[-1:], return_state=True)
+    state.result()
+    return state
 
 
 def _mention_untracked() -> None:

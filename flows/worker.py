@@ -20,7 +20,7 @@ from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import DEFAULTS, FLOW_NAME, PROJECT, server
+from flows import FLOW_NAME, PROJECT, server
 from flows.train_classifier import see_to_server
 from pipeline.errors import TemporaryError, UserError, report_errors
 
@@ -94,12 +94,12 @@ def work(api_url: str) -> int:
 
 
 def _print_environment() -> None:
-    found = os.environ.get("PREFECT_API_URL") or getattr(server.running(), "api_url", None)
+    found = PREFECT_API_URL.value() or getattr(server.running(), "api_url", None)
     if found is None:
         raise TemporaryError("no Prefect server of this project is running; `make worker` or `make ui` starts one")
-    for name, value in {**DEFAULTS, **environment(found)}.items():
-        if name in {"PREFECT_API_URL", "PREFECT_HOME", "PREFECT_PROFILES_PATH", "DO_NOT_TRACK"}:
-            print(f"export {name}={shlex.quote(value)}")
+    kept = {name: os.environ[name] for name in ("PREFECT_PROFILES_PATH", "DO_NOT_TRACK") if name in os.environ}
+    for name, value in {**environment(str(found)), **kept}.items():
+        print(f"export {name}={shlex.quote(value)}")
 
 
 def _serve() -> int:

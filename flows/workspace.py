@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -61,10 +61,18 @@ class Workspace:
         self.mlflow_run_id: str | None = None
         self._process = process
 
-    def reproduce(self, stage: str, *, on_line: Callable[[str], None], again: bool = False) -> Outcome:
+    def reproduce(
+        self,
+        stage: str,
+        *,
+        on_line: Callable[[str], None],
+        again: bool = False,
+        slot: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> Outcome:
         """Bring one stage up to date, its output going to `on_line` as it comes; raises StepError.
 
-        `again`: run it whatever DVC has of it, and leave DVC's cache as it is.
+        `again`: run it whatever DVC has of it, and leave DVC's cache as it is. `slot` is entered before the stage's
+        command starts, if it has to run at all, and left when it has ended.
         """
         said: list[str] = []
 
@@ -75,7 +83,7 @@ class Workspace:
                 self.mlflow_run_id = found[1]
             on_line(line)
 
-        reply = self._ask({"remake" if again else "reproduce": stage}, on_line=listen)
+        reply = self._ask({"remake" if again else "reproduce": stage}, on_line=listen, slot=slot)
         if "status" not in reply:
             outcome: Outcome = reply["outcome"]
             return outcome
@@ -95,20 +103,33 @@ class Workspace:
             if "status" in reply:
                 raise StepError(f"experiment {self.experiment}: {reply['error']}", status=reply["status"])
 
-    def _ask(self, request: Mapping[str, str], *, on_line: Callable[[str], None]) -> dict[str, Any]:
+    def _ask(
+        self,
+        request: Mapping[str, str],
+        *,
+        on_line: Callable[[str], None],
+        slot: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> dict[str, Any]:
         """Send a request; pass lines on until the answer comes (or the process ends)."""
-        assert self._process.stdin
         assert self._process.stdout
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith(MARK):
-                reply: dict[str, Any] = json.loads(line.removeprefix(MARK))
-                return reply
-            if text := line.rstrip():
-                on_line(text)
+        self._send(request)
+        with contextlib.ExitStack() as while_it_runs:
+            for line in self._process.stdout:
+                if line.startswith(MARK):
+                    reply: dict[str, Any] = json.loads(line.removeprefix(MARK))
+                    if "starting" not in reply:
+                        return reply
+                    while_it_runs.enter_context(slot())
+                    self._send({"start": reply["starting"]})
+                elif text := line.rstrip():
+                    on_line(text)
         return {"status": 1, "error": f"the DVC process {_how_it_ended(self._process.wait())}"}
+
+    def _send(self, message: Mapping[str, str]) -> None:
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
 
 
 def _how_it_ended(status: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import pynvml
 import pytest
 from prefect import get_client
 from prefect.client.schemas.objects import FlowRun
@@ -162,6 +163,18 @@ def test_the_environment_for_the_prefect_command_is_printed(site: Site) -> None:
     assert f"export PREFECT_HOME={site.project / '.prefect'}\n" in done.stdout
 
 
+def test_a_server_of_the_users_profile_counts_for_the_prefect_command(site: Site, tmp_path: Path) -> None:
+    profiles = tmp_path / "profiles.toml"
+    profiles.write_text('active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "http://127.0.0.1:9/api"\n')
+    environment = {**site.environment, "PREFECT_PROFILES_PATH": str(profiles), "DO_NOT_TRACK": "1"}
+    environment.pop("PREFECT_API_URL")
+    command = [sys.executable, "-m", "flows.worker", "--env"]
+    done = subprocess.run(command, cwd=site.project, env=environment, capture_output=True, text=True, check=True)
+    assert "export PREFECT_API_URL=http://127.0.0.1:9/api\n" in done.stdout
+    assert f"export PREFECT_PROFILES_PATH={profiles}\n" in done.stdout
+    assert "export DO_NOT_TRACK=1\n" in done.stdout
+
+
 def test_the_form_has_every_parameter_with_its_description_and_bounds() -> None:
     schema = train_classifier.train_classifier.parameters.model_dump()
     assert schema["properties"]["recipe"]["enum"] == RECIPES
@@ -183,23 +196,54 @@ def test_overrides_hold_what_was_given_and_no_more() -> None:
     assert Overrides().flat() == {}
 
 
-def test_one_gpu_gets_one_training(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "visible_gpu", lambda: "0")
-    monkeypatch.setattr("socket.gethostname", lambda: "host")
-    with gpu.gpu_slot("auto"):
-        with pytest.raises(TimeoutError), concurrency("gpu-host-0", timeout_seconds=1):
+def clone_for(device: str, *, parent: Path) -> Path:
+    (parent / device).mkdir()
+    (parent / device / "params.yaml").write_text(f"train: {{device: {device}}}\n")
+    return parent / device
+
+
+def test_one_gpu_gets_one_training(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "visible_gpu", lambda: "GPU-5f3a")
+    with gpu.gpu_slot(clone_for("auto", parent=tmp_path)):
+        with pytest.raises(TimeoutError), concurrency("gpu-5f3a", timeout_seconds=1):
             pass
-        with gpu.gpu_slot("cpu"):
+        with gpu.gpu_slot(clone_for("cpu", parent=tmp_path)):
             pass
-    with concurrency("gpu-host-0", timeout_seconds=5):
+    with concurrency("gpu-5f3a", timeout_seconds=5):
         pass
 
 
-def test_without_a_gpu_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        (None, "GPU-5f3a"),
+        ("1,0", "GPU-77b0"),
+        ("GPU-77", "GPU-77b0"),
+        ("MIG-1", "MIG-1"),
+        ("2", None),
+        ("-1", None),
+        ("", None),
+    ],
+)
+def test_a_gpu_has_one_name_however_it_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, found: str | None
+) -> None:
+    for name in ("nvmlInit", "nvmlShutdown"):
+        monkeypatch.setattr(pynvml, name, lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", ["GPU-5f3a", "GPU-77b0"].__getitem__)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu.visible_gpu() == found
+
+
+def test_without_a_gpu_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert gpu.visible_gpu() is None
     monkeypatch.setattr(gpu, "concurrency", None)
-    with gpu.gpu_slot("auto"):
+    with gpu.gpu_slot(clone_for("auto", parent=tmp_path)):
         pass
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,24 @@ def test_a_flow_run_is_an_experiment_and_leaves_the_checkout_alone(project: Path
     assert (project / "toy.py").read_text().endswith("# changed\n")
     dvc(project, "repro")
     assert len(ran(project)) == 4
+
+
+def test_only_a_training_that_has_to_run_waits_for_the_gpu(
+    project: Path, run_here: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[list[str]] = []
+
+    @contextmanager
+    def slot(clone: Path) -> Iterator[None]:
+        waited.append(ran(project))
+        yield
+        waited.append(ran(project))
+
+    monkeypatch.setattr(train_classifier, "gpu_slot", slot)
+    assert run_here().is_completed()
+    assert waited == [["download", "normalize"], ["download", "normalize", "train"]]
+    assert run_here().is_completed()
+    assert len(waited) == 2
 
 
 def test_what_dvc_has_already_is_shown_as_cached(project: Path, run_here: Callable[[], Any]) -> None:

@@ -37,6 +37,7 @@ def test_every_id_leads_to_the_same_answer(project: Path, only: Trace) -> None:
     assert only.run
     ids = [only.commit, experiment.name, experiment.commit, only.run.run_id, own.run_id, own.name, only.model_md5]
     assert all(ids)
+    ids += [own.run_id.upper(), str(only.model_md5).upper()]
     for wanted in ids:
         assert trace(project, str(wanted))[0] == [only], wanted
     [weights] = [file for file in only.files if file.path == "artifacts/train/best.safetensors"]
