@@ -22,7 +22,11 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+# `make run train.epochs=3` would run, without that value
+STRAY := $(filter download.% normalize.% train.% evaluate.%,$(.VARIABLES))
+
 run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epochs=3 train.seed=1"
+	@if [ -n "$(STRAY)" ]; then echo 'error: found $(STRAY); allowed: in SET, as in make run SET="train.epochs=3"' >&2; exit 2; fi
 	@$(BIN)/python -m flows.train_classifier --recipe "$(RECIPE)" $(foreach value,$(SET),--set "$(value)")
 
 test: $(INSTALLED) ## run the tests
@@ -50,7 +54,7 @@ worker: $(INSTALLED) ## register the deployments (prefect.yaml) and run them unt
 prefect-env: $(INSTALLED) ## what a shell needs for the prefect command: eval "$(make prefect-env)"
 	@$(BIN)/python -m flows.worker --env
 
-stop: ## stop the Prefect server that `make run` left running
+stop: ## stop the Prefect server that `make run` left running, and the worker and pages that use it
 	@if [ -e $(INSTALLED) ]; then $(BIN)/python -m flows.server stop; fi
 
 install: $(INSTALLED) ## make .venv with the locked packages (the other targets see to it)

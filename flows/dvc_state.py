@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ RWLOCK = Path(".dvc/tmp/rwlock")
 """JSON: {"read": {path: [{"pid": …, "cmd": …}]}, "write": {path: {"pid": …, "cmd": …}}}."""
 HARDLINK_LOCK = Path(".dvc/tmp/lock")
 HERE = "this checkout"
+_EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/[^/]+")
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,7 @@ def _lock_files(project: Path) -> Iterator[tuple[str, str, str]]:
 def experiment_refs(project: Path) -> list[str]:
     """The refs `refs/exps/<2 digits>/<38 digits of the baseline>/<name>`."""
     refs = git(project, "for-each-ref", "--format=%(refname)", "refs/exps").split()
-    own = ("refs/exps/exec/", "refs/exps/stash", "refs/exps/celery/")  # DVC's, while it works
-    return [ref for ref in refs if not ref.startswith(own)]
+    return [ref for ref in refs if _EXPERIMENT.fullmatch(ref)]  # DVC has others there for its own use
 
 
 def _cached_outputs(definition: str, lock: str) -> Iterator[tuple[str, str]]:

@@ -217,8 +217,8 @@ def _nothing(sources: Sources, wanted: str, *, file: Path | None) -> str:
     places = [
         "commits of this repository",
         f"{len(sources.experiments)} DVC experiments",
-        f"runs, tags and model hashes in MLflow ({store})",
-        "Prefect's flow runs",
+        *([f"runs, tags and model hashes in MLflow ({store})"] if sources.mlflow else []),
+        *(["Prefect's flow runs"] if sources.prefect else []),
     ]
     return "; ".join([f"{name}: nothing known of it; looked at: {', '.join(places)}", *sources.notes])
 

@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ from pipeline.processes import lives
 DEFAULT_PORT = 4200
 START_SECONDS = 90
 """A slow machine's first start, which makes the database, stays below this."""
+USERS = {"flows.worker": "make worker", "flows.ui": "make ui"}
+USERS_SECONDS = 50
+"""A worker that ends lets its flow runs end."""
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -203,8 +207,20 @@ def _start() -> str:
 
 
 def _stop() -> str:
+    lines = [f"{name} ended: process {pid}" for pid, name in _end_users()]
     found = stop()
-    return f"Prefect server stopped: {found.address}" if found else NONE_RUNNING
+    return "\n".join([*lines, f"Prefect server stopped: {found.address}" if found else NONE_RUNNING])
+
+
+def _end_users(project: Path = PROJECT) -> Iterator[tuple[int, str]]:
+    """End the project's worker and pages, which need the server; gives process and name of each."""
+    for process in psutil.process_iter(["cwd", "cmdline"]):
+        name = next((USERS[word] for word in process.info["cmdline"] or [] if word in USERS), None)
+        if name and process.info["cwd"] == str(project):
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+                psutil.wait_procs([process], timeout=USERS_SECONDS)
+            yield process.pid, name
 
 
 def _status() -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.workspace import Outcome
-from pipeline.artifacts import EVALUATE, read_json
+from pipeline.artifacts import EVALUATE, TRAIN, read_json
 
 NEXT_RECIPE = "cifar10_lenet"
 
@@ -50,14 +50,14 @@ def read_summary(
 def as_text(summary: Summary, *, recipe: str) -> str:
     """The table at the end of `make run`, and what to try next."""
     rows = [*_results(summary), ("steps", ", ".join(map(str, summary.steps))), ("took", f"{summary.seconds:.1f} s")]
-    rows += [("MLflow run", summary.mlflow_run_id)] if summary.mlflow_run_id else []
+    rows += [("MLflow run", summary.mlflow_run_id + _of_earlier(summary.steps))] if summary.mlflow_run_id else []
     rows += [("experiment", f"{summary.experiment} (this checkout is as it was; the first command brings the files)")]
     commands = [
         (f".venv/bin/dvc exp apply {summary.experiment}", "bring model and metrics into this checkout: artifacts/"),
         ("make ui", "see the curves, compare runs"),
         (f"make run RECIPE={NEXT_RECIPE}", "the tutorial's network on CIFAR-10 (170 MB to fetch)")
         if recipe == "digits"
-        else (".venv/bin/dvc exp show", "the experiments since the last commit (-A: all)"),
+        else (".venv/bin/dvc exp show --only-changed", "the experiments since the last commit (-A: all)"),
     ]
     return "\n".join(["", *_aligned(rows), "", "Next:", *(f"  {line}" for line in _aligned(commands))])
 
@@ -99,6 +99,11 @@ def _results(summary: Summary) -> list[tuple[str, str]]:
         ("recall", f"{_percent(recalls[worst])} (class {worst}) to {_percent(recalls[best])} (class {best})"),
         ("test loss", f"{metrics['loss']:.4f}"),
     ]
+
+
+def _of_earlier(steps: Sequence[Step]) -> str:
+    cached = any(step.stage == TRAIN.name and step.outcome != "ran" for step in steps)
+    return " (an earlier one, which made this model)" if cached else ""
 
 
 def _places(summary: Summary, flow_run_id: str, mlflow_link: str | None) -> list[tuple[str, str]]:

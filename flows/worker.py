@@ -96,6 +96,7 @@ def work(api_url: str) -> int:
 def _print_environment() -> None:
     found = PREFECT_API_URL.value() or getattr(server.running(), "api_url", None)
     if found is None:
+        print("false")  # for the shell that evaluates what we print
         raise TemporaryError("no Prefect server of this project is running; `make worker` or `make ui` starts one")
     kept = {name: os.environ[name] for name in ("PREFECT_PROFILES_PATH", "DO_NOT_TRACK") if name in os.environ}
     for name, value in {**environment(str(found)), **kept}.items():

@@ -7,7 +7,7 @@ Run as a program, it writes a recipe and single values into `params.yaml` and ke
 import argparse
 import difflib
 import io
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -204,26 +204,28 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
     return check_params(read_yaml(path), origin=str(path))
 
 
-def check_params(values: Mapping[str, Any], *, origin: str) -> Params:
-    """Check raw values; `origin` (a file or a command) is named in the UserError."""
+def check_params(values: Mapping[str, Any], *, origin: str, overridden: Collection[str] = ()) -> Params:
+    """Check raw values; the UserError names `origin` (a file or a command), or `override` for a field overridden."""
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, origin=origin)) from None
+        raise UserError(_explain(error, origin=origin, overridden=overridden)) from None
 
 
 def compose(recipe: str | None, overrides: Mapping[str, Any]) -> Any:
     """The raw `params.yaml`, with a recipe's values over it and `{"train.epochs": 3}` over both; comments are kept."""
     values = read_yaml(PARAMS_FILE)
     check_params(values, origin=str(PARAMS_FILE))
-    for section, fields in (read_yaml(recipe_path(recipe)) if recipe else {}).items():
+    for section, fields in ({} if recipe is None else read_yaml(recipe_path(recipe))).items():
         if not isinstance(fields, Mapping):
             raise UserError(f"recipe {recipe}: {section} is {fields!r}; allowed: a section with fields under it")
         for field, value in fields.items():
             _assign(values, f"{section}.{field}", value, origin=f"recipe {recipe}")
     for name, value in overrides.items():
         _assign(values, name, value, origin="override")
-    check_params(values, origin=" + ".join(["params.yaml", *([f"recipe {recipe}"] if recipe else [])]))
+    check_params(
+        values, origin=f"{PARAMS_FILE} + recipe {recipe}" if recipe else str(PARAMS_FILE), overridden=overrides
+    )
     return values
 
 
@@ -281,10 +283,13 @@ def _assign(values: Any, name: str, value: Any, *, origin: str) -> None:
     values[section][field] = value
 
 
-def _explain(error: ValidationError, *, origin: str) -> str:
+def _explain(error: ValidationError, *, origin: str, overridden: Collection[str]) -> str:
     """The first problem, as one line: file, field, what was found, what is allowed."""
-    problem = error.errors()[0]
+    problems = error.errors()
+    # a mistyped key is missing, too: the key that was typed tells more
+    problem = next((found for found in problems if found["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function"))
+    origin = "override" if where in overridden else origin
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     section = problem["loc"][0] if problem["loc"] else ""
     fields = (

@@ -62,6 +62,9 @@ def test_a_missing_key_is_named() -> None:
     del values["train"]["epochs"]
     with pytest.raises(UserError, match=r"train\.epochs is missing"):
         check_params(values, origin="params.yaml")
+    values["train"]["epoch"] = 3
+    with pytest.raises(UserError, match=r"unknown key 'train\.epoch'; .*did you mean epochs\?"):
+        check_params(values, origin="params.yaml")
 
 
 def test_a_number_in_exponent_form_is_a_number() -> None:
@@ -82,7 +85,7 @@ def test_overrides_win_over_the_recipe_and_comments_stay(workspace: object) -> N
             {"trian.epochs": 3},
             "unknown section 'trian'; allowed: download, normalize, train, evaluate (did you mean train?)",
         ),
-        ({"train.epochs": "three"}, "train.epochs is 'three'; allowed: a valid integer"),
+        ({"train.epochs": "three"}, "override: train.epochs is 'three'; allowed: a valid integer"),
     ],
 )
 def test_a_bad_override_is_named(workspace: object, overrides: dict[str, object], told: str) -> None:
@@ -94,6 +97,8 @@ def test_a_bad_override_is_named(workspace: object, overrides: dict[str, object]
 def test_an_unknown_recipe_lists_the_recipes(workspace: object) -> None:
     with pytest.raises(UserError, match=r"recipe: found 'cifar'; allowed: cifar10_lenet, .*digits"):
         recipe_path("cifar")
+    with pytest.raises(UserError, match="recipe: found ''; allowed: cifar10_lenet"):
+        compose("", {})
 
 
 @pytest.mark.parametrize("text", ["train.epochs", "epochs=3", "train.epochs=[1"])

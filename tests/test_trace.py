@@ -74,6 +74,13 @@ def test_a_run_that_had_all_from_the_cache_leads_to_the_run_that_made_the_model(
     assert trace(project, own.run_id)[0] == trace(project, str(only.model_md5))[0] == [found]
 
 
+def test_an_experiment_that_was_applied_is_no_trouble(recorded: Path, only: Trace) -> None:
+    ref = "refs/exps/apply/ORIG_HEAD"  # which `dvc exp apply` leaves
+    subprocess.run(["git", "update-ref", ref, str(only.commit)], cwd=recorded, check=True)
+    assert trace(recorded, str(only.model_md5))[0] == [only]
+    subprocess.run(["git", "update-ref", "-d", ref], cwd=recorded, check=True)
+
+
 def test_without_a_prefect_server_the_rest_is_told(project: Path, only: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "running", lambda project: None)
     with temporary_settings(restore_defaults=[PREFECT_API_URL]):
