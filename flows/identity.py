@@ -29,7 +29,7 @@ from flows.ui import mlflow_page
 from flows.workspace import EXPERIMENT_LABEL, git, made_store, tracking_uri
 from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
-from pipeline.errors import UserError, first_line, shown
+from pipeline.errors import TemporaryError, UserError, first_line, shown
 from pipeline.tracking import Record
 
 MODEL = "best.safetensors"
@@ -108,7 +108,7 @@ class Sources:
         os.environ["MLFLOW_TRACKING_URI"] = uri
         try:
             tracking.connect()
-        except UserError as error:
+        except (UserError, TemporaryError) as error:
             self._note(f"MLflow was not looked at: {error}")
             return False
         return True

@@ -55,9 +55,9 @@ for _name in ("prefect.task_runs", "prefect.flow_runs"):
 
 
 def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Whether a failed stage said, by its exit status, that trying again may help."""
+    """Whether trying again may help: a stage said so by its exit status, or was killed (by a full memory, an admin)."""
     error = state.result(raise_on_failure=False)
-    return isinstance(error, StepError) and error.status == EXIT_TEMPORARY
+    return isinstance(error, StepError) and error.status in (EXIT_TEMPORARY, -signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 def _task(stage: str, *, timeout_hours: float, retry_delays: list[float] | None = None) -> Task[[Workspace], Any]:
@@ -88,8 +88,9 @@ def _task(stage: str, *, timeout_hours: float, retry_delays: list[float] | None 
 
 download = _task("download", timeout_hours=6, retry_delays=[5.0, 20.0, 60.0])
 normalize = _task("normalize", timeout_hours=6)
-train = _task("train", timeout_hours=7 * 24)
-evaluate = _task("evaluate", timeout_hours=6)
+# a training goes on from its checkpoint
+train = _task("train", timeout_hours=7 * 24, retry_delays=[2.0, 60.0, 600.0])
+evaluate = _task("evaluate", timeout_hours=6, retry_delays=[5.0, 60.0, 600.0])
 
 
 @flow(name=FLOW_NAME, persist_result=False)

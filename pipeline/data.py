@@ -114,22 +114,45 @@ def generator(seed: int, *, epoch: int, stream: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
-def training_batches(
-    split: Split, *, batch_size: int, seed: int, epoch: int, augmentation: Augmentation
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches of exactly `batch_size`: images (B, C, H, W) float32 and labels (B,) int64.
+class TrainingBatches:
+    """An epoch's shuffled batches of exactly `batch_size`: images (B, C, H, W) float32 and labels (B,) int64.
 
-    What does not fill a batch is left out, another part each epoch.
+    What does not fill a batch is left out, another part each epoch. `position` is the number of batches given so far.
     """
-    draw = generator(seed, epoch=epoch)
-    order = torch.randperm(len(split), generator=draw)
-    for start in range(0, len(order) - batch_size + 1, batch_size):
-        index = order[start : start + batch_size]
-        pixels = _pick(split, index, augmentation=augmentation, draw=draw)
+
+    def __init__(self, split: Split, *, batch_size: int, seed: int, epoch: int, augmentation: Augmentation) -> None:
+        self._split, self._batch_size, self._augmentation = split, batch_size, augmentation
+        self._draw = generator(seed, epoch=epoch)
+        self._order = torch.randperm(len(split), generator=self._draw)
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self._order) // self._batch_size
+
+    def random_state(self) -> Tensor:
+        """Of the augmentation's generator: uint8."""
+        return self._draw.get_state()
+
+    def go_to(self, position: int, *, random_state: Tensor) -> None:
+        """Be as at that position of the same epoch, when `random_state` was this."""
+        self.position = position
+        self._draw.set_state(random_state)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[Tensor, Tensor]:
+        if self.position == len(self):
+            raise StopIteration
+        split, augmentation = self._split, self._augmentation
+        start = self.position * self._batch_size
+        index = self._order[start : start + self._batch_size]
+        self.position += 1
+        pixels = _pick(split, index, augmentation=augmentation, draw=self._draw)
         images = _normalise(pixels, split=split)
         if augmentation.cutout_size:
-            images = _cutout(images, size=augmentation.cutout_size, draw=draw)
-        yield images, split.labels[index.to(split.labels.device)]
+            images = _cutout(images, size=augmentation.cutout_size, draw=self._draw)
+        return images, split.labels[index.to(split.labels.device)]
 
 
 def evaluation_batches(split: Split, *, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

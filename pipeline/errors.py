@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 EXIT_USER = 2
@@ -14,6 +15,8 @@ EXIT_TEMPORARY = 75
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE = 128 + signal.SIGPIPE
 EXIT_TERMINATED = 128 + signal.SIGTERM
+STARTS_AGAIN = "the same command starts again"
+"""What an interrupted step says, unless the exception says more."""
 
 
 class UserError(ValueError):
@@ -26,6 +29,29 @@ class TemporaryError(RuntimeError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, raised in the main thread while `report_errors` is active."""
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C wait until the block is done; it must be short, and in the main thread."""
+    came: list[tuple[int, FrameType | None]] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, frame: came.append((number, frame))) for number in numbers]
+    try:
+        yield
+    finally:
+        handlers = dict(zip(numbers, before, strict=True))
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for first, frame in came[:1]:
+            _heed(handlers[signal.Signals(first)], first, frame)
+
+
+def _heed(handler: Any, number: int, frame: FrameType | None) -> None:
+    if callable(handler):
+        handler(number, frame)
+    elif handler == signal.SIG_DFL:
+        os.kill(os.getpid(), number)
 
 
 def first_line(error: object) -> str:
@@ -55,10 +81,12 @@ def report_errors() -> Iterator[None]:
         _leave(str(error), EXIT_USER)
     except TemporaryError as error:
         _leave(str(error), EXIT_TEMPORARY)
-    except Terminated:
-        _leave("terminated by SIGTERM; the same command starts again", EXIT_TERMINATED)
-    except KeyboardInterrupt:
-        _leave("interrupted; the same command starts again", EXIT_INTERRUPTED)
+    except Terminated as error:
+        _leave(f"terminated by SIGTERM; {error.args[0] if error.args else STARTS_AGAIN}", EXIT_TERMINATED)
+    except KeyboardInterrupt as error:
+        _leave(f"interrupted; {error.args[0] if error.args else STARTS_AGAIN}", EXIT_INTERRUPTED)
+    except MemoryError:
+        _leave("the memory is full; end other programs, or lower the batch size", EXIT_USER)
     except BrokenPipeError:  # `… | head`: who reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_PIPE)

@@ -151,6 +151,9 @@ class TrainParams(Section):
         description="threads on the CPU; sums depend on it, so the same number gives the same bits; 0: one a core"
     )
     deterministic: Flag = Field(description="ask for deterministic kernels; slower on cuda")
+    checkpoint_every_minutes: Annotated[Number, Field(gt=0)] = Field(
+        description="write a checkpoint this often in a long epoch, besides one at the end of each epoch"
+    )
     log_every_steps: Annotated[Count, Field(ge=1)] = Field(
         description="steps between two points of the live loss curve"
     )

@@ -10,11 +10,13 @@ import importlib.metadata
 import json
 import logging
 import os
+import shutil
 import subprocess
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +31,15 @@ from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.types import ColSpec, Schema, TensorSpec
 from mlflow.types.schema import DataType
 
-from pipeline.artifacts import DOWNLOAD, NORMALIZE, file_md5
-from pipeline.errors import UserError, first_line, shown
+from pipeline.artifacts import DOWNLOAD, NORMALIZE, TRAIN, file_md5, read_json, write_json
+from pipeline.errors import TemporaryError, UserError, first_line, shown
 from pipeline.params import read_yaml
 from pipeline.processes import HOST, PID, Life, life, this_process
 
@@ -45,6 +47,9 @@ SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "pillo
 """What a served model imports; its requirements name the versions it was trained with."""
 CONNECT_SECONDS = 5.0
 FLUSH_SECONDS = 1.0
+MAX_PAUSE_SECONDS = 60.0
+MAX_METRICS = 500
+"""In one request."""
 COMMIT = "mlflow.source.git.commit"
 REPRODUCES = "reproduces"
 """Tag of a run that re-makes another one: the other one's id. It is no new result."""
@@ -52,31 +57,72 @@ FLOW_RUN = "flow_run."
 """Tag `flow_run.<id>` = experiment, for each flow run that made the model or had it from DVC's cache."""
 HARDWARE = "hardware."
 """Tags `hardware.<part>`: what the last bits of a model depend on."""
+TRAINING = "training"
+"""Tag of a training's fingerprint."""
 LOCK_FILE = Path("dvc.lock")
 
 
-class Run:
-    """An MLflow run that takes metrics as they come and sends them about once a second."""
+@dataclass(frozen=True)
+class Record:
+    """A run as MLflow has it; `started` is in milliseconds since the epoch."""
 
-    def __init__(self, run_id: str) -> None:
+    run_id: str
+    name: str
+    status: str
+    started: int
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+class Run:
+    """An MLflow run that takes metrics as they come; within `training_run`, a thread sends them about once a second.
+
+    A training taken up again logs some steps once more: what the run has already is left out. While MLflow does not
+    answer, metrics wait.
+    """
+
+    def __init__(self, run_id: str, *, has: Collection[tuple[str, int]] = (), waiting: Sequence[Metric] = ()) -> None:
         self.run_id = run_id
+        self.taken_up = False
+        self.unrecorded: Path | None = None
+        """The folder of the training that MLflow should have, but did not take."""
         self._client = MlflowClient()
-        self._waiting: list[Metric] = []
-        self._sent = time.monotonic()
+        self._has, self._waiting = set(has), list(waiting)
+        self._lock, self._sending = threading.Lock(), threading.Lock()
+        self._away = False
 
     def log(self, metrics: Mapping[str, float], *, step: int) -> None:
         now = int(time.time() * 1000)
-        self._waiting += [Metric(name, value, now, step) for name, value in metrics.items()]
-        if time.monotonic() - self._sent > FLUSH_SECONDS or len(self._waiting) == 500:
-            self.flush()
+        new = [Metric(name, value, now, step) for name, value in metrics.items() if (name, step) not in self._has]
+        with self._lock:
+            self._waiting += new
 
-    def flush(self) -> None:
-        """Send what waits, or keep it for the next time where MLflow does not answer."""
-        self._sent = time.monotonic()
-        with told(f"{len(self._waiting)} metrics wait for MLflow"):
-            if self._waiting:
-                self._client.log_batch(self.run_id, metrics=self._waiting)
-            self._waiting = []
+    def flush(self) -> bool:
+        """Send what waits; False where MLflow does not answer: it waits on."""
+        with self._sending:
+            while batch := self._waiting[:MAX_METRICS]:
+                try:
+                    self._client.log_batch(self.run_id, metrics=batch)
+                except (MlflowException, OSError) as error:
+                    self._say_away(error)
+                    return False
+                with self._lock:
+                    del self._waiting[: len(batch)]
+                if self._away:
+                    self._away = False
+                    print("MLflow answers again: it has all metrics now", flush=True)
+        return True
+
+    def _say_away(self, error: Exception) -> None:
+        if not self._away:
+            print(f"warning: metrics wait for MLflow, the training goes on: {first_line(error)}", flush=True)
+        self._away = True
+
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint keeps, to take the run up again: its id, and the metrics that it does not have yet."""
+        with self._lock:
+            return {"run_id": self.run_id, "waiting": [[m.key, m.value, m.timestamp, m.step] for m in self._waiting]}
 
     def tag(self, tags: Mapping[str, str], *, once: bool = False) -> None:
         """Set the tags; `once`: but for those that the run has already."""
@@ -87,45 +133,168 @@ class Run:
     def log_file(self, path: Path, *, folder: str | None = None) -> None:
         self._client.log_artifact(self.run_id, str(path), folder)
 
+    def record(self, folder: Path) -> None:
+        """Give MLflow the finished training in `folder`: hashes, curves and model; once more does no harm."""
+        try:
+            self.tag({"model.md5": file_md5(folder / "best.safetensors"), **outputs_tag(folder)})
+            self.log_file(folder / "curves.png", folder="plots")
+            if not self._has_model():
+                log_model(folder)
+        except (MlflowException, OSError) as error:
+            self._say_away(error)
+            self.unrecorded = folder
+
+    def _has_model(self) -> bool:
+        """Whether the run has its model; what a killed process left of one is deleted."""
+        experiment = self._client.get_run(self.run_id).info.experiment_id
+        models = self._client.search_logged_models([experiment], filter_string=f"source_run_id = '{self.run_id}'")
+        for model in models:
+            if model.status != LoggedModelStatus.READY:
+                self._client.delete_logged_model(model.model_id)
+        return any(model.status == LoggedModelStatus.READY for model in models)
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Send what waits about once a second, and less often while MLflow does not answer."""
+        stop = threading.Event()
+
+        def send() -> None:
+            pause = FLUSH_SECONDS
+            while not stop.wait(pause):
+                pause = FLUSH_SECONDS if self.flush() else min(2 * pause, MAX_PAUSE_SECONDS)
+
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(timeout=CONNECT_SECONDS)
+
 
 @contextmanager
 def training_run(
-    *, experiment: str, params: Mapping[str, Any], dataset: MetaDataset, hardware: Mapping[str, str] = {}
+    *,
+    experiment: str,
+    params: Mapping[str, Any],
+    dataset: MetaDataset,
+    hardware: Mapping[str, str] = {},
+    training: str = "",
+    earlier: Mapping[str, Any] | None = None,
 ) -> Iterator[Run]:
-    """A new run with its parameters, data set, origin, hardware and system metrics.
+    """A run with its parameters, data set, origin, hardware and system metrics.
 
-    Raises UserError where the store cannot be reached.
+    It is a new one, unless the training of this fingerprint has one that it did not finish, or `earlier`, the notes in
+    its checkpoint, names one. Raises UserError or TemporaryError where the store cannot be reached.
     """
     connect()
+    deliver()
     difference = _git_bytes(*DIFF)
     with _store_errors():
-        for dead in (run for run in running() if run.life == "dead" and mark_killed(run)):
-            print(f"MLflow run {dead.run_id} was left RUNNING by a dead process: marked KILLED", flush=True)
-        name = os.environ.get("PIPELINE_EXPERIMENT")
-        run = MlflowClient().create_run(_experiment_id(experiment), run_name=name, tags=_origin(difference))
-    run_id = run.info.run_id
-    tracked, status = Run(run_id), "FAILED"
+        run = _take_up(training, earlier=earlier) or _create_run(experiment, training=training)
+        for dead in running():
+            if dead.run_id != run.run_id and dead.life == "dead" and mark_killed(dead):
+                print(f"MLflow run {dead.run_id} was left RUNNING by a dead process: marked KILLED", flush=True)
+    status = "FAILED"
     try:
-        mlflow.start_run(run_id=run_id, log_system_metrics=True)
-        MlflowClient().log_batch(run_id, params=[Param(name, str(value)) for name, value in params.items()])
+        mlflow.start_run(run_id=run.run_id, log_system_metrics=True)
+        MlflowClient().log_batch(run.run_id, params=[Param(name, str(value)) for name, value in params.items()])
         mlflow.log_input(dataset, context="training")
-        tracked.tag(
+        run.tag(
             {
+                **_origin(difference),
                 "data.md5": dataset.digest,
                 **_inputs(params),
                 **{f"{HARDWARE}{name}": value for name, value in hardware.items()},
             }
         )
-        _log_surroundings(tracked, difference)
-        yield tracked
+        _log_surroundings(run, difference)
+        with run.sending():
+            yield run
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
-        with told(f"MLflow run {run_id} was not closed"):
-            tracked.flush()
-            mlflow.end_run(status)
+        _close(run, status)
+
+
+def _take_up(training: str, *, earlier: Mapping[str, Any] | None) -> Run | None:
+    """The run that the training began and did not finish, with what it has."""
+    found = find_runs({TRAINING: training})
+    if earlier:
+        found = [run for run in found if run.run_id == earlier["run_id"]]
+    else:
+        found = [run for run in found if run.status != "FINISHED" and _is_free(run)]
+    if not found:
+        return None
+    client, run_id = MlflowClient(), found[0].run_id
+    names = [name for name in found[0].metrics if not name.startswith("system/")]
+    has = {(name, point.step) for name in names for point in client.get_metric_history(run_id, name)}
+    run = Run(run_id, has=has, waiting=[Metric(*values) for values in earlier["waiting"]] if earlier else [])
+    run.taken_up = True
+    return run
+
+
+def _is_free(run: Record) -> bool:
+    return run.status != "RUNNING" or life(run.tags) == "dead"
+
+
+def _create_run(experiment: str, *, training: str) -> Run:
+    original = os.environ.get("PIPELINE_REPRODUCES")
+    name = os.environ.get("PIPELINE_EXPERIMENT") or (f"reproduces-{original[:8]}" if original else None)
+    tags = {TRAINING: training, **this_process()}  # by which the next process finds it, should this one be killed now
+    return Run(MlflowClient().create_run(_experiment_id(experiment), run_name=name, tags=tags).info.run_id)
+
+
+def _close(run: Run, status: str) -> None:
+    """End the run; where MLflow does not answer, put aside what it is to have, for `deliver`."""
+    done = run.flush()
+    try:
+        mlflow.end_run(status)
+    except (MlflowException, OSError):
+        done = False
+    if done and run.unrecorded is None:
+        return
+    with told(f"MLflow run {run.run_id} was not closed"):
+        folder = _outbox() / run.run_id
+        folder.mkdir(parents=True, exist_ok=True)
+        if run.unrecorded:
+            shutil.copytree(run.unrecorded, folder / run.unrecorded.name, dirs_exist_ok=True)
+        ended = int(time.time() * 1000)
+        write_json(folder / "run.json", {"store": _store_md5(), "status": status, "ended": ended, **run.notes()})
+        print(f"MLflow does not answer: {folder} keeps what it is to have, for the next training or evaluation")
+
+
+def _outbox() -> Path:
+    return Path(os.environ.get("PIPELINE_CACHE_DIR", ".cache")) / "mlflow"
+
+
+def _store_md5() -> str:
+    """Which store, without the password that its address may hold."""
+    return hashlib.md5(mlflow.get_tracking_uri().encode(), usedforsecurity=False).hexdigest()
+
+
+def deliver() -> None:
+    """Give MLflow what was put aside while it did not answer; `connect` comes first."""
+    for path in sorted(_outbox().glob("*/run.json")):
+        notes = read_json(path)
+        if notes["store"] == _store_md5():
+            with told(f"{path.parent} waits on"):
+                _deliver(path.parent, notes)
+                print(f"MLflow run {notes['run_id']} has now what was kept for it", flush=True)
+
+
+def _deliver(folder: Path, notes: Mapping[str, Any]) -> None:
+    run = Run(notes["run_id"], waiting=[Metric(*values) for values in notes["waiting"]])
+    done = run.flush()
+    if (folder / TRAIN.name).exists():
+        with mlflow.start_run(run_id=run.run_id):
+            run.record(folder / TRAIN.name)
+    MlflowClient().set_terminated(run.run_id, notes["status"], notes["ended"])
+    if not done or run.unrecorded:
+        raise OSError("MLflow stopped answering again")
+    shutil.rmtree(folder)
 
 
 @contextmanager
@@ -144,6 +313,7 @@ def run_of_model(model_md5: str, *, experiment: str) -> tuple[Run, bool]:
     Raises UserError where the store cannot be reached.
     """
     connect()
+    deliver()
     found = makers(model_md5, reproduces=os.environ.get("PIPELINE_REPRODUCES"))
     with _store_errors():
         client = MlflowClient()
@@ -155,19 +325,6 @@ def run_of_model(model_md5: str, *, experiment: str) -> tuple[Run, bool]:
         made = client.create_run(_experiment_id(experiment), tags=tags)
         client.set_terminated(made.info.run_id)
         return Run(made.info.run_id), True
-
-
-@dataclass(frozen=True)
-class Record:
-    """A run as MLflow has it; `started` is in milliseconds since the epoch."""
-
-    run_id: str
-    name: str
-    status: str
-    started: int
-    tags: Mapping[str, str]
-    params: Mapping[str, str]
-    metrics: Mapping[str, float]
 
 
 def find_runs(tags: Mapping[str, str]) -> list[Record]:
@@ -267,10 +424,12 @@ def mark_killed(run: Running) -> bool:
 
 
 def connect() -> None:
-    """Point MLflow to its store; raises UserError where it cannot be reached."""
+    """Point MLflow to its store; raises TemporaryError where a server, UserError where a file cannot be reached."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # of a server that went away: 7 take minutes
+    # of a server that went away: the defaults, 7 retries and 120 s each, take minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
@@ -278,8 +437,10 @@ def connect() -> None:
         if urlsplit(uri).scheme in {"http", "https"}:
             try:
                 requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS).raise_for_status()
-            except requests.RequestException as error:
+            except requests.exceptions.InvalidURL as error:
                 raise UserError(_unreachable(uri, type(error).__name__)) from None
+            except requests.RequestException as error:
+                raise TemporaryError(_unreachable(uri, type(error).__name__)) from None
         else:
             _make_store(uri)
     mlflow.set_tracking_uri(uri)
@@ -427,13 +588,17 @@ def _packages() -> list[str]:
     return sorted({f"{found.name}=={found.version}" for found in importlib.metadata.distributions()}, key=str.lower)
 
 
-def log_model(weights: Path, config: Path, *, image_shape: tuple[int, int, int], class_names: tuple[str, ...]) -> None:
+def log_model(folder: Path) -> None:
     """Record the model in the active run, for `mlflow.pyfunc.load_model` and `mlflow models serve`, without a pickle.
 
-    Input: images (N, H, W, C) uint8 of `image_shape` (H, W, C). Output: a table with `predicted_class` and a column of
-    probabilities for each class.
+    Input: images (N, H, W, C) uint8. Output: a table with `predicted_class` and a column of probabilities for each
+    class.
     """
-    columns = [ColSpec(DataType.string, "predicted_class"), *(ColSpec(DataType.double, name) for name in class_names)]
+    weights, config = folder / "best.safetensors", folder / "model.json"
+    values = read_json(config)
+    image_shape = (values["image_size"], values["image_size"], values["channels"])
+    probabilities = [ColSpec(DataType.double, name) for name in values["class_names"]]
+    columns = [ColSpec(DataType.string, "predicted_class"), *probabilities]
     with warnings.catch_warnings():  # MLflow asks for an example, which it would trace for half a minute
         warnings.simplefilter("ignore", UserWarning)
         mlflow.pyfunc.log_model(

@@ -5,17 +5,31 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import plots, tracking
-from pipeline.artifacts import TRAIN, file_md5, replace_folder, write_bytes, write_csv
-from pipeline.data import Augmentation, DatasetInfo, Split, choose_device, generator, training_batches
-from pipeline.errors import UserError, report_errors, shown
+from pipeline.artifacts import TRAIN, replace_folder, write_bytes, write_csv
+from pipeline.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    checkpoints_of,
+    fingerprint,
+    optimizer_tensors,
+    prefixed,
+    random_states,
+    restore_optimizer,
+    restore_random_states,
+    unprefixed,
+)
+from pipeline.data import Augmentation, DatasetInfo, Split, TrainingBatches, choose_device, generator
+from pipeline.errors import UserError, first_line, report_errors, shown, uninterrupted
 from pipeline.model import (
     Classifier,
     ModelConfig,
@@ -58,6 +72,8 @@ OnStep = Callable[[int, float, float], None]
 """Called with the step (from 1), its loss and its learning rate."""
 OnEpoch = Callable[[Epoch, float], None]
 """Called with the finished epoch and its speed in images a second."""
+Save = Callable[[Checkpoint], None]
+"""Called with all that is needed to go on from here."""
 
 
 def train(
@@ -68,76 +84,196 @@ def train(
     validation_split: Split,
     on_step: OnStep = lambda step, loss, rate: None,
     on_epoch: OnEpoch = lambda epoch, images_per_second: None,
+    start: Checkpoint | None = None,
+    save: Save = lambda checkpoint: None,
 ) -> Trained:
-    """Train `classifier`, which lies on the splits' device, in place.
+    """Train `classifier`, which lies on the splits' device, in place; go on from `start`, as if there had been no stop.
 
-    Raises UserError where a loss is not finite, before the step that would have spoilt the weights.
+    `save` is called after each epoch, every `params.checkpoint_every_minutes`, and on SIGTERM and Ctrl-C. Raises
+    UserError where a loss is not finite, before the step that would have spoilt the weights, or the memory is full.
     """
-    trainer = _Trainer(
-        classifier, params=params, steps_per_epoch=len(train_split) // params.batch_size, on_step=on_step
+    training = _Training(
+        classifier, params=params, train_split=train_split, validation_split=validation_split, on_step=on_step
     )
-    history: list[Epoch] = []
-    best: dict[str, Tensor] = {}
-    best_accuracy, best_epoch = -1.0, 0
-    for epoch in range(1, params.epochs + 1):
-        started = time.perf_counter()
-        loss, accuracy, images = trainer.run_epoch(epoch, train_split)
-        images_per_second = images / (time.perf_counter() - started)
-        validation_loss, validation_accuracy = judge(classifier, validation_split, loss=params.loss)
-        refuse_non_finite(validation_loss, where=f"epoch {epoch}, validation", params=params)
-        history.append(Epoch(epoch, trainer.rate, loss, accuracy, validation_loss, validation_accuracy))
-        on_epoch(history[-1], images_per_second)
-        if validation_accuracy > best_accuracy:
-            best, best_accuracy, best_epoch = _copy(classifier), validation_accuracy, epoch
-        if params.early_stopping_epochs is not None and epoch - best_epoch >= params.early_stopping_epochs:
-            break
-    return Trained(best=best, last=_copy(classifier), history=history)
+    if start is not None:
+        training.restore(start)
+    with _told_memory(params), _saved_on_interrupt(training, save):
+        while not training.is_over:
+            training.run_epoch(on_epoch=on_epoch, save=save)
+    return Trained(best=training.best, last=_copy(classifier), history=training.history)
 
 
-class _Trainer:
-    """The state that lives from step to step: weights, optimizer, gradient scale, step number."""
+@contextmanager
+def _saved_on_interrupt(training: "_Training", save: Save) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        save(training.checkpoint())
+        error.args = (f"the same command goes on from {training.where}",)
+        raise
 
-    def __init__(self, classifier: Classifier, *, params: TrainParams, steps_per_epoch: int, on_step: OnStep) -> None:
+
+@contextmanager
+def _told_memory(params: TrainParams) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        # the allocator for the CPU has no exception of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"train.batch_size is {params.batch_size}: too much for the memory of this machine ({first_line(error)}); "
+            "lower it, or train.input_size, or end what else uses the memory"
+        ) from None
+
+
+class _Training:
+    """The state that lives from step to step; between two steps, `checkpoint` holds all of it."""
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        *,
+        params: TrainParams,
+        train_split: Split,
+        validation_split: Split,
+        on_step: OnStep,
+    ) -> None:
         self._classifier, self._params, self._on_step = classifier, params, on_step
+        self._train_split, self._validation_split = train_split, validation_split
         self._device = next(classifier.parameters()).device
         self._criterion = loss_function(params.loss, label_smoothing=params.label_smoothing)
         self._optimizer = make_optimizer(classifier.parameters(), params=params)
         self._precision = _autocast_dtype(params.mixed_precision, device=self._device)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision is torch.float16)
-        self._steps_per_epoch = steps_per_epoch
-        self._step = 0
-        self.rate = 0.0
+        self._step, self._rate = 0, 0.0
+        self._saved, self._started = time.monotonic(), time.perf_counter()
+        self.history: list[Epoch] = []
+        self.best: dict[str, Tensor] = {}
+        self._best_accuracy, self._best_epoch = -1.0, 0
+        self._batches: TrainingBatches | None = None
+        """Of the epoch that is under way, if one is."""
+        self._loss_sum = torch.zeros((), device=self._device)
+        self._hits = torch.zeros((), device=self._device, dtype=torch.int64)
 
-    def run_epoch(self, epoch: int, split: Split) -> tuple[float, float, int]:
-        """One pass over the split: mean loss, accuracy, and images seen."""
+    @property
+    def is_over(self) -> bool:
+        patience, done = self._params.early_stopping_epochs, len(self.history)
+        return done >= self._params.epochs or (patience is not None and done - self._best_epoch >= patience)
+
+    @property
+    def where(self) -> str:
+        return f"epoch {len(self.history) + (self._batches is not None)}, step {self._step}"
+
+    def run_epoch(self, *, on_epoch: OnEpoch, save: Save) -> None:
+        """One pass over the train split, or what is left of it, and one over the validation split."""
+        epoch = len(self.history) + 1
+        batches = self._batches = self._batches or self._begin(epoch)
+        with progress(
+            f"epoch {epoch}", total=len(batches), done=batches.position, unit="steps", leave=False
+        ) as advance:
+            while batches.position < len(batches):
+                with uninterrupted():
+                    self._take_step(*next(batches), epoch=epoch)
+                advance(1)
+                self._save_if_due(save)
+        images_per_second = len(batches) * self._params.batch_size / (time.perf_counter() - self._started)
+        loss, accuracy = judge(self._classifier, self._validation_split, loss=self._params.loss)
+        refuse_non_finite(loss, where=f"epoch {epoch}, validation", params=self._params)
+        with uninterrupted():
+            self._finish(epoch, validation_loss=loss, validation_accuracy=accuracy)
+            on_epoch(self.history[-1], images_per_second)
+        self._save(save)
+
+    def _begin(self, epoch: int) -> TrainingBatches:
         params = self._params
         torch.manual_seed(generator(params.seed, epoch=epoch, stream=DROPOUT_STREAM).initial_seed())
         self._classifier.train()
-        batches = training_batches(
-            split, batch_size=params.batch_size, seed=params.seed, epoch=epoch, augmentation=augmentation(params)
-        )
-        loss_sum = torch.zeros((), device=self._device)
-        hits = torch.zeros((), device=self._device, dtype=torch.int64)
-        with progress(f"epoch {epoch}", total=self._steps_per_epoch, unit="steps", leave=False) as advance:
-            for images, labels in batches:
-                loss, logits = self._take_step(images, labels, epoch=epoch)
-                loss_sum += loss * len(labels)
-                hits += (logits.argmax(1) == labels).sum()
-                advance(1)
-        images_seen = self._steps_per_epoch * params.batch_size
-        return loss_sum.item() / images_seen, hits.item() / images_seen, images_seen
+        self._loss_sum.zero_()
+        self._hits.zero_()
+        self._started = time.perf_counter()
+        return self._batches_of(epoch)
 
-    def _take_step(self, images: Tensor, labels: Tensor, *, epoch: int) -> tuple[Tensor, Tensor]:
+    def _batches_of(self, epoch: int) -> TrainingBatches:
+        params = self._params
+        return TrainingBatches(
+            self._train_split,
+            batch_size=params.batch_size,
+            seed=params.seed,
+            epoch=epoch,
+            augmentation=augmentation(params),
+        )
+
+    def _finish(self, epoch: int, *, validation_loss: float, validation_accuracy: float) -> None:
+        assert self._batches
+        images = len(self._batches) * self._params.batch_size
+        loss, accuracy = self._loss_sum.item() / images, self._hits.item() / images
+        self.history.append(Epoch(epoch, self._rate, loss, accuracy, validation_loss, validation_accuracy))
+        if validation_accuracy > self._best_accuracy:
+            self.best, self._best_accuracy, self._best_epoch = _copy(self._classifier), validation_accuracy, epoch
+        self._batches = None
+
+    def _save_if_due(self, save: Save) -> None:
+        if time.monotonic() - self._saved > 60 * self._params.checkpoint_every_minutes:
+            self._save(save)
+
+    def _save(self, save: Save) -> None:
+        save(self.checkpoint())
+        self._saved = time.monotonic()
+
+    def checkpoint(self) -> Checkpoint:
+        """All of the state, as it is after the last step."""
+        batches = self._batches
+        tensors = {
+            **prefixed("model", self._classifier.state_dict()),
+            **prefixed("best", self.best),
+            **optimizer_tensors(self._optimizer),
+            **random_states(self._device),
+            **({"random.batches": batches.random_state()} if batches else {}),
+            "loss_sum": self._loss_sum,
+            "hits": self._hits,
+        }
+        state = {
+            "position": batches.position if batches else None,
+            "seconds": time.perf_counter() - self._started,
+            "rate": self._rate,
+            "history": [vars(epoch) for epoch in self.history],
+            "best_accuracy": self._best_accuracy,
+            "best_epoch": self._best_epoch,
+            "scaler": self._scaler.state_dict(),
+        }
+        return Checkpoint(self._step, tensors, state)
+
+    def restore(self, start: Checkpoint) -> None:
+        """Be as when `start` was taken."""
+        tensors, state = start.tensors, start.state
+        self._classifier.load_state_dict(unprefixed("model", tensors))
+        self.best = {name: tensor.to(self._device) for name, tensor in unprefixed("best", tensors).items()}
+        restore_optimizer(self._optimizer, unprefixed("optimizer", tensors))
+        self._scaler.load_state_dict(state["scaler"])
+        self._step, self._rate = start.step, state["rate"]
+        self.history = [Epoch(**row) for row in state["history"]]
+        self._best_accuracy, self._best_epoch = state["best_accuracy"], state["best_epoch"]
+        self._loss_sum.copy_(tensors["loss_sum"])
+        self._hits.copy_(tensors["hits"])
+        self._started = time.perf_counter() - state["seconds"]
+        if state["position"] is not None:
+            self._batches = self._batches_of(len(self.history) + 1)
+            self._batches.go_to(state["position"], random_state=tensors["random.batches"])
+            self._classifier.train()
+        restore_random_states(tensors, device=self._device)
+
+    def _take_step(self, images: Tensor, labels: Tensor, *, epoch: int) -> None:
         # schedule
-        self.rate = learning_rate(self._step, steps_per_epoch=self._steps_per_epoch, params=self._params)
+        steps_per_epoch = len(self._train_split) // self._params.batch_size
+        self._rate = learning_rate(self._step, steps_per_epoch=steps_per_epoch, params=self._params)
         for group in self._optimizer.param_groups:
-            group["lr"] = self.rate
-        self._step += 1
+            group["lr"] = self._rate
         # forward
         with torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision is not None):
             logits = self._classifier(images)
         loss = self._criterion(logits.float(), labels)
-        refuse_non_finite(loss.item(), where=f"epoch {epoch}, step {self._step}", params=self._params)
+        refuse_non_finite(loss.item(), where=f"epoch {epoch}, step {self._step + 1}", params=self._params)
         # backward
         self._optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -147,9 +283,12 @@ class _Trainer:
         # update
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        # account
+        self._step += 1
+        self._loss_sum += loss.detach() * len(labels)
+        self._hits += (logits.detach().argmax(1) == labels).sum()
         if self._step % self._params.log_every_steps == 0:
-            self._on_step(self._step, loss.item(), self.rate)
-        return loss.detach(), logits.detach()
+            self._on_step(self._step, loss.item(), self._rate)
 
 
 def refuse_non_finite(loss: float, *, where: str, params: TrainParams) -> None:
@@ -305,21 +444,68 @@ def main() -> None:
         classifier.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
         _say_start(classifier, config=config, device=device, drawn=drawn)
         source = tracking.dataset(info.dataset, source=_source(everything.download), digest=info.md5)
-        with tracking.training_run(
-            experiment=info.dataset, params=everything.flat(), dataset=source, hardware=_hardware(device)
-        ) as run:
-            print(f"MLflow run {run.run_id}", flush=True)
-            trained = train(
-                classifier,
-                params=params,
-                train_split=Split.read("train", info=info, device=device),
-                validation_split=Split.read("validation", info=info, device=device),
-                on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
-                on_epoch=lambda epoch, speed: _report_epoch(epoch, speed, params=params, run=run),
-            )
-            _write(trained, classifier, config=config)
-            with tracking.told("the model is in artifacts/train, but not in MLflow"):
-                _record(run, config=config)
+        training = fingerprint(
+            **_determinants(params, info, device=device), reproduces=os.environ.get("PIPELINE_REPRODUCES")
+        )
+        with checkpoints_of(training) as checkpoints:
+            start = checkpoints.newest()
+            with tracking.training_run(
+                experiment=info.dataset,
+                params=everything.flat(),
+                dataset=source,
+                hardware=_hardware(device),
+                training=training,
+                earlier=start.state["mlflow"] if start else None,
+            ) as run:
+                print(f"MLflow run {run.run_id}", flush=True)
+                if start:
+                    _say_resumed(start, params=params, run=run)
+                trained = train(
+                    classifier,
+                    params=params,
+                    train_split=Split.read("train", info=info, device=device),
+                    validation_split=Split.read("validation", info=info, device=device),
+                    on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
+                    on_epoch=lambda epoch, speed: _report_epoch(epoch, speed, params=params, run=run),
+                    start=start,
+                    save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
+                )
+                _write(trained, classifier, config=config)
+                run.record(TRAIN)
+
+
+def _determinants(params: TrainParams, info: DatasetInfo, *, device: torch.device) -> dict[str, Any]:
+    """What the trained weights depend on: data, parameters, code, and how sums are made."""
+    return {
+        "data": info.md5,
+        "params": params.model_dump(mode="json", exclude={"checkpoint_every_minutes"}),
+        "code": tracking.code_md5(),
+        "torch": torch.__version__,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _save(checkpoint: Checkpoint, checkpoints: Checkpoints, *, run: tracking.Run) -> None:
+    """Write it, with what MLflow has yet to be told; a training does not end for want of a checkpoint."""
+    try:
+        checkpoints.write(replace(checkpoint, state={**checkpoint.state, "mlflow": run.notes()}))
+    except OSError as error:
+        print(
+            f"warning: step {checkpoint.step} has no checkpoint: {error.filename}: {error.strerror}; "
+            "the training goes on, and the checkpoint before it stays",
+            flush=True,
+        )
+
+
+def _say_resumed(start: Checkpoint, *, params: TrainParams, run: tracking.Run) -> None:
+    """Say where the training goes on; a run that does not have the epochs until there is told them."""
+    history = [Epoch(**row) for row in start.state["history"]]
+    print(f"goes on from its checkpoint: {len(history)}/{params.epochs} epochs done, step {start.step}", flush=True)
+    if not run.taken_up:
+        print("warning: MLflow no longer has the run that began this training: its losses by step are lost", flush=True)
+        for epoch in history:
+            run.log(_metrics(epoch), step=epoch.epoch)
 
 
 def _source(params: DownloadParams) -> str | None:
@@ -336,14 +522,13 @@ def _say_start(classifier: Classifier, *, config: ModelConfig, device: torch.dev
         print(f"weights from {config.weights}{fresh}", flush=True)
 
 
+def _metrics(epoch: Epoch) -> dict[str, float]:
+    return {name: value for name, value in vars(epoch).items() if name not in ("epoch", "learning_rate")}
+
+
 def _report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams, run: tracking.Run) -> None:
     """The finished epoch, as a line and as metrics."""
-    values = vars(epoch)
-    run.log(
-        {name: value for name, value in values.items() if name not in ("epoch", "learning_rate")}
-        | {"images_per_second": images_per_second},
-        step=epoch.epoch,
-    )
+    run.log({**_metrics(epoch), "images_per_second": images_per_second}, step=epoch.epoch)
     done = 10 * epoch.epoch // params.epochs
     print(
         f"epoch {epoch.epoch:>{len(str(params.epochs))}}/{params.epochs} {'█' * done}{'░' * (10 - done)} "
@@ -362,14 +547,6 @@ def _write(trained: Trained, classifier: Classifier, *, config: ModelConfig) -> 
         rows: list[Mapping[str, float]] = [vars(epoch) for epoch in trained.history]
         write_csv(folder / "history.csv", rows)
         write_bytes(folder / "curves.png", plots.curves(rows))
-
-
-def _record(run: tracking.Run, *, config: ModelConfig) -> None:
-    run.tag({"model.md5": file_md5(TRAIN / "best.safetensors"), **tracking.outputs_tag(TRAIN)})
-    run.log_file(TRAIN / "curves.png", folder="plots")
-    size = config.image_size
-    weights, config_file = TRAIN / "best.safetensors", TRAIN / "model.json"
-    tracking.log_model(weights, config_file, image_shape=(size, size, config.channels), class_names=config.class_names)
 
 
 if __name__ == "__main__":

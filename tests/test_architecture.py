@@ -23,6 +23,7 @@ ORDER = [
     "normalize",
     "data",
     "model",
+    "checkpoint",
     "plots",
     "tracking",
     "served_model",

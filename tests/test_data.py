@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import Augmentation, DatasetInfo, Split, choose_device, evaluation_batches, training_batches
+from pipeline.data import Augmentation, DatasetInfo, Split, TrainingBatches, choose_device, evaluation_batches
 from pipeline.errors import UserError
 from tests.conftest import coloured_images, write_normalized
 
@@ -23,7 +23,7 @@ def batches(split: Split, **changes: int | bool) -> list[tuple[torch.Tensor, tor
         k: v for k, v in changes.items() if k in {"batch_size", "seed", "epoch"}
     }
     rest = {name: value for name, value in changes.items() if name not in sizes}
-    return list(training_batches(split, augmentation=Augmentation(**rest), **sizes))  # type: ignore[arg-type]
+    return list(TrainingBatches(split, augmentation=Augmentation(**rest), **sizes))  # type: ignore[arg-type]
 
 
 def test_pixels_are_normalised_by_the_training_mean_and_deviation() -> None:
@@ -55,6 +55,18 @@ def test_order_and_augmentation_follow_from_seed_and_epoch_alone() -> None:
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0], drawn[3])
+
+
+def test_an_epoch_goes_on_in_its_midst_as_if_it_had_not_stopped() -> None:
+    values = {"batch_size": 3, "seed": 1, "epoch": 2, "augmentation": Augmentation(flip=True, crop_padding=4)}
+    split = split_of(coloured_images(24)[0])
+    whole, first, second = (TrainingBatches(split, **values) for _ in range(3))  # type: ignore[arg-type]
+    for _ in zip(range(3), first, strict=False):
+        pass
+    second.go_to(3, random_state=first.random_state())
+    for (images, labels), (again, same) in zip(list(whole)[3:], second, strict=True):
+        assert torch.equal(images, again)
+        assert torch.equal(labels, same)
 
 
 def test_flipping_mirrors_about_half_of_the_images() -> None:

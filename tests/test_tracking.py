@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.artifacts import file_md5
 from pipeline.data import DatasetInfo
-from pipeline.errors import UserError
+from pipeline.errors import TemporaryError, UserError
 from pipeline.model import load_model
 from pipeline.tracking import connect, fetch_model, run_of_model
 from tests.conftest import PROJECT, coloured_images, free_port, start_repository, write_normalized
@@ -152,7 +152,7 @@ def test_a_store_that_cannot_be_reached_is_told_in_one_line(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(
-        UserError, match=r"MLFLOW_TRACKING_URI is .*, which does not answer .*unset the variable"
+        (UserError, TemporaryError), match=r"MLFLOW_TRACKING_URI is .*, which does not answer .*unset the variable"
     ) as error:
         run_of_model("0" * 32, experiment="digits")
     assert "\n" not in str(error.value)
@@ -161,7 +161,7 @@ def test_a_store_that_cannot_be_reached_is_told_in_one_line(
 
 def test_a_password_in_the_tracking_uri_is_not_shown(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
-    with pytest.raises(UserError) as error:
+    with pytest.raises(TemporaryError) as error:
         connect()
     assert "secret" not in str(error.value)
 

@@ -1,0 +1,108 @@
+"""One training that is killed by SIGKILL at a chosen point of its life, or not at all.
+
+`python -m tests.faults.child` reads JSON requests, one a line: {"folder", "log", "kill"}. For each it forks a process
+that runs the step `train` in the folder, and answers with its exit status (negative: the signal's number). What takes
+seconds to import is imported once. Every step, file operation and message to MLflow is an event, before and after it
+happens; the log lists them. "kill" is the number of an event, or a name and which one of that name: ["step after", 3].
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow import MlflowClient
+
+from pipeline import artifacts, checkpoint, tracking, train
+
+FILE_OPERATIONS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
+MESSAGES = ("create_run", "log_batch", "log_artifact", "log_inputs", "set_terminated", "finalize_logged_model")
+
+
+class Events:
+    """Counts events, and kills this process at the chosen one."""
+
+    def __init__(self, log: Path, *, kill: Any) -> None:
+        self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self._kill, self._count, self._counts = kill, 0, Counter[str]()
+
+    def happen(self, name: str) -> bool:
+        """Whether this is the one; it is written down first."""
+        self._count += 1
+        self._counts[name] += 1
+        os.write(self._log, f"{name}\n".encode())
+        return self._kill in (self._count, [name, self._counts[name]])
+
+    def around(self, owner: Any, name: str, *, label: str) -> None:
+        """Make an event of the moments before and after each call of `owner.name`."""
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def wrapped(*values: Any, **options: Any) -> Any:
+            if self.happen(f"{label} before"):
+                die()
+            result = original(*values, **options)
+            if self.happen(f"{label} after"):
+                die()
+            return result
+
+        setattr(owner, name, wrapped)
+
+    def in_the_midst_of(self, write: Callable[[Path, bytes], None]) -> Callable[[Path, bytes], None]:
+        """Make an event of the moment when half of a checkpoint is on the disk."""
+
+        def wrapped(path: Path, content: bytes) -> None:
+            if self.happen("checkpoint half written"):
+                with artifacts.atomic(path) as file:
+                    file.write(content[: len(content) // 2])
+                    file.flush()
+                    die()
+            write(path, content)
+            if self.happen("checkpoint written"):
+                die()
+
+        return wrapped
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(folder: str, log: str, kill: Any) -> None:
+    os.chdir(folder)
+    with Path("output.txt").open("ab") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    events = Events(Path(log), kill=kill)
+    events.around(torch.optim.SGD, "step", label="step")
+    for name in FILE_OPERATIONS:
+        events.around(os, name, label=name)
+    for name in MESSAGES:
+        events.around(MlflowClient, name, label=name)
+    setattr(checkpoint, "write_bytes", events.in_the_midst_of(artifacts.write_bytes))  # noqa: B010  (mypy)
+    tracking.FLUSH_SECONDS = 0.02  # so that there is much to send twice
+    train.main()
+
+
+def main() -> None:
+    """Fork for each request."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                run(**request)
+            finally:
+                sys.stdout.flush()
+                os._exit(0 if sys.exc_info()[0] is None else 1)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

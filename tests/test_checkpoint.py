@@ -1,0 +1,163 @@
+"""Checkpoints on the disk: whole or not at all, of one training, for one process."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from pipeline.checkpoint import KEPT, Checkpoint, Checkpoints, checkpoint_folder, checkpoints_of, fingerprint
+from pipeline.errors import TemporaryError
+from tests.conftest import PROJECT
+
+STATE = {"history": [0.1, 1 / 3], "position": None}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PIPELINE_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def checkpoint(step: int) -> Checkpoint:
+    return Checkpoint(step, {"weight": torch.full((3,), float(step)), "count": torch.tensor(step)}, STATE)
+
+
+def written(folder: Path, *steps: int) -> list[Path]:
+    """The files of checkpoints at these steps, newest first."""
+    for step in steps:
+        Checkpoints(folder).write(checkpoint(step))
+    return sorted(folder.iterdir(), reverse=True)
+
+
+def newest_step(folder: Path) -> int | None:
+    found = Checkpoints(folder).newest()
+    return found.step if found else None
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    written(tmp_path / "one", 7)
+    found = Checkpoints(tmp_path / "one").newest()
+    assert found
+    assert (found.step, found.state) == (7, STATE)
+    assert torch.equal(found.tensors["weight"], torch.full((3,), 7.0))
+    assert found.to_bytes() == checkpoint(7).to_bytes()
+
+
+def test_the_newest_is_used_and_few_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / ".step-0000000003-x.safetensors.99.tmp").write_text("what a killed process was writing")
+    assert len(written(tmp_path / "one", 9, 10, 11, 12)) == KEPT
+    assert newest_step(tmp_path / "one") == 12
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest, _ = written(tmp_path / "one", 1, 2)
+    content = bytearray(newest.read_bytes())
+    content[-1] ^= 1
+    newest.write_bytes({"flipped": bytes(content), "truncated": newest.read_bytes()[:-1], "emptied": b""}[damage])
+    assert newest_step(tmp_path / "one") == 1
+    assert "damaged" in capsys.readouterr().out
+
+
+def test_without_a_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
+    for path in written(tmp_path / "one", 1, 2):
+        path.write_bytes(b"nothing")
+    assert newest_step(tmp_path / "one") is None
+    assert newest_step(tmp_path / "none") is None
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(st.data())
+def test_damaged_content_is_refused_or_the_same(data: st.DataObject) -> None:
+    content = bytearray(checkpoint(3).to_bytes())
+    kind = data.draw(st.sampled_from(["flip", "cut", "insert", "header"]))
+    place = data.draw(st.integers(0, len(content) - 1 if kind != "header" else 120))
+    if kind == "cut":
+        del content[place : place + data.draw(st.integers(1, 40))]
+    elif kind == "insert":
+        content[place:place] = data.draw(st.binary(min_size=1, max_size=40))
+    else:
+        content[place] ^= data.draw(st.integers(1, 255))
+    with suppress(ValueError):  # and the MD5 in its name would not even let it come that far
+        Checkpoint.from_bytes(bytes(content))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.binary(max_size=300))
+@example((2**63).to_bytes(8, "little"))
+@example((2).to_bytes(8, "little") + b"[]")
+def test_any_bytes_are_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        Checkpoint.from_bytes(content)
+
+
+def test_the_fingerprint_is_of_all_that_determines() -> None:
+    assert fingerprint(params={"epochs": 1}, code="a") == fingerprint(code="a", params={"epochs": 1})
+    assert fingerprint(params={"epochs": 1}, code="a") != fingerprint(params={"epochs": 2}, code="a")
+
+
+def test_checkpoints_are_removed_when_the_training_is_done_and_stay_when_it_fails() -> None:
+    with pytest.raises(RuntimeError), checkpoints_of("one") as found:
+        found.write(checkpoint(1))
+        raise RuntimeError
+    assert newest_step(checkpoint_folder() / "one") == 1
+    with checkpoints_of("one") as found:
+        assert found.newest()
+    assert list(checkpoint_folder().iterdir()) == []
+
+
+def test_a_training_never_sees_anothers_checkpoint() -> None:
+    with checkpoints_of("one") as found:
+        found.write(checkpoint(1))
+        with checkpoints_of("two") as others:
+            assert others.newest() is None
+
+
+HOLD = """
+import sys
+from pipeline.checkpoint import checkpoints_of
+with checkpoints_of("one"):
+    print("held", flush=True)
+    sys.stdin.read()
+    if sys.argv[1] == "fail":
+        raise SystemExit(1)
+"""
+
+
+@pytest.fixture
+def another(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
+    """A process at the same training, which in a second fails or finishes."""
+    command = [sys.executable, "-c", HOLD, request.param]
+    with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        threading.Timer(1, process.stdin.close).start()
+        yield process
+
+
+@pytest.mark.parametrize("another", ["fail"], indirect=True)
+def test_of_two_processes_one_waits_and_takes_over_where_the_other_failed(
+    another: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with checkpoints_of("one"):
+        assert another.wait(10) == 1
+    assert "another process is at this very training: waiting" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("another", ["finish"], indirect=True)
+def test_of_two_processes_the_second_is_told_that_the_first_has_finished(another: subprocess.Popen[str]) -> None:
+    finished = "another process has just finished this very training"
+    with pytest.raises(TemporaryError, match=finished), checkpoints_of("one"):
+        pass
+    assert another.wait(10) == 0

@@ -1,0 +1,111 @@
+"""A real MLflow server that goes away in the midst of a training, and comes back or does not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from tests.conftest import PROJECT, free_port
+from tests.test_resume import Project, left_behind, whole  # noqa: F401  (a fixture)
+
+
+class Server:
+    """An MLflow server on loopback that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.uri = f"http://127.0.0.1:{free_port()}"
+        self._folder = folder
+        self.start()
+
+    def start(self) -> None:
+        store, port = f"sqlite:///{self._folder}/server.db", self.uri.rpartition(":")[2]
+        command = ["mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", port]
+        command += ["--artifacts-destination", str(self._folder / "served"), "--workers", "1"]
+        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            env=environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 90
+        while not self._answers():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as response:
+                return bool(response.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+@pytest.fixture
+def server(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    found = Server(workspace)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", found.uri)
+    for name, value in {"MAX_RETRIES": "1", "TIMEOUT": "20"}.items():  # for the test's own questions, too
+        monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
+    yield found
+    found.kill()
+
+
+def test_metrics_wait_while_the_server_is_away_and_arrive_when_it_is_back(server: Server, whole: Any) -> None:  # noqa: F811
+    process = Project(Path.cwd()).start_until("epoch  2/20")
+    server.kill()
+    assert process.stdout
+    next(line for line in process.stdout if "metrics wait for MLflow, the training goes on" in line)
+    process.send_signal(signal.SIGSTOP)
+    server.start()
+    process.send_signal(signal.SIGCONT)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert "MLflow answers again" in output
+    assert left_behind() == whole
+
+
+def test_what_a_server_that_stays_away_should_have_is_kept_for_it(server: Server, whole: Any) -> None:  # noqa: F811
+    process = Project(Path.cwd()).start_until("epoch  2/20")
+    server.kill()
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    assert "keeps what it is to have" in output
+    server.start()
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.evaluate"],
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "has now what was kept for it" in done.stdout
+    model, steps = left_behind()
+    assert (model, {name: found for name, found in steps.items() if not name.startswith("test_")}) == whole
+    [run] = mlflow.MlflowClient(server.uri).search_runs(["1"])
+    assert run.outputs
+    assert len(run.outputs.model_outputs) == 1
+    assert not list(Path(".cache/mlflow").iterdir())
+
+
+def test_a_server_that_is_away_at_the_start_may_be_back_at_the_next_try(workspace: Path) -> None:
+    os.environ["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{free_port()}"  # which `workspace` puts right again
+    process = Project(workspace).start()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "which does not answer" in output.splitlines()[-1]

@@ -1,0 +1,306 @@
+"""A training that was stopped goes on as if it had not been: in this process, and by the plain command."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import torch
+
+from pipeline.artifacts import file_md5
+from pipeline.checkpoint import Checkpoint
+from pipeline.model import build
+from pipeline.params import TrainParams, dump_yaml
+from pipeline.train import Trained, train
+from tests.conftest import DEFAULTS, PROJECT, heed_interrupts, train_params, write_normalized
+from tests.test_model import config
+from tests.test_train import OPTIMIZERS, QUICK, runs, split_of
+
+MODEL = Path("artifacts/train/best.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small networks on a busy machine: threads that wait for one another would take most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(params: TrainParams, *, stop_after: int | None = None, start: Checkpoint | None = None) -> Trained | Checkpoint:
+    """The finished training, or where it was when Ctrl-C came in the midst of a step."""
+    torch.manual_seed(params.seed)
+    classifier = build(config(params.model, classes=3)).to(memory_format=torch.channels_last)
+    saved: list[Checkpoint] = []
+
+    def on_step(step: int, _loss: float, _rate: float) -> None:
+        if step == stop_after:
+            raise KeyboardInterrupt
+
+    try:
+        return train(
+            classifier,
+            params=params,
+            train_split=split_of(64, seed=1),
+            validation_split=split_of(24, seed=2),
+            on_step=on_step,
+            start=start,
+            save=saved.append,
+        )
+    except KeyboardInterrupt:
+        return Checkpoint.from_bytes(saved[-1].to_bytes())
+
+
+def assert_same(found: Trained | Checkpoint, whole: Trained | Checkpoint) -> None:
+    assert isinstance(found, Trained)
+    assert isinstance(whole, Trained)
+    assert found.history == whole.history
+    for one, other in ((found.best, whole.best), (found.last, whole.last)):
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def stopped(params: TrainParams, *steps: int) -> Trained | Checkpoint:
+    """A training that was stopped after each of the steps."""
+    start = None
+    for step in (*steps, None):
+        found = run(params, stop_after=step, start=start)
+        start = found if isinstance(found, Checkpoint) else None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [*(("lenet", name) for name in OPTIMIZERS), ("resnet18", "nesterov"), ("mobilenet_v3_small", "adamw")],
+)
+def test_a_stop_in_the_midst_of_an_epoch_changes_nothing(model: str, optimizer: str) -> None:
+    changes = {"flip": True, "crop_padding": 3, "cutout_size": 8, "log_every_steps": 1, "early_stopping_epochs": 5}
+    params = train_params(**{**QUICK, "learning_rate": 0.01, **OPTIMIZERS[optimizer], **changes}, model=model)
+    assert_same(stopped(params, 2, 4, 5), run(params))
+
+
+def test_every_step_is_a_good_place_to_stop() -> None:
+    params = train_params(**QUICK, log_every_steps=1, crop_padding=3)
+    assert_same(stopped(params, *range(1, 9)), run(params))
+
+
+def test_a_long_epoch_has_checkpoints_in_its_midst() -> None:
+    saved: list[Checkpoint] = []
+    params = train_params(**QUICK, checkpoint_every_minutes=1e-9)
+    torch.manual_seed(0)
+    train(
+        build(config("lenet", classes=3)),
+        params=params,
+        train_split=split_of(64, seed=1),
+        validation_split=split_of(24, seed=2),
+        save=saved.append,
+    )
+    assert [found.step for found in saved] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+
+
+class Project:
+    """A folder with data, in which the plain command trains for some seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        write_normalized(folder, train=960)
+        self.set()
+
+    def set(self, **changes: Any) -> None:
+        values = json.loads(json.dumps(DEFAULTS))
+        values["train"] |= {"epochs": 20, "batch_size": 16, "log_every_steps": 1, "cpu_threads": 1} | changes
+        (self.folder / "params.yaml").write_text(dump_yaml(values))
+
+    def start(self, **options: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-u", "-m", "pipeline.train"],
+            cwd=self.folder,
+            env=os.environ | {"PYTHONPATH": str(PROJECT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **{"preexec_fn": heed_interrupts} | options,
+        )
+
+    def start_until(self, line: str, **options: Any) -> subprocess.Popen[str]:
+        process = self.start(**options)
+        assert process.stdout
+        read = ""
+        while not (text := process.stdout.readline()).startswith(line):
+            read += text
+            assert text, read
+        return process
+
+    def finish(self) -> str:
+        """Output of the plain command, which is to end well."""
+        process = self.start()
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode == 0, output
+        return output
+
+
+@pytest.fixture
+def project(workspace: Path) -> Project:
+    return Project(workspace)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, list[int]]]:
+    """Hash of the model, and steps by metric, of a training that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        Project(folder).finish()
+        return left_behind()
+
+
+def left_behind() -> tuple[str, dict[str, list[int]]]:
+    """Hash of the model, and the steps of each metric in the only run, which is finished."""
+    [found] = runs()
+    assert found.info.status == "FINISHED"
+    client = mlflow.MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    names = [name for name in found.data.metrics if not name.startswith("system/")]
+    steps = {name: [point.step for point in client.get_metric_history(found.info.run_id, name)] for name in names}
+    return file_md5(MODEL), {name: sorted(values) for name, values in steps.items()}
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
+    project: Project, whole: Any, sent: signal.Signals, status: int
+) -> None:
+    process = project.start_until("epoch  3/20")
+    asked = time.monotonic()
+    process.send_signal(sent)
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - asked < 5
+    assert process.returncode == status
+    assert "the same command goes on from epoch" in output.splitlines()[-1]
+    assert [run.info.status for run in runs()] == ["KILLED"]
+    assert "goes on from its checkpoint: " in project.finish()
+    assert left_behind() == whole
+    assert list((project.folder / ".cache/checkpoints").iterdir()) == []
+
+
+def test_another_parameter_does_not_go_on_from_the_checkpoint(project: Project, whole: Any) -> None:
+    process = project.start_until("epoch  3/20")
+    process.kill()
+    process.wait()
+    project.set(epochs=2)
+    assert "goes on" not in project.finish()
+    project.set()
+    assert "goes on from its checkpoint" in project.finish()
+    assert file_md5(MODEL) == whole[0]
+
+
+def test_a_diverged_training_fails_and_keeps_its_last_good_checkpoint(project: Project) -> None:
+    rate = {"optimizer": "sgd", "momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "schedule": "constant"}
+    project.set(**rate, learning_rate=3.0, channels_last=False)
+    process = project.start()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "the loss is" in output.splitlines()[-1]
+    assert [run.info.status for run in runs()] == ["FAILED"]
+
+
+def test_data_that_vanish_from_the_disk_are_still_there_for_the_training(project: Project, whole: Any) -> None:
+    process = project.start_until("epoch  2/20")
+    shutil.rmtree(project.folder / "artifacts/normalize")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert left_behind() == whole
+
+
+def test_data_that_are_cut_short_end_the_training_which_goes_on_when_they_are_back(
+    project: Project, whole: Any
+) -> None:
+    images = project.folder / "artifacts/normalize/train_images.npy"
+    content = images.read_bytes()
+    process = project.start_until("epoch  2/20")
+    os.truncate(images, 4096)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGBUS
+    images.write_bytes(content)
+    assert "goes on from its checkpoint" in project.finish()
+    assert left_behind() == whole
+
+
+def test_a_full_memory_is_one_line(project: Project) -> None:
+    project.set(model="resnet18", batch_size=960, input_size=512)
+
+    def little_memory() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, 12 * 2**30))
+
+    output, _ = (process := project.start(preexec_fn=little_memory)).communicate(timeout=100)
+    assert process.returncode == 2, output
+    assert "error: train.batch_size is 960: too much for the memory of this machine" in output.splitlines()[-1]
+
+
+JUMP = """
+import runpy, time
+now, first = time.time, time.time()
+time.time = lambda: now() - (3600 if now() - first > 4 else 0)
+runpy.run_module("pipeline.train", run_name="__main__")
+"""
+
+
+def test_a_clock_that_jumps_back_changes_nothing(project: Project, whole: Any) -> None:
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    subprocess.run([sys.executable, "-c", JUMP], cwd=project.folder, env=environment, check=True, capture_output=True)
+    assert left_behind() == whole
+
+
+def in_small_file_system(folder: Path, *, size: str, then: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell command where `folder` is a file system of its own of this size."""
+    script = f'mount -t tmpfs -o size={size} tmpfs "{folder}" && {then}'
+    return subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def small(project: Project) -> Callable[..., subprocess.CompletedProcess[str]]:
+    (project.folder / "mnt").mkdir()
+    tried = shutil.which("unshare") and in_small_file_system(project.folder / "mnt", size="1m", then="true")
+    if not tried or tried.returncode:
+        pytest.skip("this machine lets nobody mount a file system of their own (unshare --user --mount)")
+    return in_small_file_system
+
+
+def test_a_disk_without_room_for_checkpoints_does_not_end_the_training(
+    project: Project, whole: Any, small: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    (project.folder / ".cache").mkdir()
+    done = small(project.folder / ".cache", size="300k", then=f"{sys.executable} -m pipeline.train")
+    assert done.returncode == 0, done.stderr
+    assert "has no checkpoint: " in done.stdout
+    assert "No space left on device" in done.stdout
+    assert left_behind() == whole
+
+
+def test_a_disk_without_room_for_the_model_is_named_and_nothing_is_lost(
+    project: Project, whole: Any, small: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    data = project.folder / "data"
+    (project.folder / "artifacts/normalize").rename(data)
+    link = f'ln -s "{data}" artifacts/normalize'
+    done = small(project.folder / "artifacts", size="300k", then=f"{link} && {sys.executable} -m pipeline.train")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "No space left on device" in done.stderr.splitlines()[-1]
+    data.rename(project.folder / "artifacts/normalize")
+    output = project.finish()
+    assert "20/20 epochs done" in output
+    assert left_behind() == whole
