@@ -52,11 +52,23 @@ def _entries(locks: Any) -> Iterator[list[dict[str, Any]]]:
 
 
 def _may_hold(pid: int, *, written: float) -> bool:
-    """DVC notes no start time; who started after the file was last written is a later owner of the id."""
+    """DVC notes no start time; who started after the file was last written is a later owner of the id.
+
+    A clock set forward moves the start, but not the file's time, so a command of DVC's counts whatever its start.
+    """
     try:
         process = psutil.Process(pid)
-        return process.create_time() < written + START_TOLERANCE_SECONDS and process.status() != psutil.STATUS_ZOMBIE
+        older = process.create_time() < written + START_TOLERANCE_SECONDS
+        return (older or _runs_dvc(process)) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
+        return False
+
+
+def _runs_dvc(process: psutil.Process) -> bool:
+    """As `dvc …`, `python -m dvc …` or a workspace's `python -m flows.dvc_worker`."""
+    try:
+        return any("dvc" in Path(word).name for word in process.cmdline())
+    except psutil.AccessDenied:  # another user's, on macOS
         return False
 
 

@@ -25,7 +25,7 @@ import psutil
 from flows import PROJECT
 from pipeline.artifacts import write_json
 from pipeline.errors import TemporaryError, UserError, report_errors
-from pipeline.processes import lives
+from pipeline.processes import lives, start_of
 
 DEFAULT_PORT = 4200
 START_SECONDS = 90
@@ -38,10 +38,10 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True)
 class Server:
-    """A server process of ours; `started` (seconds since the epoch) tells it from a later owner of its pid."""
+    """A server process of ours; `started` (`pipeline.processes.start_of`) tells it from a later owner of its pid."""
 
     pid: int
-    started: float
+    started: str
     port: int
 
     @property
@@ -101,7 +101,7 @@ def _recorded(project: Path) -> Server | None:
     """The server on record if that very process lives."""
     try:
         server = Server(**json.loads((project / ".prefect" / "server.json").read_text(encoding="utf-8")))
-        return server if lives(server.pid, started=server.started) else None
+        return server if lives(server.pid, started=str(server.started)) else None  # once it was a number
     except (OSError, ValueError, TypeError):
         return None
 
@@ -120,7 +120,7 @@ def _launch(project: Path, port: int) -> Server:
     }
     environment |= {"PREFECT_HOME": str(project / ".prefect"), "PREFECT_SERVER_API_PORT": str(port)}
     process = launch(["prefect", "server", "start", "--host", "127.0.0.1"], log=log, environment=environment)
-    server = Server(process.pid, psutil.Process(process.pid).create_time(), port)
+    server = Server(process.pid, start_of(process.pid), port)
     write_json(project / ".prefect" / "server.json", asdict(server))
     wait_for(f"{server.api_url}/health", process, name="the Prefect server", log=log)
     return server

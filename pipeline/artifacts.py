@@ -1,13 +1,14 @@
 """Files between the steps: where they lie, and how they are written (whole or not at all) and read.
 
 Folder `artifacts/<step>/` holds what a step made. Arrays are `.npy`, read memory-mapped; everything else is JSON, CSV
-or safetensors.
+or safetensors. `checksums.md5` in a folder that another step reads lists its files, for `verify` and `md5sum -c` alike.
 """
 
 import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ EVALUATE = Path("artifacts/evaluate")
 
 CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
 IMAGEFOLDER_ARCHIVE = "images.tar"
+CHECKSUMS = "checksums.md5"
+"""A line `<MD5>  <name>` for each other file of the folder, sorted by name, as `md5sum` writes them."""
 
 Images = npt.NDArray[np.uint8]
 """(N, H, W, C) uint8."""
@@ -66,7 +69,10 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def replace_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its place once the block is done; on failure `target` stays."""
+    """Yield an empty folder beside `target` that takes its place once the block is done; on failure `target` stays.
+
+    What the block left in it is then listed in `checksums.md5`.
+    """
     fresh, old = (target.with_name(f".{target.name}.{word}.tmp") for word in ("new", "old"))
     for leftover in (fresh, old):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -74,6 +80,7 @@ def replace_folder(target: Path) -> Iterator[Path]:
         fresh.mkdir(parents=True)
         try:
             yield fresh
+            write_checksums(fresh)
             if target.exists():
                 target.rename(old)
             fresh.rename(target)
@@ -182,6 +189,82 @@ def read_split(split: str, *, folder: Path = NORMALIZE) -> tuple[Images, Labels]
             f"{folder}: {len(images)} {split} images but {len(labels)} labels; run `dvc repro normalize --force`"
         )
     return images, labels
+
+
+def write_checksums(folder: Path) -> None:
+    """List the files that are in the folder now, those of its subfolders included."""
+    write_text(folder / CHECKSUMS, "".join(f"{file_md5(folder / name)}  {name}\n" for name in _files(folder)))
+
+
+def verify(folder: Path, names: Iterable[str] | None = None, *, strangers: bool = False) -> dict[str, str]:
+    """Compare files with the folder's `checksums.md5` before they are used; returns MD5 by name, of all listed files.
+
+    `names`: the files that will be read, by default all that are listed. `strangers`: let files be that are not listed.
+    Raises UserError naming the first file that is missing, changed or not listed.
+    """
+    listing = folder / CHECKSUMS
+    listed = _read_checksums(listing)
+    for name in listed if names is None else names:
+        if problem := _problem(folder / name, md5=listed.get(name), listing=listing):
+            raise UserError(f"{folder / name}: {problem}; {_cure(folder)}")
+    for name in [] if strangers else _files(folder):
+        if name not in listed:
+            hint = f"remove it if another program left it, else {_cure(folder)}"
+            raise UserError(f"{folder / name}: not listed in {listing}; {hint}")
+    return listed
+
+
+def verify_splits(*splits: str) -> None:
+    """`verify` what steps after normalize read: `dataset.json` and the arrays of these splits."""
+    arrays = (f"{split}_{kind}.npy" for split in splits for kind in ("images", "labels"))
+    verify(NORMALIZE, ["dataset.json", *arrays])
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of the files but for `checksums.md5` and hidden ones, which file managers leave."""
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*") if path.is_file())
+    return sorted(name for name in names if name != CHECKSUMS)
+
+
+def _read_checksums(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(missing(path)) from None
+    except UnicodeDecodeError:
+        lines = []
+    found = [re.fullmatch("([0-9a-f]{32})  (.+)", line) for line in lines]
+    listed = {match[2]: match[1] for match in found if match}
+    if not listed or len(listed) != len(lines) - 1 or lines[-1]:  # the last line has an end too
+        raise UserError(f"{path}: damaged or empty; {_cure(path.parent)}")
+    return listed
+
+
+def _problem(path: Path, *, md5: str | None, listing: Path) -> str | None:
+    """What is wrong with a file that the listing says has this MD5, if anything is."""
+    if md5 is None:
+        return f"not listed in {listing}"
+    try:
+        size, found = path.stat().st_size, file_md5(path)
+    except FileNotFoundError:
+        return f"no such file, but {listing} has it"
+    if found == md5:
+        return None
+    return f"{size:,} bytes with MD5 {found} instead of {md5}, by {listing}" if size else f"empty, not so by {listing}"
+
+
+def _cure(folder: Path) -> str:
+    """How to get a whole folder again.
+
+    DVC takes a cached file for whole if it is write-protected, or if its time of change is the old one; it even puts
+    it, damaged, in the place of one newly made.
+    """
+    if folder not in (DOWNLOAD, NORMALIZE, TRAIN):
+        return "copy the folder again from where it came"
+    return (
+        f"`rm -rf {folder} && dvc repro {folder.name}` brings it back; if this comes again, DVC's cache is damaged: "
+        'let it look with `find "$(dvc cache dir)" -type f -exec chmod u+w {} + -exec touch {} +` first'
+    )
 
 
 def missing(path: Path) -> str:

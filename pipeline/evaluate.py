@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline import plots, tracking
-from pipeline.artifacts import EVALUATE, TRAIN, Labels, file_md5, write_bytes, write_csv, write_json
+from pipeline.artifacts import EVALUATE, TRAIN, Labels, verify, verify_splits, write_bytes, write_csv, write_json
 from pipeline.data import DatasetInfo, Split, choose_device
 from pipeline.errors import UserError, report_errors
 from pipeline.model import load_model, logits_of
@@ -19,6 +19,8 @@ from pipeline.params import load_params
 from pipeline.train import loss_function
 
 FILES = ("confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv")
+MODEL = "best.safetensors"
+"""By its hash MLflow's run is found, whichever checkpoint is evaluated."""
 Row = Mapping[str, Any]
 
 
@@ -107,7 +109,10 @@ def _per_class(confusion: npt.NDArray[np.int64], *, class_names: Sequence[str]) 
 def main() -> None:
     """The step: the test split and `artifacts/train/` → `artifacts/evaluate/`, and into the model's run in MLflow."""
     with report_errors():
-        params, info = load_params().evaluate, DatasetInfo.read()
+        params = load_params().evaluate
+        verify_splits("test")
+        md5 = verify(TRAIN, sorted({"model.json", MODEL, f"{params.checkpoint}.safetensors"}))
+        info = DatasetInfo.read()
         device = choose_device(params.device, field="evaluate.device")
         torch.set_num_threads(params.cpu_threads or os.cpu_count() or 1)
         classifier, config = load_model(TRAIN, checkpoint=params.checkpoint)
@@ -127,7 +132,7 @@ def main() -> None:
         )
         _write(result, class_names=info.class_names)
         _print(result)
-        _record(result, experiment=info.dataset)
+        _record(result, model_md5=md5[MODEL], experiment=info.dataset)
 
 
 def _write(result: Evaluation, *, class_names: Sequence[str]) -> None:
@@ -150,9 +155,9 @@ def _print(result: Evaluation) -> None:
         )
 
 
-def _record(result: Evaluation, *, experiment: str) -> None:
+def _record(result: Evaluation, *, model_md5: str, experiment: str) -> None:
     """Into the run that made the model, found by the model's hash."""
-    run, made = tracking.run_of_model(file_md5(TRAIN / "best.safetensors"), experiment=experiment)
+    run, made = tracking.run_of_model(model_md5, experiment=experiment)
     if made:
         print(
             "no MLflow run here made this model (it was pulled, or trained elsewhere): a new run holds its evaluation"

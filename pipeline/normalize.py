@@ -19,7 +19,17 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import DOWNLOAD, NORMALIZE, Images, Labels, read_json, replace_folder, write_array, write_json
+from pipeline.artifacts import (
+    DOWNLOAD,
+    NORMALIZE,
+    Images,
+    Labels,
+    read_json,
+    replace_folder,
+    verify,
+    write_array,
+    write_json,
+)
 from pipeline.duplicates import (
     Digests,
     ExactDuplicates,
@@ -334,6 +344,7 @@ def _listed(counts: Mapping[str, int]) -> str:
 def main() -> None:
     """The step `normalize`: artifacts/download to artifacts/normalize, by params.yaml."""
     with report_errors():
+        verify(DOWNLOAD)
         print(report(normalize(DOWNLOAD, NORMALIZE, params=load_params().normalize)))
 
 

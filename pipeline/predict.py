@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.artifacts import TRAIN
+from pipeline.artifacts import CHECKSUMS, TRAIN, verify
 from pipeline.errors import UserError, report_errors
 from pipeline.images import UnreadableImage, decode
 from pipeline.model import ModelConfig, class_probabilities, load_model
@@ -54,13 +54,21 @@ def main() -> None:
     with report_errors():
         if arguments.top < 1:
             raise UserError(f"--top is {arguments.top}; allowed: 1 or more")
-        results = predict(arguments.images, folder=_model_folder(arguments.model))
+        folder = _model_folder(arguments.model)
+        _verify_model(folder)
+        results = predict(arguments.images, folder=folder)
         for path, result in zip(arguments.images, results, strict=True):
             if arguments.json:
                 print(json.dumps({"image": str(path), "probabilities": result}, ensure_ascii=False))
             else:
                 likeliest = list(result.items())[: arguments.top]
                 print(f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in likeliest))
+
+
+def _verify_model(folder: Path) -> None:
+    """Raises UserError where a file of the model is not as it was written; a foreign folder may have no checksums."""
+    if folder == TRAIN or (folder / CHECKSUMS).exists():
+        verify(folder, ["model.json", "best.safetensors"], strangers=folder != TRAIN)
 
 
 def _model_folder(model: str | None) -> Path:

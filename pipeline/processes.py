@@ -3,24 +3,36 @@
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import psutil
 
 HOST, PID, STARTED = "process.host", "process.pid", "process.started"
 START_TOLERANCE_SECONDS = 5
-"""The boot time, from which a process's start is reckoned, moves by a second when the clock is set."""
+"""The boot time, from which a start in seconds since the epoch is reckoned, moves by a second when the clock is set."""
 
 Life = Literal["alive", "dead", "elsewhere", "unknown"]
 
 
 def this_process() -> dict[str, str]:
-    """Host, process id and start time (seconds since the epoch), which tells it from a later owner of its id."""
-    return {
-        HOST: socket.gethostname(),
-        PID: str(os.getpid()),
-        STARTED: f"{psutil.Process().create_time():.2f}",
-    }
+    """Host, process id and `start_of` it, which tells it from a later owner of its id."""
+    return {HOST: socket.gethostname(), PID: str(os.getpid()), STARTED: start_of(os.getpid())}
+
+
+def start_of(pid: int) -> str:
+    """When a process started, on a clock that nobody can set: `<clock ticks since boot>@<id of the boot>`.
+
+    That is Linux's; elsewhere seconds since the epoch. Raises psutil.NoSuchProcess.
+    """
+    if not psutil.LINUX:
+        return f"{psutil.Process(pid).create_time():.2f}"
+    try:
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        raise psutil.NoSuchProcess(pid) from None
+    ticks = status.rpartition(b")")[2].split()[19]  # field 22; the name before it may have spaces and brackets
+    return f"{ticks.decode()}@{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
 
 
 def life(record: Mapping[str, str]) -> Life:
@@ -29,14 +41,19 @@ def life(record: Mapping[str, str]) -> Life:
         return "unknown"
     if record[HOST] != socket.gethostname():
         return "elsewhere"
-    return "alive" if lives(int(record[PID]), started=float(record[STARTED])) else "dead"
+    return "alive" if lives(int(record[PID]), started=record[STARTED]) else "dead"
 
 
-def lives(pid: int, *, started: float) -> bool:
-    """Whether the process of this id that started at this time (seconds since the epoch) still runs."""
+def lives(pid: int, *, started: str) -> bool:
+    """Whether the process of this id that started then, by `start_of`, still runs."""
     try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - started) < START_TOLERANCE_SECONDS
-        return same and process.status() != psutil.STATUS_ZOMBIE
+        return _has_start(pid, started) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _has_start(pid: int, started: str) -> bool:
+    if "@" in started:
+        return start_of(pid) == started
+    # not on Linux, or written by an older version: right unless the clock was set since
+    return abs(psutil.Process(pid).create_time() - float(started)) < START_TOLERANCE_SECONDS

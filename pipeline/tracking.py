@@ -38,7 +38,7 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.types import ColSpec, Schema, TensorSpec
 from mlflow.types.schema import DataType
 
-from pipeline.artifacts import DOWNLOAD, NORMALIZE, TRAIN, file_md5, read_json, write_json
+from pipeline.artifacts import CHECKSUMS, DOWNLOAD, NORMALIZE, TRAIN, file_md5, read_json, write_json
 from pipeline.errors import TemporaryError, UserError, first_line, shown
 from pipeline.params import read_yaml
 from pipeline.processes import HOST, PID, Life, life, this_process
@@ -537,7 +537,8 @@ def _inputs(params: Mapping[str, Any]) -> dict[str, str]:
 
 def outputs_tag(folder: Path, *, names: Sequence[str] = ()) -> dict[str, str]:
     """Tag `outputs.<step>`: the MD5 of each file that the step wrote, as JSON; all of the folder without `names`."""
-    files = [folder / name for name in names] or sorted(path for path in folder.iterdir() if path.is_file())
+    everything = (path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    files = [folder / name for name in names] or sorted(everything)
     return {f"outputs.{folder.name}": json.dumps({path.name: file_md5(path) for path in files})}
 
 
@@ -604,7 +605,11 @@ def log_model(folder: Path) -> None:
         mlflow.pyfunc.log_model(
             name="model",
             python_model=str(Path(__file__).with_name("served_model.py")),
-            artifacts={"weights": str(weights), "config": str(config)},
+            artifacts={
+                "weights": str(weights),
+                "config": str(config),
+                "checksums": str(weights.with_name(CHECKSUMS)),  # for who fetches it
+            },
             code_paths=[str(Path(__file__).parent)],
             signature=ModelSignature(
                 inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *image_shape))]), outputs=Schema(list(columns))

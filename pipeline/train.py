@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import plots, tracking
-from pipeline.artifacts import TRAIN, replace_folder, write_bytes, write_csv
+from pipeline.artifacts import TRAIN, replace_folder, verify_splits, write_bytes, write_csv
 from pipeline.checkpoint import (
     Checkpoint,
     Checkpoints,
@@ -434,44 +434,61 @@ def main() -> None:
     """The step: `artifacts/normalize/` → `artifacts/train/`, with a run in MLflow."""
     with report_errors():
         everything = load_params()
-        params, info = everything.train, DatasetInfo.read()
-        refuse_misfits(params, info)
-        device = prepare_torch(params)
-        config = configure(params, info)
-        classifier = build(config)
-        drawn = load_pretrained(classifier, config=config, md5=params.weights_md5)
-        try_training(classifier, config=config, batch_size=params.batch_size)
-        classifier.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
-        _say_start(classifier, config=config, device=device, drawn=drawn)
-        source = tracking.dataset(info.dataset, source=_source(everything.download), digest=info.md5)
+        verify_splits("train", "validation")
+        info = DatasetInfo.read()
+        refuse_misfits(everything.train, info)
+        device = prepare_torch(everything.train)
+        config = configure(everything.train, info)
+        classifier = _make_classifier(everything.train, config=config, device=device)
         training = fingerprint(
-            **_determinants(params, info, device=device), reproduces=os.environ.get("PIPELINE_REPRODUCES")
+            **_determinants(everything.train, info, device=device), reproduces=os.environ.get("PIPELINE_REPRODUCES")
         )
         with checkpoints_of(training) as checkpoints:
             start = checkpoints.newest()
             with tracking.training_run(
                 experiment=info.dataset,
                 params=everything.flat(),
-                dataset=source,
+                dataset=tracking.dataset(info.dataset, source=_source(everything.download), digest=info.md5),
                 hardware=_hardware(device),
                 training=training,
                 earlier=start.state["mlflow"] if start else None,
             ) as run:
-                print(f"MLflow run {run.run_id}", flush=True)
-                if start:
-                    _say_resumed(start, params=params, run=run)
-                trained = train(
-                    classifier,
-                    params=params,
-                    train_split=Split.read("train", info=info, device=device),
-                    validation_split=Split.read("validation", info=info, device=device),
-                    on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
-                    on_epoch=lambda epoch, speed: _report_epoch(epoch, speed, params=params, run=run),
-                    start=start,
-                    save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
-                )
+                _say_run(run, start=start, params=everything.train)
+                trained = _train(classifier, everything.train, info, start=start, checkpoints=checkpoints, run=run)
                 _write(trained, classifier, config=config)
                 run.record(TRAIN)
+
+
+def _make_classifier(params: TrainParams, *, config: ModelConfig, device: torch.device) -> Classifier:
+    """With its first weights, on the device; says what it is."""
+    classifier = build(config)
+    drawn = load_pretrained(classifier, config=config, md5=params.weights_md5)
+    try_training(classifier, config=config, batch_size=params.batch_size)
+    classifier.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
+    _say_start(classifier, config=config, device=device, drawn=drawn)
+    return classifier
+
+
+def _train(
+    classifier: Classifier,
+    params: TrainParams,
+    info: DatasetInfo,
+    *,
+    start: Checkpoint | None,
+    checkpoints: Checkpoints,
+    run: tracking.Run,
+) -> Trained:
+    device = next(classifier.parameters()).device
+    return train(
+        classifier,
+        params=params,
+        train_split=Split.read("train", info=info, device=device),
+        validation_split=Split.read("validation", info=info, device=device),
+        on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
+        on_epoch=lambda epoch, speed: _report_epoch(epoch, speed, params=params, run=run),
+        start=start,
+        save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
+    )
 
 
 def _determinants(params: TrainParams, info: DatasetInfo, *, device: torch.device) -> dict[str, Any]:
@@ -498,8 +515,11 @@ def _save(checkpoint: Checkpoint, checkpoints: Checkpoints, *, run: tracking.Run
         )
 
 
-def _say_resumed(start: Checkpoint, *, params: TrainParams, run: tracking.Run) -> None:
-    """Say where the training goes on; a run that does not have the epochs until there is told them."""
+def _say_run(run: tracking.Run, *, start: Checkpoint | None, params: TrainParams) -> None:
+    """Name the run, and say where the training goes on; a run that lacks the epochs until there is told them."""
+    print(f"MLflow run {run.run_id}", flush=True)
+    if start is None:
+        return
     history = [Epoch(**row) for row in start.state["history"]]
     print(f"goes on from its checkpoint: {len(history)}/{params.epochs} epochs done, step {start.step}", flush=True)
     if not run.taken_up:

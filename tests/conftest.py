@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from flows import server
+from pipeline.artifacts import replace_folder
 from pipeline.params import Params, TrainParams, check_params, read_yaml
 
 PROJECT = Path(__file__).parents[1]
@@ -47,8 +48,12 @@ def coloured_images(number: int, *, classes: int = 3, size: int = 32, channels: 
 
 def write_normalized(folder: Path, *, classes: int = 3, size: int = 32, channels: int = 3, train: int = 96) -> Path:
     """`artifacts/normalize/` below `folder`, as the normalize step leaves it."""
-    target = folder / "artifacts" / "normalize"
-    target.mkdir(parents=True)
+    with replace_folder(folder / "artifacts" / "normalize") as target:
+        _write_normalized(target, classes=classes, size=size, channels=channels, train=train)
+    return folder / "artifacts" / "normalize"
+
+
+def _write_normalized(target: Path, *, classes: int, size: int, channels: int, train: int) -> None:
     counts = {}
     for seed, (split, number) in enumerate({"train": train, "validation": 24, "test": 30}.items()):
         images, labels = coloured_images(number, classes=classes, size=size, channels=channels, seed=seed)
@@ -67,7 +72,6 @@ def write_normalized(folder: Path, *, classes: int = 3, size: int = 32, channels
         "test_duplicates": [0, 3],
     }
     (target / "dataset.json").write_text(json.dumps(info))
-    return target
 
 
 @pytest.fixture

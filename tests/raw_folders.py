@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.artifacts import CIFAR10_ARCHIVE
+from pipeline.artifacts import CIFAR10_ARCHIVE, write_checksums
 from pipeline.params import NormalizeParams
 from pipeline.raw import CIFAR_FOLDER
 from tests import conftest
@@ -90,4 +90,5 @@ def write_tar(path: Path, files: Mapping[str, bytes], *, mode: Any) -> None:
 
 def _described(folder: Path, dataset: str, **more: Any) -> Path:
     (folder / "source.json").write_text(json.dumps({"dataset": dataset, **more}), encoding="utf-8")
+    write_checksums(folder)
     return folder

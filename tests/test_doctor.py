@@ -19,10 +19,11 @@ from prefect.states import Running
 
 from flows import doctor, dvc_state, workspace
 from flows.train_classifier import train_classifier
-from pipeline.processes import HOST, PID, life, this_process
+from pipeline.processes import HOST, PID, start_of, this_process
 from tests import test_flows
 from tests.conftest import PROJECT
 from tests.test_flows import dvc, output, run, start_run, wait_until
+from tests.test_processes import set_clock
 
 project, api_url = test_flows.project, test_flows.api_url  # fixtures
 
@@ -192,15 +193,6 @@ def test_a_flow_run_of_another_host_or_a_later_attempt_is_left_alone(
             client.delete_flow_run(run_id)  # type: ignore[arg-type]
 
 
-def test_a_process_is_told_from_a_later_one_of_the_same_id(dead_pid: int) -> None:
-    me = this_process()
-    assert life(me) == "alive"
-    assert life({**me, "process.started": "1000.0"}) == "dead"
-    assert life({**me, PID: str(dead_pid)}) == "dead"
-    assert life({**me, HOST: "far-away"}) == "elsewhere"
-    assert life({}) == "unknown"
-
-
 def test_without_a_server_the_doctor_says_that_prefect_was_not_looked_at(project: Path) -> None:
     status, text = examine(project, api_url="")
     assert (status, text.count("\n")) == (0, 1)
@@ -220,6 +212,28 @@ def test_locks_of_dead_processes_are_released_and_those_of_the_living_stay(proje
     assert found(doctor.dvc_locks, project) == [".dvc/tmp/rwlock is damaged"]
 
 
+@pytest.mark.parametrize("seconds", [-3600, 3600])
+def test_a_lock_of_a_living_dvc_stays_when_the_clock_jumps(
+    project: Path, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    path = project / dvc_state.RWLOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with subprocess.Popen([sys.executable, "-c", "input()", "dvc"], stdin=subprocess.PIPE) as process:
+        path.write_text(json.dumps({"write": {"a": {"pid": process.pid, "cmd": "dvc repro"}}}))
+        set_clock(monkeypatch, forward_seconds=seconds)
+        assert found(doctor.dvc_locks, project) == []
+    assert found(doctor.dvc_locks, project) == [f".dvc/tmp/rwlock holds locks of the dead process {process.pid}"]
+
+
+def test_a_lock_is_not_taken_for_that_of_a_later_owner_of_the_process_id(project: Path) -> None:
+    path = project / dvc_state.RWLOCK
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as later:
+        path.write_text(json.dumps({"write": {"a": {"pid": later.pid, "cmd": "dvc repro"}}}))
+        os.utime(path, (0, 0))
+        assert found(doctor.dvc_locks, project) == [f".dvc/tmp/rwlock holds locks of the dead process {later.pid}"]
+
+
 def test_temporary_files_of_dead_processes_are_removed(project: Path, dead_pid: int) -> None:
     folder = project / "artifacts" / "train"
     folder.mkdir(parents=True)
@@ -234,12 +248,35 @@ def test_temporary_files_of_dead_processes_are_removed(project: Path, dead_pid: 
     assert (mine.exists(), dead.exists(), half.exists()) == (True, False, False)
 
 
+def test_what_a_living_step_writes_stays_however_old_it_looks(project: Path) -> None:
+    half = project / "artifacts" / ".normalize.new.tmp"
+    half.mkdir(parents=True)
+    os.utime(half, (0, 0))  # as a clock set forward makes it
+    command = [sys.executable, "-c", "input()", "pipeline.normalize"]
+    with subprocess.Popen(command, cwd=project, stdin=subprocess.PIPE):
+        assert found(doctor.temporary_files, project) == []
+    assert found(doctor.temporary_files, project) == ["artifacts/.normalize.new.tmp was left by a dead process"]
+
+
 def test_the_record_of_a_dead_server_is_removed(project: Path, dead_pid: int) -> None:
     record = project / ".prefect" / "server.json"
     record.parent.mkdir(exist_ok=True)
     record.write_text(json.dumps({"pid": dead_pid, "started": 0.0, "port": 4200}))
     assert settle(doctor.prefect_server, project) == [True]
     assert not record.exists()
+    assert found(doctor.prefect_server, project) == []
+
+
+@pytest.mark.parametrize("as_number", [True, False])
+def test_the_record_of_a_living_server_stays(
+    project: Path, monkeypatch: pytest.MonkeyPatch, *, as_number: bool
+) -> None:
+    started = psutil.Process().create_time() if as_number else start_of(os.getpid())  # older versions wrote a number
+    record = project / ".prefect" / "server.json"
+    record.parent.mkdir(exist_ok=True)
+    record.write_text(json.dumps({"pid": os.getpid(), "started": started, "port": 4200}))
+    if not as_number:
+        set_clock(monkeypatch, forward_seconds=3600)
     assert found(doctor.prefect_server, project) == []
 
 

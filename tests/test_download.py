@@ -208,7 +208,7 @@ def test_fetches_checks_and_records_the_archive(serve: Serve) -> None:
     download(cifar10(serve(CONTENT).url))
     assert ARCHIVE.read_bytes() == CONTENT
     assert json.loads((OUT / "source.json").read_text()) == {"dataset": "cifar10"}
-    assert listing() == ["cifar-10-python.tar.gz", "source.json"]
+    assert listing() == ["checksums.md5", "cifar-10-python.tar.gz", "source.json"]
 
 
 def test_an_interrupted_download_resumes_where_it_stopped(serve: Serve) -> None:
@@ -512,7 +512,7 @@ def test_another_dataset_takes_the_folder_over() -> None:
     download(cifar10("whole.tar.gz"))
     (OUT / ".images.tar.1.tmp").touch()
     download(cifar10("whole.tar.gz").model_copy(update={"dataset": "digits"}))
-    assert listing() == ["images.npy", "labels.npy", "source.json"]
+    assert listing() == ["checksums.md5", "images.npy", "labels.npy", "source.json"]
 
 
 # ---- imagefolder

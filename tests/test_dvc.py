@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import file_md5
+from pipeline.artifacts import NORMALIZE, file_md5, verify
+from pipeline.errors import UserError
 from pipeline.params import read_yaml
 from tests.conftest import PROJECT, copy_project
 
@@ -95,6 +97,34 @@ def test_after_a_failed_stage_the_last_good_model_comes_back_as_the_error_says(p
     assert "`dvc checkout` brings the last good outputs back" in output
     dvc("checkout")
     assert {path: path.read_bytes() for path in Path("artifacts/train").iterdir()} == before
+
+
+@pytest.mark.parametrize("noted", [True, False], ids=["its time of change is new", "its time of change is the old one"])
+def test_a_damaged_file_of_the_cache_is_named_and_mended_as_the_error_says(project: Path, noted: bool) -> None:
+    path = NORMALIZE / "train_images.npy"
+    cached = Path(".dvc/cache/files/md5") / (md5 := file_md5(path))[:2] / md5[2:]
+    before = cached.stat()
+    cached.chmod(0o600)
+    cached.write_bytes(b"?" * before.st_size)
+    cached.chmod(before.st_mode)
+    if not noted:
+        os.utime(cached, ns=(before.st_atime_ns, before.st_mtime_ns))
+    shutil.rmtree(NORMALIZE)
+    change("  epochs: 2\n", "  epochs: 1\n")
+    [error] = [line for line in dvc("repro", status=255).splitlines() if line.startswith("error: ")]
+    assert error.startswith(f"error: {path}: {before.st_size:,} bytes with MD5 {file_md5(path)} instead of {md5}, ")
+    again, look, _ = re.findall("`(.+?)`", error)
+    with pytest.raises(UserError, match="train_images"):
+        shell(again)
+        verify(NORMALIZE)
+    shell(look)
+    shell(again)
+    verify(NORMALIZE)
+
+
+def shell(command: str) -> None:
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    subprocess.run(["sh", "-c", command], env=environment, capture_output=True, check=True)
 
 
 def test_what_ran_once_is_not_run_again(project: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
+from pipeline.artifacts import replace_folder
 from pipeline.evaluate import Evaluation, evaluate, wilson_interval
 from pipeline.model import build, save_config, save_weights
 from tests.conftest import PROJECT, write_normalized
@@ -72,12 +73,12 @@ def test_the_interval_is_wilsons(hits: int, trials: int, low: float, high: float
 
 def test_the_step_writes_metrics_tables_and_matrix(workspace: Path) -> None:
     write_normalized(workspace)
-    folder = workspace / "artifacts" / "train"
     names = tuple(f"class {index}" for index in range(3))
     torch.manual_seed(0)
     chosen = config(classes=3, class_names=names)
-    save_weights(build(chosen), folder / "best.safetensors")
-    save_config(chosen, folder)
+    with replace_folder(workspace / "artifacts" / "train") as folder:
+        save_weights(build(chosen), folder / "best.safetensors")
+        save_config(chosen, folder)
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.evaluate"],
         env=os.environ | {"PYTHONPATH": str(PROJECT)},

@@ -255,7 +255,7 @@ def test_the_step_reports_the_data(tmp_path: Path) -> None:
     done = run_step(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[3].split() == ["all", "14", "2", "4"]
-    assert set(contents(tmp_path / "artifacts" / "normalize")) == {"dataset.json"} | {
+    assert set(contents(tmp_path / "artifacts" / "normalize")) == {"checksums.md5", "dataset.json"} | {
         f"{split}_{kind}.npy" for split in SPLITS for kind in ("images", "labels")
     }
 
@@ -263,5 +263,5 @@ def test_the_step_reports_the_data(tmp_path: Path) -> None:
 def test_a_mistake_is_one_line_and_a_status(tmp_path: Path) -> None:
     done = run_step(tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: artifacts/download/source.json: no such file")
+    assert done.stderr.startswith("error: artifacts/download/checksums.md5: no such file")
     assert done.stderr.count("\n") == 1

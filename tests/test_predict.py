@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.artifacts import replace_folder
 from pipeline.model import build, save_config, save_weights
 from pipeline.predict import main, predict
 from tests.conftest import coloured_images
@@ -18,11 +19,11 @@ def model(workspace: Path) -> Path:
     classifier = build(chosen)
     with torch.no_grad():
         classifier.network[11].bias.copy_(torch.tensor([0.0, 5.0, 1.0]))  # type: ignore[index]
-    folder = workspace / "artifacts" / "train"
-    save_weights(classifier, folder / "best.safetensors")
-    save_config(chosen, folder)
+    with replace_folder(workspace / "artifacts" / "train") as folder:
+        save_weights(classifier, folder / "best.safetensors")
+        save_config(chosen, folder)
     Image.fromarray(coloured_images(1, size=50)[0][0]).save(workspace / "photo.png")
-    return folder
+    return workspace / "artifacts" / "train"
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

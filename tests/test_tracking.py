@@ -11,7 +11,7 @@ import mlflow
 import numpy as np
 import pytest
 
-from pipeline.artifacts import file_md5
+from pipeline.artifacts import file_md5, verify
 from pipeline.data import DatasetInfo
 from pipeline.errors import TemporaryError, UserError
 from pipeline.model import load_model
@@ -130,6 +130,7 @@ def test_the_recorded_weights_can_be_fetched(store: Path) -> None:
     folder = fetch_model(f"runs:/{only_run().info.run_id}/model")
     assert file_md5(folder / "best.safetensors") == file_md5(Path("artifacts/train/best.safetensors"))
     assert load_model(folder)[1].class_names == ("class 0", "class 1", "class 2")
+    verify(folder, ["best.safetensors", "model.json"], strangers=True)
 
 
 def test_an_unknown_model_is_refused_in_one_line(store: Path) -> None:

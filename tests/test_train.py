@@ -278,7 +278,7 @@ def test_the_step_writes_models_history_and_curves(workspace: Path) -> None:
     done = step(workspace)
     assert (done.returncode, done.stderr) == (0, "")
     names = sorted(path.name for path in (workspace / "artifacts" / "train").iterdir())
-    assert names == ["best.safetensors", "curves.png", "history.csv", "last.safetensors", "model.json"]
+    assert names == ["best.safetensors", "checksums.md5", "curves.png", "history.csv", "last.safetensors", "model.json"]
     assert done.stdout.splitlines()[-1].startswith("epoch 2/2 ██████████ loss")
 
 

@@ -1,0 +1,170 @@
+"""Each file that a step reads, damaged in each way: the step names it before it is used."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import evaluate, normalize, predict, train
+from pipeline.artifacts import CHECKSUMS, DOWNLOAD, NORMALIZE, TRAIN, replace_folder, verify, verify_splits
+from pipeline.errors import UserError
+from pipeline.model import build, save_config, save_weights
+from tests.conftest import PROJECT, coloured_images, write_normalized
+from tests.raw_folders import image_folder, plain_files
+from tests.test_model import config
+
+STEPS = {"normalize": normalize.main, "train": train.main, "evaluate": evaluate.main, "predict": predict.main}
+INPUTS = {
+    "normalize": {DOWNLOAD: ["images.tar", "source.json"]},
+    "train": {
+        NORMALIZE: ["dataset.json", *(f"{s}_{k}.npy" for s in ("train", "validation") for k in ("images", "labels"))]
+    },
+    "evaluate": {
+        NORMALIZE: ["dataset.json", "test_images.npy", "test_labels.npy"],
+        TRAIN: ["best.safetensors", "model.json"],
+    },
+    "predict": {TRAIN: ["best.safetensors", "model.json"]},
+}
+
+
+def flip(path: Path, *, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "emptied": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "one bit flipped": lambda path: flip(path, at=path.stat().st_size // 2),
+    "one byte appended": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
+    "removed": lambda path: path.unlink(),
+    "replaced": lambda path: shutil.copy(next(p for p in sorted(path.parent.iterdir()) if p != path), path),
+}
+READ = [(step, folder / name) for step, read in INPUTS.items() for folder, names in read.items() for name in names]
+LISTS = [(step, folder / CHECKSUMS) for step, read in INPUTS.items() for folder in read]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders between all steps, small, and an image to classify."""
+    folder = tmp_path_factory.mktemp("prepared")
+    shutil.copy(PROJECT / "params.yaml", folder)
+    with replace_folder(folder / DOWNLOAD) as raw:
+        image_folder(raw, plain_files(per_class=3))
+    write_normalized(folder)
+    chosen = config(classes=3, class_names=tuple(f"class {index}" for index in range(3)))
+    with replace_folder(folder / TRAIN) as model:
+        for seed, name in enumerate(("best", "last")):
+            torch.manual_seed(seed)
+            save_weights(build(chosen), model / f"{name}.safetensors")
+        save_config(chosen, model)
+    Image.fromarray(coloured_images(1)[0][0]).save(folder / "photo.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of one's own as the current folder."""
+    monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "project"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr("sys.argv", ["predict", "photo.png"])
+
+
+def told(step: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of a step that refuses its input."""
+    with pytest.raises(SystemExit, match="2"):
+        STEPS[step]()
+    stdout, stderr = capsys.readouterr()
+    assert (stdout, stderr.count("\n")) == ("", 1)
+    return stderr
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(("step", "path"), READ, ids=str)
+def test_a_damaged_file_is_named_before_it_is_used(
+    step: str, path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    DAMAGES[damage](path)
+    assert told(step, capsys).startswith(f"error: {path}: ")
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "one bit flipped"])
+@pytest.mark.parametrize(("step", "path"), LISTS, ids=str)
+def test_a_damaged_list_is_named(step: str, path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    DAMAGES[damage](path)
+    assert str(path) in told(step, capsys)  # cut between two lines, it lists fewer files than there are
+
+
+@pytest.mark.parametrize(("step", "path"), LISTS, ids=str)
+def test_a_file_that_is_not_listed_is_named(step: str, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stranger = path.with_name("train_images (copy).npy")
+    stranger.touch()
+    assert told(step, capsys).startswith(f"error: {stranger}: not listed in {path}; remove it if ")
+
+
+def test_any_bit_flipped_in_the_list_is_noticed() -> None:
+    whole = (TRAIN / CHECKSUMS).read_bytes()
+    for position in range(len(whole)):
+        flip(TRAIN / CHECKSUMS, at=position)
+        with pytest.raises(UserError, match=f"{TRAIN / CHECKSUMS}"):
+            verify(TRAIN)
+        (TRAIN / CHECKSUMS).write_bytes(whole)
+
+
+def test_the_error_says_what_was_found_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    (NORMALIZE / "train_labels.npy").write_bytes(b"half")
+    error = told("train", capsys)
+    assert ": 4 bytes with MD5 7afe399f1415b137d0962f82662fa9d4 instead of " in error
+    assert "; `rm -rf artifacts/normalize && dvc repro normalize` brings it back; " in error
+
+
+def test_a_folder_from_before_there_were_lists_is_told_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
+    (NORMALIZE / CHECKSUMS).unlink()
+    assert "checksums.md5: no such file; `dvc repro normalize` makes it, `dvc pull` fetches it" in told("train", capsys)
+
+
+def test_what_a_step_does_not_read_may_be_missing() -> None:
+    for path in NORMALIZE.glob("test_*"):
+        path.unlink()
+    (NORMALIZE / ".DS_Store").touch()
+    verify_splits("train", "validation")
+    with pytest.raises(UserError, match=r"test_images\.npy: no such file, but artifacts/normalize/checksums\.md5 has"):
+        verify(NORMALIZE)
+
+
+def test_the_list_is_what_md5sum_reads() -> None:
+    if shutil.which("md5sum") is None:
+        pytest.skip("no md5sum here")
+    done = subprocess.run(["md5sum", "--check", "--strict", CHECKSUMS], cwd=NORMALIZE, capture_output=True, check=False)
+    assert (done.returncode, done.stdout.count(b": OK\n")) == (0, 7)
+
+
+def test_files_of_subfolders_are_listed_too(tmp_path: Path) -> None:
+    with replace_folder(tmp_path / "out") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file").write_text("whole")
+    assert list(verify(tmp_path / "out")) == ["sub/file"]
+    (tmp_path / "out" / "sub" / "file").write_text("other")
+    with pytest.raises(UserError, match=r"out/sub/file: 5 bytes .*; copy the folder again"):
+        verify(tmp_path / "out")
+
+
+def test_a_model_from_elsewhere_is_verified_where_it_has_a_list(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["predict", "photo.png", "--model", "copied"])
+    shutil.copytree(TRAIN, "copied")
+    Path("copied/last.safetensors").unlink()
+    Path("copied/notes.txt").touch()
+    predict.main()
+    (Path("copied") / CHECKSUMS).unlink()
+    predict.main()
+    assert capsys.readouterr().out.count("photo.png: class ") == 2
+    shutil.copy(TRAIN / CHECKSUMS, "copied")
+    flip(Path("copied/best.safetensors"), at=-1)
+    assert told("predict", capsys).startswith("error: copied/best.safetensors: ")
