@@ -17,7 +17,7 @@ export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help run test check lint format types ui worker prefect-env stop install lock clean
+.PHONY: help run test check lint format types ui worker prefect-env stop install lock audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,14 @@ lock: $(INSTALLED) ## resolve requirements.lock anew from pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
 	$(BIN)/uv pip compile pyproject.toml --group dev --universal --generate-hashes --no-header --no-emit-index-url \
 	    --quiet --output-file requirements.lock
+	$(BIN)/uv pip compile --group pyproject.toml:audit --universal --generate-hashes --no-header --no-emit-index-url \
+	    --quiet --output-file requirements-audit.lock
+
+audit: $(INSTALLED) ## look the locked packages up among known vulnerabilities; needs internet
+	@$(BIN)/python -m venv --without-pip .venv/audit
+	@VIRTUAL_ENV="$(CURDIR)/.venv/audit" $(BIN)/uv pip sync --quiet --require-hashes requirements-audit.lock || \
+	    { echo "error: the auditor cannot be installed; nothing is known of the packages: try again with internet" >&2; exit 75; }
+	@.ci/audit
 
 clean: stop ## remove .venv and caches; models, data, runs and experiments stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

@@ -51,7 +51,7 @@ from flows.dvc_state import (
     release_dead_lockers,
 )
 from flows.workspace import EXPERIMENT_LABEL, FOLDER, find_leftovers, is_held, made_store, remove_leftovers
-from pipeline.errors import TemporaryError, UserError, report_errors
+from pipeline.errors import TemporaryError, UserError, report_errors, shown
 from pipeline.processes import HOST, PID, life, this_process
 
 PROJECT_LABEL = "process.project"
@@ -131,7 +131,7 @@ def prefect_runs(project: Path) -> Iterator[Finding]:
             runs = _live_runs(client)
     except (httpx.HTTPError, PrefectException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        yield Finding(f"Prefect's flow runs were not looked at: {url}: {reason}")
+        yield Finding(f"Prefect's flow runs were not looked at: {shown(url)}: {reason}")
         return
     for run in runs:
         yield from _judge(run, url=url)

@@ -9,6 +9,7 @@ from typing import Any
 
 from flows.workspace import Outcome
 from pipeline.artifacts import EVALUATE, TRAIN, read_json
+from pipeline.errors import shown
 
 NEXT_RECIPE = "cifar10_lenet"
 
@@ -87,7 +88,14 @@ def changed_params(committed: Mapping[str, Any], params: Mapping[str, Any]) -> d
         for section, fields in params.items()
         for field, value in fields.items()
     }
-    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+    return {name: (_told(old), _told(new)) for name, (old, new) in pairs.items() if old != new}
+
+
+def _told(value: Any) -> Any:
+    """Addresses without what may be secret in them."""
+    if isinstance(value, list):
+        return [_told(part) for part in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 def _results(summary: Summary) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
 from prefect.utilities.urls import url_for
 
@@ -226,7 +226,10 @@ def main() -> None:
 
 
 def _run_on_server(api_url: str, recipe: str, overrides: dict[str, Any], *, keep_workspace: bool) -> State[Any]:
-    with temporary_settings({PREFECT_API_URL: api_url}):
+    settings = {PREFECT_API_URL: api_url}
+    if shown(api_url) != api_url:  # Prefect logs the page of the run
+        settings[PREFECT_UI_URL] = shown(api_url).removesuffix("/api")
+    with temporary_settings(settings):
         values = Overrides.model_validate(overrides)
         return train_classifier(recipe, values, keep_workspace, return_state=True)
 
@@ -235,7 +238,9 @@ def see_to_server() -> str:
     """The user's Prefect server if one is set, else the project's own, started if need be."""
     if url := PREFECT_API_URL.value():
         if get_client(sync_client=True).api_healthcheck() is not None:
-            raise TemporaryError(f"PREFECT_API_URL: no server answers at {url}; start it, or unset it to use our own")
+            raise TemporaryError(
+                f"PREFECT_API_URL: no server answers at {shown(url)}; start it, or unset it to use our own"
+            )
         return str(url)
     found = server.running()
     if found is None:

@@ -57,7 +57,7 @@ def mlflow_server(project: Path, *, port: int) -> Iterator[str]:
 def prefect_server(project: Path) -> Iterator[str]:
     """The project's Prefect server; ended on leaving if it was not there before."""
     if url := os.environ.get("PREFECT_API_URL"):
-        yield f"{url.removesuffix('/api')} (yours, from PREFECT_API_URL)"
+        yield f"{shown(url).removesuffix('/api')} (yours, from PREFECT_API_URL)"
         return
     found, new = server.start(project, port=server.port_variable("PREFECT_PORT", server.DEFAULT_PORT))
     try:

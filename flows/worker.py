@@ -22,7 +22,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import FLOW_NAME, PROJECT, server
 from flows.train_classifier import see_to_server
-from pipeline.errors import TemporaryError, UserError, report_errors
+from pipeline.errors import TemporaryError, UserError, report_errors, shown
 
 POOL = "local"
 STOP_SECONDS = 40
@@ -108,7 +108,7 @@ def _serve() -> int:
     with temporary_settings({PREFECT_API_URL: api_url}):
         see_to_pool()
         names = deploy(api_url)
-    print(f"Deployments: {', '.join(names)}\nForm:        {api_url.removesuffix('/api')}/deployments")
+    print(f"Deployments: {', '.join(names)}\nForm:        {shown(api_url).removesuffix('/api')}/deployments")
     print('Commands:    eval "$(make prefect-env)"; prefect deployment run train-classifier/on-demand -p recipe=digits')
     print("Ctrl-C stops the worker and what it runs.", flush=True)
     return work(api_url)

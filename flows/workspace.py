@@ -32,7 +32,7 @@ GRACE_SECONDS = 10
 EXPERIMENT_LABEL = "dvc.experiment"
 """Label of a flow run in Prefect."""
 COMMITTED_PARAMS = "committed_params.yaml"
-_MLFLOW_RUN = re.compile(r"MLflow run:? ([0-9a-f]{32})\b")
+_MLFLOW_RUN = re.compile(r"MLflow run ([0-9a-f]{32})\s*")
 
 Keep = Literal["never", "failed", "always"]
 """Whether a clone is moved to KEPT when it is left."""
@@ -79,7 +79,7 @@ class Workspace:
         def listen(line: str) -> None:
             if line.startswith("error: "):
                 said[:] = [line.removeprefix("error: ")]
-            if found := _MLFLOW_RUN.search(line):
+            if found := _MLFLOW_RUN.fullmatch(line):
                 self.mlflow_run_id = found[1]
             on_line(line)
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, first_line
 
 DOWNLOAD = Path("artifacts/download")
 NORMALIZE = Path("artifacts/normalize")
@@ -108,7 +108,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(missing(path)) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); remove it and run `dvc repro` to make it again") from None
 
 
@@ -170,8 +170,10 @@ def read_array(path: Path, *, dtype: npt.DTypeLike, dimensions: int) -> npt.NDAr
         array: npt.NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(missing(path)) from None
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path}: damaged ({error}); remove it and run `dvc repro` to make it again") from None
+    except Exception as error:  # numpy's parser of headers raises nearly anything: tokenize.TokenError, SyntaxError, …
+        raise UserError(
+            f"{path}: damaged ({first_line(error)}); remove it and run `dvc repro` to make it again"
+        ) from None
     if array.dtype != dtype or array.ndim != dimensions:
         raise UserError(
             f"{path}: found {array.ndim}-dimensional {array.dtype}; allowed: {dimensions}-dimensional "

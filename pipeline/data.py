@@ -7,10 +7,20 @@ every device sees the same order, crops and flips.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from torch import Tensor
 
 from pipeline.artifacts import NORMALIZE, file_md5, read_json, read_split
@@ -21,20 +31,31 @@ RESIDENT_BYTES = 8 * 2**30
 """A split of up to this many bytes is copied to the device whole; a larger one stays memory-mapped, batch by batch."""
 
 
-@dataclass(frozen=True)
-class DatasetInfo:
+class DatasetInfo(BaseModel):
     """What `dataset.json` says of the arrays beside it."""
 
+    model_config = ConfigDict(frozen=True)
+
     dataset: str
-    class_names: tuple[str, ...]
-    image_size: int
+    class_names: Annotated[tuple[str, ...], Field(min_length=1)]
+    image_size: PositiveInt
     channels: Channels
     resize: Resize
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    counts: dict[str, dict[str, int]]
-    test_duplicates: tuple[int, ...]
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[FiniteFloat, ...]
+    counts: dict[str, dict[str, NonNegativeInt]]
+    test_duplicates: tuple[NonNegativeInt, ...]
     md5: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError("mean and std are not one number a channel each")
+        if self.counts.keys() != {"train", "validation", "test"}:
+            raise ValueError("counts is not of train, validation and test")
+        if max(self.test_duplicates, default=0) >= max(1, sum(self.counts["test"].values())):
+            raise ValueError("test_duplicates has a number that no test image has")
+        return self
 
     @classmethod
     def read(cls, folder: Path = NORMALIZE) -> Self:
@@ -42,21 +63,12 @@ class DatasetInfo:
         path = folder / "dataset.json"
         values = read_json(path)
         try:
-            return cls(
-                dataset=values["dataset"],
-                class_names=tuple(values["class_names"]),
-                image_size=values["image_size"],
-                channels=values["channels"],
-                resize=values["resize"],
-                mean=tuple(values["mean"]),
-                std=tuple(values["std"]),
-                counts=values["counts"],
-                test_duplicates=tuple(values["test_duplicates"]),
-                md5=file_md5(path),
-            )
-        except (KeyError, TypeError) as error:
+            return cls.model_validate({**values, "md5": file_md5(path)} if isinstance(values, dict) else values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "the whole"
             raise UserError(
-                f"{path}: damaged ({error!r} is amiss); `dvc repro normalize --force` makes it again"
+                f"{path}: damaged ({where}: {problem['msg']}); `dvc repro normalize --force` makes it again"
             ) from None
 
 
@@ -79,6 +91,11 @@ class Split:
             raise UserError(
                 f"{folder / f'{name}_images.npy'}: its shape is {images.shape}, but dataset.json announces {expected}; "
                 "`dvc repro normalize --force` makes both again"
+            )
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(info.class_names):
+            raise UserError(
+                f"{folder / f'{name}_labels.npy'}: found labels from {labels.min()} to {labels.max()}; allowed: 0 to "
+                f"{len(info.class_names) - 1}; `dvc repro normalize --force` makes them again"
             )
         return cls.of(images, labels, mean=info.mean, std=info.std, device=device)
 

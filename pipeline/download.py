@@ -6,11 +6,11 @@ digits gives `images.npy` and `labels.npy`, cifar10 `cifar-10-python.tar.gz`, im
 
 import shutil
 import tarfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from pipeline.archives import DamagedArchive, members, open_tar
 from pipeline.artifacts import (
     CIFAR10_ARCHIVE,
     DOWNLOAD,
@@ -57,12 +57,12 @@ def _download_digits(folder: Path) -> None:
 
 def _download_cifar10(params: DownloadParams, folder: Path) -> None:
     archive = find_archive(params)
-    members = _check_members(archive)
+    count = _check_members(archive)
     with atomic(folder / CIFAR10_ARCHIVE) as file, archive.open("rb") as content:
         shutil.copyfileobj(content, file, length=1 << 20)
     write_json(folder / "source.json", {"dataset": "cifar10"})
     size = in_bytes(archive.stat().st_size)
-    print(f"cifar10: {CIFAR10_ARCHIVE}, {size}, {members} members, MD5 {params.md5} as expected")
+    print(f"cifar10: {CIFAR10_ARCHIVE}, {size}, {count} members, MD5 {params.md5} as expected")
 
 
 def _check_members(archive: Path) -> int:
@@ -73,13 +73,11 @@ def _check_members(archive: Path) -> int:
     """
     count = 0
     try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
+        with open_tar(archive, "r") as tar:
+            for member in members(tar):
                 count += 1
                 _check_member(archive, member)
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
+    except DamagedArchive as error:
         raise UserError(
             f"{archive}: not a whole tar archive ({error}), although its MD5 is download.md5; "
             "set download.urls and download.md5 to an archive in CIFAR-10's layout"

@@ -54,17 +54,24 @@ def _heed(handler: Any, number: int, frame: FrameType | None) -> None:
         os.kill(os.getpid(), number)
 
 
+def printable(text: str) -> str:
+    """The text with control characters, terminal codes and direction marks spelt out, as `\\x1b`."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def first_line(error: object) -> str:
     """What an error says, in one line, or its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
 def shown(place: str) -> str:
     """A URL or path without what may be secret in it: user, password and query."""
-    address = place.partition("#")[0].partition("?")[0] if "://" in place else place
-    scheme, separator, rest = address.partition("://")
+    scheme, separator, rest = place.partition("://")
+    if not separator:
+        return place
     host, slash, path = rest.partition("/")
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"
+    address = host.rpartition("@")[2] + slash + path  # first, as a password may have a # or ? in it
+    return scheme + separator + address.partition("#")[0].partition("?")[0]
 
 
 @contextmanager
@@ -106,5 +113,5 @@ def _leave(message: str, status: int) -> NoReturn:
     # DVC takes a stage's outputs away before it runs the stage, but keeps them in its cache
     if "DVC_STAGE" in os.environ and "PIPELINE_FLOW_RUN_ID" not in os.environ:
         message += "; `dvc checkout` brings the last good outputs back"
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     sys.exit(status)

@@ -13,7 +13,7 @@ import requests
 import urllib3
 
 from pipeline.artifacts import expand, file_md5, naming
-from pipeline.errors import TemporaryError, UserError, shown
+from pipeline.errors import TemporaryError, UserError, printable, shown
 from pipeline.params import DownloadParams
 from pipeline.progress import in_bytes, progress
 
@@ -26,7 +26,7 @@ class _PlaceError(Exception):
     """One place of the archive did not serve; the next is tried."""
 
     def __init__(self, reason: str, *, may_pass: bool, found_md5: str | None = None) -> None:
-        super().__init__(reason)
+        super().__init__(printable(reason))  # some of it is the server's own words
         self.may_pass = may_pass
         """Whether the same place may serve at another time: true for the network, false for a missing file."""
         self.found_md5 = found_md5

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from pipeline.errors import printable
 from pipeline.params import Channels, Resize
 
 MAX_PIXELS = 2**27
@@ -182,5 +183,5 @@ def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _one_line(error: Exception) -> str:
-    reason = " ".join(str(error).split())
+    reason = printable(" ".join(str(error).split()))
     return reason if isinstance(error, OSError) and reason else f"damaged ({type(error).__name__}: {reason})"

@@ -2,14 +2,15 @@
 
 import copy
 import difflib
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
@@ -31,13 +32,21 @@ class ModelConfig(BaseModel):
     model: str
     weights: str | None
     loss: str
-    class_names: tuple[str, ...]
-    image_size: int
-    input_size: int | None
+    class_names: Annotated[tuple[str, ...], Field(min_length=1)]
+    image_size: Annotated[int, Field(ge=1, le=1024)]
+    input_size: Annotated[int, Field(ge=1, le=1024)] | None
     channels: Channels
     resize: Resize
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[FiniteFloat, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(set(self.class_names)) < len(self.class_names):
+            raise ValueError("a class name comes twice")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError("mean and std are not one number a channel each")
+        return self
 
     @property
     def network_size(self) -> int:
@@ -210,7 +219,9 @@ def _read_weights(config: ModelConfig, *, md5: str | None) -> dict[str, Tensor]:
             )
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch tells oddities of a damaged file beside the error
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(
             f"train.weights: no such file {path}; allowed: null, DEFAULT, or a .safetensors or .pth file"

@@ -24,7 +24,6 @@ from pipeline.artifacts import (
     NORMALIZE,
     Images,
     Labels,
-    read_json,
     replace_folder,
     verify,
     write_array,
@@ -150,7 +149,7 @@ def normalize(raw: Path, result: Path, *, params: NormalizeParams) -> dict[str, 
         check_unreadable(spool, params=params)
         splits = draw_splits(spool, class_names=source.class_names, params=params)
         description = _write(folder, spool, splits, source=source, params=params)
-        description["ignored_files"] = read_json(raw / "source.json").get("ignored_files", [])
+        description["ignored_files"] = source.ignored_files
         write_json(folder / "dataset.json", description)
     return description
 

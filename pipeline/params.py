@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from pipeline.artifacts import write_text
 from pipeline.errors import UserError, report_errors, shown
@@ -221,7 +220,7 @@ def compose(recipe: str | None, overrides: Mapping[str, Any]) -> Any:
     check_params(values, origin=str(PARAMS_FILE))
     for section, fields in ({} if recipe is None else read_yaml(recipe_path(recipe))).items():
         if not isinstance(fields, Mapping):
-            raise UserError(f"recipe {recipe}: {section} is {fields!r}; allowed: a section with fields under it")
+            raise UserError(f"recipe {recipe}: {section} is {_brief(fields)}; allowed: a section with fields under it")
         for field, value in fields.items():
             _assign(values, f"{section}.{field}", value, origin=f"recipe {recipe}")
     for name, value in overrides.items():
@@ -248,8 +247,8 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set: found {text!r}; allowed: section.field=value, as in train.epochs=3")
     try:
         return name.strip(), YAML(typ="safe", pure=True).load(value)
-    except YAMLError:
-        raise UserError(f"--set: the value in {text!r} is not valid YAML") from None
+    except Exception:  # see read_yaml
+        raise UserError(f"--set: the value in {shown(text)!r} is not valid YAML") from None
 
 
 def read_yaml(path: Path) -> Any:
@@ -258,7 +257,10 @@ def read_yaml(path: Path) -> Any:
         values = YAML().load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run this in the project's folder") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except OSError:
+        raise
+    # beside YAMLError, ruamel's constructors raise nearly anything on odd values: ValueError, KeyError, IndexError, …
+    except Exception as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: found no sections; allowed: {', '.join(Params.model_fields)}")
@@ -307,7 +309,22 @@ def _explain(error: ValidationError, *, origin: str, overridden: Collection[str]
     if problem["type"] == "value_error" and len(problem["loc"]) == 1:
         return f"{origin}: {where}.{problem['ctx']['error']}{more}"
     allowed = problem["msg"].removeprefix("Value error, ").replace("Input should be ", "")
-    return f"{origin}: {where} is {problem['input']!r}; allowed: {allowed}{more}"
+    return f"{origin}: {where} is {_brief(problem['input'])}; allowed: {allowed}{more}"
+
+
+def _brief(value: Any) -> str:
+    """A value as it was written, without secrets; lists and mappings, which YAML can fold without end, only if flat."""
+    if isinstance(value, str):
+        return repr(shown(value))
+    if isinstance(value, Mapping):
+        return "a mapping" if value else "{}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_brief, value))}]" if all(map(_is_scalar, value)) else "a list of lists or mappings"
+    return repr(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    return not isinstance(value, Mapping | list | tuple | set)
 
 
 def _choices(found: str, names: list[str]) -> str:

@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 matplotlib.rcParams["font.family"] = ["DejaVu Sans"]  # the one that Matplotlib brings, for the same bytes everywhere
 MAX_LABELLED_CLASSES = 30
+MAX_LABEL_LENGTH = 24
 
 
 def curves(history: Sequence[Mapping[str, float]]) -> bytes:
@@ -40,17 +41,21 @@ def confusion_matrix(counts: npt.NDArray[np.int64], *, class_names: Sequence[str
     axes.set(xlabel="predicted", ylabel="actual")
     if len(class_names) <= MAX_LABELLED_CLASSES:
         ticks = range(len(class_names))
-        axes.set_xticks(ticks, [_plain(name) for name in class_names], rotation=45, ha="right")
-        axes.set_yticks(ticks, [_plain(name) for name in class_names])
+        axes.set_xticks(ticks, [_label(name) for name in class_names], rotation=45, ha="right")
+        axes.set_yticks(ticks, [_label(name) for name in class_names])
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
     return _png(figure)
 
 
-def _plain(name: str) -> str:
-    """A class name as text, since Matplotlib reads what stands between two dollar signs as a formula."""
-    return name.replace("$", r"\$")
+def _label(name: str) -> str:
+    """A class name as text, cut where it would push the matrix out of the picture.
+
+    Matplotlib reads what stands between two dollar signs as a formula.
+    """
+    short = name if len(name) <= MAX_LABEL_LENGTH else f"{name[: MAX_LABEL_LENGTH - 1]}…"
+    return short.replace("$", r"\$")
 
 
 def _png(figure: Figure) -> bytes:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.artifacts import CHECKSUMS, TRAIN, verify
-from pipeline.errors import UserError, report_errors
+from pipeline.errors import UserError, printable, report_errors
 from pipeline.images import UnreadableImage, decode
 from pipeline.model import ModelConfig, class_probabilities, load_model
 
@@ -62,7 +62,8 @@ def main() -> None:
                 print(json.dumps({"image": str(path), "probabilities": result}, ensure_ascii=False))
             else:
                 likeliest = list(result.items())[: arguments.top]
-                print(f"{path}: " + ", ".join(f"{name} {probability:.1%}" for name, probability in likeliest))
+                classes = ", ".join(f"{name} {probability:.1%}" for name, probability in likeliest)
+                print(printable(f"{path}: {classes}"))
 
 
 def _verify_model(folder: Path) -> None:

@@ -1,26 +1,33 @@
 """Raw data as `download` left it, decoded block by block: memory stays flat however many images there are."""
 
-import io
 import multiprocessing
 import os
-import pickle
 import signal
 import tarfile
 import threading
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from pipeline.artifacts import CIFAR10_ARCHIVE, IMAGEFOLDER_ARCHIVE, Images, Labels, missing, read_array, read_json
+from pipeline.archives import DamagedArchive, load_pickle, members, open_tar, read_member
+from pipeline.artifacts import (
+    CIFAR10_ARCHIVE,
+    IMAGEFOLDER_ARCHIVE,
+    Images,
+    Labels,
+    missing,
+    read_array,
+    read_json,
+)
 from pipeline.errors import UserError
 from pipeline.images import UnreadableImage, decode, resize_pixels
 from pipeline.params import Channels, NormalizeParams, Resize
@@ -63,8 +70,21 @@ class Source:
     channels: int
     num_files: int
     """Readable or not."""
+    ignored_files: list[str]
+    """Files that the folder of images holds, but that are no images by their suffix."""
     blocks: Iterator[Block]
     """At most BLOCK_IMAGES images and about BLOCK_BYTES each, in an order that only the data determines."""
+
+
+class _Description(BaseModel):
+    """What `source.json` says of the files beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    dataset: Literal["digits", "cifar10", "imagefolder"]
+    class_names: list[str] = []
+    counts: dict[str, dict[str, NonNegativeInt]] = {}
+    ignored_files: list[str] = []
 
 
 def open_source(folder: Path, *, params: NormalizeParams) -> Source:
@@ -72,14 +92,34 @@ def open_source(folder: Path, *, params: NormalizeParams) -> Source:
 
     Raises UserError, here or while blocks are read, where a file is missing, damaged or not what it should be.
     """
-    description = read_json(folder / "source.json")
-    dataset = description["dataset"]
+    description = _describe(folder)
+    dataset = description.dataset
     channels: Channels = params.channels if params.channels != "auto" else (1 if dataset == "digits" else 3)
     if dataset == "digits":
         return _open_digits(folder, image_size=params.image_size, channels=channels)
     if dataset == "cifar10":
         return _open_cifar(folder / CIFAR10_ARCHIVE, image_size=params.image_size, channels=channels)
     return _open_image_folder(folder / IMAGEFOLDER_ARCHIVE, description, params=params, channels=channels)
+
+
+def _describe(folder: Path) -> _Description:
+    path = folder / "source.json"
+    try:
+        return _Description.model_validate(read_json(path))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "the whole"
+        raise UserError(f"{path}: damaged ({where}: {problem['msg']}); {AGAIN}") from None
+
+
+def _check_names(class_names: Sequence[str], *, origin: str) -> tuple[str, ...]:
+    """The names, if they could be those of folders: they go into logs, tables and pages as they are."""
+    for name in class_names:
+        if not name.isprintable() or not name.strip() or "/" in name:
+            raise UserError(f"{origin}: found the class name {name!r}; allowed: printable characters without /")
+    if len(set(class_names)) < len(class_names):
+        raise UserError(f"{origin}: a class name comes twice; allowed: distinct names; {AGAIN}")
+    return tuple(class_names)
 
 
 def block_length(image_bytes: int) -> int:
@@ -97,11 +137,11 @@ def _resized(images: Iterable[npt.NDArray[np.uint8]], *, image_size: int, channe
 def _open_digits(folder: Path, *, image_size: int, channels: Channels) -> Source:
     values = read_array(folder / "images.npy", dtype=np.uint8, dimensions=3)
     labels = read_array(folder / "labels.npy", dtype=np.int64, dimensions=1)
-    if len(values) != len(labels) or values.max() > 16 or not _within(labels, 10):
+    if not 0 < len(values) == len(labels) or 0 in values.shape or values.max() > 16 or not _within(labels, 10):
         raise UserError(f"{folder}: not scikit-learn's digits (values 0-16, labels 0-9); {AGAIN}")
     pixels = np.rint(values * (255 / 16)).astype(np.uint8)  # 16 is white
     blocks = _array_blocks(pixels, labels, split="train", prefix="digits", image_size=image_size, channels=channels)
-    return Source("digits", tuple("0123456789"), channels, len(values), blocks)
+    return Source("digits", tuple("0123456789"), channels, len(values), [], blocks)
 
 
 def _array_blocks(
@@ -127,11 +167,12 @@ def _within(labels: Labels, num_classes: int) -> bool:
 def _open_cifar(archive: Path, *, image_size: int, channels: Channels) -> Source:
     with _open_tar(archive, "r:gz") as tar:
         names = _read_pickle(tar, "batches.meta", archive=archive).get("label_names")
-    if not isinstance(names, list) or len(set(map(_text, names))) != len(names) or not names:
-        raise UserError(f"{archive}: batches.meta has no list of distinct label_names; {AGAIN}")
-    class_names = tuple(map(_text, names))
+    if not isinstance(names, list) or not names or not all(type(name) in (str, bytes) for name in names):
+        raise UserError(f"{archive}: batches.meta has no list of label_names; check download.md5")
+    texts = [name.decode(errors="replace") if isinstance(name, bytes) else name for name in names]
+    class_names = _check_names(texts, origin=f"{archive}: batches.meta")
     blocks = _cifar_blocks(archive, num_classes=len(class_names), image_size=image_size, channels=channels)
-    return Source("cifar10", class_names, channels, 60_000, blocks)
+    return Source("cifar10", class_names, channels, 60_000, [], blocks)
 
 
 def _cifar_blocks(archive: Path, *, num_classes: int, image_size: int, channels: Channels) -> Iterator[Block]:
@@ -163,53 +204,20 @@ def _cifar_batch(
 
 
 def _read_pickle(tar: tarfile.TarFile, name: str, *, archive: Path) -> dict[str, Any]:
-    """A pickled dictionary of the archive, admitted by `_Unpickler` alone."""
+    """A pickled dictionary of the archive, its keys as text."""
     try:
-        member = tar.extractfile(f"{CIFAR_FOLDER}/{name}")
-        content = member.read() if member else b""
+        content = read_member(tar, f"{CIFAR_FOLDER}/{name}")
     except KeyError:
         raise UserError(f"{archive}: has no {CIFAR_FOLDER}/{name}; check download.urls and download.md5") from None
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+    except DamagedArchive as error:
         raise UserError(f"{archive}: damaged ({error}); {AGAIN}") from None
     try:
-        value = _Unpickler(io.BytesIO(content), encoding="latin1").load()
-    # Damaged pickles raise nearly anything: ValueError, IndexError, UnicodeDecodeError, …
-    except Exception as error:
+        value = load_pickle(content)
+    except DamagedArchive as error:
         raise UserError(f"{archive}: {name} refused ({error}); check download.urls and download.md5") from None
     if not isinstance(value, dict):
         raise UserError(f"{archive}: {name} is a {type(value).__name__}; allowed: a dictionary; check download.md5")
-    return {_text(key): entry for key, entry in value.items()}
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """In place of `_codecs.encode`, by which protocol 2 writes bytes; other codecs could unpack a bomb."""
-    if encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"codec {encoding!r} is not admitted")
-    return text.encode("latin1")
-
-
-_MULTIARRAY = np.empty(0).__reduce__()[0]
-_ADMITTED: dict[tuple[str, str], Any] = {
-    ("_codecs", "encode"): _latin1,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy.core.multiarray", "_reconstruct"): _MULTIARRAY,
-    ("numpy._core.multiarray", "_reconstruct"): _MULTIARRAY,
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Admits numpy arrays, lists, dictionaries, numbers, text and bytes: nothing that a pickle could run."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return _ADMITTED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} is not admitted") from None
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    return {key.decode("latin1") if isinstance(key, bytes) else key: entry for key, entry in value.items()}
 
 
 # A folder of image files, packed
@@ -229,10 +237,10 @@ Chunk = tuple[str, list[Member]]
 
 
 def _open_image_folder(
-    archive: Path, description: dict[str, Any], *, params: NormalizeParams, channels: Channels
+    archive: Path, description: _Description, *, params: NormalizeParams, channels: Channels
 ) -> Source:
-    class_names = tuple(description["class_names"])
-    num_files = sum(count for counts in description["counts"].values() for count in counts.values())
+    class_names = _check_names(description.class_names, origin=str(archive.with_name("source.json")))
+    num_files = sum(count for counts in description.counts.values() for count in counts.values())
     length = block_length(params.image_size * params.image_size * channels)
     chunks = _chunks(archive, class_names=class_names, num_files=num_files, length=length)
     work = partial(_decode_chunk, archive, image_size=params.image_size, channels=channels, resize=params.resize)
@@ -240,7 +248,7 @@ def _open_image_folder(
         raise UserError(missing(archive))
     pooled = archive.stat().st_size >= POOL_BYTES and num_workers() > 1
     blocks = _in_pool(work, chunks) if pooled else map(work, chunks)
-    return Source("imagefolder", class_names, channels, num_files, blocks)
+    return Source("imagefolder", class_names, channels, num_files, description.ignored_files, blocks)
 
 
 def num_workers() -> int:
@@ -255,7 +263,7 @@ def _chunks(archive: Path, *, class_names: tuple[str, ...], num_files: int, leng
     for file in _files(archive):
         file_split, class_name = _place(file.name, archive=archive)
         if class_name not in labels:
-            raise UserError(f"{archive}: {file.name} is of no class in train; allowed: {', '.join(class_names)}")
+            raise UserError(f"{archive}: {file.name!r} is of no class in train; allowed: {', '.join(class_names)}")
         if members and (file_split != split or len(members) == length):
             yield split, members
             members = []
@@ -270,23 +278,16 @@ def _chunks(archive: Path, *, class_names: tuple[str, ...], num_files: int, leng
 
 def _files(archive: Path) -> Iterator[tarfile.TarInfo]:
     with _open_tar(archive, "r:") as tar:
-        while (member := _next(tar, archive=archive)) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all: 1 KB a file
-            if member.isreg():
-                yield member
-
-
-def _next(tar: tarfile.TarFile, *, archive: Path) -> tarfile.TarInfo | None:
-    try:
-        return tar.next()
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"{archive}: damaged ({error}); {AGAIN}") from None
+        try:
+            yield from (member for member in members(tar) if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE))
+        except DamagedArchive as error:
+            raise UserError(f"{archive}: damaged ({error}); {AGAIN}") from None
 
 
 def _place(name: str, *, archive: Path) -> tuple[str, str]:
     parts = name.split("/")
-    if len(parts) < 3 or parts[0] not in SPLITS:
-        raise UserError(f"{archive}: found {name}; allowed: <split>/<class>/…, split being {', '.join(SPLITS)}")
+    if len(parts) < 3 or parts[0] not in SPLITS or not name.isprintable():
+        raise UserError(f"{archive}: found {name!r}; allowed: <split>/<class>/…, split being {', '.join(SPLITS)}")
     return parts[0], parts[1]
 
 
@@ -353,8 +354,8 @@ def _leave_with_parent() -> None:
 
 def _open_tar(archive: Path, mode: Any) -> tarfile.TarFile:
     try:
-        return tarfile.open(archive, mode)
+        return open_tar(archive, mode)
     except FileNotFoundError:
         raise UserError(missing(archive)) from None
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except DamagedArchive as error:
         raise UserError(f"{archive}: damaged ({error}); {AGAIN}") from None

@@ -92,3 +92,8 @@ def _described(folder: Path, dataset: str, **more: Any) -> Path:
     (folder / "source.json").write_text(json.dumps({"dataset": dataset, **more}), encoding="utf-8")
     write_checksums(folder)
     return folder
+
+
+def checksum(header: bytes) -> int:
+    """Of a tar header: the sum of its bytes, those of the checksum itself taken as spaces."""
+    return sum(header) - sum(header[148:156]) + 8 * ord(" ")

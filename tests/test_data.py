@@ -110,8 +110,33 @@ def test_arrays_that_disagree_with_dataset_json_are_named(tmp_path: Path) -> Non
 
 def test_a_damaged_dataset_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps({"dataset": "digits"}))
-    with pytest.raises(UserError, match=r"dataset\.json: damaged \(KeyError\('class_names'\)"):
+    with pytest.raises(UserError, match=r"dataset\.json: damaged \(class_names: Field required\)"):
         DatasetInfo.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"counts": {"train": 3}},
+        {"counts": {}},
+        {"mean": [None] * 3},
+        {"mean": [0.1]},
+        {"class_names": "ab"},
+        {"test_duplicates": [10**6]},
+    ],
+)
+def test_a_dataset_json_that_cannot_be_right_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    path = write_normalized(tmp_path) / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=r"dataset\.json: damaged"):
+        DatasetInfo.read(path.parent)
+
+
+def test_labels_of_no_class_are_refused(tmp_path: Path) -> None:
+    folder = write_normalized(tmp_path)
+    np.save(folder / "test_labels.npy", np.full(30, 3))
+    with pytest.raises(UserError, match=r"test_labels\.npy: found labels from 3 to 3; allowed: 0 to 2"):
+        Split.read("test", info=DatasetInfo.read(folder), device=CPU, folder=folder)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

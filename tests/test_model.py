@@ -19,7 +19,7 @@ from pipeline.model import (
 )
 
 
-def config(model: str = "lenet", *, classes: int = 10, **changes: object) -> ModelConfig:
+def config(model: str = "lenet", *, classes: int = 10, channels: int = 3, **changes: object) -> ModelConfig:
     values = {
         "model": model,
         "weights": None,
@@ -27,10 +27,10 @@ def config(model: str = "lenet", *, classes: int = 10, **changes: object) -> Mod
         "class_names": tuple(map(str, range(classes))),
         "image_size": 32,
         "input_size": None,
-        "channels": 3,
+        "channels": channels,
         "resize": "crop",
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.2, 0.2, 0.2),
+        "mean": (0.5,) * channels,
+        "std": (0.2,) * channels,
     }
     return ModelConfig.model_validate(values | changes)
 

@@ -1,0 +1,190 @@
+"""What docs/security.md promises, where no other test shows it."""
+
+import ast
+import io
+import os
+import struct
+import subprocess
+import sys
+import tarfile
+import tracemalloc
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flows import server, ui
+from pipeline.archives import DamagedArchive, load_pickle
+from pipeline.errors import UserError, printable, shown
+from pipeline.images import UnreadableImage, decode
+from pipeline.params import compose, dump_yaml
+from pipeline.plots import confusion_matrix
+from pipeline.raw import open_source
+from tests.conftest import PROJECT
+from tests.raw_folders import checksum, cifar_folder, encoded, image_folder, noise, params, plain_files
+
+HOSTILE = [
+    "$(touch run)",
+    "<img src=x onerror=alert(1)>",
+    "`touch run`; '\"",
+    "=1+1",
+    "-rf",
+    "%s {0} $\\frac{",
+    "n" * 200,
+]
+SOURCES = [*PROJECT.glob("pipeline/*.py"), *PROJECT.glob("flows/*.py")]
+
+
+def test_no_code_unpickles_or_runs_text() -> None:
+    calls = [
+        (path.name, ast.unparse(node))
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    ]
+    run = [
+        call for call in calls if call[1].startswith(("eval(", "exec(", "os.system(", "pickle.")) or "shell=" in call[1]
+    ]
+    loads = [text for _, text in calls if text.startswith(("torch.load(", "np.load("))]
+    assert run == []
+    assert all("weights_only=True" in text or "allow_pickle=False" in text for text in loads)
+    assert len(loads) >= 2
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"cos\nsystem\n(S'touch run'\ntR.", "is not admitted"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", None),  # an index that makes Python's unpickler take 32 GB
+        (b"\x80\x02}K\x01\x85" + b"2\x86" * 60 + b"K\x01s.", "not admitted|wrong place"),  # 2**60 steps to hash
+        (b"(i__main__\nX\n.", "the opcode INST is not admitted"),
+    ],
+)
+def test_a_pickle_is_data_only(content: bytes, told: str | None) -> None:
+    if told is None:
+        assert load_pickle(content) == {}
+    else:
+        with pytest.raises(DamagedArchive, match=told):
+            load_pickle(content)
+
+
+def test_a_pickle_cannot_unfold_into_memory() -> None:
+    text = b"X\x10\x27\x00\x00" + b"a" * 10_000 + b"q\x00"
+    call = b"c_codecs\nencode\nq\x01h\x00X\x06\x00\x00\x00latin1\x86R"
+    with pytest.raises(DamagedArchive, match="unfolds"):
+        load_pickle(b"\x80\x02](" + text + call * 1000 + b"e.")
+
+
+def test_an_archive_that_goes_back_in_itself_ends(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "raw", plain_files(per_class=1))
+    header = bytearray(tarfile.TarInfo("train/cat/0.png").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 10 + b"\xfe\x00"  # a size of -512
+    header[148:156] = b"%06o\0 " % checksum(bytes(header))
+    (folder / "images.tar").write_bytes(bytes(header) + (folder / "images.tar").read_bytes())
+    with pytest.raises(UserError, match="negative size"):
+        list(open_source(folder, params=params()).blocks)
+
+
+def test_reading_an_archive_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = image_folder(
+        tmp_path / "raw", {**plain_files(per_class=1), "train/cat/../../../out.png": encoded(noise(1))}
+    )
+    before = sorted(tmp_path.rglob("*"))
+    list(open_source(folder, params=params()).blocks)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_image_that_announces_too_much_is_refused_without_memory() -> None:
+    head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + head
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    bomb += struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+    tracemalloc.start()
+    with pytest.raises(UnreadableImage, match=r"134,217,728|more than"):
+        decode(bomb, image_size=32, channels=3, resize="crop")
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["\x1b[2Jcat", "a\nerror: b", "</script><script>alert(1)</script>", "\u202ecat", " "])
+def test_an_archive_cannot_bring_in_a_class_name_that_no_folder_has(tmp_path: Path, name: str) -> None:
+    changes: dict[str, Any] = {"batches.meta": {b"label_names": [name.encode(), b"dog"]}}
+    folder = cifar_folder(tmp_path / "raw", **changes)
+    with pytest.raises(UserError, match="found the class name") as error:
+        open_source(folder, params=params())
+    assert str(error.value).isprintable()
+
+
+def test_terminal_codes_are_spelt_out() -> None:
+    assert printable("a\x1b[2J\u202e\udc80b\n") == r"a\x1b[2J\u202e\udc80b\n"
+
+
+def test_names_of_classes_are_text_in_a_plot() -> None:
+    picture = Image.open(io.BytesIO(confusion_matrix(np.eye(7, dtype=int), class_names=HOSTILE)))
+    assert picture.getcolors(maxcolors=1 << 20)
+
+
+def test_hostile_names_and_secrets_stay_out_of_what_a_run_writes(workspace: Path) -> None:
+    for position, name in enumerate(HOSTILE):
+        (workspace / "images" / name).mkdir(parents=True)
+        for number in range(8):
+            content = encoded(noise(100 * position + number))
+            (workspace / "images" / name / f"$(touch run) '\"<b>{number}.png").write_bytes(content)
+    chosen = {"download.dataset": "imagefolder", "download.folder": "images", "train.epochs": 1, "train.batch_size": 8}
+    (workspace / "params.yaml").write_text(dump_yaml(compose(None, chosen)))
+    secret = "53cr3t-of-the-environment"
+    variables = ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "GITHUB_TOKEN", "PREFECT_API_KEY")
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), **dict.fromkeys(variables, secret)}
+    for step in ("download", "normalize", "train", "evaluate"):
+        command = [sys.executable, "-m", f"pipeline.{step}"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, secret in done.stdout + done.stderr) == (0, False), done.stderr
+        assert all(line.isprintable() for line in done.stdout.splitlines())
+    assert not list(workspace.rglob("run"))
+    assert not [path for path in workspace.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+
+
+def test_addresses_are_shown_without_what_may_be_secret() -> None:
+    assert shown("postgresql://me:pa#s?s@host/db") == "postgresql://host/db"
+    assert shown("https://me:secret@host/a.tar.gz?token=secret#secret") == "https://host/a.tar.gz"
+
+
+def test_a_password_in_the_prefect_address_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://me:secret@host:4200/api")
+    with ui.prefect_server(tmp_path) as told:
+        assert told.startswith("http://host:4200 ")
+
+
+def test_servers_are_started_on_loopback_only() -> None:
+    commands = [path.read_text(encoding="utf-8") for path in SOURCES if '"--host"' in path.read_text(encoding="utf-8")]
+    assert len(commands) == 2
+    assert all('"--host", "127.0.0.1"' in text and "0.0.0.0" not in text for text in commands)
+    assert server.Server(1, "", 4200).address == "http://127.0.0.1:4200"
+
+
+AUDITORS = {
+    "knows nothing": ("exit 0", 75),
+    "does not answer": ("echo ERROR; exit 1", 75),
+    "finds nothing in the lock": (
+        'case "$*" in *requirements.lock) exit 0;; esac; echo "urllib3 1.26.4 PYSEC"; exit 1',
+        0,
+    ),
+    "finds something in the lock": ('echo "Found 1 known vulnerability"; echo "urllib3 1.26.4 PYSEC"; exit 1', 1),
+    "breaks off": ('echo "urllib3 1.26.4 PYSEC"; exit 1', 75),
+}
+
+
+@pytest.mark.parametrize("case", AUDITORS)
+def test_an_audit_never_passes_in_silence(tmp_path: Path, case: str) -> None:
+    code, status = AUDITORS[case]
+    auditor = tmp_path / "auditor"
+    auditor.write_text(f"#!/bin/sh\n{code}\n")
+    auditor.chmod(0o755)
+    environment = {**os.environ, "PIP_AUDIT": str(auditor)}
+    done = subprocess.run([PROJECT / ".ci/audit"], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert (done.stdout + done.stderr).count("\n") == (2 if status == 1 else 1)
