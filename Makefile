@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 RECIPE ?= digits
 SET ?=
 # pytest's own options, as in: make test PYTEST="-k train"
-PYTEST ?= -n 2 --dist loadfile
+PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
@@ -17,7 +17,7 @@ export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help run test check lint format types ui worker prefect-env stop install lock audit clean
+.PHONY: help run test faults check lint format types ui worker prefect-env stop install lock audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epoc
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST)
+
+faults: $(INSTALLED) ## kill trainings 200 times, all over their lives, and compare what comes out (10 minutes)
+	@$(BIN)/python -m tests.faults.harness --kills 200
 
 check: lint types test ## all that CI checks: lint, format, types, tests
 

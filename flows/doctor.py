@@ -5,6 +5,7 @@ it is left alone. Exit status: 0 nothing found or all of it settled, 1 something
 """
 
 import argparse
+import fcntl
 import os
 import shutil
 import subprocess
@@ -58,6 +59,8 @@ PROJECT_LABEL = "process.project"
 RUN_COUNT_LABEL = "process.run_count"
 LIVE_STATES = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
 PAGE = 200
+CHECKPOINTS = Path(".cache/checkpoints")
+CHECKPOINT_DAYS = 14
 SILENCE = timedelta(hours=1)
 """A flow run that says nothing of its process is worth a word after this long."""
 
@@ -118,6 +121,9 @@ def mlflow_runs(project: Path) -> Iterator[Finding]:
             )
         elif run.life == "elsewhere":
             yield Finding(f"{name} on another host, {run.host}")
+    for path in tracking.put_aside():
+        what = f"{path.parent} keeps what MLflow should have had of a run"
+        yield Finding(what, "delivered", tracking.deliver)
 
 
 def prefect_runs(project: Path) -> Iterator[Finding]:
@@ -212,6 +218,35 @@ def workspaces(project: Path) -> Iterator[Finding]:
         )
 
 
+def checkpoints(project: Path) -> Iterator[Finding]:
+    """Those of trainings that nobody took up again for long: code, data or parameters have changed since."""
+    folder = project / CHECKPOINTS
+    for lock in sorted(folder.glob("*.lock")):
+        newest = max(path.stat().st_mtime for path in [lock, *lock.with_suffix("").glob("*")])
+        if time.time() - newest > CHECKPOINT_DAYS * 24 * 3600:
+            yield Finding(
+                f"{lock.with_suffix('').relative_to(project)}, the checkpoints of a training, are older than "
+                f"{CHECKPOINT_DAYS} days",
+                "removed",
+                lambda lock=lock: _remove_checkpoints(lock),  # type: ignore[misc]
+            )
+
+
+def _remove_checkpoints(lock: Path) -> bool:
+    """False where a training holds the lock."""
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        if not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno()))):
+            return False  # another training has begun since
+        for suffix in ("", ".gone"):
+            shutil.rmtree(lock.with_suffix(suffix), ignore_errors=True)
+        lock.unlink(missing_ok=True)
+    return True
+
+
 def dvc_locks(project: Path) -> Iterator[Finding]:
     """Locks of dead processes; `.dvc/tmp/lock` by itself is none, since the kernel lets go of it."""
     try:
@@ -273,7 +308,7 @@ def _remove(path: Path) -> bool:
 
 
 QUICK_CHECKS: tuple[Check, ...] = (prefect_runs, prefect_server, workspaces, dvc_locks, temporary_files)
-CHECKS: tuple[Check, ...] = (mlflow_runs, *QUICK_CHECKS, missing_objects)
+CHECKS: tuple[Check, ...] = (mlflow_runs, *QUICK_CHECKS, checkpoints, missing_objects)
 
 
 def _examine(check: Check, project: Path) -> list[Finding]:

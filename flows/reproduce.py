@@ -84,8 +84,9 @@ def find(project: Path, run_id: str) -> Record:
 
 def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Reproduction:
     """Make it again; raises UserError where the clone cannot be made, StepError where a stage fails."""
-    difference = tracking.read_file(run, "uncommitted.diff") or b""
-    if run.tags.get("git.dirty") == "true" and not difference:
+    dirty = run.tags.get("git.dirty") == "true"
+    difference = (tracking.read_file(run, "uncommitted.diff") if dirty else None) or b""
+    if dirty and not difference:
         raise UserError(f"MLflow run {run.run_id}: its uncommitted.diff is gone from MLflow, so its code is not known")
     damaged = tuple(_damaged_copies(project, run))  # before DVC, which notices too, puts them right
     variables = {"PIPELINE_REPRODUCES": run.run_id}

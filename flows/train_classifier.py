@@ -89,8 +89,8 @@ def _task(stage: str, *, timeout_hours: float, retry_delays: list[float] | None 
 download = _task("download", timeout_hours=6, retry_delays=[5.0, 20.0, 60.0])
 normalize = _task("normalize", timeout_hours=6)
 # a training goes on from its checkpoint
-train = _task("train", timeout_hours=7 * 24, retry_delays=[2.0, 60.0, 600.0])
-evaluate = _task("evaluate", timeout_hours=6, retry_delays=[5.0, 60.0, 600.0])
+train = _task("train", timeout_hours=7 * 24, retry_delays=[10.0, 30.0, 120.0])
+evaluate = _task("evaluate", timeout_hours=6, retry_delays=[5.0, 30.0, 120.0])
 
 
 @flow(name=FLOW_NAME, persist_result=False)

@@ -430,7 +430,7 @@ def stage_environment(project: Path, folder: Path, *, variables: Mapping[str, st
         # DVC keeps an index of each clone there, and would never remove it
         "DVC_SITE_CACHE_DIR": str(folder / "index"),
         "PIPELINE_PROJECT": str(project),
-        "PIPELINE_CACHE_DIR": str(project / ".cache"),
+        "PIPELINE_CACHE_DIR": os.environ.get("PIPELINE_CACHE_DIR") or str(project / ".cache"),
         **variables,
     }
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pipeline.errors import first_line
 
+MAX_HEADER_BYTES = 2**20
 MAX_PICKLE_BYTES = 2**28
 """Largest pickle that is read; one of CIFAR-10's has 31 MB."""
 
@@ -20,12 +21,26 @@ class DamagedArchive(ValueError):  # noqa: N818
     """The reason, in one line, why an archive or something in it cannot be read."""
 
 
+_HEADER_TYPES = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+
+
 class _TarInfo(tarfile.TarInfo):
-    """Refuses a negative size, with which Python before 3.11.14 would go back in the archive and never end."""
+    """Refuses a negative size, with which Python before 3.11.14 would go back in the archive and never end.
+
+    And headers of headers (long names, pax) of more than MAX_HEADER_BYTES, which tarfile would read whole.
+    """
 
     def _block(self, count: int) -> int:
         if count < 0:
             raise tarfile.InvalidHeaderError("a negative size")  # type: ignore[attr-defined]
+        if self.type in _HEADER_TYPES and count > MAX_HEADER_BYTES:
+            raise tarfile.InvalidHeaderError(f"a header of {count:,} bytes")  # type: ignore[attr-defined]
         size: int = super()._block(count)  # type: ignore[misc]
         return size
 
@@ -165,7 +180,7 @@ class _Reader:
             case "SETITEM" | "SETITEMS":
                 self._put(self._since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()])
             case "STACK_GLOBAL":
-                stack[-2:] = [_Name(f"{stack[-2]} {stack[-1]}")]
+                stack[-2:] = [_Name(f"{_of(str, stack[-2])} {_of(str, stack[-1])}")]
             case "REDUCE":
                 stack[-2:] = [self._call(stack[-2], stack[-1])]
             case "BUILD":
@@ -196,7 +211,7 @@ class _Reader:
                 return _Array()
             case "numpy dtype", (str(code), *_) if _DTYPE.fullmatch(code):
                 return np.dtype(code)
-        raise DamagedArchive(f"{name!r} with such arguments is not admitted")
+        raise DamagedArchive(f"{_of(_Name, name)[:80]!r} with such arguments is not admitted")
 
     def _build(self, state: Any, target: Any) -> None:
         if isinstance(target, np.dtype):
@@ -219,7 +234,7 @@ class _Name(str):
 
 
 def _of(kind: Any, value: Any) -> Any:
-    if not isinstance(value, kind) or isinstance(value, _Name):
+    if not isinstance(value, kind) or (isinstance(value, _Name) and kind is not _Name):
         raise DamagedArchive(f"a {type(value).__name__} in the wrong place")
     return value
 

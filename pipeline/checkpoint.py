@@ -72,17 +72,18 @@ class Checkpoints:
                 return Checkpoint.from_bytes(content)
             except (OSError, ValueError) as error:
                 print(f"warning: {path}: damaged ({error}); the checkpoint before it is used, if any", flush=True)
+                path.unlink(missing_ok=True)
         return None
 
     def write(self, checkpoint: Checkpoint) -> None:
         """Write it whole or not at all, then remove those that are no longer needed; raises OSError."""
         content = checkpoint.to_bytes()
         md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        write_bytes(self._folder / f"step-{checkpoint.step:010}-{md5}.safetensors", content)
-        kept = self._files()[:KEPT]
-        for path in self._folder.iterdir():  # also what a killed process was writing
-            if path not in kept:
-                path.unlink()
+        newest = self._folder / f"step-{checkpoint.step:010}-{md5}.safetensors"
+        write_bytes(newest, content)
+        kept = {newest, *[path for path in self._files() if path != newest][: KEPT - 1]}
+        for path in set(self._folder.iterdir()) - kept:  # also what a killed process was writing
+            path.unlink()
 
     def remove(self) -> None:
         """Forget them all, at once: a killed process leaves all or none."""

@@ -37,14 +37,14 @@ def uninterrupted() -> Iterator[None]:
     came: list[tuple[int, FrameType | None]] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, lambda number, frame: came.append((number, frame))) for number in numbers]
+    handlers = dict(zip(numbers, before, strict=True))
     try:
         yield
     finally:
-        handlers = dict(zip(numbers, before, strict=True))
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for first, frame in came[:1]:
-            _heed(handlers[signal.Signals(first)], first, frame)
+    for first, frame in came[:1]:  # not where the block failed: then its error is what to tell
+        _heed(handlers[signal.Signals(first)], first, frame)
 
 
 def _heed(handler: Any, number: int, frame: FrameType | None) -> None:

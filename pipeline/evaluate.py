@@ -13,7 +13,7 @@ import torch
 from pipeline import plots, tracking
 from pipeline.artifacts import EVALUATE, TRAIN, Labels, verify, verify_splits, write_bytes, write_csv, write_json
 from pipeline.data import DatasetInfo, Split, choose_device
-from pipeline.errors import UserError, report_errors
+from pipeline.errors import TemporaryError, UserError, report_errors
 from pipeline.model import load_model, logits_of
 from pipeline.params import load_params
 from pipeline.train import loss_function
@@ -162,12 +162,14 @@ def _record(result: Evaluation, *, model_md5: str, experiment: str) -> None:
         print(
             "no MLflow run here made this model (it was pulled, or trained elsewhere): a new run holds its evaluation"
         )
-    run.log({f"test_{name.removeprefix('test_')}": value for name, value in result.metrics.items()}, step=0)
-    run.flush()
-    run.tag(tracking.outputs_tag(EVALUATE, names=FILES), once=True)  # a later evaluation may have other parameters
     print(f"MLflow run {run.run_id}", flush=True)
-    for name in ("confusion_matrix.png", "per_class.csv"):
-        run.log_file(EVALUATE / name, folder="plots" if name.endswith("png") else "evaluate")
+    run.log({f"test_{name.removeprefix('test_')}": value for name, value in result.metrics.items()}, step=0)
+    with tracking.store_errors():
+        if not run.flush():
+            raise TemporaryError("MLflow stopped answering: it has not got the evaluation; run the same command again")
+        run.tag(tracking.outputs_tag(EVALUATE, names=FILES), once=True)  # a later evaluation may have other parameters
+        for name in ("confusion_matrix.png", "per_class.csv"):
+            run.log_file(EVALUATE / name, folder="plots" if name.endswith("png") else "evaluate")
 
 
 if __name__ == "__main__":

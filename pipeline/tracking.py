@@ -57,6 +57,8 @@ FLOW_RUN = "flow_run."
 """Tag `flow_run.<id>` = experiment, for each flow run that made the model or had it from DVC's cache."""
 HARDWARE = "hardware."
 """Tags `hardware.<part>`: what the last bits of a model depend on."""
+STALE = ("killed.reason", "dvc.experiment", "prefect.flow_run_id", "prefect.flow_run_name", "mlflow.note.content")
+"""Tags that say how a run was ended, and for whom it was begun: not true of one that is taken up by another."""
 TRAINING = "training"
 """Tag of a training's fingerprint."""
 LOCK_FILE = Path("dvc.lock")
@@ -99,8 +101,10 @@ class Run:
             self._waiting += new
 
     def flush(self) -> bool:
-        """Send what waits; False where MLflow does not answer: it waits on."""
-        with self._sending:
+        """Send what waits; False where MLflow does not answer, or the thread is still waiting for its answer."""
+        if not self._sending.acquire(timeout=1):
+            return False
+        try:
             while batch := self._waiting[:MAX_METRICS]:
                 try:
                     self._client.log_batch(self.run_id, metrics=batch)
@@ -112,11 +116,13 @@ class Run:
                 if self._away:
                     self._away = False
                     print("MLflow answers again: it has all metrics now", flush=True)
-        return True
+            return True
+        finally:
+            self._sending.release()
 
     def _say_away(self, error: Exception) -> None:
         if not self._away:
-            print(f"warning: metrics wait for MLflow, the training goes on: {first_line(error)}", flush=True)
+            print(f"warning: metrics wait for MLflow, which does not answer: {_reason(error)}", flush=True)
         self._away = True
 
     def notes(self) -> dict[str, Any]:
@@ -129,6 +135,17 @@ class Run:
         if once:
             tags = {name: tags[name] for name in tags.keys() - self._client.get_run(self.run_id).data.tags.keys()}
         self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Remove those of these tags that the run has."""
+        for name in self._client.get_run(self.run_id).data.tags.keys() & set(names):
+            self._client.delete_tag(self.run_id, name)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Set those that the run does not have: MLflow lets none be changed, not even one of another step."""
+        known = self._client.get_run(self.run_id).data.params
+        new = [Param(name, str(value)) for name, value in params.items() if name not in known]
+        self._client.log_batch(self.run_id, params=new)
 
     def log_file(self, path: Path, *, folder: str | None = None) -> None:
         self._client.log_artifact(self.run_id, str(path), folder)
@@ -169,7 +186,7 @@ class Run:
             yield
         finally:
             stop.set()
-            thread.join(timeout=CONNECT_SECONDS)
+            thread.join(timeout=2)
 
 
 @contextmanager
@@ -178,8 +195,8 @@ def training_run(
     experiment: str,
     params: Mapping[str, Any],
     dataset: MetaDataset,
+    training: str,
     hardware: Mapping[str, str] = {},
-    training: str = "",
     earlier: Mapping[str, Any] | None = None,
 ) -> Iterator[Run]:
     """A run with its parameters, data set, origin, hardware and system metrics.
@@ -190,30 +207,33 @@ def training_run(
     connect()
     deliver()
     difference = _git_bytes(*DIFF)
-    with _store_errors():
+    with store_errors():
         run = _take_up(training, earlier=earlier) or _create_run(experiment, training=training)
         for dead in running():
             if dead.run_id != run.run_id and dead.life == "dead" and mark_killed(dead):
                 print(f"MLflow run {dead.run_id} was left RUNNING by a dead process: marked KILLED", flush=True)
     status = "FAILED"
     try:
-        mlflow.start_run(run_id=run.run_id, log_system_metrics=True)
-        MlflowClient().log_batch(run.run_id, params=[Param(name, str(value)) for name, value in params.items()])
-        mlflow.log_input(dataset, context="training")
-        run.tag(
-            {
-                **_origin(difference),
-                "data.md5": dataset.digest,
-                **_inputs(params),
-                **{f"{HARDWARE}{name}": value for name, value in hardware.items()},
-            }
-        )
-        _log_surroundings(run, difference)
+        with store_errors():
+            mlflow.start_run(run_id=run.run_id, log_system_metrics=True)
+            run.log_params(params)
+            mlflow.log_input(dataset, context="training")
+            run.forget(STALE)
+            run.tag(
+                {
+                    **_origin(difference),
+                    "data.md5": dataset.digest,
+                    **_inputs(params),
+                    **{f"{HARDWARE}{name}": value for name, value in hardware.items()},
+                }
+            )
+            _log_surroundings(run, difference)
         with run.sending():
             yield run
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "2"  # who sent SIGTERM sends SIGKILL soon
         raise
     finally:
         _close(run, status)
@@ -249,20 +269,22 @@ def _create_run(experiment: str, *, training: str) -> Run:
 
 def _close(run: Run, status: str) -> None:
     """End the run; where MLflow does not answer, put aside what it is to have, for `deliver`."""
-    done = run.flush()
+    sent = ended = False
     try:
-        mlflow.end_run(status)
-    except (MlflowException, OSError):
-        done = False
-    if done and run.unrecorded is None:
+        sent = run.flush()
+    finally:  # else MLflow, at the end of the process, would set FINISHED
+        with told(f"MLflow run {run.run_id} could not be ended"):
+            mlflow.end_run(status)
+            ended = True
+    if sent and ended and run.unrecorded is None:
         return
     with told(f"MLflow run {run.run_id} was not closed"):
         folder = _outbox() / run.run_id
         folder.mkdir(parents=True, exist_ok=True)
         if run.unrecorded:
             shutil.copytree(run.unrecorded, folder / run.unrecorded.name, dirs_exist_ok=True)
-        ended = int(time.time() * 1000)
-        write_json(folder / "run.json", {"store": _store_md5(), "status": status, "ended": ended, **run.notes()})
+        now = int(time.time() * 1000)
+        write_json(folder / "run.json", {"store": _store_md5(), "status": status, "ended": now, **run.notes()})
         print(f"MLflow does not answer: {folder} keeps what it is to have, for the next training or evaluation")
 
 
@@ -275,26 +297,49 @@ def _store_md5() -> str:
     return hashlib.md5(mlflow.get_tracking_uri().encode(), usedforsecurity=False).hexdigest()
 
 
-def deliver() -> None:
-    """Give MLflow what was put aside while it did not answer; `connect` comes first."""
-    for path in sorted(_outbox().glob("*/run.json")):
+def put_aside() -> list[Path]:
+    """The notes of the runs for which something is kept that MLflow should have."""
+    return sorted(_outbox().glob("*/run.json"))
+
+
+def deliver() -> bool:
+    """Give MLflow what was put aside while it did not answer; whether nothing is left. `connect` comes first.
+
+    One process at a time: another one that is at it is left to it.
+    """
+    for path in put_aside():
+        with told(f"{path.parent} waits on"), path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _deliver(path)
+    return not put_aside()
+
+
+def _deliver(path: Path) -> None:
+    try:
         notes = read_json(path)
-        if notes["store"] == _store_md5():
-            with told(f"{path.parent} waits on"):
-                _deliver(path.parent, notes)
-                print(f"MLflow run {notes['run_id']} has now what was kept for it", flush=True)
+    except UserError as error:
+        raise OSError(str(error)) from None
+    if notes["store"] != _store_md5():
+        return
+    found = find_run(notes["run_id"])
+    if found is None:
+        print(f"MLflow no longer has the run {notes['run_id']}: what was kept for it is removed", flush=True)
+    elif found.status != "RUNNING" or _is_free(found):  # else it goes on already
+        _give(path.parent / TRAIN.name, notes)
+        print(f"MLflow run {notes['run_id']} has now what was kept for it", flush=True)
+    shutil.rmtree(path.parent)
 
 
-def _deliver(folder: Path, notes: Mapping[str, Any]) -> None:
+def _give(folder: Path, notes: Mapping[str, Any]) -> None:
+    """Metrics, the finished training in `folder` where there is one, and how the run ended."""
     run = Run(notes["run_id"], waiting=[Metric(*values) for values in notes["waiting"]])
     done = run.flush()
-    if (folder / TRAIN.name).exists():
+    if folder.exists():
         with mlflow.start_run(run_id=run.run_id):
-            run.record(folder / TRAIN.name)
+            run.record(folder)
     MlflowClient().set_terminated(run.run_id, notes["status"], notes["ended"])
     if not done or run.unrecorded:
         raise OSError("MLflow stopped answering again")
-    shutil.rmtree(folder)
 
 
 @contextmanager
@@ -303,7 +348,13 @@ def told(what: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:
-        print(f"warning: {what}: {first_line(error)}", flush=True)
+        print(f"warning: {what}: {_reason(error)}", flush=True)
+
+
+def _reason(error: Exception) -> str:
+    """What MLflow says, without the password that the address of its store may hold."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "mlflow.db"
+    return first_line(error).replace(uri, shown(uri))
 
 
 def run_of_model(model_md5: str, *, experiment: str) -> tuple[Run, bool]:
@@ -315,7 +366,7 @@ def run_of_model(model_md5: str, *, experiment: str) -> tuple[Run, bool]:
     connect()
     deliver()
     found = makers(model_md5, reproduces=os.environ.get("PIPELINE_REPRODUCES"))
-    with _store_errors():
+    with store_errors():
         client = MlflowClient()
         if found:
             run = Run(found[0].run_id)
@@ -330,7 +381,7 @@ def run_of_model(model_md5: str, *, experiment: str) -> tuple[Run, bool]:
 def find_runs(tags: Mapping[str, str]) -> list[Record]:
     """The runs with all of these tags (`%` stands for anything), newest first; `connect` comes first."""
     conditions = [f"tags.`{name}` {'LIKE' if '%' in value else '='} '{value}'" for name, value in tags.items()]
-    with _store_errors():
+    with store_errors():
         runs = mlflow.search_runs(
             search_all_experiments=True,
             filter_string=" and ".join(conditions),
@@ -347,7 +398,7 @@ def makers(model_md5: str, *, reproduces: str | None = None) -> list[Record]:
 
 def find_run(run_id: str) -> Record | None:
     """The run of this id, if there is one."""
-    with _store_errors():
+    with store_errors():
         try:
             return _as_record(MlflowClient().get_run(run_id))
         except MlflowException as error:
@@ -371,7 +422,7 @@ def _as_record(run: mlflow.entities.Run) -> Record:
 
 def read_file(run: Record, name: str) -> bytes | None:
     """A file recorded with the run, or None where there is none of this name."""
-    with _store_errors():
+    with store_errors():
         folder, _, _ = name.rpartition("/")
         if name not in {file.path for file in MlflowClient().list_artifacts(run.run_id, folder or None)}:
             return None
@@ -403,7 +454,7 @@ class Running:
 def running() -> list[Running]:
     """The RUNNING runs that say which process makes them; `connect` comes first."""
     query = f"attributes.status = 'RUNNING' and tags.`{HOST}` LIKE '%'"
-    with _store_errors():
+    with store_errors():
         runs = mlflow.search_runs(search_all_experiments=True, filter_string=query, output_format="list")
     return [
         Running(run.info.run_id, run.info.run_name, run.data.tags[HOST], run.data.tags[PID], life(run.data.tags))
@@ -414,7 +465,7 @@ def running() -> list[Running]:
 def mark_killed(run: Running) -> bool:
     """End a run whose process is dead, with a tag that says so; False where it has ended meanwhile."""
     reason = f"process {run.pid} on {run.host} ended without ending the run; found at {time.strftime('%F %T%z')}"
-    with _store_errors():
+    with store_errors():
         client = MlflowClient()
         if client.get_run(run.run_id).info.status != "RUNNING":
             return False
@@ -433,7 +484,9 @@ def connect() -> None:
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
-    with _store_errors():
+    if shown(uri) != uri:
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print the password too
+    with store_errors():
         if urlsplit(uri).scheme in {"http", "https"}:
             try:
                 requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS).raise_for_status()
@@ -473,14 +526,16 @@ def _unreachable(uri: str, reason: str) -> str:
 
 
 @contextmanager
-def _store_errors() -> Iterator[None]:
+def store_errors() -> Iterator[None]:
+    """Tell MLflow's failures in one line: TemporaryError for a server, UserError for a file or a database."""
     try:
         yield
     except (MlflowException, OSError, ValueError, ImportError) as error:
         if isinstance(error, UserError):
             raise
         uri = os.environ.get("MLFLOW_TRACKING_URI") or "mlflow.db"
-        raise UserError(_unreachable(uri, first_line(error).replace(uri, shown(uri)))) from None
+        kind = TemporaryError if uri.startswith("http") else UserError
+        raise kind(_unreachable(uri, _reason(error))) from None
 
 
 def _experiment_id(name: str) -> str:
@@ -488,6 +543,11 @@ def _experiment_id(name: str) -> str:
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or name
     client = MlflowClient()
     if found := client.get_experiment_by_name(name):
+        if found.lifecycle_stage == "deleted":
+            raise UserError(
+                f"MLflow's experiment {name} is deleted; `mlflow experiments restore -x {found.experiment_id}` brings "
+                "it back, MLFLOW_EXPERIMENT_NAME=… takes another"
+            )
         return str(found.experiment_id)
     local = not os.environ.get("MLFLOW_TRACKING_URI", "sqlite:").startswith("http")
     return client.create_experiment(name, artifact_location=_artifact_folder().as_uri() if local else None)

@@ -90,14 +90,14 @@ def train(
     """Train `classifier`, which lies on the splits' device, in place; go on from `start`, as if there had been no stop.
 
     `save` is called after each epoch, every `params.checkpoint_every_minutes`, and on SIGTERM and Ctrl-C. Raises
-    UserError where a loss is not finite, before the step that would have spoilt the weights, or the memory is full.
+    UserError where a loss is not finite, before the step that would have spoilt the weights.
     """
     training = _Training(
         classifier, params=params, train_split=train_split, validation_split=validation_split, on_step=on_step
     )
     if start is not None:
         training.restore(start)
-    with _told_memory(params), _saved_on_interrupt(training, save):
+    with _saved_on_interrupt(training, save):
         while not training.is_over:
             training.run_epoch(on_epoch=on_epoch, save=save)
     return Trained(best=training.best, last=_copy(classifier), history=training.history)
@@ -439,11 +439,11 @@ def main() -> None:
         refuse_misfits(everything.train, info)
         device = prepare_torch(everything.train)
         config = configure(everything.train, info)
-        classifier = _make_classifier(everything.train, config=config, device=device)
         training = fingerprint(
             **_determinants(everything.train, info, device=device), reproduces=os.environ.get("PIPELINE_REPRODUCES")
         )
-        with checkpoints_of(training) as checkpoints:
+        with _told_memory(everything.train), checkpoints_of(training) as checkpoints:
+            classifier = _make_classifier(everything.train, config=config, device=device)
             start = checkpoints.newest()
             with tracking.training_run(
                 experiment=info.dataset,
@@ -500,6 +500,7 @@ def _determinants(params: TrainParams, info: DatasetInfo, *, device: torch.devic
         "torch": torch.__version__,
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
     }
 
 

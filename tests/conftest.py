@@ -18,6 +18,9 @@ from flows import server
 from pipeline.artifacts import replace_folder
 from pipeline.params import Params, TrainParams, check_params, read_yaml
 
+# threads that spin while they wait for one another make tests side by side many times as slow
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 PROJECT = Path(__file__).parents[1]
 DEFAULTS = read_yaml(PROJECT / "params.yaml")
 
@@ -74,9 +77,19 @@ def _write_normalized(target: Path, *, classes: int, size: int, channels: int, t
     (target / "dataset.json").write_text(json.dumps(info))
 
 
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store without a run, to be copied: to make one takes seconds."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    code = "import sys; from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as S; S(*sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", code, f"sqlite:///{path}", str(path.parent)], check=True, capture_output=True)
+    return path
+
+
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
     """An empty current folder with the committed parameters and recipes, and an MLflow store of its own."""
+    shutil.copy(empty_store, tmp_path)
     for name in ("params.yaml", "recipes"):
         source = PROJECT / name
         if source.is_dir():

@@ -69,6 +69,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert "damaged" in capsys.readouterr().out
 
 
+def test_a_new_checkpoint_stays_beside_damaged_ones_of_later_steps(tmp_path: Path) -> None:
+    for path in written(tmp_path / "one", 90, 100):
+        path.write_bytes(b"nothing")
+    assert written(tmp_path / "one", 5)[-1].name.startswith("step-0000000005")
+    assert newest_step(tmp_path / "one") == 5
+
+
 def test_without_a_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
     for path in written(tmp_path / "one", 1, 2):
         path.write_bytes(b"nothing")
@@ -78,7 +85,7 @@ def test_without_a_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
 
 @settings(max_examples=1000, deadline=None, derandomize=True)
 @given(st.data())
-def test_damaged_content_is_refused_or_the_same(data: st.DataObject) -> None:
+def test_damaged_content_raises_nothing_but_value_error(data: st.DataObject) -> None:
     content = bytearray(checkpoint(3).to_bytes())
     kind = data.draw(st.sampled_from(["flip", "cut", "insert", "header"]))
     place = data.draw(st.integers(0, len(content) - 1 if kind != "header" else 120))

@@ -90,10 +90,10 @@ def run(recipe: str, overrides: dict[str, object]) -> dict[str, float]:
 
 
 def test_a_folder_of_real_images_runs_through(workspace: Path, tree: Path) -> None:
-    overrides = {"download.dataset": "imagefolder", "download.folder": str(tree), "train.epochs": 4}
+    overrides = {"download.dataset": "imagefolder", "download.folder": str(tree), "train.epochs": 2}
     metrics = run("cifar10_lenet", overrides)
     info = json.loads(Path("artifacts/normalize/dataset.json").read_text())
-    assert metrics["accuracy"] > 0.5
+    assert metrics["accuracy"] > 0.4
     assert info["mean"] == pytest.approx([0.4913, 0.4821, 0.4465], abs=2e-3)
     assert info["std"] == pytest.approx([0.2452, 0.2428, 0.2606], abs=2e-3)
     assert {sum(counts.values()) for counts in info["counts"].values()} == {45_000, 5_000, 10_000}
@@ -104,8 +104,8 @@ def test_the_official_layout_over_http_gives_the_same_images(
     workspace: Path, server: str, official_archive: Path
 ) -> None:
     md5 = hashlib.md5(official_archive.read_bytes(), usedforsecurity=False).hexdigest()
-    metrics = run("cifar10_lenet", {"download.urls": [server], "download.md5": md5, "train.epochs": 4})
+    metrics = run("cifar10_lenet", {"download.urls": [server], "download.md5": md5, "train.epochs": 2})
     info = json.loads(Path("artifacts/normalize/dataset.json").read_text())
-    assert metrics["accuracy"] > 0.5
+    assert metrics["accuracy"] > 0.4
     assert info["class_names"][0] == "airplane"
     assert info["mean"] == pytest.approx([0.4913, 0.4821, 0.4465], abs=2e-3)

@@ -1,11 +1,13 @@
 """The doctor, with real flow runs killed in the middle of a training that MLflow records."""
 
+import fcntl
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ TRAIN = """
 if stage == "train":
     from pipeline import tracking
     dataset = tracking.dataset("toy", source=None, digest="0")
-    with tracking.training_run(experiment="toy", params={}, dataset=dataset):
+    with tracking.training_run(experiment="toy", params={}, dataset=dataset, training=str(os.getpid())):
         print("training begins")
         if (told / "train.long").exists():
             time.sleep(60)
@@ -139,17 +141,15 @@ def test_what_killed_runs_left_is_settled_and_the_living_are_left_alone(tracked:
     assert examine(tracked, api_url=api_url) == (0, "nothing found\n")
 
 
-def test_a_training_outlived_by_its_flow_is_marked_killed_by_the_next_one(tracked: Path, api_url: str) -> None:
+def test_a_training_that_was_killed_is_marked_so_by_the_next_try(tracked: Path, api_url: str) -> None:
     process = start_training(tracked, 1, api_url=api_url)
     [training] = [p for p in psutil.Process(process.pid).children(recursive=True) if p.cmdline()[-1:] == ["train"]]
-    training.send_signal(signal.SIGKILL)
-    output, _ = process.communicate(timeout=30)
-    assert "SIGKILL (out of memory?)" in output
-    assert mlflow_statuses(tracked) == ["RUNNING"]
     (tracked.parent / "train.long").unlink()
-    status, text = run(tracked, api_url=api_url)
-    assert "was left RUNNING by a dead process: marked KILLED" in text, text
-    assert (status, mlflow_statuses(tracked)) == (0, ["KILLED", "FINISHED"])
+    training.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert "SIGKILL (out of memory?)" in output
+    assert "was left RUNNING by a dead process: marked KILLED" in output
+    assert (process.returncode, mlflow_statuses(tracked)) == (0, ["KILLED", "FINISHED"])
 
 
 def found(check: doctor.Check, project: Path) -> list[str]:
@@ -326,3 +326,20 @@ def test_a_flow_run_ends_when_its_worker_was_killed() -> None:
     worker.communicate()
     _, living = psutil.wait_procs([process], timeout=10)
     assert not living
+
+
+def test_checkpoints_that_nobody_took_up_for_long_are_removed(project: Path) -> None:
+    folder = project / doctor.CHECKPOINTS
+    for name, days in {"old": 15, "young": 13}.items():
+        (folder / name).mkdir(parents=True)
+        for path in (folder / name / "step-1", folder / f"{name}.lock"):
+            path.touch()
+            os.utime(path, (time.time() - days * 86400,) * 2)
+    [finding] = doctor.checkpoints(project)
+    assert "checkpoints/old, the checkpoints of a training, are older than 14 days" in finding.what
+    assert finding.settle
+    with (folder / "old.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not finding.settle()
+    assert finding.settle()
+    assert sorted(path.name for path in folder.iterdir()) == ["young", "young.lock"]

@@ -248,15 +248,18 @@ def test_the_clone_of_a_failed_run_is_kept_where_that_is_asked_for(project: Path
     assert not [path for path in (project / workspace.FOLDER).iterdir() if path.is_dir()]
 
 
-@pytest.mark.parametrize("case", [("download", 75, 4), ("download", 2, 1), ("train", 75, 1)])
-def test_only_a_download_that_may_pass_is_tried_again(
+@pytest.mark.parametrize(
+    "case", [("download", 75, 4), ("download", 2, 1), ("train", 75, 4), ("train", 1, 1), ("normalize", 75, 1)]
+)
+def test_what_may_pass_is_tried_again(
     project: Path,
     run_here: Callable[[], Any],
     monkeypatch: pytest.MonkeyPatch,
     case: tuple[str, int, int],
 ) -> None:
     stage, status, attempts = case
-    monkeypatch.setattr(train_classifier.download, "retry_delay_seconds", [0.0, 0.0, 0.0])
+    for task in (train_classifier.download, train_classifier.train):
+        monkeypatch.setattr(task, "retry_delay_seconds", [0.0, 0.0, 0.0])
     (project.parent / f"{stage}.exit").write_text(str(status))
     state = run_here()
     assert train_classifier._report(state, recipe="digits") == status

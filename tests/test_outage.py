@@ -15,7 +15,15 @@ import mlflow
 import pytest
 
 from tests.conftest import PROJECT, free_port
-from tests.test_resume import Project, left_behind, whole  # noqa: F401  (a fixture)
+from tests.test_resume import Project, left_behind, undisturbed
+
+EPOCHS = {"epochs": 20}
+"""Long enough for MLflow to be missed."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return undisturbed(tmp_path_factory.mktemp("whole"), **EPOCHS)
 
 
 class Server:
@@ -58,33 +66,35 @@ class Server:
 @pytest.fixture
 def server(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     found = Server(workspace)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", found.uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", found.uri.replace("//", "//me:secret@"))
     for name, value in {"MAX_RETRIES": "1", "TIMEOUT": "20"}.items():  # for the test's own questions, too
         monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
     yield found
     found.kill()
 
 
-def test_metrics_wait_while_the_server_is_away_and_arrive_when_it_is_back(server: Server, whole: Any) -> None:  # noqa: F811
-    process = Project(Path.cwd()).start_until("epoch  2/20")
+def test_metrics_wait_while_the_server_is_away_and_arrive_when_it_is_back(server: Server, whole: Any) -> None:
+    process = Project(Path.cwd(), **EPOCHS).start_until("epoch  2/20")
     server.kill()
     assert process.stdout
-    next(line for line in process.stdout if "metrics wait for MLflow, the training goes on" in line)
+    next(line for line in process.stdout if "metrics wait for MLflow, which does not answer" in line)
     process.send_signal(signal.SIGSTOP)
     server.start()
     process.send_signal(signal.SIGCONT)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
     assert "MLflow answers again" in output
+    assert "secret" not in output
     assert left_behind() == whole
 
 
-def test_what_a_server_that_stays_away_should_have_is_kept_for_it(server: Server, whole: Any) -> None:  # noqa: F811
-    process = Project(Path.cwd()).start_until("epoch  2/20")
+def test_what_a_server_that_stays_away_should_have_is_kept_for_it(server: Server, whole: Any) -> None:
+    process = Project(Path.cwd(), **EPOCHS).start_until("epoch  2/20")
     server.kill()
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert "keeps what it is to have" in output
+    assert "secret" not in output
     server.start()
     done = subprocess.run(
         [sys.executable, "-m", "pipeline.evaluate"],

@@ -16,11 +16,14 @@ import mlflow
 import pytest
 import torch
 
+from pipeline import tracking
 from pipeline.artifacts import file_md5
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import Checkpoint, fingerprint
+from pipeline.data import DatasetInfo
+from pipeline.errors import UserError
 from pipeline.model import build
 from pipeline.params import TrainParams, dump_yaml
-from pipeline.train import Trained, train
+from pipeline.train import Trained, _determinants, train
 from tests.conftest import DEFAULTS, PROJECT, heed_interrupts, train_params, write_normalized
 from tests.test_model import config
 from tests.test_train import OPTIMIZERS, QUICK, runs, split_of
@@ -108,16 +111,16 @@ def test_a_long_epoch_has_checkpoints_in_its_midst() -> None:
 
 
 class Project:
-    """A folder with data, in which the plain command trains for some seconds."""
+    """A folder with data, in which the plain command trains for a second or more."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **changes: Any) -> None:
         self.folder = folder
         write_normalized(folder, train=960)
-        self.set()
+        self.set(**changes)
 
     def set(self, **changes: Any) -> None:
         values = json.loads(json.dumps(DEFAULTS))
-        values["train"] |= {"epochs": 20, "batch_size": 16, "log_every_steps": 1, "cpu_threads": 1} | changes
+        values["train"] |= {"epochs": 8, "batch_size": 16, "log_every_steps": 1, "cpu_threads": 1} | changes
         (self.folder / "params.yaml").write_text(dump_yaml(values))
 
     def start(self, **options: Any) -> subprocess.Popen[str]:
@@ -155,12 +158,15 @@ def project(workspace: Path) -> Project:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, list[int]]]:
+    return undisturbed(tmp_path_factory.mktemp("whole"))
+
+
+def undisturbed(folder: Path, **changes: Any) -> tuple[str, dict[str, list[int]]]:
     """Hash of the model, and steps by metric, of a training that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
-        Project(folder).finish()
+        Project(folder, **changes).finish()
         return left_behind()
 
 
@@ -178,7 +184,7 @@ def left_behind() -> tuple[str, dict[str, list[int]]]:
 def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
     project: Project, whole: Any, sent: signal.Signals, status: int
 ) -> None:
-    process = project.start_until("epoch  3/20")
+    process = project.start_until("epoch 3/8")
     asked = time.monotonic()
     process.send_signal(sent)
     output, _ = process.communicate(timeout=30)
@@ -192,7 +198,7 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
 
 
 def test_another_parameter_does_not_go_on_from_the_checkpoint(project: Project, whole: Any) -> None:
-    process = project.start_until("epoch  3/20")
+    process = project.start_until("epoch 3/8")
     process.kill()
     process.wait()
     project.set(epochs=2)
@@ -202,18 +208,59 @@ def test_another_parameter_does_not_go_on_from_the_checkpoint(project: Project, 
     assert file_md5(MODEL) == whole[0]
 
 
-def test_a_diverged_training_fails_and_keeps_its_last_good_checkpoint(project: Project) -> None:
-    rate = {"optimizer": "sgd", "momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "schedule": "constant"}
-    project.set(**rate, learning_rate=3.0, channels_last=False)
-    process = project.start()
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "the loss is" in output.splitlines()[-1]
-    assert [run.info.status for run in runs()] == ["FAILED"]
+def test_the_fingerprint_is_of_data_parameters_code_and_processes(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, info, cpu = train_params(), DatasetInfo.read(), torch.device("cpu")
+
+    def found(**changes: Any) -> str:
+        values: dict[str, Any] = {"params": params, "info": info, "device": cpu} | changes
+        return fingerprint(**_determinants(**values))
+
+    before = found()
+    assert found(params=train_params(checkpoint_every_minutes=1)) == before
+    others = [found(params=train_params(seed=1)), found(info=info.model_copy(update={"md5": "0"}))]
+    others.append(found(device=torch.device("cuda")))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    others.append(found())
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(tracking, "code_md5", lambda: "0")
+    others.append(found())
+    assert len({before, *others}) == 6
+
+
+def test_a_parameter_of_another_step_may_change_meanwhile(project: Project, whole: Any) -> None:
+    process = project.start_until("epoch 3/8")
+    process.kill()
+    process.wait()
+    text = (project.folder / "params.yaml").read_text()
+    (project.folder / "params.yaml").write_text(text.replace("top_k: 5", "top_k: 3"))
+    assert "goes on from its checkpoint" in project.finish()
+    assert left_behind() == whole
+
+
+def test_a_diverged_training_stops_before_the_step_and_keeps_its_last_good_checkpoint() -> None:
+    torch.manual_seed(0)
+    classifier, saved = build(config("lenet", classes=3)), list[Checkpoint]()
+
+    def spoil(step: int, _loss: float, _rate: float) -> None:
+        if step == 6:
+            next(classifier.parameters()).data.fill_(float("nan"))
+
+    with pytest.raises(UserError, match="epoch 2, step 7: the loss is nan"):
+        train(
+            classifier,
+            params=train_params(**QUICK, log_every_steps=1),
+            train_split=split_of(64, seed=1),
+            validation_split=split_of(24, seed=2),
+            on_step=spoil,
+            save=saved.append,
+        )
+    assert [found.step for found in saved] == [4]
 
 
 def test_data_that_vanish_from_the_disk_are_still_there_for_the_training(project: Project, whole: Any) -> None:
-    process = project.start_until("epoch  2/20")
+    process = project.start_until("epoch 2/8")
     shutil.rmtree(project.folder / "artifacts/normalize")
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
@@ -225,7 +272,7 @@ def test_data_that_are_cut_short_end_the_training_which_goes_on_when_they_are_ba
 ) -> None:
     images = project.folder / "artifacts/normalize/train_images.npy"
     content = images.read_bytes()
-    process = project.start_until("epoch  2/20")
+    process = project.start_until("epoch 2/8")
     os.truncate(images, 4096)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGBUS
@@ -235,7 +282,7 @@ def test_data_that_are_cut_short_end_the_training_which_goes_on_when_they_are_ba
 
 
 def test_a_full_memory_is_one_line(project: Project) -> None:
-    project.set(model="resnet18", batch_size=960, input_size=512)
+    project.set(model="resnet18", batch_size=960, input_size=1024)
 
     def little_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (12 * 2**30, 12 * 2**30))
@@ -243,17 +290,18 @@ def test_a_full_memory_is_one_line(project: Project) -> None:
     output, _ = (process := project.start(preexec_fn=little_memory)).communicate(timeout=100)
     assert process.returncode == 2, output
     assert "error: train.batch_size is 960: too much for the memory of this machine" in output.splitlines()[-1]
+    assert [run.info.status for run in runs()] == ["FAILED"]
 
 
 JUMP = """
-import runpy, time
-now, first = time.time, time.time()
-time.time = lambda: now() - (3600 if now() - first > 4 else 0)
+import itertools, runpy, time
+now, jumps = time.time, itertools.cycle([0, -3600, 3600])
+time.time = lambda: now() + next(jumps)
 runpy.run_module("pipeline.train", run_name="__main__")
 """
 
 
-def test_a_clock_that_jumps_back_changes_nothing(project: Project, whole: Any) -> None:
+def test_a_clock_that_jumps_to_and_fro_changes_nothing(project: Project, whole: Any) -> None:
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     subprocess.run([sys.executable, "-c", JUMP], cwd=project.folder, env=environment, check=True, capture_output=True)
     assert left_behind() == whole
@@ -302,5 +350,5 @@ def test_a_disk_without_room_for_the_model_is_named_and_nothing_is_lost(
     assert "No space left on device" in done.stderr.splitlines()[-1]
     data.rename(project.folder / "artifacts/normalize")
     output = project.finish()
-    assert "20/20 epochs done" in output
+    assert "8/8 epochs done" in output
     assert left_behind() == whole

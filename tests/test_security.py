@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from flows import server, ui
-from pipeline.archives import DamagedArchive, load_pickle
+from pipeline.archives import DamagedArchive, load_pickle, members, open_tar
 from pipeline.errors import UserError, printable, shown
 from pipeline.images import UnreadableImage, decode
 from pipeline.params import compose, dump_yaml
@@ -146,6 +146,25 @@ def test_hostile_names_and_secrets_stay_out_of_what_a_run_writes(workspace: Path
         assert all(line.isprintable() for line in done.stdout.splitlines())
     assert not list(workspace.rglob("run"))
     assert not [path for path in workspace.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+
+
+def test_a_name_that_unfolds_is_not_told_whole() -> None:
+    # a list of the one before it, twice, again and again, where a name should be
+    twice = (b"]q%c(h%ch%ce" % (number, number - 1, number - 1) for number in range(1, 40))
+    content = b"]q\x00" + b"".join(twice)
+    for wrong in (content + b")R.", content + b"h\x00\x93."):
+        with pytest.raises(DamagedArchive) as error:
+            load_pickle(b"\x80\x04" + wrong)
+        assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_tar_header_that_is_a_bomb_is_refused_without_reading_it(tmp_path: Path, kind: bytes) -> None:
+    member = tarfile.TarInfo("bomb")
+    member.type, member.size = kind, 2**33 - 1
+    (tmp_path / "bomb.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(DamagedArchive, match="a header of"):
+        list(members(open_tar(tmp_path / "bomb.tar", "r:")))
 
 
 def test_addresses_are_shown_without_what_may_be_secret() -> None:

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -36,6 +37,9 @@ PARAMS = {
     "cpu_threads": 1,
 }
 """6 steps an epoch, and more than one checkpoint in each."""
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+PLAIN_SECONDS = 6.0
+"""About as long as the plain command takes, most of it for Python's imports."""
 DIRECTED: tuple[tuple[str, int], ...] = (
     ("create_run before", 1),
     ("create_run after", 1),
@@ -139,16 +143,15 @@ def _history(client: MlflowClient, run: Run) -> dict[str, Any]:
 
 def train_with_kills(site: Site, kills: Sequence[Any]) -> tuple[Result, list[str]]:
     """A training that is killed at each of the points in turn, where it gets that far, and then goes on to its end."""
-    project, points = site.project(), []
-    for kill in kills:
+    project, points = site.project(), list[str]()
+    for kill in [*kills, None]:
+        if is_done(project):
+            break
         status = site.train(project, kill=kill)
         if status == 0:
             break
         assert status == -signal.SIGKILL, (project / "output.txt").read_text()
         points.append((project / "events.txt").read_text().splitlines()[-1])
-    else:
-        if not is_done(project):
-            assert site.train(project) == 0, (project / "output.txt").read_text()
     found = result(project)
     shutil.rmtree(project)
     return found, points
@@ -165,46 +168,49 @@ def differences(found: Result, whole: Result) -> str:
 
 
 def is_done(project: Path) -> bool:
-    """Whether the process that was killed had nothing more to do but to end."""
-    return (project / "artifacts/train").exists() and not list((project / ".cache/checkpoints").glob("*/"))
+    """Whether a process that was killed had nothing more to do but to sweep up: the result is there, whole."""
+    left = [path for path in (project / ".cache/checkpoints").glob("*/") if path.suffix != ".gone"]
+    return (project / "artifacts/train").exists() and not left
 
 
-def plans(kills: int, *, events: int, seed: int) -> Iterator[list[Any]]:
-    """Points for one training after the other, `kills` in all: a directed or an even one, and one drawn at random."""
+def plans(*, events: int, seed: int) -> Iterator[list[Any]]:
+    """Points for one training after the other, without end: a directed or an even one, and one drawn at random.
+
+    The second is left out where the training ends before it.
+    """
     draw = random.Random(seed)
-    directed: list[Any] = [list(point) for point in DIRECTED]
-    rest = max(0, (kills + 1) // 2 - len(directed))
-    even = [1 + number * events // rest for number in range(rest)] if rest else []
-    for first in (directed + even)[: (kills + 1) // 2]:
-        yield [first, draw.randrange(1, events)]
+    for point in DIRECTED:
+        yield [list(point), draw.randrange(1, events)]
+    for number in itertools.count():  # ever finer shares of the life
+        yield [1 + int(events * (number * GOLDEN_RATIO % 1)), draw.randrange(1, events)]
 
 
-def kill_plain_commands(project: Path, *, kills: int, seconds: float, seed: int) -> int:
-    """Run `python -m pipeline.train` until it is done; the first `kills` are killed after a random time if not done."""
-    draw, killed = random.Random(seed), 0
-    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-    while True:
+def kill_plain_commands(project: Path, *, kills: int, seed: int) -> list[float]:
+    """Run `python -m pipeline.train` until it is done, killed `kills` times if it lasts; gives the seconds it had."""
+    draw, times = random.Random(seed), list[float]()
+    environment = os.environ | {"PYTHONPATH": str(PROJECT), "MLFLOW_TRACKING_URI": f"sqlite:///{project}/mlflow.db"}
+    while not times or not is_done(project):
         with (project / "output.txt").open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.train"], cwd=project, env=environment, stdout=output, stderr=output
             )
+        seconds = draw.uniform(1, PLAIN_SECONDS)
         try:
-            process.wait(draw.uniform(0, seconds) if killed < kills else None)
+            process.wait(seconds if len(times) < kills else None)
+            assert process.returncode == 0, (project / "output.txt").read_text()
+            break
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            killed += 1
-            if is_done(project):
-                return killed
-        else:
-            assert process.returncode == 0, (project / "output.txt").read_text()
-            return killed
+            times.append(seconds)
+    return times
 
 
 def main() -> None:
     """Kill, compare, count."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.harness", description=__doc__)
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=200, help="at chosen points")
+    parser.add_argument("--plain", type=int, default=20, help="kills of `python -m pipeline.train` at random times")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     started, killed, different = time.monotonic(), 0, 0
@@ -213,13 +219,25 @@ def main() -> None:
         assert site.train(project) == 0, (project / "output.txt").read_text()
         whole, events = result(project), len((project / "events.txt").read_text().splitlines())
         print(f"uninterrupted: {events} events, {whole.files}", flush=True)
-        for plan in plans(arguments.kills, events=events, seed=arguments.seed):
-            found, points = train_with_kills(site, plan)
+        for found, points in _all(site, arguments, events=events):
             killed += len(points)
             different += found != whole
-            print(f"{killed:>4} kills: {', '.join(points)}: {'equal' if found == whole else differences(found, whole)}")
+            verdict = "equal" if found == whole else differences(found, whole)
+            print(f"{killed:>4} kills: {', '.join(points)}: {verdict}", flush=True)
     print(f"{killed} kills in {time.monotonic() - started:.0f} s; different: {different}")
     sys.exit(1 if different else 0)
+
+
+def _all(site: Site, arguments: argparse.Namespace, *, events: int) -> Iterator[tuple[Result, list[str]]]:
+    """Of each training, what it left, and where it was killed."""
+    killed, points = 0, plans(events=events, seed=arguments.seed)
+    while killed < arguments.kills:
+        found, where = train_with_kills(site, next(points))
+        killed += len(where)
+        yield found, where
+    project = site.project()
+    times = kill_plain_commands(project, kills=arguments.plain, seed=arguments.seed)
+    yield result(project), [f"{seconds:.1f} s" for seconds in times]
 
 
 if __name__ == "__main__":

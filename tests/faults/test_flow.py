@@ -1,0 +1,95 @@
+"""A training killed by SIGKILL in a real flow run, and in `dvc repro`: the same model, in the same MLflow run."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import psutil
+import pytest
+
+from flows import server
+from pipeline.artifacts import file_md5
+from tests.conftest import copy_project, free_port
+
+EPOCHS = 20
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    folder = copy_project(tmp_path / "project")
+    for name in ("user.name", "user.email"):
+        subprocess.run(["git", "config", name, "t"], cwd=folder, check=True)
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("cpu_threads: 2", "cpu_threads: 1"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    started, _ = server.start(folder, port=free_port())
+    monkeypatch.setenv("PREFECT_API_URL", started.api_url)
+    monkeypatch.setenv("PREFECT_HOME", str(folder / ".prefect"))
+    yield folder
+    server.stop(folder)
+
+
+def killed_at(lines: Sequence[str], project: Path, *command: str) -> tuple[int, str]:
+    """Status and output of a command whose training is killed each time when one of the lines shows, in turn."""
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", *command],
+        cwd=project,
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout
+    waiting, output = list(lines), ""
+    for line in process.stdout:
+        output += line
+        if waiting and waiting[0] in line:
+            del waiting[0]
+            training_below(process.pid).kill()
+    assert not waiting, output
+    return process.wait(), output
+
+
+def training_below(pid: int) -> psutil.Process:
+    children = psutil.Process(pid).children(recursive=True)
+    [found] = [child for child in children if child.cmdline()[1:] == ["-m", "pipeline.train"]]
+    return found
+
+
+def only_run(project: Path) -> Any:
+    """The only run of the project, and the steps of its validation losses."""
+    client = mlflow.MlflowClient(f"sqlite:///{project}/mlflow.db")
+    [run] = client.search_runs([found.experiment_id for found in client.search_experiments()])
+    history = client.get_metric_history(run.info.run_id, "validation_loss")
+    assert [point.step for point in history] == list(range(1, EPOCHS + 1))
+    assert run.info.status == "FINISHED"
+    return run
+
+
+def test_a_killed_training_goes_on_in_the_flow_run_and_in_dvc_repro(project: Path) -> None:
+    status, output = killed_at(["epoch  3/20", "epoch  9/20"], project, "flows.train_classifier")
+    assert status == 0, output
+    assert output.count("goes on from its checkpoint") == 2
+    by_flow = only_run(project)
+    for name in (".dvc/cache", "mlflow.db", "mlartifacts"):  # a project that has nothing of it yet
+        subprocess.run(["rm", "-rf", name], cwd=project, check=True)
+
+    status, output = killed_at(["epoch  5/20"], project, "dvc", "repro")
+    assert status != 0
+    assert f"exited with {-signal.SIGKILL}" in output
+    status, output = killed_at([], project, "dvc", "repro")
+    assert status == 0, output
+    assert "goes on from its checkpoint" in output
+    by_dvc = only_run(project)
+
+    model = file_md5(project / "artifacts/train/best.safetensors")
+    assert by_flow.data.tags["model.md5"] == by_dvc.data.tags["model.md5"] == model
+    environment = os.environ | {"PIPELINE_CACHE_DIR": "other", "MLFLOW_TRACKING_URI": f"sqlite:///{project}/other.db"}
+    command = [sys.executable, "-m", "pipeline.train"]  # which nothing interrupts
+    subprocess.run(command, cwd=project, env=environment, check=True, capture_output=True)
+    assert file_md5(project / "artifacts/train/best.safetensors") == model
