@@ -1,6 +1,8 @@
 """The shape of the code: who may import whom, and that DVC knows what each stage runs."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,25 @@ def test_the_deps_of_a_stage_are_the_modules_it_loads(stage: str) -> None:
     listed = {Path(dep).stem for dep in STAGES[stage]["deps"] if dep.startswith("pipeline/")}
     run_by_mlflow = {"served_model"} if "tracking" in reached(stage) and stage == "train" else set()
     assert listed == reached(stage) | run_by_mlflow
+
+
+HEAVY = {"torch", "torch._dynamo", "torch._inductor", "torchvision", "mlflow", "sqlalchemy", "matplotlib"}
+HEAVY |= {"pandas", "scipy", "sklearn", "prefect", "dvc"}
+MAY_LOAD = {
+    "download": set[str](),
+    "normalize": set[str](),
+    "train": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
+    "evaluate": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
+    "predict": {"torch"},
+}
+"""What of the heavy packages each step may load at its start; each costs up to seconds."""
+
+
+@pytest.mark.parametrize("step", MAY_LOAD)
+def test_a_step_starts_without_packages_that_it_does_not_need(step: str) -> None:
+    code = f"import sys, pipeline.{step}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert HEAVY & set(done.stdout.split()) <= MAY_LOAD[step]
 
 
 def test_only_evaluate_reads_the_test_split() -> None:

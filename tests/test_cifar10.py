@@ -74,10 +74,10 @@ def server(official_archive: Path) -> Iterator[str]:
         serving.shutdown()
 
 
-def run(recipe: str, overrides: dict[str, object]) -> dict[str, float]:
-    """All four steps in the current folder; returns the metrics."""
+def run(recipe: str, overrides: dict[str, object], *steps: str) -> None:
+    """These steps in the current folder."""
     Path("params.yaml").write_text(dump_yaml(compose(recipe, overrides)))
-    for step in ("download", "normalize", "train", "evaluate"):
+    for step in steps:
         done = subprocess.run(
             [sys.executable, "-m", f"pipeline.{step}"],
             env=os.environ | {"PYTHONPATH": str(PROJECT)},
@@ -86,12 +86,12 @@ def run(recipe: str, overrides: dict[str, object]) -> dict[str, float]:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-    return json.loads(Path("artifacts/evaluate/metrics.json").read_text())  # type: ignore[no-any-return]
 
 
 def test_a_folder_of_real_images_runs_through(workspace: Path, tree: Path) -> None:
     overrides = {"download.dataset": "imagefolder", "download.folder": str(tree), "train.epochs": 2}
-    metrics = run("cifar10_lenet", overrides)
+    run("cifar10_lenet", overrides, "download", "normalize", "train", "evaluate")
+    metrics = json.loads(Path("artifacts/evaluate/metrics.json").read_text())
     info = json.loads(Path("artifacts/normalize/dataset.json").read_text())
     assert metrics["accuracy"] > 0.4
     assert info["mean"] == pytest.approx([0.4913, 0.4821, 0.4465], abs=2e-3)
@@ -104,8 +104,7 @@ def test_the_official_layout_over_http_gives_the_same_images(
     workspace: Path, server: str, official_archive: Path
 ) -> None:
     md5 = hashlib.md5(official_archive.read_bytes(), usedforsecurity=False).hexdigest()
-    metrics = run("cifar10_lenet", {"download.urls": [server], "download.md5": md5, "train.epochs": 2})
+    run("cifar10_lenet", {"download.urls": [server], "download.md5": md5}, "download", "normalize")
     info = json.loads(Path("artifacts/normalize/dataset.json").read_text())
-    assert metrics["accuracy"] > 0.4
     assert info["class_names"][0] == "airplane"
     assert info["mean"] == pytest.approx([0.4913, 0.4821, 0.4465], abs=2e-3)

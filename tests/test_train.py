@@ -43,9 +43,15 @@ def run(params: TrainParams, *, images: int = 48) -> Trained:
     return train(classifier, params=params, train_split=split_of(images, seed=1), validation_split=split_of(24, seed=2))
 
 
+DEEP = [("cross_entropy", "nesterov"), ("mse", "adamw")]
+
+
 @pytest.mark.parametrize(
     ("model", "loss", "optimizer"),
-    list(itertools.product(["lenet", "resnet18", "mobilenet_v3_small"], ["cross_entropy", "mse"], OPTIMIZERS)),
+    [
+        *itertools.product(["lenet"], ["cross_entropy", "mse"], OPTIMIZERS),
+        *((model, *pair) for model in ("resnet18", "mobilenet_v3_small") for pair in DEEP),
+    ],
 )
 def test_every_model_loss_and_optimizer_trains(model: str, loss: str, optimizer: str) -> None:
     params = train_params(model=model, loss=loss, **QUICK, **{"learning_rate": 0.005} | OPTIMIZERS[optimizer])

@@ -30,14 +30,17 @@ class Events:
 
     def __init__(self, log: Path, *, kill: Any) -> None:
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        self._kill, self._count, self._counts = kill, 0, Counter[str]()
+        self._kill, self._count, self._counts, self._over = kill, 0, Counter[str](), False
 
     def happen(self, name: str) -> bool:
-        """Whether this is the one; it is written down first."""
+        """Whether this is the one; it is written down first, and nothing after it."""
+        if self._over:
+            return False
         self._count += 1
         self._counts[name] += 1
         os.write(self._log, f"{name}\n".encode())
-        return self._kill in (self._count, [name, self._counts[name]])
+        self._over = self._kill in (self._count, [name, self._counts[name]])
+        return self._over
 
     def around(self, owner: Any, name: str, *, label: str) -> None:
         """Make an event of the moments before and after each call of `owner.name`."""
