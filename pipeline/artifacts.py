@@ -36,6 +36,11 @@ Labels = npt.NDArray[np.int64]
 """(N,) int64, indices into the class names."""
 
 
+def kept_folder(name: str) -> Path:
+    """`.cache/<name>/`, or below PIPELINE_CACHE_DIR: DVC empties the folder of a step before it runs the step."""
+    return Path(os.environ.get("PIPELINE_CACHE_DIR", ".cache")) / name
+
+
 def expand(path: str) -> Path:
     """A path that the user wrote, `~` included."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser raises where there is no such user
@@ -284,6 +289,11 @@ def missing(path: Path) -> str:
     if path.parent not in (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE):
         return f"{path}: no such file"
     return f"{path}: no such file; `dvc repro {path.parent.name}` makes it, `dvc pull` fetches it"
+
+
+def bytes_md5(content: bytes) -> str:
+    """MD5 in hexadecimal, to know the content again."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def file_md5(path: Path) -> str:

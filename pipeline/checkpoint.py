@@ -6,7 +6,6 @@ all that determines the training: whoever has another one never sees the file.
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pipeline.artifacts import write_bytes
+from pipeline.artifacts import bytes_md5, kept_folder, write_bytes
 from pipeline.errors import TemporaryError
 
 KEPT = 2
@@ -67,7 +66,7 @@ class Checkpoints:
         for path in self._files():
             try:
                 content = path.read_bytes()
-                if hashlib.md5(content, usedforsecurity=False).hexdigest() != _NAME.fullmatch(path.name)[2]:  # type: ignore[index]
+                if bytes_md5(content) != _NAME.fullmatch(path.name)[2]:  # type: ignore[index]
                     raise ValueError("its MD5 is not that of its name")
                 return Checkpoint.from_bytes(content)
             except (OSError, ValueError) as error:
@@ -78,8 +77,7 @@ class Checkpoints:
     def write(self, checkpoint: Checkpoint) -> None:
         """Write it whole or not at all, then remove those that are no longer needed; raises OSError."""
         content = checkpoint.to_bytes()
-        md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
-        newest = self._folder / f"step-{checkpoint.step:010}-{md5}.safetensors"
+        newest = self._folder / f"step-{checkpoint.step:010}-{bytes_md5(content)}.safetensors"
         write_bytes(newest, content)
         kept = {newest, *[path for path in self._files() if path != newest][: KEPT - 1]}
         for path in set(self._folder.iterdir()) - kept:  # also what a killed process was writing
@@ -100,13 +98,12 @@ class Checkpoints:
 
 def checkpoint_folder() -> Path:
     """Where the checkpoints of all trainings of the project lie."""
-    return Path(os.environ.get("PIPELINE_CACHE_DIR", ".cache")) / "checkpoints"
+    return kept_folder("checkpoints")
 
 
 def fingerprint(**determines: Any) -> str:
     """One hash of everything that determines a training."""
-    text = json.dumps(determines, sort_keys=True, default=str)
-    return hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+    return bytes_md5(json.dumps(determines, sort_keys=True, default=str).encode())
 
 
 @contextmanager

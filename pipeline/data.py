@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pipeline.artifacts import NORMALIZE, file_md5, read_json, read_split
 from pipeline.errors import UserError
-from pipeline.params import Channels, Resize
+from pipeline.params import Channels, Resize, first_problem
 
 RESIDENT_BYTES = 8 * 2**30
 """A split of up to this many bytes is copied to the device whole; a larger one stays memory-mapped, batch by batch."""
@@ -65,10 +65,8 @@ class DatasetInfo(BaseModel):
         try:
             return cls.model_validate({**values, "md5": file_md5(path)} if isinstance(values, dict) else values)
         except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"])) or "the whole"
             raise UserError(
-                f"{path}: damaged ({where}: {problem['msg']}); `dvc repro normalize --force` makes it again"
+                f"{path}: damaged ({first_problem(error)}); `dvc repro normalize --force` makes it again"
             ) from None
 
 

@@ -1,7 +1,6 @@
 """Fetch a file whose MD5 is known from the first of several places that has it, going on where it was interrupted."""
 
 import fcntl
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from urllib.request import url2pathname
 import requests
 import urllib3
 
-from pipeline.artifacts import expand, file_md5, naming
+from pipeline.artifacts import expand, file_md5, kept_folder, naming
 from pipeline.errors import TemporaryError, UserError, printable, shown
 from pipeline.params import DownloadParams
 from pipeline.progress import in_bytes, progress
@@ -37,8 +36,7 @@ def find_archive(params: DownloadParams) -> Path:
     """A file on this machine whose MD5 is `params.md5`: kept from an earlier run, local, or fetched just now."""
     for place in params.urls:
         _local_path(place)
-    # It lies outside `artifacts/` because DVC empties the folder of a step before it runs the step.
-    kept = Path(os.environ.get("PIPELINE_CACHE_DIR", ".cache")) / "download" / f"{params.md5}.tar.gz"
+    kept = kept_folder("download") / f"{params.md5}.tar.gz"
     with _lock(kept.with_name(f"{params.md5}.lock")):
         if _is_whole(kept, params.md5):
             print(f"{kept}: kept from an earlier download, MD5 as expected")

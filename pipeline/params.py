@@ -312,6 +312,12 @@ def _explain(error: ValidationError, *, origin: str, overridden: Collection[str]
     return f"{origin}: {where} is {_brief(problem['input'])}; allowed: {allowed}{more}"
 
 
+def first_problem(error: ValidationError) -> str:
+    """`field.part: what is wrong with it`, of data that a program wrote."""
+    problem = error.errors()[0]
+    return f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg']}"
+
+
 def _brief(value: Any) -> str:
     """A value as it was written, without secrets; lists and mappings, which YAML can fold without end, only if flat."""
     if isinstance(value, str):

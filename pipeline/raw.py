@@ -30,7 +30,7 @@ from pipeline.artifacts import (
 )
 from pipeline.errors import UserError
 from pipeline.images import UnreadableImage, decode, resize_pixels
-from pipeline.params import Channels, NormalizeParams, Resize
+from pipeline.params import Channels, NormalizeParams, Resize, first_problem
 
 SPLITS = ("train", "validation", "test")
 AGAIN = "run `dvc repro download --force`"
@@ -107,9 +107,7 @@ def _describe(folder: Path) -> _Description:
     try:
         return _Description.model_validate(read_json(path))
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "the whole"
-        raise UserError(f"{path}: damaged ({where}: {problem['msg']}); {AGAIN}") from None
+        raise UserError(f"{path}: damaged ({first_problem(error)}); {AGAIN}") from None
 
 
 def _check_names(class_names: Sequence[str], *, origin: str) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ exception) or KILLED (SIGTERM, Ctrl-C); of a run that could not end itself (SIGK
 """
 
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -38,7 +37,17 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.types import ColSpec, Schema, TensorSpec
 from mlflow.types.schema import DataType
 
-from pipeline.artifacts import CHECKSUMS, DOWNLOAD, NORMALIZE, TRAIN, file_md5, read_json, write_json
+from pipeline.artifacts import (
+    CHECKSUMS,
+    DOWNLOAD,
+    NORMALIZE,
+    TRAIN,
+    bytes_md5,
+    file_md5,
+    kept_folder,
+    read_json,
+    write_json,
+)
 from pipeline.errors import TemporaryError, UserError, first_line, shown
 from pipeline.params import read_yaml
 from pipeline.processes import HOST, PID, Life, life, this_process
@@ -218,7 +227,8 @@ def training_run(
             mlflow.start_run(run_id=run.run_id, log_system_metrics=True)
             run.log_params(params)
             mlflow.log_input(dataset, context="training")
-            run.forget(STALE)
+            if run.taken_up:
+                run.forget(STALE)
             run.tag(
                 {
                     **_origin(difference),
@@ -289,12 +299,12 @@ def _close(run: Run, status: str) -> None:
 
 
 def _outbox() -> Path:
-    return Path(os.environ.get("PIPELINE_CACHE_DIR", ".cache")) / "mlflow"
+    return kept_folder("mlflow")
 
 
 def _store_md5() -> str:
     """Which store, without the password that its address may hold."""
-    return hashlib.md5(mlflow.get_tracking_uri().encode(), usedforsecurity=False).hexdigest()
+    return bytes_md5(mlflow.get_tracking_uri().encode())
 
 
 def put_aside() -> list[Path]:
@@ -586,7 +596,7 @@ def _flow_run() -> dict[str, str]:
 def _inputs(params: Mapping[str, Any]) -> dict[str, str]:
     """Hashes of the parameters, of the file of weights they name, and of the data as DVC has them."""
     text = json.dumps(params, sort_keys=True, default=str)
-    tags = {"params.md5": hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()}
+    tags = {"params.md5": bytes_md5(text.encode())}
     if params.get("train.weights_md5"):
         tags["weights.md5"] = params["train.weights_md5"]
     stages = read_yaml(LOCK_FILE).get("stages", {}) if LOCK_FILE.exists() else {}
@@ -618,7 +628,7 @@ DIFF = (
 def code_md5() -> str:
     """One hash of the modules of this package."""
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.md5("".join(map(file_md5, files)).encode(), usedforsecurity=False).hexdigest()
+    return bytes_md5("".join(map(file_md5, files)).encode())
 
 
 def _git(*arguments: str) -> str:
@@ -655,8 +665,7 @@ def log_model(folder: Path) -> None:
     Input: images (N, H, W, C) uint8. Output: a table with `predicted_class` and a column of probabilities for each
     class.
     """
-    weights, config = folder / "best.safetensors", folder / "model.json"
-    values = read_json(config)
+    values = read_json(folder / "model.json")
     image_shape = (values["image_size"], values["image_size"], values["channels"])
     probabilities = [ColSpec(DataType.double, name) for name in values["class_names"]]
     columns = [ColSpec(DataType.string, "predicted_class"), *probabilities]
@@ -666,9 +675,9 @@ def log_model(folder: Path) -> None:
             name="model",
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={
-                "weights": str(weights),
-                "config": str(config),
-                "checksums": str(weights.with_name(CHECKSUMS)),  # for who fetches it
+                "weights": str(folder / "best.safetensors"),
+                "config": str(folder / "model.json"),
+                "checksums": str(folder / CHECKSUMS),  # for who fetches it
             },
             code_paths=[str(Path(__file__).parent)],
             signature=ModelSignature(

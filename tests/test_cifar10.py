@@ -5,10 +5,7 @@ import hashlib
 import http.server
 import io
 import json
-import os
 import pickle
-import subprocess
-import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -19,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.params import compose, dump_yaml
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, run_step
 
 IMAGES = PROJECT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
 pytestmark = pytest.mark.skipif(not IMAGES.exists(), reason=f"{IMAGES} is not there")
@@ -78,13 +75,7 @@ def run(recipe: str, overrides: dict[str, object], *steps: str) -> None:
     """These steps in the current folder."""
     Path("params.yaml").write_text(dump_yaml(compose(recipe, overrides)))
     for step in steps:
-        done = subprocess.run(
-            [sys.executable, "-m", f"pipeline.{step}"],
-            env=os.environ | {"PYTHONPATH": str(PROJECT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_step(step)
         assert done.returncode == 0, done.stderr
 
 

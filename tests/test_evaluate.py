@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from pipeline.artifacts import replace_folder
 from pipeline.evaluate import Evaluation, evaluate, wilson_interval
 from pipeline.model import build, save_config, save_weights
-from tests.conftest import PROJECT, write_normalized
+from tests.conftest import run_step, write_normalized
 from tests.test_model import config
 
 
@@ -79,13 +76,7 @@ def test_the_step_writes_metrics_tables_and_matrix(workspace: Path) -> None:
     with replace_folder(workspace / "artifacts" / "train") as folder:
         save_weights(build(chosen), folder / "best.safetensors")
         save_config(chosen, folder)
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.evaluate"],
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_step("evaluate")
     assert (done.returncode, done.stderr) == (0, "")
     assert "no MLflow run here made this model" in done.stdout
     metrics = json.loads((workspace / "artifacts" / "evaluate" / "metrics.json").read_text())

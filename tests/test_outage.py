@@ -2,11 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +9,8 @@ from typing import Any
 import mlflow
 import pytest
 
-from tests.conftest import PROJECT, free_port
+from flows import server
+from tests.conftest import free_port, run_step
 from tests.test_resume import Project, left_behind, undisturbed
 
 EPOCHS = {"epochs": 20}
@@ -39,24 +35,10 @@ class Server:
         command = ["mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", port]
         command += ["--artifacts-destination", str(self._folder / "served"), "--workers", "1"]
         environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            env=environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 90
-        while not self._answers():
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as response:
-                return bool(response.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
+        environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+        log = self._folder / "server.log"
+        self._process = server.launch(command, log=log, environment=environment)
+        server.wait_for(f"{self.uri}/health", self._process, name="MLflow", log=log)
 
     def kill(self) -> None:
         os.killpg(self._process.pid, signal.SIGKILL)
@@ -64,7 +46,7 @@ class Server:
 
 
 @pytest.fixture
-def server(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def mlflow_server(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     found = Server(workspace)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", found.uri.replace("//", "//me:secret@"))
     for name, value in {"MAX_RETRIES": "0", "TIMEOUT": "20"}.items():  # for the test's own questions, too
@@ -73,13 +55,13 @@ def server(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]
     found.kill()
 
 
-def test_metrics_wait_while_the_server_is_away_and_arrive_when_it_is_back(server: Server, whole: Any) -> None:
+def test_metrics_wait_while_the_server_is_away_and_arrive_when_it_is_back(mlflow_server: Server, whole: Any) -> None:
     process = Project(Path.cwd(), **EPOCHS).start_until("epoch  2/20")
-    server.kill()
+    mlflow_server.kill()
     assert process.stdout
     next(line for line in process.stdout if "metrics wait for MLflow, which does not answer" in line)
     process.send_signal(signal.SIGSTOP)
-    server.start()
+    mlflow_server.start()
     process.send_signal(signal.SIGCONT)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
@@ -88,26 +70,20 @@ def test_metrics_wait_while_the_server_is_away_and_arrive_when_it_is_back(server
     assert left_behind() == whole
 
 
-def test_what_a_server_that_stays_away_should_have_is_kept_for_it(server: Server, whole: Any) -> None:
+def test_what_a_server_that_stays_away_should_have_is_kept_for_it(mlflow_server: Server, whole: Any) -> None:
     process = Project(Path.cwd(), **EPOCHS).start_until("epoch  2/20")
-    server.kill()
+    mlflow_server.kill()
     output, _ = process.communicate(timeout=200)
     assert process.returncode == 0, output
     assert "keeps what it is to have" in output
     assert "secret" not in output
-    server.start()
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.evaluate"],
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    mlflow_server.start()
+    done = run_step("evaluate")
     assert done.returncode == 0, done.stderr
     assert "has now what was kept for it" in done.stdout
     model, steps = left_behind()
     assert (model, {name: found for name, found in steps.items() if not name.startswith("test_")}) == whole
-    [run] = mlflow.MlflowClient(server.uri).search_runs(["1"])
+    [run] = mlflow.MlflowClient(mlflow_server.uri).search_runs(["1"])
     assert run.outputs
     assert len(run.outputs.model_outputs) == 1
     assert not list(Path(".cache/mlflow").iterdir())

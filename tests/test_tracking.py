@@ -16,7 +16,7 @@ from pipeline.data import DatasetInfo
 from pipeline.errors import TemporaryError, UserError
 from pipeline.model import load_model
 from pipeline.tracking import connect, fetch_model, run_of_model
-from tests.conftest import PROJECT, coloured_images, free_port, start_repository, write_normalized
+from tests.conftest import PROJECT, coloured_images, free_port, run_step, start_repository, write_normalized
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +35,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     start_repository(folder, "params.yaml", "notes.txt")
     (folder / "params.yaml").write_text(text)
     (folder / "notes.txt").write_bytes(b"caf\xe9\n")
-    environment = os.environ | {
-        "PYTHONPATH": str(PROJECT),
-        "PIPELINE_EXPERIMENT": "bold-name",
-        "PIPELINE_FLOW_RUN_ID": "f-1",
-    }
+    environment = os.environ | {"PIPELINE_EXPERIMENT": "bold-name", "PIPELINE_FLOW_RUN_ID": "f-1"}
     environment.pop("MLFLOW_TRACKING_URI", None)
     for step in ("train", "evaluate"):
-        done = subprocess.run(
-            [sys.executable, "-m", f"pipeline.{step}"],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = run_step(step, folder=folder, environment=environment)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return folder
 

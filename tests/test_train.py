@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.model import build
 from pipeline.params import TrainParams, dump_yaml
 from pipeline.train import Trained, learning_rate, loss_function, main, make_optimizer, train
-from tests.conftest import DEFAULTS, PROJECT, coloured_images, heed_interrupts, train_params, write_normalized
+from tests.conftest import DEFAULTS, PROJECT, coloured_images, heed_interrupts, run_step, train_params, write_normalized
 from tests.test_model import config
 
 OPTIMIZERS = {
@@ -201,9 +201,7 @@ def step(workspace: Path, **changes: object) -> subprocess.CompletedProcess[str]
     values = json.loads(json.dumps(DEFAULTS))
     values["train"] |= {"epochs": 2, "batch_size": 16} | changes
     (workspace / "params.yaml").write_text(dump_yaml(values))
-    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
-    command = [sys.executable, "-m", "pipeline.train"]
-    return subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
+    return run_step("train", folder=workspace)
 
 
 def runs() -> list[mlflow.entities.Run]:
