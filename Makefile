@@ -17,7 +17,7 @@ export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help run test faults check lint format types ui worker prefect-env stop install lock audit clean
+.PHONY: help run test faults bench check lint format types ui worker prefect-env stop install lock audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: $(INSTALLED) ## run the tests
 
 faults: $(INSTALLED) ## kill trainings 200 times, all over their lives, and compare what comes out (10 minutes)
 	@$(BIN)/python -m tests.faults.harness --kills 200
+
+bench: $(INSTALLED) ## measure against what people would use instead (CPU; about 25 minutes)
+	@$(BIN)/python -m benchmarks $(if $(IMAGES),--images "$(IMAGES)")
 
 check: lint types test ## all that CI checks: lint, format, types, tests
 
@@ -92,4 +95,4 @@ audit: $(INSTALLED) ## look the locked packages up among known vulnerabilities; 
 
 clean: stop ## remove .venv and caches; models, data, runs and experiments stay
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
-	find pipeline flows tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find pipeline flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,6 @@
 the number and size of CIFAR-10's, since time does not depend on what they show.
 """
 
-import statistics
 import sys
 import tempfile
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.table import medians
 from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.data import Split
 from pipeline.model import ModelConfig, build
@@ -70,12 +70,8 @@ def main() -> None:
             validation_split=random_split(VALIDATION_IMAGES, seed=2, device=device),
             save=save,
         )
-    print("| epoch | median (s) | each (s) |\n| --- | --- | --- |")
-    for with_checkpoint, found in seconds.items():
-        name = "with a checkpoint" if with_checkpoint else "without"
-        print(f"| {name} | {statistics.median(found):.3f} | {', '.join(f'{value:.2f}' for value in found)} |")
-    ratios = [with_it / without for with_it, without in zip(seconds[True], seconds[False], strict=True)]
-    print(f"median ratio of neighbours: {statistics.median(ratios):.3f}")
+    without = "epoch without a checkpoint"
+    print(medians({"epoch with a checkpoint": seconds[True], without: seconds[False]}, base=without, digits=3))
 
 
 if __name__ == "__main__":

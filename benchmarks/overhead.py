@@ -1,16 +1,17 @@
 """What DVC, MLflow and Prefect cost around a training: each way in turn, several times, on the digits.
 
-`python benchmarks/overhead.py [ROUNDS]` clones the commit that is checked out into a temporary folder for each round
+`python -m benchmarks.overhead [ROUNDS]` clones the commit that is checked out into a temporary folder for each round
 and prints the median seconds of each way. Nothing else should run on the machine meanwhile.
 """
 
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from benchmarks.table import medians
 
 PROJECT = Path(__file__).resolve().parents[1]
 LOOP = """
@@ -63,10 +64,7 @@ def main() -> None:
     for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 3):
         with tempfile.TemporaryDirectory() as folder:
             rounds.append(one_round(Path(folder)))
-    print(f"| way | median of {len(rounds)} (s) | each (s) |\n| --- | --- | --- |")
-    for way in rounds[0]:
-        values = [found[way] for found in rounds]
-        print(f"| {way} | {statistics.median(values):.1f} | {', '.join(f'{value:.1f}' for value in values)} |")
+    print(medians({way: [found[way] for found in rounds] for way in rounds[0]}))
 
 
 if __name__ == "__main__":

@@ -3,18 +3,15 @@
 import functools
 import hashlib
 import http.server
-import io
 import json
-import pickle
 import tarfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from benchmarks.cifar10 import official_files, write_archive
 from pipeline.params import compose, dump_yaml
 from tests.conftest import PROJECT, run_step
 
@@ -31,33 +28,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def batch(paths: list[Path], classes: list[str]) -> bytes:
-    """One file of the official archive: a pickled dictionary of pixels, channels first, and labels."""
-    pixels = np.stack([np.asarray(Image.open(path)).transpose(2, 0, 1).reshape(-1) for path in paths])
-    labels = [classes.index(path.parent.name) for path in paths]
-    names = [path.name.encode() for path in paths]
-    return pickle.dumps({b"data": pixels, b"labels": labels, b"filenames": names, b"batch_label": b"batch"}, protocol=2)
-
-
 @pytest.fixture(scope="module")
 def official_archive(tree: Path) -> Path:
     """The same images in the layout of the official archive."""
-    classes = sorted(path.name for path in (tree / "train").iterdir())
-    train = sorted((tree / "train").rglob("*.jpg"), key=lambda path: (path.name, path.parent.name))
-    files = {
-        f"data_batch_{index + 1}": batch(train[index * 10_000 : (index + 1) * 10_000], classes) for index in range(5)
-    }
-    files["test_batch"] = batch(sorted((tree / "test").rglob("*.jpg")), classes)
-    files["batches.meta"] = pickle.dumps(
-        {"label_names": classes, "num_cases_per_batch": 10_000, "num_vis": 3072}, protocol=2
-    )
     path = tree.parent / "served" / "cifar-10-python.tar.gz"
     path.parent.mkdir()
-    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
-        for name, content in files.items():
-            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
+    write_archive(path, official_files(tree))
     return path
 
 

@@ -1,0 +1,36 @@
+"""All benchmarks that need no GPU, one after another: `python -m benchmarks [--images FOLDER]`.
+
+`make bench IMAGES=FOLDER` does the same. Without the folder of JPEG files, `<split>/<class>/*.jpg`, the images are
+looked for beside the project (see benchmarks/cifar10.py). Nothing else should run on the machine meanwhile.
+"""
+
+import argparse
+import subprocess
+import sys
+
+from benchmarks.cifar10 import add_images
+from benchmarks.table import header
+
+BENCHMARKS = {"time_to_accuracy": True, "ingest": True, "checkpoints": False, "overhead": False}
+"""Their names, and whether they take the images of CIFAR-10."""
+
+
+def main() -> None:
+    """Print what each prints; a failure of one does not keep the others from running."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run all benchmarks for the CPU.")
+    add_images(parser)
+    images = parser.parse_args().images
+    option = ["--images", str(images)] if images else []
+    print(header(), flush=True)
+    failed = []
+    for name, takes_images in BENCHMARKS.items():
+        command = [sys.executable, "-m", f"benchmarks.{name}", *(option if takes_images else [])]
+        print(f"\n## {name}\n", flush=True)
+        if subprocess.run(command, check=False).returncode:
+            failed.append(name)
+    if failed:
+        sys.exit(f"error: failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

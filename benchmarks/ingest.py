@@ -1,0 +1,175 @@
+"""JPEG files into arrays: the pipeline's steps download and normalize, and torchvision's ImageFolder and DataLoader.
+
+`python -m benchmarks.ingest [ROUNDS] [--images FOLDER] [--large]` runs each way in turn, as a process of its own, and
+prints the medians, the median of the ratios within the rounds, and images a second. The start-up (the interpreter and
+its imports) is part of each way, and is also measured alone. torchvision reads each file once into an array in memory;
+normalize also draws splits, finds duplicates, takes means and deviations, and writes arrays with checksums. After that
+come the peaks of memory for a tenth of the images, all of them and, with `--large`, ten times all of them; a run whose
+memory is sampled counts in no time. Nothing else should run on the machine meanwhile.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import psutil
+
+from benchmarks.cifar10 import RECIPE, add_images, prepare_apart
+from benchmarks.table import medians, table
+from benchmarks.ways import CIFAR10, CIFAR10_IMAGES
+from pipeline.params import compose, dump_yaml
+
+PROJECT = Path.cwd()
+SAMPLE_SECONDS = 0.05
+DOWNLOAD, NORMALIZE = ([sys.executable, "-m", f"pipeline.{step}"] for step in ("download", "normalize"))
+TORCHVISION = [sys.executable, "-m", "benchmarks.ways.imagefolder"]
+START_NORMALIZE = [sys.executable, "-c", "import pipeline.normalize"]
+START_TORCHVISION = [sys.executable, "-c", "import benchmarks.ways.imagefolder"]
+BASE = "normalize, all cores"
+
+
+@contextmanager
+def workspace(images: Path) -> Iterator[Path]:
+    """A folder in which the steps run on these images."""
+    with tempfile.TemporaryDirectory(dir=CIFAR10.parent) as name:
+        overrides = {"download.dataset": "imagefolder", "download.folder": str(images.resolve())}
+        (Path(name) / "params.yaml").write_text(dump_yaml(compose(RECIPE, overrides)))
+        yield Path(name)
+
+
+def start(command: list[str], folder: Path, *, one_core: bool = False) -> subprocess.Popen[bytes]:
+    """The command, in the folder; on one core it is as on a machine that has one only."""
+    prefix = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))] if one_core else []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PROJECT), *_python_path()])}
+    return subprocess.Popen([*prefix, *command], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+
+
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def seconds(command: list[str], folder: Path, *, one_core: bool = False) -> float:
+    """From start to end."""
+    begin = time.perf_counter()
+    with start(command, folder, one_core=one_core) as child:
+        status = child.wait()
+    _check(command, status)
+    return time.perf_counter() - begin
+
+
+def _check(command: list[str], status: int) -> None:
+    if status:
+        sys.exit(f"error: {' '.join(command)} ended with status {status}")
+
+
+def one_round(images: Path) -> dict[str, float]:
+    """Each way once."""
+    with workspace(images) as folder:
+        download = seconds(DOWNLOAD, folder)
+        all_cores = seconds(NORMALIZE, folder)
+        return {
+            BASE: all_cores,
+            "normalize, one core": seconds(NORMALIZE, folder, one_core=True),
+            "start-up of normalize": seconds(START_NORMALIZE, folder),
+            "download (the files into one archive)": download,
+            "download and normalize, all cores": download + all_cores,
+            "torchvision, all cores": seconds([*TORCHVISION, str(images.resolve())], folder),
+            "start-up of torchvision": seconds(START_TORCHVISION, folder),
+        }
+
+
+def times(images: Path, *, rounds: int) -> str:
+    """The table of seconds."""
+    count = _count(images)
+    found = [one_round(images) for _ in range(rounds)]
+    taken = {way: [each[way] for each in found] for way in found[0]}
+    speeds = {
+        way: ", ".join(f"{count / value:,.0f}" for value in values)
+        for way, values in taken.items()
+        if "start-up" not in way
+    }
+    return f"{count:,} images\n{medians(taken, base=BASE, more={'images a second': speeds})}"
+
+
+def _count(images: Path) -> int:
+    return sum(1 for _ in images.rglob("*.jpg"))
+
+
+def peak(command: list[str], folder: Path) -> tuple[int, int]:
+    """Bytes: most of all its processes together, as sampled; and of the largest one, as the kernel has it."""
+    child = start(command, folder)
+    process, together = psutil.Process(child.pid), 0
+    while True:
+        ended, status, usage = os.wait4(child.pid, os.WNOHANG)
+        if ended:
+            child.returncode = os.waitstatus_to_exitcode(status)
+            _check(command, child.returncode)
+            return together, usage.ru_maxrss * 1024
+        together = max(together, _resident_bytes(process))
+        time.sleep(SAMPLE_SECONDS)
+
+
+def _resident_bytes(process: psutil.Process) -> int:
+    """Of a process and all below it; a page that several share is divided among them (PSS)."""
+    try:
+        tree = (process, *process.children(recursive=True))
+        return sum(int(each.memory_full_info().pss) for each in tree)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # one ended meanwhile: another sample follows
+        return 0
+
+
+def memory(images: Path, *, shares: list[Fraction]) -> str:
+    """The table of peaks."""
+    rows = [["images", "way", "all processes (MB)", "largest process (MB)"]]
+    for share in shares:
+        with resampled(images, share=share) as tree, workspace(tree) as folder:
+            seconds(DOWNLOAD, folder)
+            ways = {BASE: NORMALIZE, "torchvision, all cores": [*TORCHVISION, str(tree.resolve())]}
+            for way, command in ways.items():
+                peaks = (f"{value / 1e6:,.0f}" for value in peak(command, folder))
+                rows.append([f"{_count(tree):,}", way, *peaks])
+    return table(rows)
+
+
+@contextmanager
+def resampled(images: Path, *, share: Fraction) -> Iterator[Path]:
+    """A tree of hard links to the first files of each class, or to every file several times."""
+    if share == 1:
+        yield images
+        return
+    with tempfile.TemporaryDirectory(dir=CIFAR10.parent) as name:
+        for source in images.resolve().glob("*/*"):
+            target = Path(name) / source.relative_to(images.resolve())
+            target.mkdir(parents=True)
+            files = sorted(source.glob("*.jpg"))
+            for number in range(int(len(files) * share)):
+                copy, index = divmod(number, len(files))
+                (target / f"{copy}-{files[index].name}").hardlink_to(files[index])
+        yield Path(name)
+
+
+def main() -> None:
+    """Prepare the images, measure, print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ingest", description="JPEG files into arrays.")
+    parser.add_argument("rounds", nargs="?", type=int, default=3)
+    parser.add_argument(
+        "--large", action="store_true", help="also measure memory at ten times the images (5 GB of disk)"
+    )
+    add_images(parser)
+    arguments = parser.parse_args()
+    prepare_apart(arguments.images)
+    images = CIFAR10_IMAGES
+    print(times(images, rounds=arguments.rounds), flush=True)
+    shares = [Fraction(1, 10), Fraction(1), *([Fraction(10)] if arguments.large else [])]
+    print(f"\npeaks of memory\n{memory(images, shares=shares)}")
+
+
+if __name__ == "__main__":
+    main()

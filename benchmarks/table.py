@@ -1,0 +1,75 @@
+"""What the benchmarks print: a header that says what was measured on what, and tables of medians and ratios."""
+
+import math
+import platform
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from pipeline.raw import num_workers
+
+PACKAGES = ("torch", "torchvision", "pytorch-lightning", "dvc", "mlflow", "prefect")
+
+
+def medians(
+    seconds: Mapping[str, Sequence[float]],
+    *,
+    base: str | None = None,
+    digits: int = 1,
+    more: Mapping[str, Mapping[str, str]] | None = None,
+) -> str:
+    """A row for each way: median and single values, `more` columns by heading and way, and the ratio to `base`."""
+    more = more or {}
+    rounds = max(map(len, seconds.values()))
+    rows = [["way", f"median of {rounds} (s)", "each (s)", *more, *([f"ratio to {base}"] if base else [])]]
+    for way, found in seconds.items():
+        each = ", ".join(_shown(value, digits) for value in found)
+        row = [way, _shown(statistics.median(found), digits), each, *(column.get(way, "") for column in more.values())]
+        rows.append([*row, *([_shown_ratio(median_ratio(found, seconds[base]))] if base else [])])
+    return table(rows)
+
+
+def median_ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
+    """The median over the rounds of the ratio within a round: what slows the machine down slows down both."""
+    return statistics.median(one / other for one, other in zip(seconds, base, strict=True))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the heading."""
+    heading, *others = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([heading, f"|{' --- |' * len(rows[0])}", *others])
+
+
+def header() -> str:
+    """Date, commit, hardware and versions."""
+    changed = " with uncommitted changes" if _git("status", "--porcelain") else ""
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {_git('rev-parse', '--short', 'HEAD')}{changed}\n"
+        f"{num_workers()} cores of {cpu_name()}\n"
+        f"Python {platform.python_version()}, {versions}\n"
+        "seed: the number of the round, from 0"
+    )
+
+
+def cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _shown(value: float, digits: int) -> str:
+    """Infinity stands for what did not come to its end."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "not reached"
+
+
+def _shown_ratio(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "–"  # noqa: RUF001  # a dash: there is no ratio

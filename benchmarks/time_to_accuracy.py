@@ -1,0 +1,77 @@
+"""Seconds to the test accuracy of the PyTorch tutorial "Training a Classifier", each way from the start of its process.
+
+`python -m benchmarks.time_to_accuracy [ROUNDS] [--ways ours,tutorial,…] [--images FOLDER]` runs in turn
+
+    ours         the pipeline's training (benchmarks/ways/ours.py)
+    tutorial     the tutorial as it is written
+    dataloader   its network and data, with batch size and learning rate as one would choose them today
+    lightning    the same by PyTorch Lightning
+
+on the same images, each with PyTorch's default number of threads, and prints the medians and the median of the ratios
+within the rounds. Nothing else should run on the machine meanwhile.
+"""
+
+import argparse
+import math
+import re
+import subprocess
+import sys
+import time
+
+from benchmarks.cifar10 import add_images, prepare_apart
+from benchmarks.table import medians
+from benchmarks.ways import TARGET
+
+WAYS = ("ours", "tutorial", "dataloader", "lightning")
+ACCURACY = re.compile(r"accuracy (\d\.\d{4})")
+
+
+def run(way: str, *, seed: int, target: float) -> tuple[float, float]:
+    """Seconds from the start of the process to the target, infinity where it is not reached; and the last accuracy."""
+    command = [sys.executable, "-m", f"benchmarks.ways.{way}", str(seed), str(target)]
+    seconds, accuracy = math.inf, 0.0
+    start = time.perf_counter()
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+        assert child.stdout
+        for line in child.stdout:
+            lines.append(line)
+            if found := ACCURACY.fullmatch(line.strip()):
+                accuracy = float(found[1])
+                seconds = time.perf_counter() - start if accuracy >= target else math.inf
+    if child.returncode:
+        sys.exit(f"error: {way} ended with status {child.returncode}:\n{''.join(lines)}")
+    return seconds, accuracy
+
+
+def measure(ways: list[str], *, rounds: int, target: float) -> str:
+    """The table."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    accuracies: dict[str, list[str]] = {way: [] for way in ways}
+    for seed in range(rounds):
+        for way in ways:
+            taken, accuracy = run(way, seed=seed, target=target)
+            seconds[way].append(taken)
+            accuracies[way].append(f"{accuracy:.1%}")
+    reached = {way: ", ".join(each) for way, each in accuracies.items()}
+    return medians(seconds, base="ours" if "ours" in ways else None, more={"test accuracy": reached})
+
+
+def main() -> None:
+    """Prepare the images, run the rounds, print the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.time_to_accuracy", description="Seconds to accuracy.")
+    parser.add_argument("rounds", nargs="?", type=int, default=3)
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"default: {','.join(WAYS)}")
+    parser.add_argument("--target", type=float, default=TARGET, help=f"test accuracy; default: {TARGET}")
+    add_images(parser)
+    arguments = parser.parse_args()
+    ways = arguments.ways.split(",")
+    if unknown := set(ways) - set(WAYS):
+        parser.error(f"--ways: found {', '.join(sorted(unknown))}; allowed: {', '.join(WAYS)}")
+    prepare_apart(arguments.images)
+    print(f"seconds to {arguments.target:.1%} test accuracy, from the start of the process")
+    print(measure(ways, rounds=arguments.rounds, target=arguments.target))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""The pipeline's own training, on the arrays that its normalize made: a split is held out for validation."""
+
+import torch
+
+from benchmarks.ways import CIFAR10, is_reached, seed
+from pipeline.data import DatasetInfo, Split
+from pipeline.model import build
+from pipeline.params import check_params, compose
+from pipeline.train import configure, judge, prepare_torch, train
+
+RECIPE = "cifar10_lenet"
+OVERRIDES = {
+    "train.epochs": 3,
+    "train.learning_rate": 0.05,
+    "train.weight_decay": 0.0005,
+    "train.flip": False,
+    "train.crop_padding": 0,
+    "train.device": "cpu",
+}
+
+
+def main() -> None:
+    """Train, then judge on the test split."""
+    more = {"train.seed": seed(), "train.cpu_threads": torch.get_num_threads()}  # as many threads as the other ways
+    params = check_params(compose(RECIPE, OVERRIDES | more), origin=RECIPE).train
+    device, folder = prepare_torch(params), CIFAR10 / "normalize"
+    info = DatasetInfo.read(folder)
+    splits = {
+        name: Split.read(name, info=info, device=device, folder=folder) for name in ("train", "validation", "test")
+    }
+    classifier = build(configure(params, info)).to(memory_format=torch.channels_last)
+    train(classifier, params=params, train_split=splits["train"], validation_split=splits["validation"])
+    is_reached(judge(classifier, splits["test"], loss=params.loss)[1])
+
+
+if __name__ == "__main__":
+    main()
