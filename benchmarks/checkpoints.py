@@ -15,9 +15,9 @@ import torch
 from benchmarks.table import medians
 from pipeline.checkpoint import Checkpoint, Checkpoints
 from pipeline.data import Split
+from pipeline.loop import prepare_torch, train
 from pipeline.model import ModelConfig, build
 from pipeline.params import TrainParams, check_params, compose
-from pipeline.train import prepare_torch, train
 
 TRAIN_IMAGES, VALIDATION_IMAGES, WARM_UP_EPOCHS = 45_000, 5_000, 2
 

@@ -17,9 +17,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 LOOP = """
 import time
 from pipeline.data import DatasetInfo, Split
-from pipeline.model import build
+from pipeline.loop import prepare_torch, train
+from pipeline.model import build, configure
 from pipeline.params import load_params
-from pipeline.train import configure, prepare_torch, train
 params, info = load_params().train, DatasetInfo.read()
 device = prepare_torch(params)
 splits = {name: Split.read(name, info=info, device=device) for name in ("train", "validation")}

@@ -15,8 +15,8 @@ from pipeline.artifacts import EVALUATE, TRAIN, Labels, verify, verify_splits, w
 from pipeline.data import DatasetInfo, Split, choose_device
 from pipeline.errors import TemporaryError, UserError, report_errors
 from pipeline.model import load_model, logits_of
+from pipeline.optimizer import loss_function
 from pipeline.params import load_params
-from pipeline.train import loss_function
 
 FILES = ("confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv")
 MODEL = "best.safetensors"

@@ -16,9 +16,9 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from pipeline.artifacts import Images, file_md5, missing, read_json, write_bytes, write_json
-from pipeline.data import Split, evaluation_batches
+from pipeline.data import DatasetInfo, Split, evaluation_batches
 from pipeline.errors import TemporaryError, UserError, first_line
-from pipeline.params import Channels, Resize
+from pipeline.params import Channels, Resize, TrainParams
 
 SMALL_IMAGE_SIZE = 64
 """Pixels. Up to this size a residual network keeps the resolution in its first layers (He et al. 2016, section 4.2)."""
@@ -54,6 +54,21 @@ class ModelConfig(BaseModel):
         return self.input_size or self.image_size
 
 
+def configure(params: TrainParams, info: DatasetInfo) -> ModelConfig:
+    return ModelConfig(
+        model=params.model,
+        weights=params.weights,
+        loss=params.loss,
+        class_names=info.class_names,
+        image_size=info.image_size,
+        input_size=params.input_size,
+        channels=info.channels,
+        resize=info.resize,
+        mean=info.mean,
+        std=info.std,
+    )
+
+
 class LeNet(nn.Sequential):
     """The network of the PyTorch tutorials, after LeCun et al. 1998: two 5x5 convolutions and three linear layers.
 
@@ -69,11 +84,11 @@ class LeNet(nn.Sequential):
             )
         super().__init__(
             nn.Conv2d(channels, 6, 5),
+            nn.MaxPool2d(2),  # before the ReLU, which then has a quarter to do: the result is the same
             nn.ReLU(),
-            nn.MaxPool2d(2),
             nn.Conv2d(6, 16, 5),
-            nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.ReLU(),
             nn.Flatten(),
             nn.Linear(16 * side * side, 120),
             nn.ReLU(),
@@ -293,11 +308,14 @@ def load_model(folder: Path, *, checkpoint: str = "best") -> tuple[Classifier, M
 
 
 @torch.no_grad()
-def logits_of(classifier: nn.Module, split: Split, *, batch_size: int) -> Tensor:
-    """Logits (N, num_classes) float32 of a whole split, on its device, in evaluation mode."""
+def logits_of(
+    classifier: nn.Module, split: Split, *, batch_size: int, between: tuple[int, int] | None = None
+) -> Tensor:
+    """Logits (N, num_classes) float32 of a split, all or a range of it, on its device, in evaluation mode."""
     was_training = classifier.training
     classifier.eval()
-    logits = torch.cat([classifier(images).float() for images, _ in evaluation_batches(split, batch_size=batch_size)])
+    batches = evaluation_batches(split, batch_size=batch_size, between=between)
+    logits = torch.cat([classifier(images).float() for images, _ in batches])
     classifier.train(was_training)
     return logits
 

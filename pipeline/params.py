@@ -146,6 +146,13 @@ class TrainParams(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
     mixed_precision: Literal["none", "bfloat16", "float16"] = Field(description="on cuda; elsewhere float32 is used")
     channels_last: Flag = Field(description="memory layout NHWC for the network")
+    window_megabytes: Annotated[Count, Field(ge=1)] = Field(
+        description="2**20 bytes of images held on the device; of a larger split, blocks in random order are read and "
+        "shuffled together"
+    )
+    processes: Annotated[Count, Field(ge=1)] = Field(
+        description="data-parallel by torchrun, one a GPU or each with cpu_threads; each has its share of every batch"
+    )
     cpu_threads: Annotated[Count, Field(ge=0)] = Field(
         description="threads on the CPU; sums depend on it, so the same number gives the same bits; 0: one a core"
     )
@@ -170,6 +177,11 @@ class TrainParams(Section):
         from_file = self.weights not in (None, "DEFAULT")
         if self.weights_md5 is not None and not from_file:
             raise ValueError(f"weights_md5 is set, but weights is {self.weights}; allowed: null, as there is no file")
+        if self.batch_size % self.processes:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, but processes {self.processes}; allowed: a multiple of it, as each "
+                "process has an equal share of a batch"
+            )
         if self.loss == "mse" and self.label_smoothing > 0:
             raise ValueError("label_smoothing is for loss: cross_entropy; set it to 0 for mse")
         return self

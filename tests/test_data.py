@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import data
 from pipeline.data import Augmentation, DatasetInfo, Split, TrainingBatches, choose_device, evaluation_batches
 from pipeline.errors import UserError
 from tests.conftest import coloured_images, write_normalized
@@ -63,10 +64,21 @@ def test_an_epoch_goes_on_in_its_midst_as_if_it_had_not_stopped() -> None:
     whole, first, second = (TrainingBatches(split, **values) for _ in range(3))  # type: ignore[arg-type]
     for _ in zip(range(3), first, strict=False):
         pass
-    second.go_to(3, random_state=first.random_state())
+    second.position = first.position
     for (images, labels), (again, same) in zip(list(whole)[3:], second, strict=True):
         assert torch.equal(images, again)
         assert torch.equal(labels, same)
+
+
+def test_an_image_is_mirrored_in_every_other_epoch() -> None:
+    split = split_of(coloured_images(20)[0])
+    seen = [
+        {int(label): image for image, label in zip(*batches(split, batch_size=20, epoch=e, flip=True)[0], strict=True)}
+        for e in (1, 2, 3)
+    ]
+    for label in range(20):
+        assert torch.equal(seen[0][label], seen[1][label].flip(2))
+        assert torch.equal(seen[0][label], seen[2][label])
 
 
 def test_flipping_mirrors_about_half_of_the_images() -> None:
@@ -143,3 +155,57 @@ def test_labels_of_no_class_are_refused(tmp_path: Path) -> None:
 def test_cuda_without_a_gpu_is_refused_with_what_is_there() -> None:
     with pytest.raises(UserError, match=r"train\.device is cuda, .*allowed on this machine: auto, .*cpu"):
         choose_device("cuda", field="train.device")
+
+
+def split_in_file(folder: Path, images: np.ndarray, *, window_bytes: int) -> Split:
+    np.save(folder / "images.npy", images)
+    mapped = np.load(folder / "images.npy", mmap_mode="c")
+    values = {"mean": [0.0] * 3, "std": [1 / 255] * 3, "device": CPU, "window_bytes": window_bytes}
+    return Split.of(mapped, np.arange(len(images)), **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("window_images", [1, 8, 24, 90])
+def test_a_split_in_a_file_shows_each_image_once_an_epoch_in_another_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_images: int
+) -> None:
+    monkeypatch.setattr(data, "BLOCK_BYTES", 8 * 32 * 32 * 3)
+    images = coloured_images(103)[0]
+    split = split_in_file(tmp_path, images, window_bytes=window_images * 32 * 32 * 3)
+    assert split.file is not None
+    orders = []
+    for epoch in (1, 2):
+        found = batches(split, batch_size=4, epoch=epoch)
+        order = torch.cat([labels for _, labels in found])
+        assert (len(found), len(set(order.tolist()))) == (25, 100)
+        pixels = torch.cat([floats for floats, _ in found]).permute(0, 2, 3, 1)
+        torch.testing.assert_close(pixels, torch.from_numpy(images)[order].float())
+        orders.append(order.tolist())
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) != sorted(orders[1])  # another part is left out
+
+
+def test_an_epoch_from_a_file_goes_on_in_its_midst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "BLOCK_BYTES", 8 * 32 * 32 * 3)
+    split = split_in_file(tmp_path, coloured_images(80)[0], window_bytes=16 * 32 * 32 * 3)
+    values = {"batch_size": 4, "seed": 1, "epoch": 2, "augmentation": Augmentation(True, 4, 3)}
+    whole, rest = (TrainingBatches(split, **values) for _ in range(2))  # type: ignore[arg-type]
+    rest.position = 9
+    for (images, labels), (again, same) in zip(list(whole)[9:], rest, strict=True):
+        assert torch.equal(images, again)
+        assert torch.equal(labels, same)
+
+
+def test_evaluation_is_the_same_from_a_file(tmp_path: Path) -> None:
+    images = coloured_images(50)[0]
+    in_file, resident = split_in_file(tmp_path, images, window_bytes=1), split_of(images)
+    found = zip(evaluation_batches(in_file, batch_size=7), evaluation_batches(resident, batch_size=7), strict=True)
+    assert all(torch.equal(one, other) and torch.equal(a, b) for (one, a), (other, b) in found)
+
+
+def test_the_shares_of_several_processes_make_up_the_batch() -> None:
+    split, augmentation = split_of(coloured_images(24)[0]), Augmentation(True, 4, 3)
+    values = {"batch_size": 6, "seed": 1, "epoch": 2, "augmentation": augmentation}
+    shares = [list(TrainingBatches(split, **values, rank=rank, processes=3)) for rank in range(3)]  # type: ignore[arg-type]
+    for whole, *parts in zip(TrainingBatches(split, **values), *shares, strict=True):  # type: ignore[arg-type]
+        assert torch.equal(torch.cat([images for images, _ in parts]), whole[0])
+        assert torch.equal(torch.cat([labels for _, labels in parts]), whole[1])

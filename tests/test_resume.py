@@ -21,9 +21,10 @@ from pipeline.artifacts import file_md5
 from pipeline.checkpoint import Checkpoint, fingerprint
 from pipeline.data import DatasetInfo
 from pipeline.errors import UserError
+from pipeline.loop import Trained, train
 from pipeline.model import build
 from pipeline.params import TrainParams, dump_yaml
-from pipeline.train import Trained, _determinants, train
+from pipeline.train import _determinants
 from tests.conftest import DEFAULTS, PROJECT, heed_interrupts, train_params, write_normalized
 from tests.test_model import config
 from tests.test_train import OPTIMIZERS, QUICK, runs, split_of

@@ -4,9 +4,9 @@ import torch
 
 from benchmarks.ways import CIFAR10, is_reached, seed
 from pipeline.data import DatasetInfo, Split
-from pipeline.model import build
+from pipeline.loop import judge, prepare_torch, train
+from pipeline.model import build, configure
 from pipeline.params import check_params, compose
-from pipeline.train import configure, judge, prepare_torch, train
 
 RECIPE = "cifar10_lenet"
 OVERRIDES = {

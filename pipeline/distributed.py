@@ -1,0 +1,142 @@
+"""Several processes for one training: torchrun starts them, gloo (CPU) or NCCL (GPU) joins them.
+
+Each process has a copy of the network and its share of every batch; gradients are averaged, so that together they take
+the steps that one process would take with the whole batch. The first process tells and writes for all.
+"""
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.errors import EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, first_line
+
+GRACE_SECONDS = 5
+"""So long the other processes outlive SIGTERM, in which the first one writes its checkpoint."""
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first_on_its_machine() -> bool:
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def launch(module: str, *, processes: int) -> None:
+    """Run `python -m module` in so many processes on this machine by torchrun; leaves as the first to fail does."""
+    # half a second to import, which one process alone need not spend
+    from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415  # see above
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415  # see above
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415  # see above
+
+    logging.disable(logging.ERROR)  # of what the processes tell themselves
+    for backend in ("GLOO", "NCCL"):  # nobody else needs to reach them
+        os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,  # the same command, or Prefect, tries again
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", module)
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            raise TemporaryError(f"process {number} was ended by {name}; the same command goes on") from None
+        sys.exit(failure.exitcode)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+
+
+@contextmanager
+def joined(device: torch.device, *, processes: int) -> Iterator[None]:
+    """Be one of the processes that torchrun started, if it did.
+
+    Raises UserError where it started another number than `processes`, TemporaryError in the first process where
+    another one is gone; the others leave without a word, as whoever failed first has told why.
+    """
+    if not is_launched():
+        yield
+        return
+    found = int(os.environ["WORLD_SIZE"])
+    if found != processes:
+        raise UserError(f"train.processes is {processes}, but torchrun started {found}; set it to {found}")
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank() > 0:
+        _follow()
+    try:
+        yield
+    except UserError:
+        if rank() > 0:
+            sys.exit(EXIT_USER)
+        raise
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "peer" not in str(error):
+            raise
+        if rank() > 0:
+            sys.exit(EXIT_TEMPORARY)
+        raise TemporaryError(f"another process is gone ({first_line(error)}); the same command goes on") from None
+    finally:
+        dist.destroy_process_group()
+
+
+def _follow() -> None:
+    """Say nothing, and leave it to the first process when to stop."""
+    sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # for the life of the process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+
+
+def averaged(network: nn.Module) -> Any:
+    """The network; its gradients become the means over all processes."""
+    return nn.parallel.DistributedDataParallel(network) if world_size() > 1 else network
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over all processes, in each of them."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def from_first(content: bytes = b"") -> bytes:
+    """The bytes that the first process gives, in each of them."""
+    if world_size() == 1:
+        return content
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    length = torch.tensor(len(content), device=device)
+    dist.broadcast(length, src=0)
+    values = torch.zeros(int(length), dtype=torch.uint8, device=device)
+    if content:
+        values.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    if len(values):
+        dist.broadcast(values, src=0)
+    return bytes(values.cpu().numpy())

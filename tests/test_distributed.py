@@ -1,0 +1,129 @@
+"""Several processes for one training, on the CPU by gloo, as torchrun starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+from safetensors.torch import load
+
+from pipeline.params import dump_yaml
+from tests.conftest import DEFAULTS, PROJECT, heed_interrupts, run_step, write_normalized
+
+VALUES = {"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "cpu_threads": 1, "flip": True, "log_every_steps": 1}
+
+
+def configure(folder: Path, **changes: object) -> None:
+    values = json.loads(json.dumps(DEFAULTS))
+    values["train"] |= VALUES | changes
+    (folder / "params.yaml").write_text(dump_yaml(values))
+
+
+def losses(folder: Path) -> list[list[float]]:
+    """By step, of each run, the newest first."""
+    client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
+    assert [run.info.status for run in runs] == ["FINISHED"] * len(runs)
+    found = []
+    for run in runs:
+        history = client.get_metric_history(run.info.run_id, "loss")
+        assert [point.step for point in history] == list(range(1, 25))
+        found.append([point.value for point in history])
+    return found
+
+
+def train(workspace: Path, *, processes: int) -> bytes:
+    """The last weights, as the file has them."""
+    configure(workspace, processes=processes)
+    done = run_step("train", folder=workspace)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.count("epoch 4/4") == 1  # the others say nothing
+    return (workspace / "artifacts/train/last.safetensors").read_bytes()
+
+
+def test_two_processes_have_the_losses_of_one_with_the_joined_batch_interrupted_or_not(workspace: Path) -> None:
+    write_normalized(workspace)
+    one, two = (train(workspace, processes=processes) for processes in (1, 2))
+    for name, values in load(one).items():
+        assert values.numpy() == pytest.approx(load(two)[name].numpy(), rel=1e-2, abs=1e-4)
+    interrupted = start(workspace)
+    for line in iter(interrupted.stdout.readline, ""):  # type: ignore[union-attr]
+        if line.startswith("epoch 2"):
+            interrupted.terminate()
+            break
+    _, stderr = interrupted.communicate(timeout=60)
+    assert (interrupted.returncode, len(stderr.splitlines())) == (128 + signal.SIGTERM, 1), stderr
+    assert "the same command goes on from epoch" in stderr
+    assert train(workspace, processes=2) == two
+    again, by_two, by_one = losses(workspace)
+    assert again == by_two == pytest.approx(by_one, rel=1e-3)
+
+
+def start(workspace: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "pipeline.train"],
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509
+    )
+
+
+def test_torchrun_itself_may_start_them(workspace: Path) -> None:
+    write_normalized(workspace)
+    configure(workspace, processes=2, epochs=1)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(
+        [*torchrun, "2", "-m", "pipeline.train"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [*torchrun, "1", "-m", "pipeline.train"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "error: train.processes is 2, but torchrun started 1; set it to 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"batch_size": 15}, "error: params.yaml: train.batch_size is 15, but processes 2; allowed: a multiple of it"),
+        ({"learning_rate": 1e30, "momentum": 0.0, "nesterov": False, "schedule": "constant"}, "step 2: the loss is"),
+    ],
+)
+def test_a_mistake_is_told_once(workspace: Path, changes: dict[str, object], told: str) -> None:
+    write_normalized(workspace)
+    configure(workspace, processes=2, **changes)
+    done = run_step("train", folder=workspace)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert told in done.stderr
+
+
+def test_the_death_of_a_process_ends_the_others_and_the_next_start_goes_on(workspace: Path) -> None:
+    write_normalized(workspace)
+    configure(workspace, processes=2, epochs=500)
+    process = start(workspace)
+    for line in iter(process.stdout.readline, ""):  # type: ignore[union-attr]
+        if line.startswith("epoch   2"):
+            os.kill(child_of_rank(process.pid, "1"), signal.SIGKILL)
+            break
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert "the same command goes on" in stderr
+    configure(workspace, processes=2, epochs=500)
+    again = start(workspace)
+    assert any("goes on from its checkpoint" in line for line in iter(again.stdout.readline, ""))  # type: ignore[union-attr]
+    again.kill()
+    again.wait()
+
+
+def child_of_rank(pid: int, rank: str) -> int:
+    children = psutil.Process(pid).children()
+    [found] = [child.pid for child in children if child.environ().get("RANK") == rank]
+    return found
