@@ -5,6 +5,7 @@ train and test, or the archive of such a tree beside the project, and makes
 
     images/                the tree
     cifar-10-batches-py/   the same pixels in the layout of the official archive, as torchvision reads them
+    download/              that archive, as the pipeline's download leaves it
     normalize/             the same pixels as the pipeline's normalize leaves them, by the recipe cifar10_lenet
 
 What is there, made from the same images by the same parameters, stays.
@@ -90,12 +91,11 @@ def _make(folder: Path, images: Path | None, *, params: NormalizeParams) -> None
     (folder / CIFAR_FOLDER).mkdir()
     for name, content in files.items():
         (folder / CIFAR_FOLDER / name).write_bytes(content)
-    raw = folder / "raw"
-    raw.mkdir()
-    write_archive(raw / CIFAR10_ARCHIVE, files)
-    (raw / "source.json").write_text('{"dataset": "cifar10"}')
-    normalize(raw, folder / "normalize", params=params)
-    shutil.rmtree(raw)
+    download = folder / "download"
+    download.mkdir()
+    write_archive(download / CIFAR10_ARCHIVE, files)
+    (download / "source.json").write_text('{"dataset": "cifar10"}')
+    normalize(download, folder / "normalize", params=params)
 
 
 def official_files(tree: Path) -> dict[str, bytes]:

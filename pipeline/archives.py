@@ -1,8 +1,10 @@
-"""Archives from outside, read as data: nothing is unpacked onto the disk, and no pickle is run."""
+"""Archives from outside, read as data: no file is made from what is in them, and no pickle is run."""
 
+import gzip
 import pickletools
 import re
 import tarfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from pipeline.errors import first_line
 MAX_HEADER_BYTES = 2**20
 MAX_PICKLE_BYTES = 2**28
 """Largest pickle that is read; one of CIFAR-10's has 31 MB."""
+MAX_UNPACKED_BYTES = 2**30
+"""Largest compressed archive, unpacked; CIFAR-10's has 186 MB."""
 
 
 class DamagedArchive(ValueError):  # noqa: N818
@@ -50,6 +54,25 @@ def open_tar(path: Path, mode: Any) -> tarfile.TarFile:
     try:
         return tarfile.open(path, mode, tarinfo=_TarInfo)
     except Exception as error:
+        raise _damaged(error) from None
+
+
+def open_compressed_tar(path: Path) -> tarfile.TarFile:
+    """A .tar.gz, unpacked once into a file without a name: in the compressed one, each look for a member starts anew.
+
+    Raises DamagedArchive where it is none or has more than MAX_UNPACKED_BYTES, OSError where there is no such file.
+    """
+    unpacked = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # lives as long as the archive
+    try:
+        with gzip.open(path) as file:
+            while block := file.read(2**20):
+                unpacked.write(block)
+                if unpacked.tell() > MAX_UNPACKED_BYTES:
+                    raise DamagedArchive(f"unpacked more than {MAX_UNPACKED_BYTES:,} bytes")
+        unpacked.seek(0)
+        return tarfile.open(fileobj=unpacked, mode="r:", tarinfo=_TarInfo)
+    except Exception as error:
+        unpacked.close()
         raise _damaged(error) from None
 
 

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-import uuid
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from pipeline.errors import EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, first_line
 
+MEETING = "PIPELINE_MEETING_FILE"
+"""Names the file by which the processes of one machine meet; without it they meet as torchrun has it."""
 GRACE_SECONDS = 5
 """So long the other processes outlive SIGTERM, in which the first one writes its checkpoint."""
 
@@ -44,26 +46,34 @@ def is_first_on_its_machine() -> bool:
 def launch(module: str, *, processes: int) -> None:
     """Run `python -m module` in so many processes on this machine by torchrun; leaves as the first to fail does."""
     # half a second to import, which one process alone need not spend
-    from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415  # see above
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415  # see above
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415  # see above
 
     logging.disable(logging.ERROR)  # of what the processes tell themselves
-    for backend in ("GLOO", "NCCL"):  # nobody else needs to reach them
-        os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,  # the same command, or Prefect, tries again
-        monitor_interval=0.1,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        # they meet by files and talk on loopback: torchrun's default listens on all interfaces, and unpickles
+        os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", MEETING: f"{folder}/processes"}
+        os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=module,
+            rdzv_backend="c10d",
+            rdzv_endpoint=f"{folder}/machines",
+            rdzv_configs={"store_type": "file"},
+            local_addr="localhost",
+            max_restarts=0,  # the same command, or Prefect, tries again
+            monitor_interval=0.1,
+        )
+        _run(elastic_launch(config, sys.executable), module)
+
+
+def _run(launched: Any, module: str) -> None:
+    from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415  # see launch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415  # see launch
+
     try:
-        elastic_launch(config, sys.executable)("-m", module)
+        launched("-m", module)
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         if failure.exitcode < 0:
@@ -89,7 +99,12 @@ def joined(device: torch.device, *, processes: int) -> Iterator[None]:
         raise UserError(f"train.processes is {processes}, but torchrun started {found}; set it to {found}")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"file://{os.environ[MEETING]}" if MEETING in os.environ else "env://",
+        rank=int(os.environ["RANK"]),
+        world_size=found,
+    )
     if rank() > 0:
         _follow()
     try:

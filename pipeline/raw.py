@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from pipeline.archives import DamagedArchive, load_pickle, members, open_tar, read_member
+from pipeline.archives import DamagedArchive, load_pickle, members, open_compressed_tar, open_tar, read_member
 from pipeline.artifacts import (
     CIFAR10_ARCHIVE,
     IMAGEFOLDER_ARCHIVE,
@@ -163,19 +163,21 @@ def _within(labels: Labels, num_classes: int) -> bool:
 
 
 def _open_cifar(archive: Path, *, image_size: int, channels: Channels) -> Source:
-    with _open_tar(archive, "r:gz") as tar:
-        names = _read_pickle(tar, "batches.meta", archive=archive).get("label_names")
+    tar = _open(open_compressed_tar, archive)
+    names = _read_pickle(tar, "batches.meta", archive=archive).get("label_names")
     if not isinstance(names, list) or not names or not all(type(name) in (str, bytes) for name in names):
         raise UserError(f"{archive}: batches.meta has no list of label_names; check download.md5")
     texts = [name.decode(errors="replace") if isinstance(name, bytes) else name for name in names]
     class_names = _check_names(texts, origin=f"{archive}: batches.meta")
-    blocks = _cifar_blocks(archive, num_classes=len(class_names), image_size=image_size, channels=channels)
+    blocks = _cifar_blocks(tar, archive, num_classes=len(class_names), image_size=image_size, channels=channels)
     return Source("cifar10", class_names, channels, 60_000, [], blocks)
 
 
-def _cifar_blocks(archive: Path, *, num_classes: int, image_size: int, channels: Channels) -> Iterator[Block]:
+def _cifar_blocks(
+    tar: tarfile.TarFile, archive: Path, *, num_classes: int, image_size: int, channels: Channels
+) -> Iterator[Block]:
     """One batch (30 MB) in memory at a time, in the order of their numbers whatever that in the archive is."""
-    with _open_tar(archive, "r:gz") as tar:
+    with tar:
         for batch, split in CIFAR_BATCHES:
             pixels, labels = _cifar_batch(tar, batch, archive=archive, num_classes=num_classes)
             yield from _array_blocks(
@@ -275,7 +277,7 @@ def _chunks(archive: Path, *, class_names: tuple[str, ...], num_files: int, leng
 
 
 def _files(archive: Path) -> Iterator[tarfile.TarInfo]:
-    with _open_tar(archive, "r:") as tar:
+    with _open(lambda path: open_tar(path, "r:"), archive) as tar:
         try:
             yield from (member for member in members(tar) if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE))
         except DamagedArchive as error:
@@ -350,9 +352,9 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _open_tar(archive: Path, mode: Any) -> tarfile.TarFile:
+def _open(how: Callable[[Path], tarfile.TarFile], archive: Path) -> tarfile.TarFile:
     try:
-        return open_tar(archive, mode)
+        return how(archive)
     except FileNotFoundError:
         raise UserError(missing(archive)) from None
     except DamagedArchive as error:

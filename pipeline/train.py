@@ -104,7 +104,7 @@ def _lead(classifier: Classifier, everything: Params, info: DatasetInfo, *, conf
                 train_split=_read_split("train", classifier, params, info),
                 validation_split=_read_split("validation", classifier, params, info),
                 on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
-                on_epoch=lambda epoch, speed: _report_epoch(epoch, speed, params=params, run=run),
+                on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=params, run=run),
                 start=start,
                 save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
             )
@@ -206,7 +206,7 @@ def _metrics(epoch: Epoch) -> dict[str, float]:
     return {name: value for name, value in vars(epoch).items() if name not in ("epoch", "learning_rate")}
 
 
-def _report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams, run: tracking.Run) -> None:
+def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams, run: tracking.Run) -> None:
     """The finished epoch, as a line and as metrics."""
     run.log({**_metrics(epoch), "images_per_second": images_per_second}, step=epoch.epoch)
     done = 10 * epoch.epoch // params.epochs

@@ -111,6 +111,7 @@ def test_the_death_of_a_process_ends_the_others_and_the_next_start_goes_on(works
     process = start(workspace)
     for line in iter(process.stdout.readline, ""):  # type: ignore[union-attr]
         if line.startswith("epoch   2"):
+            assert all(address == "127.0.0.1" for address in listening(process.pid))
             os.kill(child_of_rank(process.pid, "1"), signal.SIGKILL)
             break
     _, stderr = process.communicate(timeout=60)
@@ -121,6 +122,13 @@ def test_the_death_of_a_process_ends_the_others_and_the_next_start_goes_on(works
     assert any("goes on from its checkpoint" in line for line in iter(again.stdout.readline, ""))  # type: ignore[union-attr]
     again.kill()
     again.wait()
+
+
+def listening(pid: int) -> list[str]:
+    """The addresses on which a process and its children do."""
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    connections = [found for process in processes for found in process.net_connections()]
+    return [found.laddr.ip for found in connections if found.status == psutil.CONN_LISTEN]
 
 
 def child_of_rank(pid: int, rank: str) -> int:

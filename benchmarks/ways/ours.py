@@ -10,9 +10,11 @@ from pipeline.params import check_params, compose
 
 RECIPE = "cifar10_lenet"
 OVERRIDES = {
-    "train.epochs": 3,
+    "train.epochs": 2,
+    "train.batch_size": 96,
     "train.learning_rate": 0.05,
     "train.weight_decay": 0.0005,
+    "train.warmup_fraction": 0.1,
     "train.flip": False,
     "train.crop_padding": 0,
     "train.device": "cpu",

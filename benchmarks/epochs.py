@@ -1,0 +1,81 @@
+"""What an epoch of the recipe cifar10_lenet costs with a checkpoint and with MLflow, each in turn in one process.
+
+`python -m benchmarks.epochs [ROUNDS]` prints the medians, the median ratios within the rounds, and the seconds that
+MLflow takes for the finished model. The images are random pixels in the number and size of CIFAR-10's, since time does
+not depend on what they show. MLflow's store is a new one in sqlite.
+"""
+
+import contextlib
+import io
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.lenet import CONFIG, PARAMS, Splits, epoch, fresh, random_splits
+from benchmarks.table import medians
+from pipeline import tracking
+from pipeline.artifacts import replace_folder
+from pipeline.checkpoint import Checkpoints
+from pipeline.loop import prepare_torch
+from pipeline.model import save_config, save_weights
+from pipeline.train import report_epoch
+
+
+@contextlib.contextmanager
+def mlflow_run(*, number: int) -> Iterator[tracking.Run]:
+    """As the train step has it."""
+    dataset = tracking.dataset("random", source=None, digest="0" * 32)
+    with tracking.training_run(
+        experiment="benchmark", params=PARAMS.flat(), dataset=dataset, training=str(number)
+    ) as run:
+        yield run
+
+
+def logged_epoch(splits: Splits, *, number: int) -> tuple[float, float]:
+    """The seconds of one that MLflow is told of as it runs, and those of the model's upload."""
+    classifier = fresh()
+    with mlflow_run(number=number) as run, tempfile.TemporaryDirectory() as folder:
+        seconds = epoch(
+            classifier,
+            splits,
+            on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
+            on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=PARAMS.train, run=run),
+        )
+        with replace_folder(Path(folder) / "train") as target:
+            save_weights(classifier, target / "best.safetensors")
+            save_config(CONFIG, target)
+        start = time.perf_counter()
+        tracking.log_model(Path(folder) / "train")
+        return seconds, time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure and print."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+    prepare_torch(PARAMS.train)
+    splits = random_splits()
+    alone, checkpoint, logged = "epoch alone", "epoch and its checkpoint", "epoch told to MLflow"
+    seconds: dict[str, list[float]] = {alone: [], checkpoint: [], logged: []}
+    uploads = []
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # on the project's file system
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+        os.environ["PIPELINE_PROJECT"] = folder
+        checkpoints = Checkpoints(Path(folder) / "checkpoints")
+        for number in range(rounds + 1):
+            with contextlib.redirect_stdout(io.StringIO()):
+                told, upload = logged_epoch(splits, number=number)
+            found = {alone: epoch(fresh(), splits), logged: told}
+            found[checkpoint] = epoch(fresh(), splits, save=checkpoints.write)
+            for way, value in found.items() if number else ():  # the first round warms up
+                seconds[way].append(value)
+            uploads.append(upload)
+    print(medians(seconds, base=alone, digits=3))
+    print(f"\nupload of the model: median {statistics.median(uploads):.2f} s, the first {uploads[0]:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Where the time of an epoch of cifar10_lenet goes, and how far it is from what the machine could do.
+
+`python -m benchmarks.floor` counts the operations of forward and backward pass, measures the machine's matrix rate
+(float32, 2048 x 2048) and memory bandwidth, and prints the least time they allow, the time taken, and the operators
+that take it. Rates and epochs are measured in turn; the medians count.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.lenet import PARAMS, TRAIN_IMAGES, VALIDATION_IMAGES, Splits, epoch, fresh, random_splits
+from benchmarks.table import table
+from pipeline.loop import prepare_torch
+
+ROUNDS, SIDE, COPIED = 7, 2048, 2**28
+SHOWN = 10
+
+
+def operations() -> float:
+    """Of an image: forward and backward, a multiplication and an addition being two."""
+    images = PARAMS.train.batch_size
+    classifier, counter = fresh(), FlopCounterMode(display=False)
+    with counter:
+        logits = classifier(torch.zeros(images, 3, 32, 32))
+        F.cross_entropy(logits, torch.zeros(images, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
+    return counter.get_total_flops() / images
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def shares(splits: Splits) -> str:
+    """The operators' own time in an epoch, as a table."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        epoch(fresh(), splits)
+    events = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    rows = [[event.key, f"{event.self_cpu_time_total / total:.1%}", f"{event.count:,}"] for event in events[:SHOWN]]
+    rest = sum(event.self_cpu_time_total for event in events[SHOWN:]) / total
+    return table([["operator", "share of the time", "calls"], *rows, ["all others", f"{rest:.1%}", ""]])
+
+
+def main() -> None:
+    """Measure and print."""
+    prepare_torch(PARAMS.train)
+    splits = random_splits()
+    matrix, memory = torch.rand(SIDE, SIDE), torch.zeros(COPIED, dtype=torch.uint8)
+    works: dict[str, Callable[[], object]] = {
+        "matrix": lambda: matrix @ matrix,
+        "memory": memory.clone,
+        "epoch": lambda: epoch(fresh(), splits),
+    }
+    found = {name: statistics.median([seconds(work) for _ in range(ROUNDS)]) for name, work in works.items()}
+    rate, bandwidth = 2 * SIDE**3 / found["matrix"], 2 * COPIED / found["memory"]
+    flops = operations()
+    # a validation image goes forward only, a third of it and a little more
+    least = flops * (TRAIN_IMAGES + VALIDATION_IMAGES / 3) / rate
+    read = (TRAIN_IMAGES + VALIDATION_IMAGES) * 32 * 32 * 3 / bandwidth
+    rows = [["", ""]]
+    rows += [["operations of an image, forward and backward", f"{flops / 1e6:.2f} million"]]
+    rows += [
+        ["matrix rate, float32", f"{rate / 1e9:.0f} GFLOP/s"],
+        ["memory, read and write", f"{bandwidth / 1e9:.1f} GB/s"],
+    ]
+    rows += [
+        ["floor of an epoch, operations", f"{least:.2f} s"],
+        ["floor of an epoch, reading the pixels", f"{read:.3f} s"],
+    ]
+    rows += [["epoch taken", f"{found['epoch']:.2f} s"], ["times the floor", f"{found['epoch'] / (least + read):.2f}"]]
+    print(table(rows))
+    print()
+    print(shares(splits))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""An epoch of the recipe cifar10_lenet on random images, for the benchmarks that compare epochs."""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.data import Split
+from pipeline.loop import train
+from pipeline.model import Classifier, ModelConfig, build
+from pipeline.params import check_params, compose
+
+Splits = tuple[Split, Split]
+"""Train and validation."""
+TRAIN_IMAGES, VALIDATION_IMAGES = 45_000, 5_000
+PARAMS = check_params(compose("cifar10_lenet", {"train.epochs": 1, "train.device": "cpu"}), origin="benchmark")
+CONFIG = ModelConfig(
+    model=PARAMS.train.model,
+    weights=None,
+    loss=PARAMS.train.loss,
+    class_names=tuple("0123456789"),
+    image_size=32,
+    input_size=None,
+    channels=3,
+    resize="crop",
+    mean=(0.5,) * 3,
+    std=(0.25,) * 3,
+)
+
+
+def random_split(number: int, *, seed: int) -> Split:
+    draw = np.random.default_rng(seed)
+    images = draw.integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)
+    labels = draw.integers(0, 10, number)
+    return Split.of(images, labels, mean=CONFIG.mean, std=CONFIG.std, device=torch.device("cpu"))
+
+
+def random_splits() -> Splits:
+    return random_split(TRAIN_IMAGES, seed=1), random_split(VALIDATION_IMAGES, seed=2)
+
+
+def fresh() -> Classifier:
+    return build(CONFIG).to(memory_format=torch.channels_last)
+
+
+def epoch(classifier: Classifier, splits: Splits, **callbacks: Any) -> float:
+    """The seconds of one."""
+    start = time.perf_counter()
+    train(classifier, params=PARAMS.train, train_split=splits[0], validation_split=splits[1], **callbacks)
+    return time.perf_counter() - start

@@ -1,0 +1,98 @@
+"""What `dvc repro` costs: where nothing is to be done, and around the training of cifar10_lenet.
+
+`python -m benchmarks.repro [ROUNDS] [--images FOLDER]` measures in turn
+
+    dvc repro of the project, all up to date, against dvc repro of a pipeline of as many stages that do nothing
+    dvc repro of cifar10_lenet from the archive to the evaluation, in a fresh clone of the commit that is checked out
+    with an empty cache, against one process that reads the archive, trains and judges (benchmarks/ways/bare.py)
+
+The archive lies on this machine, and MLflow's store is made once, before. Nothing else should run meanwhile.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.cifar10 import add_images, prepare_apart
+from benchmarks.table import medians
+from benchmarks.ways import CIFAR10
+from pipeline.artifacts import CIFAR10_ARCHIVE, file_md5
+
+PROJECT = Path(__file__).resolve().parents[1]
+STAGES = ("download", "normalize", "train", "evaluate")
+NO_OPS, NO_OP, EMPTY = 5, "dvc repro, nothing to do", "dvc repro of an empty pipeline, nothing to do"
+REPRO, BARE = "dvc repro of cifar10_lenet", "bare loop, the archive read once"
+
+
+def seconds(*command: str, cwd: Path) -> float:
+    """Of a program of this environment."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for name in ("MLFLOW_TRACKING_URI", "PYTHONPATH"):
+        environment.pop(name, None)
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=cwd, env=environment, check=False, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
+    return time.perf_counter() - start
+
+
+def make_empty_pipeline(folder: Path) -> None:
+    """As many stages, each of which depends on the one before."""
+    folder.mkdir()
+    before, stages = "start", []
+    (folder / before).write_text("")
+    for name in STAGES:
+        stages.append(f"  {name}:\n    cmd: cp {before} {name}\n    deps: [{before}]\n    outs: [{name}]\n")
+        before = name
+    (folder / "dvc.yaml").write_text("stages:\n" + "".join(stages))
+    seconds("git", "init", "--quiet", cwd=folder)
+    seconds("dvc", "init", "--quiet", cwd=folder)
+    seconds("dvc", "repro", cwd=folder)
+
+
+def make_clone(folder: Path) -> None:
+    """Of the project, with the parameters of the recipe and a store for MLflow."""
+    archive = (CIFAR10 / "download" / CIFAR10_ARCHIVE).resolve()
+    seconds("git", "clone", "--quiet", str(PROJECT), str(folder), cwd=PROJECT)
+    overrides = [f"download.urls=[{archive}]", f"download.md5={file_md5(archive)}"]
+    options = [part for value in overrides for part in ("--set", value)]
+    seconds(sys.executable, "-m", "pipeline.params", "--recipe", "cifar10_lenet", *options, cwd=folder)
+    seconds(sys.executable, "-c", "from pipeline.tracking import connect; connect()", cwd=folder)
+
+
+def one_round(folder: Path) -> dict[str, list[float]]:
+    """The seconds of each way; that of doing nothing several times in turn."""
+    make_clone(folder / "clone")
+    make_empty_pipeline(folder / "empty")
+    found = {REPRO: [seconds("dvc", "repro", cwd=folder / "clone")]}
+    found[BARE] = [seconds(sys.executable, "-m", "benchmarks.ways.bare", cwd=PROJECT)]
+    nothing: dict[str, list[float]] = {NO_OP: [], EMPTY: []}
+    for _ in range(NO_OPS):
+        nothing[NO_OP].append(seconds("dvc", "repro", cwd=folder / "clone"))
+        nothing[EMPTY].append(seconds("dvc", "repro", cwd=folder / "empty"))
+    return {**found, **nothing}
+
+
+def main() -> None:
+    """Run the rounds; print the tables."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.repro", description="What dvc repro costs.")
+    parser.add_argument("rounds", nargs="?", type=int, default=3)
+    add_images(parser)
+    arguments = parser.parse_args()
+    prepare_apart(arguments.images)
+    found: dict[str, list[float]] = {REPRO: [], BARE: [], NO_OP: [], EMPTY: []}
+    for _ in range(arguments.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for way, values in one_round(Path(folder)).items():
+                found[way] += values
+    print(medians({way: found[way] for way in (REPRO, BARE)}, base=BARE))
+    print()
+    print(medians({way: found[way] for way in (NO_OP, EMPTY)}, base=EMPTY, digits=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Training on more images than memory is to hold: seconds and memory, from a file against from memory.
+
+`python -m benchmarks.windows [ROUNDS]` makes a file of random images in the size of CIFAR-10's, trains LeNet on it for
+an epoch by the settings of cifar10_lenet, each way in turn in a process of its own, and prints the seconds for as many
+images as CIFAR-10 has, their median ratio, and the highest resident memory of the process. The file has just been
+written: it is in the system's cache.
+"""
+
+import multiprocessing
+import re
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.lenet import CONFIG, PARAMS, epoch, fresh, random_split
+from benchmarks.table import medians
+from pipeline.data import Split
+from pipeline.loop import prepare_torch
+
+UNIT = 45_000
+"""Images; 138 MB."""
+WINDOW_MEGABYTES = 64
+RESIDENT = f"{UNIT:,} images in memory"
+
+
+def write_images(path: Path, number: int) -> None:
+    """(number, 32, 32, 3) uint8."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(number, 32, 32, 3))
+    draw = np.random.default_rng(0)
+    for start in range(0, number, UNIT):
+        part = array[start : start + UNIT]
+        part[:] = draw.integers(0, 256, part.shape, dtype=np.uint8)
+
+
+def measure(path: Path, *, window_megabytes: int) -> tuple[float, float]:
+    """Seconds of an epoch for UNIT images, and the most memory that this process had, in MB."""
+    prepare_torch(PARAMS.train)
+    images = np.load(path, mmap_mode="c")
+    split = Split.of(
+        images,
+        np.arange(len(images)) % 10,
+        mean=CONFIG.mean,
+        std=CONFIG.std,
+        device=torch.device("cpu"),
+        window_bytes=window_megabytes * 2**20,
+    )
+    seconds = epoch(fresh(), (split, random_split(100, seed=2)))
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak
+    return seconds * UNIT / len(images), int(peak[1]) / 1000
+
+
+def main() -> None:
+    """Measure and print."""
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        paths = {number: Path(folder) / f"{number}.npy" for number in (UNIT, 4 * UNIT, 16 * UNIT)}
+        for number, path in paths.items():
+            write_images(path, number)
+        ways = {RESIDENT: partial(measure, paths[UNIT], window_megabytes=8192)}
+        for number, path in paths.items():
+            ways[f"{number:,} images from a file"] = partial(measure, path, window_megabytes=WINDOW_MEGABYTES)
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        peaks: dict[str, float] = dict.fromkeys(ways, 0.0)
+        for _ in range(rounds):
+            for way, run in ways.items():
+                with context.Pool(1) as pool:
+                    value, peak = pool.apply(run)
+                seconds[way].append(value)
+                peaks[way] = max(peaks[way], peak)
+    print(f"seconds for {UNIT:,} images; windows of {WINDOW_MEGABYTES} MB of images")
+    memory = {way: f"{peak:.0f}" for way, peak in peaks.items()}
+    print(medians(seconds, base=RESIDENT, more={"most memory (MB)": memory}, digits=2))
+
+
+if __name__ == "__main__":
+    main()
