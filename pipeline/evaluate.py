@@ -121,7 +121,8 @@ def main() -> None:
                 f"{TRAIN}: the model knows other classes than {info.dataset}; `dvc repro train` makes it anew"
             )
         split = Split.read("test", info=info, device=device)
-        logits = logits_of(classifier.to(device), split, batch_size=params.batch_size).cpu()
+        views = params.test_time_augmentation
+        logits = logits_of(classifier.to(device), split, batch_size=params.batch_size, views=views).cpu()
         result = evaluate(
             logits,
             split.labels.cpu().numpy(),

@@ -23,7 +23,14 @@ from pipeline.checkpoint import (
 from pipeline.data import Augmentation, Split, TrainingBatches, choose_device, generator
 from pipeline.errors import UserError, uninterrupted
 from pipeline.model import Classifier, logits_of
-from pipeline.optimizer import is_fused, learning_rate, loss_function, make_optimizer
+from pipeline.optimizer import (
+    Lookahead,
+    is_fused,
+    learning_rate,
+    loss_function,
+    make_optimizer,
+    set_learning_rate,
+)
 from pipeline.params import TrainParams
 from pipeline.progress import progress
 
@@ -112,12 +119,19 @@ class _Training:
     ) -> None:
         self._classifier, self._params, self._on_step = classifier, params, on_step
         self._train_split, self._validation_split = train_split, validation_split
+        self._steps_per_epoch = len(train_split) // params.batch_size
         self._device = next(classifier.parameters()).device
+        if params.compile:
+            classifier.compile()
         self._network = distributed.averaged(classifier)
         self._criterion = loss_function(params.loss, label_smoothing=params.label_smoothing)
-        self._optimizer = make_optimizer(classifier.parameters(), params=params)
+        self._optimizer = make_optimizer(classifier, params=params)
+        every = params.average_every_steps
+        self._lookahead = Lookahead(classifier, every=every) if every else None
         self._precision = _autocast_dtype(params.mixed_precision, device=self._device)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision is torch.float16)
+        self._asks_at_once = self._device.type == "cpu" or not is_fused(self._optimizer)
+        """Whether a loss is finite; else when there is something to log, as a GPU must be waited for."""
         self._step, self._rate = 0, 0.0
         self._saved, self._started = time.monotonic(), time.perf_counter()
         self.history: list[Epoch] = []
@@ -153,7 +167,8 @@ class _Training:
                 self._save_if_due(save)
         self.refuse_spoilt()
         images_per_second = len(batches) * self._params.batch_size / (time.perf_counter() - self._started)
-        loss, accuracy = judge(self._classifier, self._validation_split, loss=self._params.loss)
+        with self._autocast():
+            loss, accuracy = judge(self._classifier, self._validation_split, loss=self._params.loss)
         _refuse_non_finite(loss, where=f"epoch {epoch}, validation", params=self._params)
         with uninterrupted():
             self._finish(epoch, validation_loss=loss, validation_accuracy=accuracy)
@@ -209,6 +224,7 @@ class _Training:
             **prefixed("best", self.best),
             **optimizer_tensors(self._optimizer),
             **random_states(self._device),
+            **(prefixed("slow", self._lookahead.slow) if self._lookahead else {}),
             "loss_sum": self._loss_sum,
             "hits": self._hits,
         }
@@ -229,6 +245,8 @@ class _Training:
         self._classifier.load_state_dict(unprefixed("model", tensors))
         self.best = {name: tensor.to(self._device) for name, tensor in unprefixed("best", tensors).items()}
         restore_optimizer(self._optimizer, unprefixed("optimizer", tensors))
+        if self._lookahead:
+            self._lookahead.restore(unprefixed("slow", tensors))
         self._scaler.load_state_dict(state["scaler"])
         self._step, self._rate = start.step, state["rate"]
         self._sound_steps.fill_(start.step)
@@ -245,14 +263,12 @@ class _Training:
 
     def _take_step(self, images: Tensor, labels: Tensor) -> None:
         # schedule
-        steps_per_epoch = len(self._train_split) // self._params.batch_size
-        self._rate = learning_rate(self._step, steps_per_epoch=steps_per_epoch, params=self._params)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate
+        self._rate = learning_rate(self._step, steps_per_epoch=self._steps_per_epoch, params=self._params)
+        set_learning_rate(self._optimizer, self._rate)
         if (processes := distributed.world_size()) > 1:  # a checkpoint has the random state of the first of them
             self._seed_dropout(len(self.history) + 1, self._step * processes + distributed.rank())
         # forward
-        with torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision is not None):
+        with self._autocast():
             logits = self._network(images)
         loss = self._criterion(logits.float(), labels)
         # backward
@@ -270,9 +286,14 @@ class _Training:
         # update
         self._scaler.step(self._optimizer)
         self._scaler.update()
+        if self._lookahead:
+            self._lookahead.step(self._step, total=self._params.epochs * self._steps_per_epoch)
         if self._step % self._params.log_every_steps == 0:
             self.refuse_spoilt()
             self._on_step(self._step, self._loss.item(), self._rate)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, dtype=self._precision, enabled=self._precision is not None)
 
     def _watch(self, loss: Tensor) -> None:
         """Let the optimizer take no step from the first loss on that is not finite.
@@ -284,14 +305,14 @@ class _Training:
         self._sound_steps += self._is_spoilt == 0
         if is_fused(self._optimizer):
             self._optimizer.found_inf = self._is_spoilt  # type: ignore[attr-defined]  # as GradScaler has it
-        if self._device.type == "cpu" or not is_fused(self._optimizer):
+        if self._asks_at_once:
             self.refuse_spoilt()
 
     def refuse_spoilt(self) -> None:
         """Raises UserError if a loss was not finite."""
         if self._is_spoilt:
             step = int(self._sound_steps) + 1
-            epoch = (step - 1) // (len(self._train_split) // self._params.batch_size) + 1
+            epoch = (step - 1) // self._steps_per_epoch + 1
             _refuse_non_finite(self._loss.item(), where=f"epoch {epoch}, step {step}", params=self._params)
 
 

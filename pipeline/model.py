@@ -3,6 +3,7 @@
 import copy
 import difflib
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -15,10 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
+from pipeline.airbench import Airbench
 from pipeline.artifacts import Images, file_md5, missing, read_json, write_bytes, write_json
 from pipeline.data import DatasetInfo, Split, evaluation_batches
 from pipeline.errors import TemporaryError, UserError, first_line
-from pipeline.params import Channels, Resize, TrainParams
+from pipeline.params import Channels, Resize, TrainParams, Views
 
 SMALL_IMAGE_SIZE = 64
 """Pixels. Up to this size a residual network keeps the resolution in its first layers (He et al. 2016, section 4.2)."""
@@ -98,6 +100,10 @@ class LeNet(nn.Sequential):
         )
 
 
+OWN_NETWORKS: Mapping[str, type[LeNet | Airbench]] = {"lenet": LeNet, "airbench": Airbench}
+"""By the name in `train.model`; all others are torchvision's."""
+
+
 class Classifier(nn.Module):
     """A network with what it needs done to its input: (B, C, H, W) normalised float32 → (B, num_classes) logits."""
 
@@ -121,7 +127,7 @@ class Classifier(nn.Module):
 def build(config: ModelConfig) -> Classifier:
     """The network with freshly drawn weights; raises UserError for an unknown name or a size it cannot take."""
     network = _network(config, num_classes=len(config.class_names))
-    channels = config.channels if config.model == "lenet" else 3
+    channels = config.channels if config.model in OWN_NETWORKS else 3
     classifier = Classifier(network, network_channels=channels, input_size=config.input_size)
     _try(classifier.eval(), config=config, batch_size=1)
     classifier.train()
@@ -129,8 +135,8 @@ def build(config: ModelConfig) -> Classifier:
 
 
 def _network(config: ModelConfig, *, num_classes: int) -> nn.Module:
-    if config.model == "lenet":
-        return LeNet(num_classes=num_classes, channels=config.channels, image_size=config.network_size)
+    if own := OWN_NETWORKS.get(config.model):
+        return own(num_classes=num_classes, channels=config.channels, image_size=config.network_size)
     return _torchvision_network(config, num_classes=num_classes)
 
 
@@ -147,11 +153,11 @@ def _torchvision_network(config: ModelConfig, *, num_classes: int) -> nn.Module:
 
 
 def _unknown(name: str, torchvision_names: list[str]) -> str:
-    names = ["lenet", *torchvision_names]
+    names = [*OWN_NETWORKS, *torchvision_names]
     close = difflib.get_close_matches(name, names, n=3) or ["lenet", "resnet18"]
     return (
-        f"train.model is {name!r}; allowed: lenet or a torchvision classification model ({len(names) - 1} of them, "
-        f"such as {', '.join(close)})"
+        f"train.model is {name!r}; allowed: lenet, airbench or a torchvision classification model "
+        f"({len(torchvision_names)} of them, such as {', '.join(close)})"
     )
 
 
@@ -256,8 +262,8 @@ def _read_weights(config: ModelConfig, *, md5: str | None) -> dict[str, Tensor]:
 
 
 def _download_weights(name: str) -> dict[str, Tensor]:
-    if name == "lenet":
-        raise UserError("train.weights is DEFAULT, but lenet has no pretrained weights; allowed: null or a file")
+    if name in OWN_NETWORKS:
+        raise UserError(f"train.weights is DEFAULT, but {name} has no pretrained weights; allowed: null or a file")
     from torchvision import models  # noqa: PLC0415  # see _torchvision_network
 
     weights: Any = models.get_model_weights(name).DEFAULT
@@ -309,15 +315,38 @@ def load_model(folder: Path, *, checkpoint: str = "best") -> tuple[Classifier, M
 
 @torch.no_grad()
 def logits_of(
-    classifier: nn.Module, split: Split, *, batch_size: int, between: tuple[int, int] | None = None
+    classifier: nn.Module,
+    split: Split,
+    *,
+    batch_size: int,
+    between: tuple[int, int] | None = None,
+    views: Views = "none",
 ) -> Tensor:
-    """Logits (N, num_classes) float32 of a split, all or a range of it, on its device, in evaluation mode."""
+    """Logits (N, num_classes) float32 of a split, all or a range of it, on its device, in evaluation mode.
+
+    With several views of each image, their weighted mean.
+    """
     was_training = classifier.training
     classifier.eval()
-    batches = evaluation_batches(split, batch_size=batch_size, between=between)
-    logits = torch.cat([classifier(images).float() for images, _ in batches])
+    logits = []
+    for images, _ in evaluation_batches(split, batch_size=batch_size, between=between):
+        weighted = [weight * classifier(view).float() for weight, view in _views(images, views)]
+        logits.append(torch.stack(weighted).sum(0) if len(weighted) > 1 else weighted[0])
     classifier.train(was_training)
-    return logits
+    return torch.cat(logits)
+
+
+def _views(images: Tensor, views: Views) -> list[tuple[float, Tensor]]:
+    """Each with its weight: the images, mirrored, and both shifted by a pixel up left and down right (reflected)."""
+    if views == "none":
+        return [(1.0, images)]
+    seen = [(0.5, images), (0.5, images.flip(3))]
+    if views == "mirror":
+        return seen
+    height, width = images.shape[2:]
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    shifted = [padded[:, :, start : start + height, start : start + width] for start in (0, 2)]
+    return [(0.25, view) for _, view in seen] + [(0.125, view) for image in shifted for view in (image, image.flip(3))]
 
 
 def class_probabilities(classifier: nn.Module, images: Images, *, config: ModelConfig) -> npt.NDArray[np.float32]:

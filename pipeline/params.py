@@ -35,6 +35,7 @@ Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=Fal
 Channels = Literal[1, 3]
 """1 for grey, 3 for RGB."""
 Resize = Literal["crop", "pad", "stretch"]
+Views = Literal["none", "mirror", "mirror_and_shift"]
 Flag = Annotated[bool, Field(strict=True)]
 
 
@@ -101,7 +102,7 @@ class NormalizeParams(Section):
 class TrainParams(Section):
     """What is trained, and how."""
 
-    model: str = Field(description="lenet, or the name of any torchvision classification model (resnet18, …)")
+    model: str = Field(description="lenet, airbench, or the name of any torchvision classification model (resnet18, …)")
     weights: str | None = Field(
         description="null (from scratch), DEFAULT (torchvision's pretrained), or a .safetensors or .pth file of weights"
     )
@@ -123,7 +124,12 @@ class TrainParams(Section):
     gradient_clip_norm: Annotated[Number, Field(gt=0)] | None = Field(
         description="scale gradients down to this total norm; null: never"
     )
-    schedule: Literal["constant", "step", "cosine", "one_cycle"] = Field(description="course of the learning rate")
+    bias_learning_rate_factor: Annotated[Number, Field(gt=0)] = Field(
+        description="times learning_rate for the biases of batch normalisation; their weight decay is divided by it"
+    )
+    schedule: Literal["constant", "step", "linear", "cosine", "one_cycle"] = Field(
+        description="course of the learning rate"
+    )
     warmup_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(
         description="share of all steps over which the learning rate climbs to its peak"
     )
@@ -136,7 +142,10 @@ class TrainParams(Section):
         description="stop after this many epochs without a better validation accuracy; null: never"
     )
     batch_size: Annotated[Count, Field(ge=1)] = Field(description="images a step; an incomplete last batch is left out")
-    flip: Flag = Field(description="augmentation: mirror half of the images left to right")
+    average_every_steps: Annotated[Count, Field(ge=1)] | None = Field(
+        description="lookahead: pull the weights back to their running mean this often; null: never"
+    )
+    flip: Flag = Field(description="augmentation: mirror each image left to right in every other epoch, half in each")
     crop_padding: Annotated[Count, Field(ge=0)] = Field(
         description="augmentation: shift by up to this many pixels, the gap filled by reflection"
     )
@@ -146,6 +155,9 @@ class TrainParams(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
     mixed_precision: Literal["none", "bfloat16", "float16"] = Field(description="on cuda; elsewhere float32 is used")
     channels_last: Flag = Field(description="memory layout NHWC for the network")
+    compile: Flag = Field(
+        description="torch.compile the network: quicker steps on cuda after tens of seconds; needs a C++ compiler"
+    )
     window_megabytes: Annotated[Count, Field(ge=1)] = Field(
         description="2**20 bytes of images held on the device; of a larger split, blocks in random order are read and "
         "shuffled together"
@@ -194,6 +206,9 @@ class EvaluateParams(Section):
     batch_size: Annotated[Count, Field(ge=1)] = Field(description="images at a time; does not change the result")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
     cpu_threads: Annotated[Count, Field(ge=0)] = Field(description="threads on the CPU; 0: one a core")
+    test_time_augmentation: Views = Field(
+        description="judge by the mean over views: the image and its mirror image, and these shifted by a pixel"
+    )
     top_k: Annotated[Count, Field(ge=2)] = Field(
         description="also count a hit among the k likeliest, given more classes"
     )

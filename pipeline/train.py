@@ -1,7 +1,9 @@
 """Train the network on the train split, judge each epoch on the validation split, keep the best and the last model."""
 
+import itertools
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,9 +13,10 @@ from typing import Any
 import torch
 
 from pipeline import distributed, plots, tracking
+from pipeline.airbench import Airbench
 from pipeline.artifacts import TRAIN, replace_folder, verify_splits, write_bytes, write_csv
 from pipeline.checkpoint import Checkpoint, Checkpoints, checkpoints_of, fingerprint
-from pipeline.data import DatasetInfo, Split
+from pipeline.data import Augmentation, DatasetInfo, Split, TrainingBatches
 from pipeline.errors import UserError, first_line, report_errors, shown
 from pipeline.loop import Epoch, Trained, prepare_torch, train
 from pipeline.model import (
@@ -27,6 +30,8 @@ from pipeline.model import (
     try_training,
 )
 from pipeline.params import DownloadParams, Params, TrainParams, load_params
+
+WHITENING_IMAGES = 5_000
 
 
 @contextmanager
@@ -56,6 +61,11 @@ def refuse_misfits(params: TrainParams, info: DatasetInfo) -> None:
     for field, (value, most, reason) in limits.items():
         if value > most:
             raise UserError(f"train.{field} is {value}, but {reason}; allowed: up to {most}")
+    compiler = os.environ.get("CXX", "g++")
+    if params.compile and shutil.which(compiler) is None:
+        raise UserError(
+            f"train.compile is true, but there is no C++ compiler {compiler}; install it, or set CXX or false"
+        )
 
 
 def main() -> None:
@@ -71,16 +81,15 @@ def main() -> None:
         with distributed.joined(device, processes=params.processes):
             if distributed.is_first_on_its_machine():
                 verify_splits("train", "validation")
-            config = configure(params, info)
-            classifier = _make_classifier(params, config=config, device=device)
+            classifier = _make_classifier(params, info, device=device)
             with _told_memory(params):
                 if distributed.rank() == 0:
-                    _lead(classifier, everything, info, config=config)
+                    _lead(classifier, everything, info)
                 else:
                     _follow(classifier, params, info)
 
 
-def _lead(classifier: Classifier, everything: Params, info: DatasetInfo, *, config: ModelConfig) -> None:
+def _lead(classifier: Classifier, everything: Params, info: DatasetInfo) -> None:
     """Train, alone or as the first of several processes, and keep what comes of it."""
     params, device = everything.train, next(classifier.parameters()).device
     training = fingerprint(
@@ -108,7 +117,7 @@ def _lead(classifier: Classifier, everything: Params, info: DatasetInfo, *, conf
                 start=start,
                 save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
             )
-            _write(trained, classifier, config=config)
+            _write(trained, classifier, config=configure(params, info))
             run.record(TRAIN)
 
 
@@ -141,10 +150,13 @@ def _hardware(device: torch.device) -> dict[str, str]:
     }
 
 
-def _make_classifier(params: TrainParams, *, config: ModelConfig, device: torch.device) -> Classifier:
+def _make_classifier(params: TrainParams, info: DatasetInfo, *, device: torch.device) -> Classifier:
     """With its first weights, on the device; says what it is."""
+    config = configure(params, info)
     classifier = build(config)
     drawn = load_pretrained(classifier, config=config, md5=params.weights_md5)
+    if config.weights is None:
+        initialise(classifier, Split.read("train", info=info, device=torch.device("cpu")), seed=params.seed)
     try_training(classifier, config=config, batch_size=params.batch_size)
     classifier.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
     _say_start(classifier, config=config, device=device, drawn=drawn)
@@ -192,6 +204,14 @@ def _source(params: DownloadParams) -> str | None:
     return {"digits": None, "cifar10": shown(params.urls[0]), "imagefolder": str(Path(params.folder).resolve())}[
         params.dataset
     ]
+
+
+def initialise(classifier: Classifier, split: Split, *, seed: int) -> None:
+    """Set what a network takes from the images of the train split before its first step; it lies on the CPU."""
+    if isinstance(classifier.network, Airbench):
+        size = min(len(split), 500)
+        batches = TrainingBatches(split, batch_size=size, seed=seed, epoch=0, augmentation=Augmentation())
+        classifier.network.whiten(images.cpu() for images, _ in itertools.islice(batches, WHITENING_IMAGES // size))
 
 
 def _say_start(classifier: Classifier, *, config: ModelConfig, device: torch.device, drawn: Sequence[str]) -> None:

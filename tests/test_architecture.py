@@ -25,6 +25,7 @@ ORDER = [
     "download",
     "normalize",
     "data",
+    "airbench",
     "model",
     "distributed",
     "checkpoint",

@@ -89,7 +89,7 @@ def test_a_vision_transformer_takes_the_size_of_the_images() -> None:
 
 
 def test_an_unknown_model_suggests_close_names() -> None:
-    with pytest.raises(UserError, match=r"train.model is 'resnet81'; allowed: lenet or .*resnet18"):
+    with pytest.raises(UserError, match=r"train.model is 'resnet81'; allowed: lenet, airbench or .*resnet18"):
         build(config("resnet81"))
 
 

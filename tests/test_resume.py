@@ -222,9 +222,7 @@ def test_the_fingerprint_is_of_data_parameters_code_and_processes(
     assert found(params=train_params(checkpoint_every_minutes=1)) == before
     others = [found(params=train_params(seed=1)), found(info=info.model_copy(update={"md5": "0"}))]
     others.append(found(device=torch.device("cuda")))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    others.append(found())
-    monkeypatch.delenv("WORLD_SIZE")
+    others.append(found(params=train_params(processes=2)))
     monkeypatch.setattr(tracking, "code_md5", lambda: "0")
     others.append(found())
     assert len({before, *others}) == 6

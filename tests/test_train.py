@@ -6,18 +6,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.data import Split
 from pipeline.errors import UserError
-from pipeline.loop import Trained, train
+from pipeline.loop import Trained, _Training, train
 from pipeline.model import build
-from pipeline.optimizer import learning_rate, loss_function, make_optimizer
+from pipeline.optimizer import Lookahead, learning_rate, loss_function, make_optimizer, set_learning_rate
 from pipeline.params import TrainParams, dump_yaml
 from pipeline.train import main
 from tests.conftest import DEFAULTS, PROJECT, coloured_images, heed_interrupts, run_step, train_params, write_normalized
@@ -96,9 +98,11 @@ def test_golden_losses() -> None:
 
 
 def test_sgd_without_momentum_is_the_bare_rule() -> None:
-    weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    network = nn.Linear(3, 1, bias=False)
+    network.weight.data = torch.tensor([[1.0, -2.0, 3.0]])
+    weight = network.weight
     params = train_params(optimizer="sgd", momentum=0.0, nesterov=False, weight_decay=0.0, learning_rate=0.1)
-    optimizer = make_optimizer(iter([weight]), params=params)
+    optimizer = make_optimizer(network, params=params)
     (weight**2).sum().backward()  # type: ignore[no-untyped-call]
     expected = weight.detach() - 0.1 * weight.grad  # type: ignore[operator]
     optimizer.step()
@@ -153,7 +157,7 @@ def test_step_is_pytorchs() -> None:
     assert rates(params) == pytest.approx(reference)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "step", "cosine", "one_cycle"])
+@pytest.mark.parametrize("schedule", ["constant", "step", "linear", "cosine", "one_cycle"])
 def test_every_schedule_climbs_to_its_peak_during_the_warm_up(schedule: str) -> None:
     found = rates(train_params(schedule=schedule, epochs=10, warmup_fraction=0.2, step_epochs=4))
     assert found[:20] == sorted(found[:20])
@@ -165,6 +169,83 @@ def test_every_schedule_climbs_to_its_peak_during_the_warm_up(schedule: str) -> 
 def test_one_cycle_survives_extreme_warm_ups(warmup_fraction: float) -> None:
     found = rates(train_params(schedule="one_cycle", epochs=2, warmup_fraction=warmup_fraction))
     assert all(0 < rate <= 0.05 for rate in found)
+
+
+def test_linear_climbs_from_a_fifth_and_falls_to_seven_hundredths() -> None:
+    found = rates(train_params(schedule="linear", epochs=10, warmup_fraction=0.2))
+    assert found[0] == pytest.approx(0.01)
+    assert found[20] == max(found) == pytest.approx(0.05)
+    assert found[60] == pytest.approx(0.05 * (1 - 0.93 / 2))
+    assert found[-1] == pytest.approx(0.05 * 0.07, rel=0.2)
+
+
+def test_lookahead_follows_its_rule_and_ends_with_the_slow_weights() -> None:
+    network = nn.Linear(1, 1, bias=False)
+    network.weight.data.fill_(1.0)
+    lookahead = Lookahead(network, every=2)
+    slow = 1.0
+    for step in range(1, 6):
+        network.weight.data += 1
+        fast = network.weight.item()
+        lookahead.step(step, total=5)
+        if step in (2, 4):
+            kept = 0.95**2 * (step / 5) ** 3
+            slow = kept * slow + (1 - kept) * fast
+            assert network.weight.item() == pytest.approx(slow)
+    assert network.weight.item() == pytest.approx(slow)
+
+
+def test_the_biases_of_batch_normalisation_may_have_a_rate_of_their_own() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
+    optimizer = make_optimizer(network, params=train_params(bias_learning_rate_factor=4.0, weight_decay=0.1))
+    set_learning_rate(optimizer, 0.5)
+    rest, biases = optimizer.param_groups
+    assert (rest["lr"], rest["weight_decay"], len(rest["params"])) == (0.5, 0.1, 3)
+    assert (biases["lr"], biases["weight_decay"], biases["params"]) == (2.0, 0.025, [network[1].bias])
+
+
+class Questions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class is untyped
+    """Counts how often the host asks a device for a value, which on a GPU is to wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **kwargs or {})
+
+
+def waiting(*, log_every_steps: int) -> _Training:
+    """A training that behaves as on a GPU, which it is not."""
+    params = train_params(**QUICK, log_every_steps=log_every_steps, flip=True, gradient_clip_norm=1.0)
+    values = {"train_split": split_of(96, seed=1), "validation_split": split_of(24, seed=2)}
+    training = _Training(build(config("lenet", classes=3)), params=params, on_step=lambda *_: None, **values)
+    training._asks_at_once = False
+    return training
+
+
+def test_no_step_asks_the_device_for_a_value() -> None:
+    training = waiting(log_every_steps=3)
+    batches = training._begin(1)
+    counts = []
+    for images, labels in batches:
+        with Questions() as questions:
+            training._take_step(images, labels)
+        counts.append(questions.number > 0)
+    assert counts == [False, False, True, False, False, True]
+
+
+def test_a_loss_that_is_not_finite_moves_no_weight_until_it_is_asked_for() -> None:
+    training = waiting(log_every_steps=100)
+    images, labels = next(training._begin(1))
+    training._take_step(images, labels)
+    before = {name: tensor.clone() for name, tensor in training._classifier.state_dict().items()}
+    training._take_step(images * torch.nan, labels)
+    training._take_step(images, labels)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in training._classifier.state_dict().items())
+    with pytest.raises(UserError, match="epoch 1, step 2: the loss is nan"):
+        training.refuse_spoilt()
 
 
 def test_gradients_are_clipped() -> None:
@@ -223,7 +304,7 @@ def runs() -> list[mlflow.entities.Run]:
             {"cutout_size": 99},
             "error: train.cutout_size is 99, but the images have 32 pixels a side; allowed: up to 31",
         ),
-        ({"model": "lent"}, "error: train.model is 'lent'; allowed: lenet or"),
+        ({"model": "lent"}, "error: train.model is 'lent'; allowed: lenet, airbench or"),
         ({"weights": "gone.pth"}, "error: train.weights: no such file gone.pth"),
         pytest.param(
             {"device": "cuda"},
