@@ -1,5 +1,6 @@
 """Small data sets that the pipeline itself could have made, and a copy of the project to run it in."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -7,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from xdist.scheduler import LoadFileScheduling
 
 from flows import server
 from pipeline.artifacts import replace_folder
@@ -23,6 +26,21 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 PROJECT = Path(__file__).parents[1]
 DEFAULTS = read_yaml(PROJECT / "params.yaml")
+TOGETHER = {"test_reproduce": "recorded", "test_trace": "recorded", "test_flows": "api_url", "test_doctor": "api_url"}
+"""Files, by the costly fixture that one worker makes for all of them."""
+
+
+class Scheduling(LoadFileScheduling):
+    """`--dist loadfile`, but the files of a costly fixture count as one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return TOGETHER.get(Path(file).stem, file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def params(**changes: Any) -> Params:
@@ -77,19 +95,56 @@ def _write_normalized(target: Path, *, classes: int, size: int, channels: int, t
     (target / "dataset.json").write_text(json.dumps(info))
 
 
+def made_once(name: str, make: Callable[[Path], None], *, factory: pytest.TempPathFactory) -> Path:
+    """A folder that the first of the workers to ask for it fills, and that none changes."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            unfinished = folder.with_suffix(".unfinished")
+            unfinished.mkdir()
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+def make_stores(folder: Path) -> None:
+    store = "import sys; from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as S; S(*sys.argv[1:])"
+    command = [sys.executable, "-c", store, f"sqlite:///{folder}/mlflow.db", str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    environment = {**os.environ, "PREFECT_HOME": str(folder), "PREFECT_API_URL": ""}
+    command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+
+
 @pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow store without a run, to be copied: to make one takes seconds."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    code = "import sys; from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as S; S(*sys.argv[1:])"
-    subprocess.run([sys.executable, "-c", code, f"sqlite:///{path}", str(path.parent)], check=True, capture_output=True)
-    return path
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of `mlflow.db` and `prefect.db` without a run, to be copied: to make them takes seconds."""
+    return made_once("stores", make_stores, factory=tmp_path_factory)
+
+
+def start_server(project: Path, stores: Path) -> str:
+    """Start the Prefect server of a project that has none yet; gives its API's address."""
+    (project / ".prefect").mkdir()
+    shutil.copy(stores / "prefect.db", project / ".prefect")
+    return server.start(project, port=free_port())[0].api_url
+
+
+@pytest.fixture(scope="session")
+def api_url(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Iterator[str]:
+    """A Prefect server for flow runs of any project."""
+    folder = tmp_path_factory.mktemp("server")
+    url = start_server(folder, stores)
+    with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: folder}):
+        yield url
+    server.stop(folder)
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_store: Path) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stores: Path) -> Path:
     """An empty current folder with the committed parameters and recipes, and an MLflow store of its own."""
-    shutil.copy(empty_store, tmp_path)
+    shutil.copy(stores / "mlflow.db", tmp_path)
     for name in ("params.yaml", "recipes"):
         source = PROJECT / name
         if source.is_dir():
@@ -166,14 +221,16 @@ def flow_run(project: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def recorded(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Iterator[Path]:
     """A copy of the project with an uncommitted change, in which a flow run has trained on digits for one epoch."""
     project = copy_project(tmp_path_factory.mktemp("recorded") / "project")
     for name in ("user.name", "user.email"):
         subprocess.run(["git", "config", name, "t"], cwd=project, check=True)
     text = (project / "params.yaml").read_text()
     (project / "params.yaml").write_text(text.replace("top_k: 5", "top_k: 3"))
+    shutil.copy(stores / "mlflow.db", project)
     try:
+        start_server(project, stores)
         flow_run(project, "--set", "train.epochs=1")
         yield project
     finally:

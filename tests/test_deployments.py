@@ -17,6 +17,7 @@ import pytest
 from prefect import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows import deploy, gpu, server, train_classifier, worker
@@ -53,11 +54,13 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Iterator[Site]:
     """`python -m flows.worker` in a project with toy stages, with a server that it starts itself."""
     folder = tmp_path_factory.mktemp("site")
     project = make_project(folder)
     shutil.copy(PROJECT / "prefect.yaml", project)
+    (project / ".prefect").mkdir()
+    shutil.copy(stores / "prefect.db", project / ".prefect")
     environment = {**os.environ, "TOY": str(folder), "PREFECT_HOME": str(project / ".prefect")}
     environment |= {"PREFECT_PORT": str(free_port()), "PREFECT_API_URL": ""}
     environment.pop("MLFLOW_TRACKING_URI", None)
@@ -105,18 +108,25 @@ def test_a_deployment_run_takes_overrides_and_is_an_experiment(site: Site) -> No
 
 
 @pytest.mark.parametrize(
-    ("parameter", "told"),
+    ("parameters", "told"),
     [
-        ('overrides={"train.epochs": 0}', "0 is less than the minimum of 1"),
-        ('overrides={"train.optimizer": "sdg"}', "'sdg' is not one of ['sgd', 'adam', 'adamw', 'rmsprop']"),
-        ('overrides={"train.epoch": 3}', "'train.epoch' was unexpected"),
-        ("recipe=digit", "'digits' was expected"),
+        ({"overrides": {"train.epochs": 0}}, "0 is less than the minimum of 1"),
+        ({"overrides": {"train.optimizer": "sdg"}}, "'sdg' is not one of ['sgd', 'adam', 'adamw', 'rmsprop']"),
+        ({"overrides": {"train.epoch": 3}}, "'train.epoch' was unexpected"),
+        ({"recipe": "digit"}, "'digits' was expected"),
     ],
 )
-def test_the_server_refuses_a_bad_value(site: Site, parameter: str, told: str) -> None:
-    status, text = site.cli("deployment", "run", DEPLOYMENT, "-p", parameter)
+def test_the_server_refuses_a_bad_value(site: Site, parameters: dict[str, Any], told: str) -> None:
+    with get_client(sync_client=True) as client, pytest.raises(PrefectHTTPStatusError) as refusal:
+        client.create_flow_run_from_deployment(client.read_deployment_by_name(DEPLOYMENT).id, parameters=parameters)
+    assert refusal.value.response.is_client_error
+    assert told in refusal.value.response.json()["detail"]
+
+
+def test_the_prefect_command_says_why_a_value_is_refused(site: Site) -> None:
+    status, text = site.cli("deployment", "run", DEPLOYMENT, "-p", 'overrides={"train.epochs": 0}')
     assert status == 1
-    assert told in text
+    assert "0 is less than the minimum of 1" in text
 
 
 def test_cancelling_a_run_ends_its_training_and_saves_nothing(site: Site) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load
 from pipeline.params import dump_yaml
 from tests.conftest import DEFAULTS, PROJECT, heed_interrupts, run_step, write_normalized
 
-VALUES = {"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "cpu_threads": 1, "flip": True, "log_every_steps": 1}
+VALUES = {"epochs": 8, "batch_size": 16, "learning_rate": 0.01, "cpu_threads": 1, "flip": True, "log_every_steps": 1}
 
 
 def configure(folder: Path, **changes: object) -> None:
@@ -32,7 +32,7 @@ def losses(folder: Path) -> list[list[float]]:
     found = []
     for run in runs:
         history = client.get_metric_history(run.info.run_id, "loss")
-        assert [point.step for point in history] == list(range(1, 25))
+        assert [point.step for point in history] == list(range(1, 49))
         found.append([point.value for point in history])
     return found
 
@@ -42,20 +42,30 @@ def train(workspace: Path, *, processes: int) -> bytes:
     configure(workspace, processes=processes)
     done = run_step("train", folder=workspace)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert done.stdout.count("epoch 4/4") == 1  # the others say nothing
+    assert done.stdout.count("epoch 8/8") == 1  # the others say nothing
     return (workspace / "artifacts/train/last.safetensors").read_bytes()
 
 
-def test_two_processes_have_the_losses_of_one_with_the_joined_batch_interrupted_or_not(workspace: Path) -> None:
+def test_two_processes_have_the_losses_of_one_with_the_joined_batch_killed_and_interrupted_or_not(
+    workspace: Path,
+) -> None:
     write_normalized(workspace)
     one, two = (train(workspace, processes=processes) for processes in (1, 2))
     for name, values in load(one).items():
         assert values.numpy() == pytest.approx(load(two)[name].numpy(), rel=1e-2, abs=1e-4)
+    killed = start(workspace)
+    read_until("epoch 1/8", killed)
+    second = child_of_rank(killed.pid, "1")
+    assert set(listening(killed.pid)) == {"127.0.0.1"}
+    read_until("epoch 2/8", killed)
+    os.kill(second, signal.SIGKILL)
+    _, stderr = killed.communicate(timeout=60)
+    assert killed.returncode == 75, stderr
+    assert "the same command goes on" in stderr
     interrupted = start(workspace)
-    for line in iter(interrupted.stdout.readline, ""):  # type: ignore[union-attr]
-        if line.startswith("epoch 2"):
-            interrupted.terminate()
-            break
+    read_until("goes on from its checkpoint", interrupted)
+    read_until("epoch 5/8", interrupted)
+    interrupted.terminate()
     _, stderr = interrupted.communicate(timeout=60)
     assert (interrupted.returncode, len(stderr.splitlines())) == (128 + signal.SIGTERM, 1), stderr
     assert "the same command goes on from epoch" in stderr
@@ -73,6 +83,24 @@ def start(workspace: Path) -> subprocess.Popen[str]:
         text=True,
         preexec_fn=heed_interrupts,  # noqa: PLW1509
     )
+
+
+def read_until(text: str, process: subprocess.Popen[str]) -> None:
+    assert process.stdout
+    next(line for line in process.stdout if text in line)
+
+
+def listening(pid: int) -> list[str]:
+    """The addresses on which a process and its children do."""
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    connections = [found for process in processes for found in process.net_connections()]
+    return [found.laddr.ip for found in connections if found.status == psutil.CONN_LISTEN]
+
+
+def child_of_rank(pid: int, rank: str) -> int:
+    children = psutil.Process(pid).children()
+    [found] = [child.pid for child in children if child.environ().get("RANK") == rank]
+    return found
 
 
 def test_torchrun_itself_may_start_them(workspace: Path) -> None:
@@ -103,35 +131,3 @@ def test_a_mistake_is_told_once(workspace: Path, changes: dict[str, object], tol
     done = run_step("train", folder=workspace)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert told in done.stderr
-
-
-def test_the_death_of_a_process_ends_the_others_and_the_next_start_goes_on(workspace: Path) -> None:
-    write_normalized(workspace)
-    configure(workspace, processes=2, epochs=500)
-    process = start(workspace)
-    for line in iter(process.stdout.readline, ""):  # type: ignore[union-attr]
-        if line.startswith("epoch   2"):
-            assert all(address == "127.0.0.1" for address in listening(process.pid))
-            os.kill(child_of_rank(process.pid, "1"), signal.SIGKILL)
-            break
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75, stderr
-    assert "the same command goes on" in stderr
-    configure(workspace, processes=2, epochs=500)
-    again = start(workspace)
-    assert any("goes on from its checkpoint" in line for line in iter(again.stdout.readline, ""))  # type: ignore[union-attr]
-    again.kill()
-    again.wait()
-
-
-def listening(pid: int) -> list[str]:
-    """The addresses on which a process and its children do."""
-    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    connections = [found for process in processes for found in process.net_connections()]
-    return [found.laddr.ip for found in connections if found.status == psutil.CONN_LISTEN]
-
-
-def child_of_rank(pid: int, rank: str) -> int:
-    children = psutil.Process(pid).children()
-    [found] = [child.pid for child in children if child.environ().get("RANK") == rank]
-    return found

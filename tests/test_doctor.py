@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from tests.conftest import PROJECT
 from tests.test_flows import dvc, output, run, start_run, wait_until
 from tests.test_processes import set_clock
 
-project, api_url = test_flows.project, test_flows.api_url  # fixtures
+project = test_flows.project  # a fixture
 
 TRAIN = """
 if stage == "train":
@@ -41,13 +42,14 @@ if stage == "train":
 
 
 @pytest.fixture
-def tracked(project: Path) -> Path:
+def tracked(project: Path, stores: Path) -> Path:
     """The toy project with a training that MLflow records; it lasts a minute while `train.long` exists."""
     toy = project / "toy.py"
     toy.write_text(toy.read_text() + TRAIN)
     for name in ("tracking", "served_model"):
         (project / f"pipeline/{name}.py").write_bytes((PROJECT / f"pipeline/{name}.py").read_bytes())
     output(project, "git", "add", "--all")
+    shutil.copy(stores / "mlflow.db", project)
     (project.parent / "train.long").touch()
     return project
 

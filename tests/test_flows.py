@@ -14,10 +14,9 @@ from typing import Any
 
 import psutil
 import pytest
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from ruamel.yaml import YAML
 
-from flows import server, train_classifier, workspace
+from flows import train_classifier, workspace
 from flows.workspace import StepError, Workspace, open_workspace
 from pipeline.errors import UserError
 from pipeline.params import read_yaml
@@ -97,15 +96,6 @@ def make_project(parent: Path) -> Path:
     (folder / "data/images/cats").mkdir()
     (folder / "data/images/cats/1.png").write_text("an image")
     return folder
-
-
-@pytest.fixture(scope="session")
-def api_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("server")
-    started, _ = server.start(folder, port=free_port())
-    with temporary_settings({PREFECT_API_URL: started.api_url, PREFECT_HOME: folder}):
-        yield started.api_url
-    server.stop(folder)
 
 
 def start_run(project: Path, *arguments: str, api_url: str) -> subprocess.Popen[str]:

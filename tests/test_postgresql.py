@@ -22,7 +22,7 @@ COMMANDS = Path(
 ).parent
 """Debian keeps them out of PATH."""
 PASSWORD = "s3cret-of-the-test"
-RATES = ("0.02", "0.05", "0.1", "0.2")
+RATES = ("0.02", "0.1")
 
 pytestmark = pytest.mark.skipif(
     not (COMMANDS / "initdb").exists(), reason="PostgreSQL is not installed (Debian: apt install postgresql)"

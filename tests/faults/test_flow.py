@@ -1,6 +1,7 @@
 """A training killed by SIGKILL in a real flow run, and in `dvc repro`: the same model, in the same MLflow run."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,21 +15,21 @@ import pytest
 
 from flows import server
 from pipeline.artifacts import file_md5
-from tests.conftest import copy_project, free_port
+from tests.conftest import copy_project, start_server
 
 EPOCHS = 20
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stores: Path) -> Iterator[Path]:
     folder = copy_project(tmp_path / "project")
     for name in ("user.name", "user.email"):
         subprocess.run(["git", "config", name, "t"], cwd=folder, check=True)
     text = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(text.replace("cpu_threads: 2", "cpu_threads: 1"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    started, _ = server.start(folder, port=free_port())
-    monkeypatch.setenv("PREFECT_API_URL", started.api_url)
+    shutil.copy(stores / "mlflow.db", folder)
+    monkeypatch.setenv("PREFECT_API_URL", start_server(folder, stores))
     monkeypatch.setenv("PREFECT_HOME", str(folder / ".prefect"))
     yield folder
     server.stop(folder)
@@ -71,13 +72,15 @@ def only_run(project: Path) -> Any:
     return run
 
 
-def test_a_killed_training_goes_on_in_the_flow_run_and_in_dvc_repro(project: Path) -> None:
+def test_a_killed_training_goes_on_in_the_flow_run_and_in_dvc_repro(project: Path, stores: Path) -> None:
     status, output = killed_at(["epoch  3/20"], project, "flows.train_classifier")
     assert status == 0, output
     assert output.count("goes on from its checkpoint") == 1
     by_flow = only_run(project)
     for name in (".dvc/cache", "mlflow.db", "mlartifacts"):  # a project that has nothing of it yet
         subprocess.run(["rm", "-rf", name], cwd=project, check=True)
+    for name in ("mlflow.db", "other.db"):
+        shutil.copy(stores / "mlflow.db", project / name)
 
     status, output = killed_at(["epoch  5/20"], project, "dvc", "repro")
     assert status != 0
