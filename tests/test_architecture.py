@@ -1,6 +1,7 @@
 """The shape of the code: who may import whom, and that DVC knows what each stage runs."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ ONLY_IN = {
 STAGES = read_yaml(PROJECT / "dvc.yaml")["stages"]
 
 
+@functools.cache
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
     """Full names of the modules that a file imports, `from package import module` included."""
     tree = ast.parse(path.read_text())
@@ -65,11 +67,13 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
     return found
 
 
+@functools.cache
 def internal(name: str) -> set[str]:
     """The modules of `pipeline` that one of them imports."""
     return {other for other in ORDER if f"pipeline.{other}" in imports(PROJECT / "pipeline" / f"{name}.py")}
 
 
+@functools.cache
 def reached(name: str) -> set[str]:
     """The modules of `pipeline` that are loaded with one of them, itself included."""
     return {name}.union(*(reached(other) for other in internal(name)))

@@ -1,6 +1,7 @@
 """A real MLflow server that goes away in the midst of a training, and comes back or does not."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,7 +47,8 @@ class Server:
 
 
 @pytest.fixture
-def mlflow_server(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def mlflow_server(workspace: Path, stores: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    shutil.copy(stores / "mlflow.db", workspace / "server.db")
     found = Server(workspace)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", found.uri.replace("//", "//me:secret@"))
     for name, value in {"MAX_RETRIES": "0", "TIMEOUT": "20"}.items():  # for the test's own questions, too

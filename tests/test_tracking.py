@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from tests.conftest import PROJECT, coloured_images, free_port, run_step, start_
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
     """A workspace in which train and evaluate have run, in a git repository with an uncommitted change."""
     folder = tmp_path_factory.mktemp("trained")
     write_normalized(folder)
@@ -35,6 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     start_repository(folder, "params.yaml", "notes.txt")
     (folder / "params.yaml").write_text(text)
     (folder / "notes.txt").write_bytes(b"caf\xe9\n")
+    shutil.copy(stores / "mlflow.db", folder)
     environment = os.environ | {"PIPELINE_EXPERIMENT": "bold-name", "PIPELINE_FLOW_RUN_ID": "f-1"}
     environment.pop("MLFLOW_TRACKING_URI", None)
     for step in ("train", "evaluate"):

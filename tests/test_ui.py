@@ -1,6 +1,7 @@
 """`make ui`: both servers answer on loopback, and nothing of them stays."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -38,7 +39,9 @@ def open_ui(folder: Path, *, mlflow_port: int, prefect_port: int) -> Iterator[su
         process.communicate()
 
 
-def test_both_pages_answer_and_ctrl_c_leaves_no_process(tmp_path: Path) -> None:
+def test_both_pages_answer_and_ctrl_c_leaves_no_process(tmp_path: Path, stores: Path) -> None:
+    (tmp_path / ".prefect").mkdir()
+    shutil.copy(stores / "prefect.db", tmp_path / ".prefect")
     mlflow_port, prefect_port = free_port(), free_port()
     with open_ui(tmp_path, mlflow_port=mlflow_port, prefect_port=prefect_port) as process:
         assert process.stdout

@@ -82,11 +82,11 @@ def test_a_killed_training_goes_on_in_the_flow_run_and_in_dvc_repro(project: Pat
     for name in ("mlflow.db", "other.db"):
         shutil.copy(stores / "mlflow.db", project / name)
 
-    status, output = killed_at(["epoch  5/20"], project, "dvc", "repro")
+    status, output = killed_at(["epoch  5/20"], project, "dvc", "repro", "train")
     assert status != 0
     # as DVC's shell has it: one that runs the command in its own place (dash), or one that waits for it (bash)
     assert any(f"exited with {code}" in output for code in (-signal.SIGKILL, 128 + signal.SIGKILL)), output
-    status, output = killed_at([], project, "dvc", "repro")
+    status, output = killed_at([], project, "dvc", "repro", "train")
     assert status == 0, output
     assert "goes on from its checkpoint" in output
     by_dvc = only_run(project)
