@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,23 +151,28 @@ def unprefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`optimizer.<number of the parameter>.<name>`; all that our optimizers remember are tensors."""
-    state = optimizer.state_dict()["state"]
-    return {f"optimizer.{number}.{name}": tensor for number, values in state.items() for name, tensor in values.items()}
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """`optimizer.<its number>.<number of the parameter>.<name>`; all that our optimizers remember are tensors."""
+    return {
+        f"optimizer.{place}.{number}.{name}": tensor
+        for place, optimizer in enumerate(optimizers)
+        for number, values in optimizer.state_dict()["state"].items()
+        for name, tensor in values.items()
+    }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
     """Be as when `optimizer_tensors`, without their prefix, were these."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        number, _, kind = name.partition(".")
-        parameter = parameters[int(number)]
-        # laid out in memory as the parameter is: sums over another layout may be rounded otherwise
-        laid_out = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
-        state.setdefault(int(number), {})[kind] = laid_out
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for place, optimizer in enumerate(optimizers):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in unprefixed(str(place), tensors).items():
+            number, _, kind = name.partition(".")
+            parameter = parameters[int(number)]
+            # laid out in memory as the parameter is: sums over another layout may be rounded otherwise
+            laid_out = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
+            state.setdefault(int(number), {})[kind] = laid_out
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -142,6 +142,13 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def share_buffers(network: nn.Module) -> None:
+    """Give all processes the running statistics of the first one, which are those that are kept."""
+    if world_size() > 1:
+        for buffer in network.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def from_first(content: bytes = b"") -> bytes:
     """The bytes that the first process gives, in each of them."""
     if world_size() == 1:

@@ -16,7 +16,7 @@ from pipeline.checkpoint import (
     optimizer_tensors,
     prefixed,
     random_states,
-    restore_optimizer,
+    restore_optimizers,
     restore_random_states,
     unprefixed,
 )
@@ -25,11 +25,12 @@ from pipeline.errors import UserError, uninterrupted
 from pipeline.model import Classifier, logits_of
 from pipeline.optimizer import (
     Lookahead,
-    is_fused,
+    are_fused,
     learning_rate,
     loss_function,
-    make_optimizer,
+    make_optimizers,
     set_learning_rate,
+    update,
 )
 from pipeline.params import TrainParams
 from pipeline.progress import progress
@@ -125,12 +126,12 @@ class _Training:
             classifier.compile()
         self._network = distributed.averaged(classifier)
         self._criterion = loss_function(params.loss, label_smoothing=params.label_smoothing)
-        self._optimizer = make_optimizer(classifier, params=params)
+        self._optimizers = make_optimizers(classifier, params=params)
         every = params.average_every_steps
         self._lookahead = Lookahead(classifier, every=every) if every else None
         self._precision = _autocast_dtype(params.mixed_precision, device=self._device)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision is torch.float16)
-        self._asks_at_once = self._device.type == "cpu" or not is_fused(self._optimizer)
+        self._asks_at_once = self._device.type == "cpu" or not are_fused(self._optimizers)
         """Whether a loss is finite; else when there is something to log, as a GPU must be waited for."""
         self._step, self._rate = 0, 0.0
         self._saved, self._started = time.monotonic(), time.perf_counter()
@@ -167,6 +168,7 @@ class _Training:
                 self._save_if_due(save)
         self.refuse_spoilt()
         images_per_second = len(batches) * self._params.batch_size / (time.perf_counter() - self._started)
+        distributed.share_buffers(self._classifier)
         with self._autocast():
             loss, accuracy = judge(self._classifier, self._validation_split, loss=self._params.loss)
         _refuse_non_finite(loss, where=f"epoch {epoch}, validation", params=self._params)
@@ -222,7 +224,7 @@ class _Training:
         tensors = {
             **prefixed("model", self._classifier.state_dict()),
             **prefixed("best", self.best),
-            **optimizer_tensors(self._optimizer),
+            **optimizer_tensors(self._optimizers),
             **random_states(self._device),
             **(prefixed("slow", self._lookahead.slow) if self._lookahead else {}),
             "loss_sum": self._loss_sum,
@@ -244,7 +246,7 @@ class _Training:
         tensors, state = start.tensors, start.state
         self._classifier.load_state_dict(unprefixed("model", tensors))
         self.best = {name: tensor.to(self._device) for name, tensor in unprefixed("best", tensors).items()}
-        restore_optimizer(self._optimizer, unprefixed("optimizer", tensors))
+        restore_optimizers(self._optimizers, unprefixed("optimizer", tensors))
         if self._lookahead:
             self._lookahead.restore(unprefixed("slow", tensors))
         self._scaler.load_state_dict(state["scaler"])
@@ -264,7 +266,7 @@ class _Training:
     def _take_step(self, images: Tensor, labels: Tensor) -> None:
         # schedule
         self._rate = learning_rate(self._step, steps_per_epoch=self._steps_per_epoch, params=self._params)
-        set_learning_rate(self._optimizer, self._rate)
+        set_learning_rate(self._optimizers, self._rate)
         if (processes := distributed.world_size()) > 1:  # a checkpoint has the random state of the first of them
             self._seed_dropout(len(self.history) + 1, self._step * processes + distributed.rank())
         # forward
@@ -272,10 +274,11 @@ class _Training:
             logits = self._network(images)
         loss = self._criterion(logits.float(), labels)
         # backward
-        self._optimizer.zero_grad(set_to_none=True)
+        self._classifier.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if self._params.gradient_clip_norm is not None:
-            self._scaler.unscale_(self._optimizer)
+            for optimizer in self._optimizers:
+                self._scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(self._classifier.parameters(), self._params.gradient_clip_norm)
         # account
         self._step += 1
@@ -284,8 +287,7 @@ class _Training:
         self._hits += distributed.total((logits.detach().argmax(1) == labels).sum())
         self._watch(loss_sum / self._params.batch_size)
         # update
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        update(self._optimizers, self._scaler)
         if self._lookahead:
             self._lookahead.step(self._step, total=self._params.epochs * self._steps_per_epoch)
         if self._step % self._params.log_every_steps == 0:
@@ -303,8 +305,8 @@ class _Training:
         self._loss = torch.where(self._is_spoilt > 0, self._loss, loss)
         self._is_spoilt = (~self._loss.isfinite()).float()
         self._sound_steps += self._is_spoilt == 0
-        if is_fused(self._optimizer):
-            self._optimizer.found_inf = self._is_spoilt  # type: ignore[attr-defined]  # as GradScaler has it
+        for optimizer in self._optimizers:
+            optimizer.found_inf = self._is_spoilt  # type: ignore[attr-defined]  # as GradScaler has it
         if self._asks_at_once:
             self.refuse_spoilt()
 

@@ -114,12 +114,13 @@ class TrainParams(Section):
     )
     loss: Literal["cross_entropy", "mse"] = Field(description="mse compares the outputs with one-hot targets")
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = Field(description="for cross_entropy")
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = Field(
-        description="sgd without momentum is the bare rule: weight - learning_rate * gradient"
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "muon"] = Field(
+        description="sgd without momentum is the bare rule: weight - learning_rate * gradient; muon makes the updates "
+        "of linear layers orthogonal and leaves the rest to sgd"
     )
     learning_rate: Annotated[Number, Field(gt=0)] = Field(description="peak learning rate, reached after the warm-up")
-    momentum: Annotated[Number, Field(ge=0, lt=1)] = Field(description="for sgd and rmsprop")
-    nesterov: Flag = Field(description="for sgd with momentum")
+    momentum: Annotated[Number, Field(ge=0, lt=1)] = Field(description="for sgd, muon and rmsprop")
+    nesterov: Flag = Field(description="for sgd and muon with momentum")
     weight_decay: Annotated[Number, Field(ge=0)] = Field(description="L2 penalty; decoupled for adamw")
     gradient_clip_norm: Annotated[Number, Field(gt=0)] | None = Field(
         description="scale gradients down to this total norm; null: never"
@@ -181,10 +182,10 @@ class TrainParams(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+        if self.nesterov and (self.optimizer not in ("sgd", "muon") or self.momentum == 0):
             raise ValueError(
                 f"nesterov is true, but optimizer is {self.optimizer} and momentum {self.momentum}; "
-                "Nesterov's rule needs optimizer: sgd and a momentum above 0"
+                "Nesterov's rule needs optimizer: sgd or muon and a momentum above 0"
             )
         from_file = self.weights not in (None, "DEFAULT")
         if self.weights_md5 is not None and not from_file:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
-from xdist.scheduler import LoadFileScheduling  # type: ignore[import-untyped]
+from xdist.scheduler import LoadFileScheduling
 
 from flows import server
 from pipeline.artifacts import replace_folder
@@ -30,7 +30,7 @@ TOGETHER = {"test_reproduce": "recorded", "test_trace": "recorded", "test_flows"
 """Files, by the costly fixture that one worker makes for all of them."""
 
 
-class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # it ships no types
+class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # xdist ships no types  # type: ignore[misc]  # it ships no types
     """`--dist loadfile`, but the files of a costly fixture count as one."""
 
     def _split_scope(self, nodeid: str) -> str:

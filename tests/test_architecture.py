@@ -137,6 +137,13 @@ def test_a_step_starts_without_packages_that_it_does_not_need(step: str) -> None
     assert HEAVY & set(done.stdout.split()) <= MAY_LOAD[step]
 
 
+def test_a_training_starts_without_the_compiler() -> None:
+    code = "from tests.test_train import QUICK, run, train_params; import sys; "
+    code += "run(train_params(**QUICK)); run(train_params(**QUICK, optimizer='muon')); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert not {"torch._dynamo", "torch._inductor"} & set(done.stdout.split())
+
+
 def test_only_evaluate_reads_the_test_split() -> None:
     readers = [stage for stage, values in STAGES.items() if any("test_images" in dep for dep in values["deps"])]
     assert readers == ["evaluate"]

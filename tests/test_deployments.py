@@ -111,7 +111,7 @@ def test_a_deployment_run_takes_overrides_and_is_an_experiment(site: Site) -> No
     ("parameters", "told"),
     [
         ({"overrides": {"train.epochs": 0}}, "0 is less than the minimum of 1"),
-        ({"overrides": {"train.optimizer": "sdg"}}, "'sdg' is not one of ['sgd', 'adam', 'adamw', 'rmsprop']"),
+        ({"overrides": {"train.optimizer": "sdg"}}, "'sdg' is not one of ['sgd', 'adam', 'adamw', 'rmsprop', 'muon']"),
         ({"overrides": {"train.epoch": 3}}, "'train.epoch' was unexpected"),
         ({"recipe": "digit"}, "'digits' was expected"),
     ],
@@ -192,7 +192,7 @@ def test_the_form_has_every_parameter_with_its_description_and_bounds() -> None:
     sections = {name: field.annotation for name, field in Params.model_fields.items()}
     assert list(fields) == [f"{name}.{field}" for name, section in sections.items() for field in section.model_fields]  # type: ignore[union-attr]
     assert all(field["description"] and "default" not in field for field in fields.values())
-    assert fields["train.optimizer"]["enum"] == ["sgd", "adam", "adamw", "rmsprop"]
+    assert fields["train.optimizer"]["enum"] == ["sgd", "adam", "adamw", "rmsprop", "muon"]
     assert (fields["train.epochs"]["type"], fields["train.epochs"]["minimum"]) == ("integer", 1)
     assert fields["train.nesterov"]["enum"] == [True, False]
     assert "type" not in fields["train.nesterov"]  # a switch, which cannot be left alone

@@ -36,7 +36,7 @@ def test_every_recipe_is_valid(recipe: str, monkeypatch: pytest.MonkeyPatch) -> 
         ("train__epochs", 2.5, "train.epochs is 2.5; allowed: a valid integer"),
         ("train__epochs", True, "train.epochs is True; allowed: a number"),
         ("train__epochs", 0, "train.epochs is 0; allowed: greater than or equal to 1"),
-        ("train__optimizer", "sdg", "train.optimizer is 'sdg'; allowed: 'sgd', 'adam', 'adamw' or 'rmsprop'"),
+        ("train__optimizer", "sdg", "train.optimizer is 'sdg'; allowed: 'sgd', 'adam', 'adamw', 'rmsprop' or 'muon'"),
         ("train__learning_rate", float("nan"), "train.learning_rate is nan; allowed: a finite number"),
         ("train__flip", "yes", "train.flip is 'yes'; allowed: a valid boolean"),
         ("train__warmup_fraction", 1.0, "train.warmup_fraction is 1.0; allowed: less than 1"),
@@ -95,9 +95,9 @@ def test_a_bad_override_is_named(workspace: object, overrides: dict[str, object]
 
 
 def test_an_unknown_recipe_lists_the_recipes(workspace: object) -> None:
-    with pytest.raises(UserError, match=r"recipe: found 'cifar'; allowed: cifar10_lenet, .*digits"):
+    with pytest.raises(UserError, match=r"recipe: found 'cifar'; allowed: cifar10_fast94, cifar10_lenet, .*digits"):
         recipe_path("cifar")
-    with pytest.raises(UserError, match="recipe: found ''; allowed: cifar10_lenet"):
+    with pytest.raises(UserError, match="recipe: found ''; allowed: cifar10_fast94, cifar10_lenet"):
         compose("", {})
 
 

@@ -92,6 +92,12 @@ def test_a_stop_in_the_midst_of_an_epoch_changes_nothing(model: str, optimizer: 
     assert_same(stopped(params, 2, 4, 5), run(params))
 
 
+def test_a_stop_leaves_the_slow_weights_of_lookahead_as_they_are() -> None:
+    changes = {"average_every_steps": 3, "bias_learning_rate_factor": 4.0, "log_every_steps": 1}
+    params = train_params(**QUICK | changes | {"learning_rate": 0.02, "schedule": "linear"}, model="airbench")
+    assert_same(stopped(params, 2, 4, 5), run(params))
+
+
 def test_every_step_is_a_good_place_to_stop() -> None:
     params = train_params(**QUICK, log_every_steps=1, crop_padding=3)
     assert_same(stopped(params, *range(1, 9)), run(params))

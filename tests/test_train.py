@@ -19,7 +19,7 @@ from pipeline.data import Split
 from pipeline.errors import UserError
 from pipeline.loop import Trained, _Training, train
 from pipeline.model import build
-from pipeline.optimizer import Lookahead, learning_rate, loss_function, make_optimizer, set_learning_rate
+from pipeline.optimizer import Lookahead, learning_rate, loss_function, make_optimizers, set_learning_rate
 from pipeline.params import TrainParams, dump_yaml
 from pipeline.train import main
 from tests.conftest import DEFAULTS, PROJECT, coloured_images, heed_interrupts, run_step, train_params, write_normalized
@@ -32,6 +32,7 @@ OPTIMIZERS = {
     "adam": {"optimizer": "adam", "learning_rate": 0.002, "momentum": 0.0, "nesterov": False},
     "adamw": {"optimizer": "adamw", "learning_rate": 0.002, "momentum": 0.0, "nesterov": False},
     "rmsprop": {"optimizer": "rmsprop", "learning_rate": 0.001, "momentum": 0.0, "nesterov": False},
+    "muon": {"optimizer": "muon", "learning_rate": 0.02, "momentum": 0.9, "nesterov": True},
 }
 QUICK = {"epochs": 2, "batch_size": 16, "schedule": "constant", "warmup_fraction": 0.0}
 
@@ -102,7 +103,7 @@ def test_sgd_without_momentum_is_the_bare_rule() -> None:
     network.weight.data = torch.tensor([[1.0, -2.0, 3.0]])
     weight = network.weight
     params = train_params(optimizer="sgd", momentum=0.0, nesterov=False, weight_decay=0.0, learning_rate=0.1)
-    optimizer = make_optimizer(network, params=params)
+    [optimizer] = make_optimizers(network, params=params)
     (weight**2).sum().backward()  # type: ignore[no-untyped-call]
     expected = weight.detach() - 0.1 * weight.grad  # type: ignore[operator]
     optimizer.step()
@@ -197,8 +198,8 @@ def test_lookahead_follows_its_rule_and_ends_with_the_slow_weights() -> None:
 
 def test_the_biases_of_batch_normalisation_may_have_a_rate_of_their_own() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
-    optimizer = make_optimizer(network, params=train_params(bias_learning_rate_factor=4.0, weight_decay=0.1))
-    set_learning_rate(optimizer, 0.5)
+    [optimizer] = make_optimizers(network, params=train_params(bias_learning_rate_factor=4.0, weight_decay=0.1))
+    set_learning_rate([optimizer], 0.5)
     rest, biases = optimizer.param_groups
     assert (rest["lr"], rest["weight_decay"], len(rest["params"])) == (0.5, 0.1, 3)
     assert (biases["lr"], biases["weight_decay"], biases["params"]) == (2.0, 0.025, [network[1].bias])

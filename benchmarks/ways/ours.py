@@ -10,9 +10,11 @@ from pipeline.params import check_params, compose
 
 RECIPE = "cifar10_lenet"
 OVERRIDES = {
-    "train.epochs": 2,
-    "train.batch_size": 96,
-    "train.learning_rate": 0.05,
+    "train.optimizer": "muon",
+    "train.epochs": 1,
+    "train.batch_size": 160,
+    "train.learning_rate": 0.07,
+    "train.schedule": "linear",
     "train.weight_decay": 0.0005,
     "train.warmup_fraction": 0.1,
     "train.flip": False,

@@ -16,10 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from mlflow import MlflowClient
 
-from pipeline import artifacts, checkpoint, tracking, train
+from pipeline import artifacts, checkpoint, loop, tracking, train
 
 FILE_OPERATIONS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
 MESSAGES = ("create_run", "log_batch", "log_artifact", "log_inputs", "set_terminated", "finalize_logged_model")
@@ -83,7 +82,7 @@ def run(folder: str, log: str, kill: Any) -> None:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
     events = Events(Path(log), kill=kill)
-    events.around(torch.optim.SGD, "step", label="step")
+    events.around(loop, "update", label="step")
     for name in FILE_OPERATIONS:
         events.around(os, name, label=name)
     for name in MESSAGES:
