@@ -172,6 +172,18 @@ def run_step(
     )
 
 
+def start_step(step: str) -> subprocess.Popen[str]:
+    """Start a step in the current folder; what it prints comes unbuffered."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", f"pipeline.{step}"],
+        env=os.environ | {"PYTHONPATH": str(PROJECT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,  # noqa: PLW1509
+    )
+
+
 def heed_interrupts() -> None:
     """For a child's start: shells let what they put into the background ignore Ctrl-C, and children inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load
 
 from pipeline.params import dump_yaml
-from tests.conftest import DEFAULTS, PROJECT, heed_interrupts, run_step, write_normalized
+from tests.conftest import DEFAULTS, PROJECT, run_step, start_step, write_normalized
 
 VALUES = {"epochs": 8, "batch_size": 16, "learning_rate": 0.01, "cpu_threads": 1, "flip": True, "log_every_steps": 1}
 
@@ -53,7 +53,7 @@ def test_two_processes_have_the_losses_of_one_with_the_joined_batch_killed_and_i
     one, two = (train(workspace, processes=processes) for processes in (1, 2))
     for name, values in load(one).items():
         assert values.numpy() == pytest.approx(load(two)[name].numpy(), rel=1e-2, abs=1e-4)
-    killed = start(workspace)
+    killed = start_step("train")
     read_until("epoch 1/8", killed)
     second = child_of_rank(killed.pid, "1")
     assert set(listening(killed.pid)) == {"127.0.0.1"}
@@ -62,7 +62,7 @@ def test_two_processes_have_the_losses_of_one_with_the_joined_batch_killed_and_i
     _, stderr = killed.communicate(timeout=60)
     assert killed.returncode == 75, stderr
     assert "the same command goes on" in stderr
-    interrupted = start(workspace)
+    interrupted = start_step("train")
     read_until("goes on from its checkpoint", interrupted)
     read_until("epoch 5/8", interrupted)
     interrupted.terminate()
@@ -72,17 +72,6 @@ def test_two_processes_have_the_losses_of_one_with_the_joined_batch_killed_and_i
     assert train(workspace, processes=2) == two
     again, by_two, by_one = losses(workspace)
     assert again == by_two == pytest.approx(by_one, rel=1e-3)
-
-
-def start(workspace: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "pipeline.train"],
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,  # noqa: PLW1509
-    )
 
 
 def read_until(text: str, process: subprocess.Popen[str]) -> None:

@@ -3,7 +3,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from pipeline.model import build
 from pipeline.optimizer import Lookahead, learning_rate, loss_function, make_optimizers, set_learning_rate
 from pipeline.params import TrainParams, dump_yaml
 from pipeline.train import main
-from tests.conftest import DEFAULTS, PROJECT, coloured_images, heed_interrupts, run_step, train_params, write_normalized
+from tests.conftest import DEFAULTS, coloured_images, run_step, start_step, train_params, write_normalized
 from tests.test_model import config
 
 OPTIMIZERS = {
@@ -342,14 +341,7 @@ def test_an_interrupted_run_is_marked_killed(workspace: Path, sent: signal.Signa
     values = json.loads(json.dumps(DEFAULTS))
     values["train"] |= {"epochs": 100_000, "batch_size": 16}
     (workspace / "params.yaml").write_text(dump_yaml(values))
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "pipeline.train"],
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,  # noqa: PLW1509
-    )
+    process = start_step("train")
     assert process.stdout is not None
     while not process.stdout.readline().startswith("epoch"):
         assert process.poll() is None
