@@ -7,8 +7,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 
+from pipeline.processes import cpu_name
 from pipeline.raw import num_workers
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "dvc", "mlflow", "prefect")
@@ -53,13 +53,6 @@ def header() -> str:
         f"Python {platform.python_version()}, {versions}\n"
         "seed: the number of the round, from 0"
     )
-
-
-def cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _git(*arguments: str) -> str:

@@ -221,6 +221,8 @@ class TrainingBatches:
         self._share, self._rank = batch_size // processes, rank
         self._blocks, self._block_length = self._draw_blocks()
         self._blocks_a_window = max(1, split.window_bytes // (self._block_length * split.image_bytes))
+        # a coin for each image, the same in all epochs; what it says is turned round in every other one
+        self._coins = torch.rand(len(split), generator=generator(seed, epoch=0)) < 0.5
         self._window: tuple[int, _Window] | None = None
         self.position = 0
 
@@ -270,8 +272,6 @@ class TrainingBatches:
         draw = generator(self._seed, epoch=self._epoch, stream=WINDOW_STREAM + number)
         places = torch.cat([torch.arange(start, stop) for start, stop in blocks])
         order = torch.randperm(len(places), generator=draw)
-        # a coin for each image, the same in all epochs; what it says is turned round in every other one
-        coins = torch.rand(len(split), generator=generator(self._seed, epoch=0)) < 0.5
         height, width = split.images.shape[1:3]
         limits = [(-padding, padding + 1), (-padding, padding + 1), (0, height), (0, width)]
         drawn = (torch.randint(*limit, (len(order), 1), generator=draw) for limit in limits)
@@ -281,7 +281,7 @@ class TrainingBatches:
             images=_joined(split, blocks),
             order=order.to(device),
             labels=split.labels[places[order].to(device)],
-            mirrored=(coins[places[order]] ^ bool(self._epoch % 2)).unsqueeze(1).to(device),
+            mirrored=(self._coins[places[order]] ^ bool(self._epoch % 2)).unsqueeze(1).to(device),
             shifts=(down, right),
             centres=(row, column),
         )

@@ -77,15 +77,13 @@ def _parameter_groups(network: nn.Module, *, params: TrainParams) -> list[dict[s
     norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     biases = {id(module.bias) for module in norms if factor != 1}
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    parts = {
-        1.0: [parameter for parameter in trained if id(parameter) not in biases],
-        factor: [parameter for parameter in trained if id(parameter) in biases],
-    }
-    if factor == 1:
-        parts = {1.0: trained}
+    parts = [
+        (1.0, [parameter for parameter in trained if id(parameter) not in biases]),
+        (factor, [parameter for parameter in trained if id(parameter) in biases]),
+    ]
     return [
         {"params": part, "rate_factor": times, "weight_decay": params.weight_decay / times}
-        for times, part in parts.items()
+        for times, part in parts
         if part
     ]
 

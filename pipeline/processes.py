@@ -1,6 +1,7 @@
-"""Which process does a piece of work, written down so that another one can tell later whether it still lives."""
+"""Which process does a piece of work, and on which CPU, written down; another can tell later whether it still lives."""
 
 import os
+import platform
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,3 +58,10 @@ def _has_start(pid: int, started: str) -> bool:
         return start_of(pid) == started
     # not on Linux, or written by an older version: right unless the clock was set since
     return abs(psutil.Process(pid).create_time() - float(started)) < START_TOLERANCE_SECONDS
+
+
+def cpu_name() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from pipeline.model import (
     try_training,
 )
 from pipeline.params import DownloadParams, Params, TrainParams, load_params
+from pipeline.processes import cpu_name
 
 WHITENING_IMAGES = 5_000
 
@@ -140,11 +140,8 @@ def _read_split(name: str, classifier: Classifier, params: TrainParams, info: Da
 
 def _hardware(device: torch.device) -> dict[str, str]:
     """What the last bits of a model depend on, besides code, data and parameters."""
-    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(": ")[2] for line in cpu.splitlines() if line.startswith("model name")]
-    name = next(iter(names), platform.processor() or platform.machine())
     return {
-        "cpu": f"{name}, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.replace("cpu", "none"),
     }
@@ -155,7 +152,7 @@ def _make_classifier(params: TrainParams, info: DatasetInfo, *, device: torch.de
     config = configure(params, info)
     classifier = build(config)
     drawn = load_pretrained(classifier, config=config, md5=params.weights_md5)
-    if config.weights is None:
+    if config.weights is None and isinstance(classifier.network, Airbench):
         initialise(classifier, Split.read("train", info=info, device=torch.device("cpu")), seed=params.seed)
     try_training(classifier, config=config, batch_size=params.batch_size)
     classifier.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
@@ -207,11 +204,11 @@ def _source(params: DownloadParams) -> str | None:
 
 
 def initialise(classifier: Classifier, split: Split, *, seed: int) -> None:
-    """Set what a network takes from the images of the train split before its first step; it lies on the CPU."""
-    if isinstance(classifier.network, Airbench):
-        size = min(len(split), 500)
-        batches = TrainingBatches(split, batch_size=size, seed=seed, epoch=0, augmentation=Augmentation())
-        classifier.network.whiten(images.cpu() for images, _ in itertools.islice(batches, WHITENING_IMAGES // size))
+    """Set what an Airbench takes from the images of the train split before its first step; it lies on the CPU."""
+    assert isinstance(classifier.network, Airbench)
+    size = min(len(split), 500)
+    batches = TrainingBatches(split, batch_size=size, seed=seed, epoch=0, augmentation=Augmentation())
+    classifier.network.whiten(images.cpu() for images, _ in itertools.islice(batches, WHITENING_IMAGES // size))
 
 
 def _say_start(classifier: Classifier, *, config: ModelConfig, device: torch.device, drawn: Sequence[str]) -> None:
