@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-from pipeline.processes import cpu_name
-from pipeline.raw import num_workers
+from pipeline.processes import cpu_name, num_cores
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "dvc", "mlflow", "prefect")
 
@@ -49,7 +48,7 @@ def header() -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return (
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {_git('rev-parse', '--short', 'HEAD')}{changed}\n"
-        f"{num_workers()} cores of {cpu_name()}\n"
+        f"{num_cores()} cores of {cpu_name()}\n"
         f"Python {platform.python_version()}, {versions}\n"
         "seed: the number of the round, from 0"
     )

@@ -7,7 +7,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,11 +34,29 @@ _HEADER_TYPES = (
 )
 
 
+_HEADER = tarfile.TarInfo().tobuf(tarfile.PAX_FORMAT)
+_PLAIN = (_HEADER[100:124], _HEADER[135:148], _HEADER[154:])
+"""What stands around name, size and checksum in the header of a file that has neither owner nor time."""
+_PLAIN_SUM = sum(_HEADER) - sum(_HEADER[124:135]) - sum(_HEADER[148:156]) + 8 * ord(" ")
+
+
 class _TarInfo(tarfile.TarInfo):
     """Refuses a negative size, with which Python before 3.11.14 would go back in the archive and never end.
 
     And headers of headers (long names, pax) of more than MAX_HEADER_BYTES, which tarfile would read whole.
     """
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> Self:
+        """As tarfile has it, but headers in which only name and size vary, as `pack` writes them, are soon read."""
+        name, size = buf[:100].rstrip(b"\0"), buf[124:135]
+        if (buf[100:124], buf[135:148], buf[154:]) != _PLAIN or not (name.isascii() and size.isdigit()):
+            return super().frombuf(buf, encoding, errors)  # type: ignore[arg-type]
+        if buf[148:154] != b"%06o" % (_PLAIN_SUM + sum(name) + sum(size)):
+            raise tarfile.InvalidHeaderError("bad checksum")  # type: ignore[attr-defined]
+        plain = cls(name.decode())
+        plain.size = int(size, 8)
+        return plain
 
     def _block(self, count: int) -> int:
         if count < 0:

@@ -83,10 +83,11 @@ def _sync(folder: Path) -> None:
 
 
 @contextmanager
-def replace_folder(target: Path) -> Iterator[Path]:
+def replace_folder(target: Path, *, known: Mapping[str, str] | None = None) -> Iterator[Path]:
     """Yield an empty folder beside `target` that takes its place once the block is done; on failure `target` stays.
 
-    What the block left in it is then listed in `checksums.md5`.
+    What the block left in it is then listed in `checksums.md5`. Files of which `known` has the MD5 by then, taken while
+    they were written, are not read again.
     """
     fresh, old = (target.with_name(f".{target.name}.{word}.tmp") for word in ("new", "old"))
     for leftover in (fresh, old):  # of a run that was killed
@@ -95,7 +96,7 @@ def replace_folder(target: Path) -> Iterator[Path]:
         fresh.mkdir(parents=True)
         try:
             yield fresh
-            write_checksums(fresh)
+            write_checksums(fresh, known=known)
             if target.exists():
                 target.rename(old)
             fresh.rename(target)
@@ -208,9 +209,10 @@ def read_split(split: str, *, folder: Path = NORMALIZE) -> tuple[Images, Labels]
     return images, labels
 
 
-def write_checksums(folder: Path) -> None:
-    """List the files that are in the folder now, those of its subfolders included."""
-    write_text(folder / CHECKSUMS, "".join(f"{file_md5(folder / name)}  {name}\n" for name in _files(folder)))
+def write_checksums(folder: Path, *, known: Mapping[str, str] | None = None) -> None:
+    """List the files that are in the folder now, those of its subfolders included, with their MD5, or that `known`."""
+    md5 = {name: file_md5(folder / name) for name in _files(folder) if name not in (known or {})} | dict(known or {})
+    write_text(folder / CHECKSUMS, "".join(f"{md5[name]}  {name}\n" for name in sorted(md5)))
 
 
 def verify(folder: Path, names: Iterable[str] | None = None, *, strangers: bool = False) -> dict[str, str]:

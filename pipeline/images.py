@@ -149,7 +149,8 @@ def _to_channels(image: Image.Image, *, channels: Channels) -> Image.Image:
         image = _over_white(image)
     elif image.mode not in ("1", "L", "RGB"):
         image = image.convert("RGB")
-    return image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _scaled(image: Image.Image, *, white: int) -> Image.Image:

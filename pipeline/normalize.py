@@ -10,6 +10,7 @@ import math
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from pipeline.artifacts import (
     write_json,
 )
 from pipeline.duplicates import (
+    TEST_ROWS,
     Digests,
     ExactDuplicates,
     FeatureBlocks,
@@ -59,7 +61,7 @@ class Spool:
             self._files.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
             for _ in ("pixels", "features", "names")
         )
-        self._name_starts = array("q")
+        self._name_starts, self._names_end = array("q"), 0
         self._labels, self._splits, self._digests = array("q"), array("b"), bytearray()
         self.shape: tuple[int, ...] = ()
         self.unreadable: list[tuple[str, str]] = []
@@ -83,8 +85,9 @@ class Spool:
         self._labels.extend(block.labels.tolist())
         self._splits.extend([SPLITS.index(block.split)] * len(block.labels))
         for name in block.names:
-            self._name_starts.append(self._names.tell())
-            self._names.write(json.dumps(name).encode() + b"\n")
+            line = json.dumps(name).encode() + b"\n"
+            self._name_starts.append(self._names_end)
+            self._names_end += self._names.write(line)
 
     @property
     def labels(self) -> Labels:
@@ -141,7 +144,8 @@ def normalize(raw: Path, result: Path, *, params: NormalizeParams) -> dict[str, 
     Raises UserError: see `open_source`, `check_unreadable` and `draw_splits`.
     """
     source = open_source(raw, params=params)
-    with replace_folder(result) as folder, Spool(result.parent) as spool:
+    md5: dict[str, str] = {}
+    with replace_folder(result, known=md5) as folder, Spool(result.parent) as spool:
         with progress("normalize", total=source.num_files, unit="images") as advance:
             for block in source.blocks:
                 spool.add(block)
@@ -150,6 +154,7 @@ def normalize(raw: Path, result: Path, *, params: NormalizeParams) -> dict[str, 
         splits = draw_splits(spool, class_names=source.class_names, params=params)
         description = _write(folder, spool, splits, source=source, params=params)
         description["ignored_files"] = source.ignored_files
+        md5 |= description["md5"]
         write_json(folder / "dataset.json", description)
     return description
 
@@ -230,11 +235,16 @@ def _checked(splits: dict[str, Indices], *, labels: Labels, class_names: tuple[s
 def find_duplicates(spool: Spool, splits: Mapping[str, Indices], *, params: NormalizeParams) -> Duplicates:
     """Identical images in all splits, and images of test nearly like one in train or validation."""
     others = np.sort(np.concatenate([splits["train"], splits["validation"]]))
-    near = near_duplicates(
-        spool.feature_blocks(splits["test"]),
-        lambda: spool.feature_blocks(others),
-        correlation=params.near_duplicate_correlation,
-    )
+    passes = math.ceil(len(splits["test"]) / TEST_ROWS)
+    with progress("near-duplicates", total=passes * len(others), unit="images") as advance:
+
+        def blocks() -> FeatureBlocks:
+            for indices, values in spool.feature_blocks(others):
+                yield indices, values
+                advance(len(indices))
+
+        test = spool.feature_blocks(splits["test"])
+        near = near_duplicates(test, blocks, correlation=params.near_duplicate_correlation)
     return Duplicates(exact_duplicates(spool.digests, splits, examples=EXAMPLES), near)
 
 
@@ -259,14 +269,12 @@ def _moments(histogram: list[int]) -> tuple[float, float]:
 def _write(
     folder: Path, spool: Spool, splits: dict[str, Indices], *, source: Source, params: NormalizeParams
 ) -> dict[str, Any]:
-    """The arrays, and what `dataset.json` says of them."""
-    labels, md5 = spool.labels, {}
-    for split, indices in splits.items():
-        shape = (len(indices), *spool.shape)
-        images, targets = f"{split}_images.npy", f"{split}_labels.npy"
-        md5[images] = write_array(folder / images, spool.pixel_blocks(indices), shape=shape, dtype=np.uint8)
-        md5[targets] = write_array(folder / targets, [labels[indices]], shape=shape[:1], dtype=np.int64)
-    mean, deviation = mean_and_deviation(spool.pixel_blocks(splits["train"]))
+    """The arrays, and what `dataset.json` says of them; pixels and features are read side by side."""
+    labels = spool.labels
+    with ThreadPoolExecutor(1) as pool:
+        arrays = pool.submit(_write_arrays, folder, spool, splits)
+        duplicates = find_duplicates(spool, splits, params=params)
+    md5, (mean, deviation) = arrays.result()
     return {
         "dataset": source.dataset,
         "class_names": list(source.class_names),
@@ -278,8 +286,21 @@ def _write(
         "counts": {split: _counts(labels[indices], source.class_names) for split, indices in splits.items()},
         "md5": md5,
         "unreadable_files": [{"file": name, "reason": reason} for name, reason in spool.unreadable],
-        **_describe(find_duplicates(spool, splits, params=params), spool, splits, params=params),
+        **_describe(duplicates, spool, splits, params=params),
     }
+
+
+def _write_arrays(
+    folder: Path, spool: Spool, splits: Mapping[str, Indices]
+) -> tuple[dict[str, str], tuple[list[float], list[float]]]:
+    """MD5 of each file, and mean and deviation of the training split."""
+    labels, md5 = spool.labels, {}
+    for split, indices in splits.items():
+        shape = (len(indices), *spool.shape)
+        images, targets = f"{split}_images.npy", f"{split}_labels.npy"
+        md5[images] = write_array(folder / images, spool.pixel_blocks(indices), shape=shape, dtype=np.uint8)
+        md5[targets] = write_array(folder / targets, [labels[indices]], shape=shape[:1], dtype=np.int64)
+    return md5, mean_and_deviation(spool.pixel_blocks(splits["train"]))
 
 
 def _counts(labels: Labels, class_names: tuple[str, ...]) -> dict[str, int]:

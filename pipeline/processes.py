@@ -60,6 +60,11 @@ def _has_start(pid: int, started: str) -> bool:
     return abs(psutil.Process(pid).create_time() - float(started)) < START_TOLERANCE_SECONDS
 
 
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_name() -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []

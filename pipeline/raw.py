@@ -31,6 +31,7 @@ from pipeline.artifacts import (
 from pipeline.errors import UserError
 from pipeline.images import UnreadableImage, decode, resize_pixels
 from pipeline.params import Channels, NormalizeParams, Resize, first_problem
+from pipeline.processes import num_cores
 
 SPLITS = ("train", "validation", "test")
 AGAIN = "run `dvc repro download --force`"
@@ -246,14 +247,9 @@ def _open_image_folder(
     work = partial(_decode_chunk, archive, image_size=params.image_size, channels=channels, resize=params.resize)
     if not archive.is_file():
         raise UserError(missing(archive))
-    pooled = archive.stat().st_size >= POOL_BYTES and num_workers() > 1
+    pooled = archive.stat().st_size >= POOL_BYTES and num_cores() > 1
     blocks = _in_pool(work, chunks) if pooled else map(work, chunks)
     return Source("imagefolder", class_names, channels, num_files, description.ignored_files, blocks)
-
-
-def num_workers() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _chunks(archive: Path, *, class_names: tuple[str, ...], num_files: int, length: int) -> Iterator[Chunk]:
@@ -319,7 +315,7 @@ def _in_pool(work: Callable[[Chunk], Block], chunks: Iterator[Chunk]) -> Iterato
 
     Started by `spawn`: forked children would inherit the locks of numpy's and tqdm's threads, held by nobody.
     """
-    workers = num_workers()
+    workers = num_cores()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     pending: deque[tuple[Chunk, Future[Block]]] = deque()
     try:

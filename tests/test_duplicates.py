@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.duplicates import Match, digests, exact_duplicates, features, mirrored, near_duplicates
+from pipeline.duplicates import Match, _gathered, digests, exact_duplicates, features, mirrored, near_duplicates
 from tests.raw_folders import encoded, noise
 
 
@@ -92,6 +92,44 @@ def test_correlations_are_those_of_the_differences_between_cells(size: int, chan
         cells = images.reshape(6, 8, size // 8, 8, size // 8, channels).mean(axis=(2, 4))
         plain = np.concatenate([np.diff(cells, axis=axis).reshape(6, -1) for axis in (1, 2)], axis=1)
         assert np.allclose(np.corrcoef(values), np.corrcoef(plain), atol=0.002)
+
+
+def exhaustive(test: Any, others: Any) -> list[Match]:
+    """Every image's likeliest other one, by all products."""
+    values, sides = features(others).astype(int), [features(test), mirrored(features(test))]
+    products = np.maximum(*(side.astype(int) @ values.T for side in sides))
+    norms = [np.sqrt((each.astype(int) ** 2).sum(axis=1)) for each in (sides[0], values)]
+    best = products.argmax(axis=1)
+    return [
+        Match(row, int(other), float(products[row, other] / (norms[0][row] * norms[1][other])))
+        for row, other in enumerate(best)
+    ]
+
+
+@pytest.mark.parametrize("correlation", [0.3, 0.7, 0.95])
+def test_the_bound_leaves_no_match_out(correlation: float) -> None:
+    """Images that are alike to all degrees, smooth ones, whose axes say much, and noise."""
+    draw = np.random.default_rng(0)
+    base = draw.integers(0, 256, (60, 32, 32, 3)).astype(float)
+    base[30:] = photos(5).repeat(6, axis=0)
+    mixed = base + draw.uniform(0, 3, (60, 1, 1, 1)) * draw.permuted(base, axis=0)
+    images = (mixed * (255 / mixed.max(axis=(1, 2, 3), keepdims=True))).astype(np.uint8)
+    expected = [match for match in exhaustive(images[::2], images[1::2]) if match.correlation >= correlation]
+    assert 0 < len(expected) < 30
+    found = near(images[::2], images[1::2], correlation=correlation, block=7)
+    assert [(match.test, match.other) for match in found] == [(match.test, match.other) for match in expected]
+    assert [match.correlation for match in found] == pytest.approx([match.correlation for match in expected])
+
+
+def test_rows_come_in_blocks_of_one_length() -> None:
+    def blocks() -> Any:
+        for start in range(0, 49, 7):
+            yield np.arange(start, start + 7), np.arange(start, start + 7)[:, np.newaxis]
+
+    found = list(_gathered(blocks(), rows=5))
+    assert [len(indices) for indices, _ in found] == [5] * 9 + [4]
+    assert np.concatenate([indices for indices, _ in found]).tolist() == list(range(49))
+    assert all((values[:, 0] == indices).all() for indices, values in found)
 
 
 def test_the_size_of_blocks_does_not_matter() -> None:

@@ -193,7 +193,7 @@ def test_the_number_of_processes_does_not_matter(tmp_path: Path, out: Path, monk
     files = plain_files(per_class=20)
     made(tmp_path, out, files)
     first = contents(out)
-    for name, value in (("POOL_BYTES", 0), ("BLOCK_IMAGES", 3), ("num_workers", lambda: 2)):
+    for name, value in (("POOL_BYTES", 0), ("BLOCK_IMAGES", 3), ("num_cores", lambda: 2)):
         monkeypatch.setattr(raw, name, value)
     made(tmp_path, out, files)
     assert contents(out) == first

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline import raw
-from pipeline.archives import DamagedArchive, load_pickle
+from pipeline.archives import DamagedArchive, load_pickle, members, open_tar
 from pipeline.artifacts import CIFAR10_ARCHIVE
 from pipeline.errors import UserError
 from pipeline.raw import Block, open_source
@@ -23,6 +24,7 @@ from tests.raw_folders import (
     noise,
     params,
     plain_files,
+    write_tar,
 )
 
 
@@ -141,7 +143,7 @@ def test_a_folder_of_images_of_all_kinds(tmp_path: Path) -> None:
 def test_blocks_are_the_same_from_one_process_and_from_several(tmp_path: Path, monkeypatch: Any, limit: int) -> None:
     monkeypatch.setattr(raw, "POOL_BYTES", limit)
     monkeypatch.setattr(raw, "BLOCK_IMAGES", 7)
-    monkeypatch.setattr(raw, "num_workers", lambda: 2)
+    monkeypatch.setattr(raw, "num_cores", lambda: 2)
     files = plain_files(per_class=30) | {"train/dog/bad.png": b"bad"}
     found = blocks(image_folder(tmp_path / "raw", files))
     assert [name for block in found for name in block.names] == list(files)[:-1]
@@ -169,6 +171,28 @@ def test_a_folder_that_download_did_not_make_is_refused(tmp_path: Path, files: A
     )
     with pytest.raises(UserError, match=message):
         blocks(folder)
+
+
+def test_headers_are_read_as_tarfile_reads_them(tmp_path: Path) -> None:
+    files = {
+        name: bytes(size) for size, name in enumerate(("a/b.png", "ä/猫.png", f"{'long/' * 40}c.png", "d e/f.png"))
+    }
+    write_tar(tmp_path / "some.tar", files, mode="w")
+    with tarfile.open(tmp_path / "some.tar") as plain, open_tar(tmp_path / "some.tar", "r:") as ours:
+        expected = [(member.name, member.size, member.offset_data) for member in plain]
+        assert [(member.name, member.size, member.offset_data) for member in members(ours)] == expected
+    assert [(name, size) for name, size, _ in expected] == [(name, len(content)) for name, content in files.items()]
+
+
+def test_a_plain_header_with_a_wrong_bit_is_refused(tmp_path: Path) -> None:
+    write_tar(tmp_path / "some.tar", {"train/cat/0.png": b"0123"}, mode="w")
+    content = bytearray((tmp_path / "some.tar").read_bytes())
+    for position in (0, 130, 150):  # of the name, size and checksum
+        content[position] ^= 1
+        (tmp_path / "wrong.tar").write_bytes(content)
+        with pytest.raises(DamagedArchive, match="bad checksum"):
+            list(members(open_tar(tmp_path / "wrong.tar", "r:")))
+        content[position] ^= 1
 
 
 @pytest.mark.parametrize("kept", [0.2, 0.4])
