@@ -1,7 +1,9 @@
 """The training loop: from a network and two splits to its best and last weights, one epoch after another."""
 
+import ctypes
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -319,8 +321,10 @@ class _Training:
 
 
 def prepare_torch(params: TrainParams) -> torch.device:
-    """Set threads, determinism and seed; returns the device. Raises UserError where it is not there."""
+    """Set threads, memory, determinism and seed; returns the device. Raises UserError where it is not there."""
     device = choose_device(params.device, field="train.device")
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        _keep_freed_memory()
     torch.set_num_threads(params.cpu_threads or os.cpu_count() or 1)
     # PyTorch takes 1.5 s to ask for it, and lenet on the CPU has no operation that heeds it
     if params.deterministic and (device.type != "cpu" or params.model != "lenet"):
@@ -328,6 +332,14 @@ def prepare_torch(params: TrainParams) -> torch.device:
         torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(params.seed)
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep up to 1 GB that is freed: each step would give it back, and take it anew page by page."""
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(mmap_threshold, 2**25)  # the most that is allowed: larger tensors are given back all the same
+    mallopt(trim_threshold, 2**30)
 
 
 def _refuse_non_finite(loss: float, *, where: str, params: TrainParams) -> None:
