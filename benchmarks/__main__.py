@@ -1,15 +1,17 @@
-"""All benchmarks that need no GPU, one after another: `python -m benchmarks [--images FOLDER]`.
+"""The benchmarks for the CPU, one after another, in half an hour: `python -m benchmarks [--images FOLDER]`.
 
 `make bench IMAGES=FOLDER` does the same. Without the folder of JPEG files, `<split>/<class>/*.jpg`, the images are
 looked for beside the project (see benchmarks/cifar10.py). Nothing else should run on the machine meanwhile.
+
+Not among them: `accuracy`, five whole trainings, and `fast94`, which wants a GPU.
 """
 
 import argparse
 import subprocess
 import sys
 
-from benchmarks.cifar10 import add_images
-from benchmarks.table import header
+from benchmarks.cifar10 import add_images, prepare_apart
+from pipeline.errors import report_errors
 
 BENCHMARKS = {
     "time_to_accuracy": True,
@@ -29,7 +31,7 @@ def main() -> None:
     add_images(parser)
     images = parser.parse_args().images
     option = ["--images", str(images)] if images else []
-    print(header(), flush=True)
+    prepare_apart(images)
     failed = []
     for name, takes_images in BENCHMARKS.items():
         command = [sys.executable, "-m", f"benchmarks.{name}", *(option if takes_images else [])]
@@ -41,4 +43,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with report_errors():
+        main()

@@ -1,12 +1,12 @@
-"""CIFAR-10 for the benchmarks, made once in `.cache/benchmarks/cifar10/`; its time counts in none of them.
+"""CIFAR-10 for the benchmarks, made once in `.cache/benchmarks/cifar10/` (1 GB); its time counts in none of them.
 
-`python -m benchmarks.cifar10 [--images FOLDER]` takes a tree of JPEG files, `<split>/<class>/*.jpg` with the splits
-train and test, or the archive of such a tree beside the project, and makes
+`python -m benchmarks.cifar10 [--images FOLDER] [--recipe RECIPE]` takes a tree of JPEG files, `<split>/<class>/*.jpg`
+with the splits train and test, or the archive of such a tree beside the project, and makes
 
     images/                the tree
     cifar-10-batches-py/   the same pixels in the layout of the official archive, as torchvision reads them
     download/              that archive, as the pipeline's download leaves it
-    normalize/             the same pixels as the pipeline's normalize leaves them, by the recipe cifar10_lenet
+    normalize/<recipe>/    the same pixels as the pipeline's normalize leaves them by the recipe
 
 What is there, made from the same images by the same parameters, stays.
 """
@@ -19,7 +19,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from benchmarks.ways import CIFAR10, CIFAR10_IMAGES
+from benchmarks.ways import CIFAR10, CIFAR10_IMAGES, RECIPE, arrays
 from pipeline.artifacts import CIFAR10_ARCHIVE
+from pipeline.errors import UserError, report_errors
 from pipeline.normalize import normalize
-from pipeline.params import NormalizeParams, check_params, compose
+from pipeline.params import check_params, compose
 from pipeline.raw import CIFAR_BATCHES, CIFAR_FOLDER, CIFAR_SIZE
 
 ARCHIVE = Path("../shared/data/cifar10-jpeg.tar.gz")
-RECIPE = "cifar10_lenet"
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
@@ -42,45 +43,50 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="a tree <split>/<class>/*.jpg: train and test")
 
 
-def prepare_apart(images: Path | None) -> None:
+def prepare_apart(images: Path | None, *, recipe: str = RECIPE) -> None:
     """Prepare in another process: its memory would count as that of every process that this one starts after it."""
     option = ["--images", str(images)] if images else []
-    done = subprocess.run([sys.executable, "-m", "benchmarks.cifar10", *option], check=False)
+    done = subprocess.run([sys.executable, "-m", "benchmarks.cifar10", *option, "--recipe", recipe], check=False)
     if done.returncode:
         sys.exit(done.returncode)
 
 
-def prepare(images: Path | None) -> None:
-    """Make the folder, or leave it if it was made from the same."""
-    params = check_params(compose(RECIPE, {}), origin=RECIPE).normalize
-    description = json.dumps({"images": _origin(images), **params.model_dump(mode="json")}, indent=2)
-    mark = CIFAR10 / "made_from.json"
-    if mark.exists() and mark.read_text() == description:
+def prepare(images: Path | None, *, recipe: str) -> None:
+    """Make what is missing, or was made from others. Raises UserError where there are no images, or other ones."""
+    params = check_params(compose(recipe, {}), origin=recipe).normalize
+    origin = {"images": _origin(images)}
+    _make_once(CIFAR10, origin, lambda folder: _make(folder, images))
+    _make_once(
+        arrays(recipe),
+        {**origin, **params.model_dump(mode="json")},
+        lambda folder: normalize(CIFAR10 / "download", folder, params=params),
+    )
+
+
+def _make_once(folder: Path, description: Mapping[str, Any], make: Callable[[Path], object]) -> None:
+    """Leave the folder as it is if it was made by the same description; make it whole or not at all."""
+    mark, text = folder / "made_from.json", json.dumps(description, indent=2)
+    if mark.exists() and mark.read_text() == text:
         return
-    fresh = CIFAR10.with_name("cifar10.tmp")
-    for leftover in (fresh, CIFAR10):
+    fresh = folder.with_name(f"{folder.name}.tmp")
+    for leftover in (fresh, folder):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
-    _make(fresh, images, params=params)
-    (fresh / mark.name).write_text(description)
-    fresh.rename(CIFAR10)
+    make(fresh)
+    (fresh / mark.name).write_text(text)
+    fresh.rename(folder)
 
 
 def _origin(images: Path | None) -> str:
-    """The tree or archive; ends the program where there is none."""
+    """The tree or archive."""
     if images is None and not ARCHIVE.is_file():
-        _refuse(f"{ARCHIVE} is not there; name a tree <split>/<class>/*.jpg of CIFAR-10: --images FOLDER")
+        raise UserError(f"{ARCHIVE} is not there; name a tree <split>/<class>/*.jpg of CIFAR-10: --images FOLDER")
     if images is not None and not all((images / split).is_dir() for split in ("train", "test")):
-        _refuse(f"--images: {images} has no folders train and test; allowed: a tree <split>/<class>/*.jpg")
+        raise UserError(f"--images: {images} has no folders train and test; allowed: a tree <split>/<class>/*.jpg")
     return str((images or ARCHIVE).resolve())
 
 
-def _refuse(problem: str) -> None:
-    print(f"error: {problem}", file=sys.stderr)
-    sys.exit(2)
-
-
-def _make(folder: Path, images: Path | None, *, params: NormalizeParams) -> None:
+def _make(folder: Path, images: Path | None) -> None:
     tree = folder / CIFAR10_IMAGES.name
     if images is not None:
         tree.symlink_to(images.resolve())
@@ -95,16 +101,12 @@ def _make(folder: Path, images: Path | None, *, params: NormalizeParams) -> None
     download.mkdir()
     write_archive(download / CIFAR10_ARCHIVE, files)
     (download / "source.json").write_text('{"dataset": "cifar10"}')
-    normalize(download, folder / "normalize", params=params)
 
 
 def official_files(tree: Path) -> dict[str, bytes]:
     """The files of the official archive by name, for a tree `<split>/<class>/*.jpg`; each batch has all classes."""
-    classes = sorted(path.name for path in (tree / "train").iterdir())
-    paths = {
-        split: sorted((tree / split).rglob("*.jpg"), key=lambda path: (path.name, path.parent.name))
-        for split in ("train", "test")
-    }
+    classes = sorted(path.name for path in (tree / "train").iterdir() if path.is_dir())
+    paths = {split: _mixed(tree / split, classes) for split in ("train", "test")}
     meta = {"label_names": classes, "num_cases_per_batch": len(paths["test"]), "num_vis": 3 * CIFAR_SIZE**2}
     files = {"batches.meta": pickle.dumps(meta, protocol=2)}
     training = [name for name, split in CIFAR_BATCHES if split == "train"]
@@ -112,6 +114,14 @@ def official_files(tree: Path) -> dict[str, bytes]:
         start, end = (len(paths["train"]) * part // len(training) for part in (number, number + 1))
         files[name] = _batch(paths["train"][start:end], classes)
     return {**files, "test_batch": _batch(paths["test"], classes)}
+
+
+def _mixed(folder: Path, classes: list[str]) -> list[Path]:
+    """The files of a split, one of each class in turn."""
+    by_class = [sorted((folder / name).glob("*.jpg")) for name in classes]
+    if not all(by_class):
+        raise UserError(f"{folder}: a class of train has no *.jpg in it; allowed: <split>/<class>/*.jpg of CIFAR-10")
+    return [path for path in chain.from_iterable(zip_longest(*by_class)) if path is not None]
 
 
 def _batch(paths: list[Path], classes: list[str]) -> bytes:
@@ -128,7 +138,7 @@ def _batch(paths: list[Path], classes: list[str]) -> bytes:
 def _pixels(path: Path) -> npt.NDArray[np.uint8]:
     pixels = np.asarray(Image.open(path))
     if pixels.shape != (CIFAR_SIZE, CIFAR_SIZE, 3):
-        _refuse(f"{path} is {pixels.shape}; allowed: {CIFAR_SIZE}x{CIFAR_SIZE} pixels of 3 channels")
+        raise UserError(f"{path} is {pixels.shape}; allowed: {CIFAR_SIZE}x{CIFAR_SIZE} pixels of 3 channels")
     return pixels.transpose(2, 0, 1).reshape(-1)
 
 
@@ -145,8 +155,11 @@ def main() -> None:
     """Prepare the images."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cifar10", description="Prepare CIFAR-10.")
     add_images(parser)
-    prepare(parser.parse_args().images)
+    parser.add_argument("--recipe", default=RECIPE, help=f"by which the arrays are made; default: {RECIPE}")
+    arguments = parser.parse_args()
+    prepare(arguments.images, recipe=arguments.recipe)
 
 
 if __name__ == "__main__":
-    main()
+    with report_errors():
+        main()

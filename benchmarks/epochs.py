@@ -9,17 +9,18 @@ import contextlib
 import io
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.lenet import CONFIG, PARAMS, Splits, epoch, fresh, random_splits
-from benchmarks.table import medians
+from benchmarks.setting import options, scratch
+from benchmarks.table import header, medians
 from pipeline import tracking
 from pipeline.artifacts import replace_folder
 from pipeline.checkpoint import Checkpoints
+from pipeline.errors import report_errors
 from pipeline.loop import prepare_torch
 from pipeline.model import save_config, save_weights
 from pipeline.train import report_epoch
@@ -55,13 +56,14 @@ def logged_epoch(splits: Splits, *, number: int) -> tuple[float, float]:
 
 def main() -> None:
     """Measure and print."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 8
+    rounds = options("epochs", "What an epoch costs.", repeats="ROUNDS", default=8).parse_args().repeats
+    print(header(seeds="0"))
     prepare_torch(PARAMS.train)
     splits = random_splits()
     alone, checkpoint, logged = "epoch alone", "epoch and its checkpoint", "epoch told to MLflow"
     seconds: dict[str, list[float]] = {alone: [], checkpoint: [], logged: []}
     uploads = []
-    with tempfile.TemporaryDirectory(dir=".") as folder:  # on the project's file system
+    with scratch() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         os.environ["PIPELINE_PROJECT"] = folder
         checkpoints = Checkpoints(Path(folder) / "checkpoints")
@@ -78,4 +80,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with report_errors():
+        main()

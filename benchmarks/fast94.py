@@ -5,20 +5,21 @@
 weights; test accuracy is the mean over the recipe's views. `--train-images` makes it short, to try it on a CPU.
 """
 
-import argparse
 import statistics
 import time
-from dataclasses import replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cifar10 import add_images, prepare_apart
-from benchmarks.table import header, table
-from benchmarks.ways import CIFAR10
-from pipeline.data import DatasetInfo, Split
+from benchmarks.recipe import accuracy, first, load, network
+from benchmarks.setting import options, positive
+from benchmarks.table import header, mean_and_deviation, table
+from benchmarks.ways import arrays
+from pipeline.data import DatasetInfo
+from pipeline.errors import report_errors
 from pipeline.loop import prepare_torch, train
-from pipeline.model import Classifier, build, configure, logits_of
+from pipeline.model import Classifier, logits_of
 from pipeline.params import Params, check_params, compose
 from pipeline.train import initialise
 
@@ -51,26 +52,19 @@ def operations(classifier: Classifier, *, device: torch.device) -> float:
     return counter.get_total_flops() / number
 
 
-def one(seed: int, params: Params, info: DatasetInfo, *, device: torch.device, train_images: int | None) -> list[float]:
+def one(seed: int, params: Params, *, device: torch.device, train_images: int | None) -> list[float]:
     """Seconds, test accuracy, and the share of the time in which the GPU had work, in that order."""
     values = params.train.model_copy(update={"seed": seed})
-    prepare_torch(values)
-    folder = CIFAR10 / "normalize"
     start = time.perf_counter()
-    splits = {
-        name: Split.read(name, info=info, device=device, folder=folder) for name in ("train", "validation", "test")
-    }
-    if train_images:
-        part = splits["train"]
-        splits["train"] = replace(part, images=part.images[:train_images], labels=part.labels[:train_images])
-    classifier = build(configure(values, info))
-    initialise(classifier, splits["train"], seed=seed)
-    classifier.to(device).to(memory_format=torch.channels_last)
+    classifier, splits = load(values, arrays(RECIPE))
+    train_split = first(splits["train"], train_images or len(splits["train"]))
+    initialise(classifier, train_split, seed=seed)
+    classifier.to(device)
     used = []
     train(
         classifier,
         params=values,
-        train_split=splits["train"],
+        train_split=train_split,
         validation_split=splits["validation"],
         on_epoch=lambda epoch, speed: used.append(torch.cuda.utilization() if device.type == "cuda" else 0),
     )
@@ -78,38 +72,36 @@ def one(seed: int, params: Params, info: DatasetInfo, *, device: torch.device, t
     seconds = time.perf_counter() - start
     views = params.evaluate.test_time_augmentation
     logits = logits_of(classifier, splits["test"], batch_size=2_000, views=views)
-    accuracy = (logits.argmax(1) == splits["test"].labels).double().mean().item()
-    return [seconds, accuracy, statistics.mean(used) / 100]
+    return [seconds, accuracy(logits, splits["test"].labels), statistics.mean(used) / 100]
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fast94", description="The recipe cifar10_fast94.")
-    parser.add_argument("seeds", nargs="?", type=int, default=10)
-    parser.add_argument("--train-images", type=int, metavar="N", help="only as many; default: all")
+    parser = options("fast94", "The recipe cifar10_fast94.", repeats="SEEDS", default=10)
+    parser.add_argument("--train-images", type=positive, metavar="N", help="only as many; default: all")
     add_images(parser)
     arguments = parser.parse_args()
-    prepare_apart(arguments.images)
-    params = check_params(compose(RECIPE, {}), origin=RECIPE)
-    device, info = prepare_torch(params.train), DatasetInfo.read(CIFAR10 / "normalize")
-    few = arguments.train_images
-    one(0, params, info, device=device, train_images=few)  # warms up
-    found = [one(seed, params, info, device=device, train_images=few) for seed in range(arguments.seeds)]
+    params, few = check_params(compose(RECIPE, {}), origin=RECIPE), arguments.train_images
+    if few and few < params.train.batch_size:
+        parser.error(f"--train-images: found {few}; allowed: {params.train.batch_size} or more, a batch")
+    prepare_apart(arguments.images, recipe=RECIPE)
+    device, info = prepare_torch(params.train), DatasetInfo.read(arrays(RECIPE))
+    print(header(seeds=f"0 to {arguments.repeats - 1}"))
+    print(torch.cuda.get_device_name() if device.type == "cuda" else "CPU", end="\n\n", flush=True)
+    one(0, params, device=device, train_images=few)  # warms up
+    found = [one(seed, params, device=device, train_images=few) for seed in range(arguments.repeats)]
     rows = [["seed", "seconds", "test accuracy", "GPU at work"]]
     rows += [[str(seed), f"{s:.2f}", f"{a:.2%}", f"{u:.0%}"] for seed, (s, a, u) in enumerate(found)]
-    spreads = [statistics.stdev(column) if len(found) > 1 else 0.0 for column in zip(*found, strict=True)]
-    means = [statistics.mean(column) for column in zip(*found, strict=True)]
-    rows += [["mean ± sd", f"{means[0]:.2f} ± {spreads[0]:.2f}", f"{means[1]:.2%} ± {spreads[1]:.2%}", ""]]
-    images = params.train.epochs * (few or sum(info.counts["train"].values()))
-    classifier = build(configure(params.train, info)).to(device)
+    seconds, accuracies, _ = zip(*found, strict=True)
+    rows += [["mean ± sd", mean_and_deviation(seconds, ".2f"), mean_and_deviation(accuracies, ".2%"), ""]]
+    print(table(rows))
+    images, mean = params.train.epochs * (few or sum(info.counts["train"].values())), statistics.mean(seconds)
+    classifier = network(params.train, info).to(device)
     floor = operations(classifier, device=device) * images / matrix_rate(device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(header(), name, "", table(rows), "", sep="\n")
-    print(
-        f"{images / means[0]:,.0f} images/s; floor {floor:.3f} s (operations over the bfloat16 matrix rate), ", end=""
-    )
-    print(f"of which the training takes {means[0] / floor:.1f} times")
+    print(f"\n{images / mean:,.0f} images/s; floor {floor:.3f} s (operations over the bfloat16 matrix rate), ", end="")
+    print(f"of which the training takes {mean / floor:.1f} times")
 
 
 if __name__ == "__main__":
-    main()
+    with report_errors():
+        main()

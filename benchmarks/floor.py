@@ -1,8 +1,8 @@
 """Where the time of an epoch of cifar10_lenet goes, and how far it is from what the machine could do.
 
-`python -m benchmarks.floor` counts the operations of forward and backward pass, measures the machine's matrix rate
-(float32, 2048 x 2048) and memory bandwidth, and prints the least time they allow, the time taken, and the operators
-that take it. Rates and epochs are measured in turn; the medians count.
+`python -m benchmarks.floor [ROUNDS]` counts the operations of forward and backward pass, measures the machine's matrix
+rate (float32, 2048 x 2048) and memory bandwidth, and prints the least time they allow, the time taken, and the
+operators that take it. Rates and epochs are measured in turn; the medians count.
 """
 
 import statistics
@@ -15,10 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.lenet import PARAMS, TRAIN_IMAGES, VALIDATION_IMAGES, Splits, epoch, fresh, random_splits
-from benchmarks.table import table
+from benchmarks.setting import options
+from benchmarks.table import header, table
+from pipeline.errors import report_errors
 from pipeline.loop import prepare_torch
 
-ROUNDS, SIDE, COPIED = 7, 2048, 2**28
+SIDE, COPIED = 2048, 2**28
 SHOWN = 10
 
 
@@ -51,15 +53,18 @@ def shares(splits: Splits) -> str:
 
 def main() -> None:
     """Measure and print."""
+    rounds = options("floor", "The least an epoch could take.", repeats="ROUNDS", default=7).parse_args().repeats
+    print(header(seeds="0"))
     prepare_torch(PARAMS.train)
     splits = random_splits()
-    matrix, memory = torch.rand(SIDE, SIDE), torch.zeros(COPIED, dtype=torch.uint8)
+    matrix, memory, copy = torch.rand(SIDE, SIDE), *torch.zeros(2, COPIED, dtype=torch.uint8)
     works: dict[str, Callable[[], object]] = {
         "matrix": lambda: matrix @ matrix,
-        "memory": memory.clone,
+        "memory": lambda: copy.copy_(memory),
         "epoch": lambda: epoch(fresh(), splits),
     }
-    found = {name: statistics.median([seconds(work) for _ in range(ROUNDS)]) for name, work in works.items()}
+    taken = [{name: seconds(work) for name, work in works.items()} for _ in range(rounds + 1)][1:]  # the first warms up
+    found = {name: statistics.median([each[name] for each in taken]) for name in works}
     rate, bandwidth = 2 * SIDE**3 / found["matrix"], 2 * COPIED / found["memory"]
     flops = operations()
     # a validation image goes forward only, a third of it and a little more
@@ -82,4 +87,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with report_errors():
+        main()

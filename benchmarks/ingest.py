@@ -8,11 +8,9 @@ come the peaks of memory for a tenth of the images, all of them and, with `--lar
 memory is sampled counts in no time. Nothing else should run on the machine meanwhile.
 """
 
-import argparse
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,12 +19,13 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.cifar10 import RECIPE, add_images, prepare_apart
-from benchmarks.table import medians, table
-from benchmarks.ways import CIFAR10, CIFAR10_IMAGES
+from benchmarks.cifar10 import add_images, prepare_apart
+from benchmarks.setting import PROJECT, options, scratch
+from benchmarks.table import header, medians, table
+from benchmarks.ways import CIFAR10_IMAGES, RECIPE
+from pipeline.errors import UserError, report_errors
 from pipeline.params import compose, dump_yaml
 
-PROJECT = Path.cwd()
 SAMPLE_SECONDS = 0.05
 DOWNLOAD, NORMALIZE = ([sys.executable, "-m", f"pipeline.{step}"] for step in ("download", "normalize"))
 TORCHVISION = [sys.executable, "-m", "benchmarks.ways.imagefolder"]
@@ -38,7 +37,7 @@ BASE = "normalize, all cores"
 @contextmanager
 def workspace(images: Path) -> Iterator[Path]:
     """A folder in which the steps run on these images."""
-    with tempfile.TemporaryDirectory(dir=CIFAR10.parent) as name:
+    with scratch() as name:
         overrides = {"download.dataset": "imagefolder", "download.folder": str(images.resolve())}
         (Path(name) / "params.yaml").write_text(dump_yaml(compose(RECIPE, overrides)))
         yield Path(name)
@@ -66,7 +65,7 @@ def seconds(command: list[str], folder: Path, *, one_core: bool = False) -> floa
 
 def _check(command: list[str], status: int) -> None:
     if status:
-        sys.exit(f"error: {' '.join(command)} ended with status {status}")
+        raise UserError(f"{' '.join(command)} ended with status {status}")
 
 
 def one_round(images: Path) -> dict[str, float]:
@@ -140,36 +139,37 @@ def memory(images: Path, *, shares: list[Fraction]) -> str:
 
 @contextmanager
 def resampled(images: Path, *, share: Fraction) -> Iterator[Path]:
-    """A tree of hard links to the first files of each class, or to every file several times."""
+    """A tree of links to the first files of each class, or to every file several times."""
     if share == 1:
         yield images
         return
-    with tempfile.TemporaryDirectory(dir=CIFAR10.parent) as name:
+    with scratch() as name:
         for source in images.resolve().glob("*/*"):
             target = Path(name) / source.relative_to(images.resolve())
             target.mkdir(parents=True)
             files = sorted(source.glob("*.jpg"))
             for number in range(int(len(files) * share)):
                 copy, index = divmod(number, len(files))
-                (target / f"{copy}-{files[index].name}").hardlink_to(files[index])
+                (target / f"{copy}-{files[index].name}").symlink_to(files[index])
         yield Path(name)
 
 
 def main() -> None:
     """Prepare the images, measure, print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ingest", description="JPEG files into arrays.")
-    parser.add_argument("rounds", nargs="?", type=int, default=3)
+    parser = options("ingest", "JPEG files into arrays.", repeats="ROUNDS", default=3)
     parser.add_argument(
         "--large", action="store_true", help="also measure memory at ten times the images (5 GB of disk)"
     )
     add_images(parser)
     arguments = parser.parse_args()
     prepare_apart(arguments.images)
+    print(header(seeds="none"))
     images = CIFAR10_IMAGES
-    print(times(images, rounds=arguments.rounds), flush=True)
+    print(times(images, rounds=arguments.repeats), flush=True)
     shares = [Fraction(1, 10), Fraction(1), *([Fraction(10)] if arguments.large else [])]
     print(f"\npeaks of memory\n{memory(images, shares=shares)}")
 
 
 if __name__ == "__main__":
-    main()
+    with report_errors():
+        main()

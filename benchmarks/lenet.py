@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.ways import RECIPE
 from pipeline.data import Split
 from pipeline.loop import train
 from pipeline.model import Classifier, ModelConfig, build
@@ -14,7 +15,7 @@ from pipeline.params import check_params, compose
 Splits = tuple[Split, Split]
 """Train and validation."""
 TRAIN_IMAGES, VALIDATION_IMAGES = 45_000, 5_000
-PARAMS = check_params(compose("cifar10_lenet", {"train.epochs": 1, "train.device": "cpu"}), origin="benchmark")
+PARAMS = check_params(compose(RECIPE, {"train.epochs": 1, "train.device": "cpu"}), origin="benchmark")
 CONFIG = ModelConfig(
     model=PARAMS.train.model,
     weights=None,

@@ -4,16 +4,13 @@
 and prints the median seconds of each way. Nothing else should run on the machine meanwhile.
 """
 
-import os
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
-from benchmarks.table import medians
+from benchmarks.setting import clone, options, scratch, timed
+from benchmarks.table import header, medians
+from pipeline.errors import report_errors
 
-PROJECT = Path(__file__).resolve().parents[1]
 LOOP = """
 import time
 from pipeline.data import DatasetInfo, Split
@@ -27,24 +24,20 @@ start = time.perf_counter()
 train(build(configure(params, info)), params=params, train_split=splits["train"], validation_split=splits["validation"])
 print(time.perf_counter() - start)
 """
+ELSEWHERE = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME")
+"""Variables by which runs would go to the user's own servers."""
 FLOW = [sys.executable, "-m", "flows.train_classifier"]
 
 
 def run(*command: str, cwd: Path) -> tuple[float, str]:
-    """Seconds from start to end, and what was printed."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME"):
-        environment.pop(name, None)
-    start = time.perf_counter()
-    done = subprocess.run(command, cwd=cwd, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return time.perf_counter() - start, done.stdout
+    return timed(*command, cwd=cwd, without=ELSEWHERE)
 
 
 def one_round(folder: Path) -> dict[str, float]:
     """Each way once; the flow runs in a clone of its own, so that its cache is empty."""
     repro, flow = folder / "repro", folder / "flow"
-    for clone in (repro, flow):
-        run("git", "clone", "--quiet", str(PROJECT), str(clone), cwd=folder)
+    for copy in (repro, flow):
+        clone(copy)
     seconds = {"dvc repro, empty cache": run("dvc", "repro", cwd=repro)[0]}
     seconds["training loop alone (in the process)"] = float(run(sys.executable, "-c", LOOP, cwd=repro)[1].split()[-1])
     seconds["training loop alone (the whole process)"] = run(sys.executable, "-c", LOOP, cwd=repro)[0]
@@ -60,12 +53,15 @@ def one_round(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Run the rounds; print the table."""
-    rounds = []
-    for _ in range(int(sys.argv[1]) if len(sys.argv) > 1 else 3):
-        with tempfile.TemporaryDirectory() as folder:
-            rounds.append(one_round(Path(folder)))
-    print(medians({way: [found[way] for found in rounds] for way in rounds[0]}))
+    rounds = options("overhead", "What the tools cost.", repeats="ROUNDS", default=3).parse_args().repeats
+    print(header(seeds="0"))
+    found = []
+    for _ in range(rounds):
+        with scratch() as folder:
+            found.append(one_round(Path(folder)))
+    print(medians({way: [each[way] for each in found] for way in found[0]}))
 
 
 if __name__ == "__main__":
-    main()
+    with report_errors():
+        main()

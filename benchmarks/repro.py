@@ -9,35 +9,23 @@
 The archive lies on this machine, and MLflow's store is made once, before. Nothing else should run meanwhile.
 """
 
-import argparse
-import os
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 from benchmarks.cifar10 import add_images, prepare_apart
-from benchmarks.table import medians
-from benchmarks.ways import CIFAR10
+from benchmarks.setting import PROJECT, clone, options, scratch, timed
+from benchmarks.table import header, medians
+from benchmarks.ways import CIFAR10, RECIPE
 from pipeline.artifacts import CIFAR10_ARCHIVE, file_md5
+from pipeline.errors import report_errors
 
-PROJECT = Path(__file__).resolve().parents[1]
 STAGES = ("download", "normalize", "train", "evaluate")
 NO_OPS, NO_OP, EMPTY = 5, "dvc repro, nothing to do", "dvc repro of an empty pipeline, nothing to do"
-REPRO, BARE = "dvc repro of cifar10_lenet", "bare loop, the archive read once"
+REPRO, BARE = f"dvc repro of {RECIPE}", "bare loop, the archive read once"
 
 
 def seconds(*command: str, cwd: Path) -> float:
-    """Of a program of this environment."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for name in ("MLFLOW_TRACKING_URI", "PYTHONPATH"):
-        environment.pop(name, None)
-    start = time.perf_counter()
-    done = subprocess.run(command, cwd=cwd, env=environment, check=False, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"error: {' '.join(command)} ended with status {done.returncode}:\n{done.stdout}{done.stderr}")
-    return time.perf_counter() - start
+    return timed(*command, cwd=cwd, without=("MLFLOW_TRACKING_URI", "PYTHONPATH"))[0]
 
 
 def make_empty_pipeline(folder: Path) -> None:
@@ -57,10 +45,10 @@ def make_empty_pipeline(folder: Path) -> None:
 def make_clone(folder: Path) -> None:
     """Of the project, with the parameters of the recipe and a store for MLflow."""
     archive = (CIFAR10 / "download" / CIFAR10_ARCHIVE).resolve()
-    seconds("git", "clone", "--quiet", str(PROJECT), str(folder), cwd=PROJECT)
+    clone(folder)
     overrides = [f"download.urls=[{archive}]", f"download.md5={file_md5(archive)}"]
     options = [part for value in overrides for part in ("--set", value)]
-    seconds(sys.executable, "-m", "pipeline.params", "--recipe", "cifar10_lenet", *options, cwd=folder)
+    seconds(sys.executable, "-m", "pipeline.params", "--recipe", RECIPE, *options, cwd=folder)
     seconds(sys.executable, "-c", "from pipeline.tracking import connect; connect()", cwd=folder)
 
 
@@ -79,14 +67,14 @@ def one_round(folder: Path) -> dict[str, list[float]]:
 
 def main() -> None:
     """Run the rounds; print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.repro", description="What dvc repro costs.")
-    parser.add_argument("rounds", nargs="?", type=int, default=3)
+    parser = options("repro", "What dvc repro costs.", repeats="ROUNDS", default=3)
     add_images(parser)
     arguments = parser.parse_args()
     prepare_apart(arguments.images)
+    print(header(seeds="0"))
     found: dict[str, list[float]] = {REPRO: [], BARE: [], NO_OP: [], EMPTY: []}
-    for _ in range(arguments.rounds):
-        with tempfile.TemporaryDirectory() as folder:
+    for _ in range(arguments.repeats):
+        with scratch() as folder:
             for way, values in one_round(Path(folder)).items():
                 found[way] += values
     print(medians({way: found[way] for way in (REPRO, BARE)}, base=BARE))
@@ -95,4 +83,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with report_errors():
+        main()

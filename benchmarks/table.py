@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 from pipeline.processes import cpu_name, num_cores
 
-PACKAGES = ("torch", "torchvision", "pytorch-lightning", "dvc", "mlflow", "prefect")
+PACKAGES = ("torch", "torchvision", "pytorch-lightning", "numpy", "pillow", "dvc", "mlflow", "prefect")
 
 
 def medians(
@@ -42,20 +42,26 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([heading, f"|{' --- |' * len(rows[0])}", *others])
 
 
-def header() -> str:
-    """Date, commit, hardware and versions."""
+def header(*, seeds: str) -> str:
+    """Date, commit, hardware, versions and what the seeds are."""
     changed = " with uncommitted changes" if _git("status", "--porcelain") else ""
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return (
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {_git('rev-parse', '--short', 'HEAD')}{changed}\n"
         f"{num_cores()} cores of {cpu_name()}\n"
         f"Python {platform.python_version()}, {versions}\n"
-        "seed: the number of the round, from 0"
+        f"seeds: {seeds}\n"
     )
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(["git", *arguments], check=False, capture_output=True, text=True).stdout.strip()
+
+
+def mean_and_deviation(values: Sequence[float], form: str) -> str:
+    """`93.98% ± 0.12%` for the form `.2%`; the deviation is that of a sample."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):{form}} ± {deviation:{form}}"
 
 
 def _shown(value: float, digits: int) -> str:

@@ -1,15 +1,13 @@
 """Training on more images than memory is to hold: seconds and memory, from a file against from memory.
 
-`python -m benchmarks.windows [ROUNDS]` makes a file of random images in the size of CIFAR-10's, trains LeNet on it for
-an epoch by the settings of cifar10_lenet, each way in turn in a process of its own, and prints the seconds for as many
-images as CIFAR-10 has, their median ratio, and the highest resident memory of the process. The file has just been
-written: it is in the system's cache.
+`python -m benchmarks.windows [ROUNDS]` makes files of random images in the size of CIFAR-10's (3 GB, for the while),
+trains LeNet on each for an epoch by the settings of cifar10_lenet, each way in turn in a process of its own that warms
+up first, and prints the seconds for as many images as CIFAR-10 has, their median ratio, and the highest resident memory
+of the process. The files have just been written: they are in the system's cache.
 """
 
 import multiprocessing
 import re
-import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +15,10 @@ import numpy as np
 import torch
 
 from benchmarks.lenet import CONFIG, PARAMS, epoch, fresh, random_split
-from benchmarks.table import medians
+from benchmarks.setting import options, scratch
+from benchmarks.table import header, medians
 from pipeline.data import Split
+from pipeline.errors import report_errors
 from pipeline.loop import prepare_torch
 
 UNIT = 45_000
@@ -36,18 +36,19 @@ def write_images(path: Path, number: int) -> None:
         part[:] = draw.integers(0, 256, part.shape, dtype=np.uint8)
 
 
-def measure(path: Path, *, window_megabytes: int) -> tuple[float, float]:
-    """Seconds of an epoch for UNIT images, and the most memory that this process had, in MB."""
+def measure(path: Path, *, window_megabytes: int | None) -> tuple[float, float]:
+    """Seconds of an epoch for UNIT images, and the most memory that this process had, in MB. No window: in memory."""
     prepare_torch(PARAMS.train)
-    images = np.load(path, mmap_mode="c")
+    images = np.load(path, mmap_mode="c" if window_megabytes else None)
     split = Split.of(
         images,
         np.arange(len(images)) % 10,
         mean=CONFIG.mean,
         std=CONFIG.std,
         device=torch.device("cpu"),
-        window_bytes=window_megabytes * 2**20,
+        window_bytes=(window_megabytes or WINDOW_MEGABYTES) * 2**20,
     )
+    epoch(fresh(), (random_split(UNIT // 10, seed=1), random_split(100, seed=2)))
     seconds = epoch(fresh(), (split, random_split(100, seed=2)))
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak
@@ -56,13 +57,14 @@ def measure(path: Path, *, window_megabytes: int) -> tuple[float, float]:
 
 def main() -> None:
     """Measure and print."""
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
+    rounds = options("windows", "Images from a file.", repeats="ROUNDS", default=3).parse_args().repeats
+    print(header(seeds="0"))
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with scratch() as folder:
         paths = {number: Path(folder) / f"{number}.npy" for number in (UNIT, 4 * UNIT, 16 * UNIT)}
         for number, path in paths.items():
             write_images(path, number)
-        ways = {RESIDENT: partial(measure, paths[UNIT], window_megabytes=8192)}
+        ways = {RESIDENT: partial(measure, paths[UNIT], window_megabytes=None)}
         for number, path in paths.items():
             ways[f"{number:,} images from a file"] = partial(measure, path, window_megabytes=WINDOW_MEGABYTES)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -79,4 +81,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with report_errors():
+        main()

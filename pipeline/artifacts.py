@@ -166,6 +166,14 @@ def write_array(path: Path, blocks: Iterable[npt.NDArray[Any]], *, shape: tuple[
     return digest.hexdigest()
 
 
+def copy_file(source: Path, target: Path) -> str:
+    """Returns the MD5 of what was written."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with source.open("rb") as content, atomic(target) as file:
+        shutil.copyfileobj(content, _Tee(file, digest), length=2**20)
+    return digest.hexdigest()
+
+
 class _Tee:
     """Writes to a file and a digest alike."""
 

@@ -4,8 +4,8 @@ digits gives `images.npy` and `labels.npy`, cifar10 `cifar-10-python.tar.gz`, im
 `source.json` that says which it is. Nothing from an archive is unpacked or unpickled here.
 """
 
-import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -15,7 +15,7 @@ from pipeline.artifacts import (
     CIFAR10_ARCHIVE,
     DOWNLOAD,
     IMAGEFOLDER_ARCHIVE,
-    atomic,
+    copy_file,
     expand,
     replace_folder,
     write_array,
@@ -34,12 +34,13 @@ def download(params: DownloadParams, *, folder: Path = DOWNLOAD) -> None:
     Until the new data is whole and checked, what the folder held stays as it was. Raises UserError where the
     parameters, the archive or the images are at fault, TemporaryError where the network is.
     """
-    with replace_folder(folder) as fresh:
+    md5: dict[str, str] = {}
+    with replace_folder(folder, known=md5) as fresh:
         match params.dataset:
             case "digits":
                 _download_digits(fresh)
             case "cifar10":
-                _download_cifar10(params, fresh)
+                md5[CIFAR10_ARCHIVE] = _download_cifar10(params, fresh)
             case "imagefolder":
                 _download_imagefolder(params, fresh)
 
@@ -55,14 +56,16 @@ def _download_digits(folder: Path) -> None:
     print(f"digits: {len(images):,} images of 8x8 pixels from scikit-learn")
 
 
-def _download_cifar10(params: DownloadParams, folder: Path) -> None:
+def _download_cifar10(params: DownloadParams, folder: Path) -> str:
+    """Returns the MD5 of the archive as it was written."""
     archive = find_archive(params)
-    count = _check_members(archive)
-    with atomic(folder / CIFAR10_ARCHIVE) as file, archive.open("rb") as content:
-        shutil.copyfileobj(content, file, length=1 << 20)
+    with ThreadPoolExecutor(1) as pool:
+        copied = pool.submit(copy_file, archive, folder / CIFAR10_ARCHIVE)
+        count = _check_members(archive)
     write_json(folder / "source.json", {"dataset": "cifar10"})
     size = in_bytes(archive.stat().st_size)
     print(f"cifar10: {CIFAR10_ARCHIVE}, {size}, {count} members, MD5 {params.md5} as expected")
+    return copied.result()
 
 
 def _check_members(archive: Path) -> int:

@@ -1,6 +1,5 @@
 """JPEG files into arrays by torchvision: `python -m benchmarks.ways.imagefolder TREE` reads every file once."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -8,12 +7,14 @@ import numpy as np
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
+from pipeline.processes import num_cores
+
 
 def main() -> None:
     """Read the splits, one after the other."""
     for split in sorted(Path(sys.argv[1]).iterdir()):
         images = datasets.ImageFolder(split, transform=transforms.PILToTensor())
-        loader = DataLoader(images, batch_size=256, num_workers=os.cpu_count() or 1)
+        loader = DataLoader(images, batch_size=256, num_workers=num_cores())
         pixels, labels = np.empty((len(images), *images[0][0].shape), np.uint8), np.empty(len(images), np.int64)
         start = 0
         for batch, targets in loader:

@@ -3,17 +3,14 @@
 Four fifths of an epoch are enough, where each test image is judged with its mirror image.
 """
 
-from dataclasses import replace
-
 import torch
 
-from benchmarks.ways import CIFAR10, is_reached, seed
-from pipeline.data import DatasetInfo, Split
-from pipeline.loop import VALIDATION_BATCH, prepare_torch, train
-from pipeline.model import build, configure, logits_of
+from benchmarks.recipe import accuracy, first, load
+from benchmarks.ways import RECIPE, arrays, is_reached, seed
+from pipeline.loop import VALIDATION_BATCH, train
+from pipeline.model import logits_of
 from pipeline.params import check_params, compose
 
-RECIPE = "cifar10_lenet"
 OVERRIDES = {
     "train.optimizer": "muon",
     "train.epochs": 1,
@@ -28,25 +25,18 @@ OVERRIDES = {
 }
 
 SHARE = 0.8
-"""Of the train split's images, which lie in no order."""
+"""Of the train split's images, among which all classes are mixed."""
 
 
 def main() -> None:
     """Train, then judge on the test split."""
     more = {"train.seed": seed(), "train.cpu_threads": torch.get_num_threads()}  # as many threads as the other ways
     params = check_params(compose(RECIPE, OVERRIDES | more), origin=RECIPE).train
-    device, folder = prepare_torch(params), CIFAR10 / "normalize"
-    info = DatasetInfo.read(folder)
-    splits = {
-        name: Split.read(name, info=info, device=device, folder=folder) for name in ("train", "validation", "test")
-    }
-    train_split, validation_split, test_split = splits.values()
-    used = int(SHARE * len(train_split))
-    train_split = replace(train_split, images=train_split.images[:used], labels=train_split.labels[:used])
-    classifier = build(configure(params, info)).to(memory_format=torch.channels_last)
-    train(classifier, params=params, train_split=train_split, validation_split=validation_split)
-    logits = logits_of(classifier, test_split, batch_size=VALIDATION_BATCH, views="mirror")
-    is_reached((logits.argmax(1) == test_split.labels).double().mean().item())
+    classifier, splits = load(params, arrays())
+    used = first(splits["train"], int(SHARE * len(splits["train"])))
+    train(classifier, params=params, train_split=used, validation_split=splits["validation"])
+    logits = logits_of(classifier, splits["test"], batch_size=VALIDATION_BATCH, views="mirror")
+    is_reached(accuracy(logits, splits["test"].labels))
 
 
 if __name__ == "__main__":

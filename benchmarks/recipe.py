@@ -1,0 +1,36 @@
+"""The network and the images of a recipe, as the benchmarks in this process train them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pipeline.data import DatasetInfo, Split
+from pipeline.loop import prepare_torch
+from pipeline.model import Classifier, build, configure
+from pipeline.params import TrainParams
+
+SPLITS = ("train", "validation", "test")
+
+
+def load(params: TrainParams, folder: Path) -> tuple[Classifier, dict[str, Split]]:
+    """Fresh weights and all splits, on the device; PyTorch is prepared as for the train step."""
+    device, info = prepare_torch(params), DatasetInfo.read(folder)
+    splits = {name: Split.read(name, info=info, device=device, folder=folder) for name in SPLITS}
+    return network(params, info), splits
+
+
+def network(params: TrainParams, info: DatasetInfo) -> Classifier:
+    """Fresh weights on the CPU, in the memory format of the recipe."""
+    layout = torch.channels_last if params.channels_last else torch.contiguous_format
+    return build(configure(params, info)).to(memory_format=layout)
+
+
+def first(split: Split, number: int) -> Split:
+    """Its first images."""
+    return replace(split, images=split.images[:number], labels=split.labels[:number])
+
+
+def accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Of logits (N, num_classes) and labels (N,) int64."""
+    return (logits.argmax(1) == labels).double().mean().item()
