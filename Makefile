@@ -35,7 +35,7 @@ test: $(INSTALLED) ## run the tests
 faults: $(INSTALLED) ## kill trainings 200 times, all over their lives, and compare what comes out (10 minutes)
 	@$(BIN)/python -m tests.faults.harness --kills 200
 
-bench: $(INSTALLED) ## measure against what people would use instead (CPU; half an hour)
+bench: $(INSTALLED) ## measure against what people would use instead (CPU; an hour)
 	@$(BIN)/python -m benchmarks $(if $(IMAGES),--images "$(IMAGES)")
 
 check: lint types test ## all that CI checks: lint, format, types, tests

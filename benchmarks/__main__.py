@@ -1,4 +1,4 @@
-"""The benchmarks for the CPU, one after another, in half an hour: `python -m benchmarks [--images FOLDER]`.
+"""The benchmarks for the CPU, one after another, in an hour: `python -m benchmarks [--images FOLDER]`.
 
 `make bench IMAGES=FOLDER` does the same. Without the folder of JPEG files, `<split>/<class>/*.jpg`, the images are
 looked for beside the project (see benchmarks/cifar10.py). Nothing else should run on the machine meanwhile.

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.artifacts import naming
 from pipeline.errors import first_line
 
 MAX_HEADER_BYTES = 2**20
@@ -50,13 +51,12 @@ class _TarInfo(tarfile.TarInfo):
     def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> Self:
         """As tarfile has it, but headers in which only name and size vary, as `pack` writes them, are soon read."""
         name, size = buf[:100].rstrip(b"\0"), buf[124:135]
-        if (buf[100:124], buf[135:148], buf[154:]) != _PLAIN or not (name.isascii() and size.isdigit()):
+        plain = (buf[100:124], buf[135:148], buf[154:]) == _PLAIN and name.isascii() and b"\0" not in name
+        if not plain or size.strip(b"01234567") or buf[148:154] != b"%06o" % (_PLAIN_SUM + sum(name) + sum(size)):
             return super().frombuf(buf, encoding, errors)  # type: ignore[arg-type]
-        if buf[148:154] != b"%06o" % (_PLAIN_SUM + sum(name) + sum(size)):
-            raise tarfile.InvalidHeaderError("bad checksum")  # type: ignore[attr-defined]
-        plain = cls(name.decode())
-        plain.size = int(size, 8)
-        return plain
+        member = cls(name.decode())
+        member.size = int(size, 8)
+        return member
 
     def _block(self, count: int) -> int:
         if count < 0:
@@ -84,7 +84,8 @@ def open_compressed_tar(path: Path) -> tarfile.TarFile:
     try:
         with gzip.open(path) as file:
             while block := file.read(2**20):
-                unpacked.write(block)
+                with naming(path.parent):  # a full disk is no fault of the archive
+                    unpacked.write(block)
                 if unpacked.tell() > MAX_UNPACKED_BYTES:
                     raise DamagedArchive(f"unpacked more than {MAX_UNPACKED_BYTES:,} bytes")
         unpacked.seek(0)

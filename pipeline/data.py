@@ -31,7 +31,7 @@ from pipeline.params import Channels, Resize, first_problem
 WINDOW_BYTES = 8 * 2**30
 """Of images that are on the device at a time, unless told otherwise."""
 BLOCK_BYTES = 2**20
-"""About as many are read from a file at once, which costs a disk little more than to find them."""
+"""As many at most are read from a file at once, which costs a disk little more than to find them."""
 WINDOW_STREAM = 2
 """The random numbers of the windows are the streams from here on; see `generator`."""
 
@@ -153,12 +153,17 @@ class Split:
         return math.prod(self.images.shape[1:])
 
     def pixels(self, start: int, stop: int) -> Tensor:
-        """The images from `start` up to `stop`, on the device: (stop - start, H, W, C) uint8."""
+        """The images from `start` up to `stop`, on the device: (stop - start, H, W, C) uint8.
+
+        Raises UserError where the file has become shorter.
+        """
         if self.file is None:
             return self.images[start:stop]
         # a plain read: the pages of a memory map count as this process's memory until something else wants them
         offset, size = self.file.offset + start * self.image_bytes, (stop - start) * self.image_bytes
         content = np.fromfile(str(self.file.filename), np.uint8, size, offset=offset)
+        if len(content) < size:
+            raise UserError(f"{self.file.filename}: it was cut short while it was read; `dvc repro` makes it again")
         return torch.from_numpy(content).view(-1, *self.images.shape[1:]).to(self.labels.device)
 
 
@@ -220,7 +225,9 @@ class TrainingBatches:
         self._seed, self._epoch = seed, epoch
         self._share, self._rank = batch_size // processes, rank
         self._blocks, self._block_length = self._draw_blocks()
-        self._blocks_a_window = max(1, split.window_bytes // (self._block_length * split.image_bytes))
+        in_a_batch = max(1, batch_size // self._block_length)
+        fit = split.window_bytes // (self._block_length * split.image_bytes)
+        self._blocks_a_window = max(1, fit // in_a_batch) * in_a_batch
         # a coin for each image, the same in all epochs; what it says is turned round in every other one
         self._coins = torch.rand(len(split), generator=generator(seed, epoch=0)) < 0.5
         self._window: tuple[int, _Window] | None = None
@@ -247,13 +254,13 @@ class TrainingBatches:
     def _draw_blocks(self) -> tuple[list[tuple[int, int]], int]:
         """(start, stop) of each block in the order of the epoch, an incomplete one last; and the images of a block.
 
-        That is a multiple of the batch size: no batch lies in two windows.
+        That is a multiple or a divisor of the batch size, and a window has whole batches.
         """
         split = self._split
         if split.file is None:
             return [(0, len(split))], len(split)
         draw = generator(self._seed, epoch=self._epoch)
-        length = self._batch_size * max(1, BLOCK_BYTES // (self._batch_size * split.image_bytes))
+        length = _block_length(max(1, BLOCK_BYTES // split.image_bytes), batch_size=self._batch_size)
         used = len(self) * self._batch_size
         first = int(torch.randint(0, len(split) - used + 1, (), generator=draw))
         shuffled = [length * number for number in torch.randperm(used // length, generator=draw).tolist()]
@@ -285,6 +292,13 @@ class TrainingBatches:
             shifts=(down, right),
             centres=(row, column),
         )
+
+
+def _block_length(most: int, *, batch_size: int) -> int:
+    """The largest multiple, or else divisor, of the batch size that is no more than `most`."""
+    if most >= batch_size:
+        return most - most % batch_size
+    return next(length for length in range(most, 0, -1) if batch_size % length == 0)
 
 
 def _joined(split: Split, blocks: Sequence[tuple[int, int]]) -> Tensor:

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeline.errors import EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, first_line
+from pipeline.errors import EXIT_TEMPORARY, TemporaryError, UserError, first_line
 
 MEETING = "PIPELINE_MEETING_FILE"
 """Names the file by which the processes of one machine meet; without it they meet as torchrun has it."""
@@ -43,8 +45,16 @@ def is_first_on_its_machine() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def launch(module: str, *, processes: int) -> None:
-    """Run `python -m module` in so many processes on this machine by torchrun; leaves as the first to fail does."""
+def launch(module: str, *, processes: int, device: torch.device) -> None:
+    """Run `python -m module` in so many processes on this machine by torchrun; leaves as the first to fail does.
+
+    Raises UserError where the machine has fewer devices of the kind, TemporaryError where a process was killed.
+    """
+    most = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, processes)
+    if processes > most:
+        raise UserError(
+            f"train.processes is {processes}, but this machine has {most} of {device.type}; allowed: up to {most}"
+        )
     # half a second to import, which one process alone need not spend
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415  # see above
 
@@ -52,7 +62,8 @@ def launch(module: str, *, processes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # they meet by files and talk on loopback: torchrun's default listens on all interfaces, and unpickles
         os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", MEETING: f"{folder}/processes"}
-        os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -89,7 +100,7 @@ def joined(device: torch.device, *, processes: int) -> Iterator[None]:
     """Be one of the processes that torchrun started, if it did.
 
     Raises UserError where it started another number than `processes`, TemporaryError in the first process where
-    another one is gone; the others leave without a word, as whoever failed first has told why.
+    another one is gone. What goes wrong in all is told by the first: the others give it time for that.
     """
     if not is_launched():
         yield
@@ -97,6 +108,7 @@ def joined(device: torch.device, *, processes: int) -> Iterator[None]:
     found = int(os.environ["WORLD_SIZE"])
     if found != processes:
         raise UserError(f"train.processes is {processes}, but torchrun started {found}; set it to {found}")
+    threading.Thread(target=_leave_with_launcher, args=(os.getppid(),), daemon=True).start()
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
@@ -109,13 +121,13 @@ def joined(device: torch.device, *, processes: int) -> Iterator[None]:
         _follow()
     try:
         yield
-    except UserError:
-        if rank() > 0:
-            sys.exit(EXIT_USER)
+    except (UserError, TemporaryError):
+        _let_the_first_tell()
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "peer" not in str(error):
             raise
+        _let_the_first_tell()
         if rank() > 0:
             sys.exit(EXIT_TEMPORARY)
         raise TemporaryError(f"another process is gone ({first_line(error)}); the same command goes on") from None
@@ -130,9 +142,28 @@ def _follow() -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
+def _leave_with_launcher(launcher: int) -> None:
+    """End when the process that started this one is gone, even if it was killed."""
+    while os.getppid() == launcher:
+        time.sleep(1)
+    os._exit(EXIT_TEMPORARY)
+
+
+def _let_the_first_tell() -> None:
+    """The launcher ends all processes as soon as one has failed; where it does not, this one alone has."""
+    if rank() > 0:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_TEMPORARY))
+        time.sleep(GRACE_SECONDS)
+
+
 def averaged(network: nn.Module) -> Any:
     """The network; its gradients become the means over all processes."""
-    return nn.parallel.DistributedDataParallel(network) if world_size() > 1 else network
+    if world_size() == 1:
+        return network
+    # googlenet and inception_v3 have heads whose output is not used; `share_buffers` sees to the buffers
+    return nn.parallel.DistributedDataParallel(
+        network, broadcast_buffers=False, find_unused_parameters=hasattr(network.network, "aux_logits")
+    )
 
 
 def total(values: Tensor) -> Tensor:

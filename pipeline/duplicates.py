@@ -1,7 +1,7 @@
 """Images that occur more than once: exactly, by a hash of their pixels, and nearly, by correlation.
 
-All arithmetic is in whole numbers or in single correctly rounded operations, so that the result is the same on any
-machine, whatever its number of threads and width of vectors.
+What counts is computed in whole numbers or in single correctly rounded operations, so that the result is the same on
+any machine, whatever its number of threads and width of vectors.
 """
 
 import hashlib
@@ -173,7 +173,7 @@ def _matches(
     indices: Indices, values: Features, others: FeatureBlocks, *, correlation: float, pool: ThreadPoolExecutor
 ) -> list[Match]:
     """The likeliest other image of each test image, right wherever that likeness is `correlation` or more."""
-    least = (0.99 * correlation - 0.001) * _NORM**2  # norms are within 0.25 % of _NORM, bounds within 0.0001
+    least = (0.99 * correlation - 0.001) * _NORM**2  # norms are within 0.25 % of _NORM, and bounds are rounded
     axes = _principal_axes(values[:_ROWS])
     sides = [_Rows(side, _projected(side, axes)) for side in (values, mirrored(values))]
     tiles = [(side, start) for side in sides for start in range(0, len(values), _ROWS)]
@@ -213,22 +213,22 @@ def _likely(
     return rows, products[np.arange(len(rows)), column], column
 
 
-def _principal_axes(values: Features) -> npt.NDArray[np.float32]:
-    """The directions in which these rows extend most: (D, _AXES) float32, orthonormal."""
+def _principal_axes(values: Features) -> npt.NDArray[np.float64]:
+    """The directions in which these rows extend most: (D, _AXES) float64, orthonormal."""
     wide = values.astype(np.float64)
     _, vectors = np.linalg.eigh(wide.T @ wide)
-    axes: npt.NDArray[np.float32] = vectors[:, -_AXES:].astype(np.float32)
+    axes: npt.NDArray[np.float64] = vectors[:, -_AXES:]
     return axes
 
 
-def _projected(values: Features, axes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _projected(values: Features, axes: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     """Coordinates on the axes, and the norm of what they leave: (N, _AXES + 1) float32.
 
     The dot product of two of them is no less than that of the features, by Cauchy-Schwarz on what is left.
     """
-    coordinates = values.astype(np.float32) @ axes
-    left = _squares(values) - np.einsum("nd,nd->n", coordinates, coordinates, dtype=np.float64)
-    return np.column_stack([coordinates, np.sqrt(np.maximum(left, 0)).astype(np.float32)])
+    coordinates = values.astype(np.float64) @ axes
+    left = _squares(values) - np.einsum("nd,nd->n", coordinates, coordinates)
+    return np.column_stack([coordinates, np.sqrt(np.maximum(left, 0))]).astype(np.float32)
 
 
 def _squares(values: Features) -> npt.NDArray[np.int64]:

@@ -133,7 +133,7 @@ class _Training:
         self._lookahead = Lookahead(classifier, every=every) if every else None
         self._precision = _autocast_dtype(params.mixed_precision, device=self._device)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=self._precision is torch.float16)
-        self._asks_at_once = self._device.type == "cpu" or not are_fused(self._optimizers)
+        self._asks_at_once = self._device.type != "cuda" or not are_fused(self._optimizers)
         """Whether a loss is finite; else when there is something to log, as a GPU must be waited for."""
         self._step, self._rate = 0, 0.0
         self._saved, self._started = time.monotonic(), time.perf_counter()
@@ -307,10 +307,11 @@ class _Training:
         self._loss = torch.where(self._is_spoilt > 0, self._loss, loss)
         self._is_spoilt = (~self._loss.isfinite()).float()
         self._sound_steps += self._is_spoilt == 0
-        for optimizer in self._optimizers:
-            optimizer.found_inf = self._is_spoilt  # type: ignore[attr-defined]  # as GradScaler has it
         if self._asks_at_once:
             self.refuse_spoilt()
+            return
+        for optimizer in self._optimizers:
+            optimizer.found_inf = self._is_spoilt  # type: ignore[attr-defined]  # as GradScaler has it
 
     def refuse_spoilt(self) -> None:
         """Raises UserError if a loss was not finite."""

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import Any, Self
 
@@ -270,10 +271,14 @@ def _write(
     folder: Path, spool: Spool, splits: dict[str, Indices], *, source: Source, params: NormalizeParams
 ) -> dict[str, Any]:
     """The arrays, and what `dataset.json` says of them; pixels and features are read side by side."""
-    labels = spool.labels
+    labels, stopped = spool.labels, Event()
     with ThreadPoolExecutor(1) as pool:
-        arrays = pool.submit(_write_arrays, folder, spool, splits)
-        duplicates = find_duplicates(spool, splits, params=params)
+        arrays = pool.submit(_write_arrays, folder, spool, splits, stopped)
+        try:
+            duplicates = find_duplicates(spool, splits, params=params)
+        except BaseException:  # Ctrl-C, for one, need not wait for the arrays
+            stopped.set()
+            raise
     md5, (mean, deviation) = arrays.result()
     return {
         "dataset": source.dataset,
@@ -291,16 +296,23 @@ def _write(
 
 
 def _write_arrays(
-    folder: Path, spool: Spool, splits: Mapping[str, Indices]
+    folder: Path, spool: Spool, splits: Mapping[str, Indices], stopped: Event
 ) -> tuple[dict[str, str], tuple[list[float], list[float]]]:
-    """MD5 of each file, and mean and deviation of the training split."""
+    """MD5 of each file, and mean and deviation of the training split, unless it is stopped."""
+
+    def pixels(split: str) -> Iterator[Images]:
+        for block in spool.pixel_blocks(splits[split]):
+            if stopped.is_set():
+                raise InterruptedError
+            yield block
+
     labels, md5 = spool.labels, {}
     for split, indices in splits.items():
         shape = (len(indices), *spool.shape)
         images, targets = f"{split}_images.npy", f"{split}_labels.npy"
-        md5[images] = write_array(folder / images, spool.pixel_blocks(indices), shape=shape, dtype=np.uint8)
+        md5[images] = write_array(folder / images, pixels(split), shape=shape, dtype=np.uint8)
         md5[targets] = write_array(folder / targets, [labels[indices]], shape=shape[:1], dtype=np.int64)
-    return md5, mean_and_deviation(spool.pixel_blocks(splits["train"]))
+    return md5, mean_and_deviation(pixels("train"))
 
 
 def _counts(labels: Labels, class_names: tuple[str, ...]) -> dict[str, int]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.errors import UserError
 from pipeline.params import TrainParams
 
 
@@ -34,10 +35,10 @@ def make_optimizers(network: nn.Module, *, params: TrainParams) -> list[torch.op
         _leave_the_compiler_out()
     groups = _parameter_groups(network, params=params)
     rate, momentum, nesterov = params.learning_rate, params.momentum, params.nesterov
-    fused = next(network.parameters()).device.type in ("cpu", "cuda", "mps")  # one kernel for all parameters
+    fused = next(network.parameters()).device.type in ("cpu", "cuda")  # one kernel for all parameters
     match params.optimizer:
         case "sgd":
-            return [torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=nesterov, fused=fused)]
+            return [_sgd(groups, params=params, fused=fused)]
         case "adam":
             return [torch.optim.Adam(groups, lr=rate, fused=fused)]
         case "adamw":
@@ -46,8 +47,23 @@ def make_optimizers(network: nn.Module, *, params: TrainParams) -> list[torch.op
             return [torch.optim.RMSprop(groups, lr=rate, momentum=momentum)]
         case "muon":
             matrices, rest = _split_groups(groups)
+            if not matrices:
+                raise UserError(
+                    f"train.optimizer is muon, but {params.model} has no linear layers that are trained; "
+                    "allowed: sgd, adam, adamw, rmsprop"
+                )
             muon = torch.optim.Muon(matrices, lr=rate, momentum=momentum, nesterov=nesterov, ns_steps=MUON_STEPS)
-            return [muon, torch.optim.SGD(rest, lr=rate, momentum=momentum, nesterov=nesterov, fused=fused)]
+            return [muon, _sgd(rest, params=params, fused=fused)]
+
+
+def _sgd(groups: list[dict[str, Any]], *, params: TrainParams, fused: bool) -> torch.optim.SGD:
+    """With momenta of zero: PyTorch makes them in the first step, and of what is in memory where that is skipped."""
+    rate, momentum = params.learning_rate, params.momentum
+    optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=params.nesterov, fused=fused)
+    for group in groups if momentum else ():
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _leave_the_compiler_out() -> None:
@@ -150,7 +166,8 @@ class Lookahead:
     """Slow weights behind the fast ones (Zhang et al. 2019, arXiv:1907.08610).
 
     Every so many steps they move towards these, by 1 - 0.95 ** every * (step / total) ** 3 of the way (Jordan 2024,
-    arXiv:2404.00498), and the fast ones go on from there. After the last step the slow weights are the result.
+    arXiv:2404.00498), and the fast ones go on from there. After the last step the slow weights are the result, whether
+    they have moved then or not.
     """
 
     def __init__(self, network: nn.Module, *, every: int) -> None:
@@ -163,7 +180,7 @@ class Lookahead:
         """After step `number`, from 1, of `total`."""
         if number % self._every and number < total:
             return
-        kept = 0.95**self._every * (number / total) ** 3 if number < total else 1.0
+        kept = 1.0 if number % self._every else 0.95**self._every * (number / total) ** 3
         for name, fast in self._fast.items():
             fast.copy_(self.slow[name].lerp_(fast, 1 - kept))
 

@@ -116,7 +116,7 @@ class TrainParams(Section):
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = Field(description="for cross_entropy")
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "muon"] = Field(
         description="sgd without momentum is the bare rule: weight - learning_rate * gradient; muon makes the updates "
-        "of linear layers orthogonal and leaves the rest to sgd"
+        "of linear layers orthogonal, without weight decay, and leaves the rest to sgd"
     )
     learning_rate: Annotated[Number, Field(gt=0)] = Field(description="peak learning rate, reached after the warm-up")
     momentum: Annotated[Number, Field(ge=0, lt=1)] = Field(description="for sgd, muon and rmsprop")

@@ -15,7 +15,7 @@ from pipeline import distributed, plots, tracking
 from pipeline.airbench import Airbench
 from pipeline.artifacts import TRAIN, replace_folder, verify_splits, write_bytes, write_csv
 from pipeline.checkpoint import Checkpoint, Checkpoints, checkpoints_of, fingerprint
-from pipeline.data import Augmentation, DatasetInfo, Split, TrainingBatches
+from pipeline.data import Augmentation, DatasetInfo, Split, TrainingBatches, choose_device
 from pipeline.errors import UserError, first_line, report_errors, shown
 from pipeline.loop import Epoch, Trained, prepare_torch, train
 from pipeline.model import (
@@ -75,7 +75,8 @@ def main() -> None:
         params, info = everything.train, DatasetInfo.read()
         refuse_misfits(params, info)
         if params.processes > 1 and not distributed.is_launched():
-            distributed.launch("pipeline.train", processes=params.processes)
+            device = choose_device(params.device, field="train.device")
+            distributed.launch("pipeline.train", processes=params.processes, device=device)
             return
         device = prepare_torch(params)
         with distributed.joined(device, processes=params.processes):
@@ -110,8 +111,8 @@ def _lead(classifier: Classifier, everything: Params, info: DatasetInfo) -> None
             trained = train(
                 classifier,
                 params=params,
-                train_split=_read_split("train", classifier, params, info),
-                validation_split=_read_split("validation", classifier, params, info),
+                train_split=_read_split("train", params, info, device=device),
+                validation_split=_read_split("validation", params, info, device=device),
                 on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
                 on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=params, run=run),
                 start=start,
@@ -123,18 +124,17 @@ def _lead(classifier: Classifier, everything: Params, info: DatasetInfo) -> None
 
 def _follow(classifier: Classifier, params: TrainParams, info: DatasetInfo) -> None:
     """Train as one of several processes, of which the first one keeps what comes of it."""
-    content = distributed.from_first()
+    content, device = distributed.from_first(), next(classifier.parameters()).device
     train(
         classifier,
         params=params,
-        train_split=_read_split("train", classifier, params, info),
-        validation_split=_read_split("validation", classifier, params, info),
+        train_split=_read_split("train", params, info, device=device),
+        validation_split=_read_split("validation", params, info, device=device),
         start=Checkpoint.from_bytes(content) if content else None,
     )
 
 
-def _read_split(name: str, classifier: Classifier, params: TrainParams, info: DatasetInfo) -> Split:
-    device = next(classifier.parameters()).device
+def _read_split(name: str, params: TrainParams, info: DatasetInfo, *, device: torch.device) -> Split:
     return Split.read(name, info=info, device=device, window_bytes=params.window_megabytes * 2**20)
 
 
@@ -153,7 +153,7 @@ def _make_classifier(params: TrainParams, info: DatasetInfo, *, device: torch.de
     classifier = build(config)
     drawn = load_pretrained(classifier, config=config, md5=params.weights_md5)
     if config.weights is None and isinstance(classifier.network, Airbench):
-        initialise(classifier, Split.read("train", info=info, device=torch.device("cpu")), seed=params.seed)
+        initialise(classifier, _read_split("train", params, info, device=torch.device("cpu")), seed=params.seed)
     try_training(classifier, config=config, batch_size=params.batch_size)
     classifier.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
     _say_start(classifier, config=config, device=device, drawn=drawn)

@@ -30,7 +30,7 @@ TOGETHER = {"test_reproduce": "recorded", "test_trace": "recorded", "test_flows"
 """Files, by the costly fixture that one worker makes for all of them."""
 
 
-class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # xdist ships no types  # type: ignore[misc]  # it ships no types
+class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # it ships no types
     """`--dist loadfile`, but the files of a costly fixture count as one."""
 
     def _split_scope(self, nodeid: str) -> str:

@@ -14,8 +14,8 @@ from tests.conftest import PROJECT
 ORDER = [
     "errors",
     "processes",
-    "archives",
     "artifacts",
+    "archives",
     "params",
     "progress",
     "images",

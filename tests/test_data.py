@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -164,11 +165,12 @@ def split_in_file(folder: Path, images: np.ndarray, *, window_bytes: int) -> Spl
     return Split.of(mapped, np.arange(len(images)), **values)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("block_images", [1, 3, 8])
 @pytest.mark.parametrize("window_images", [1, 8, 24, 90])
 def test_a_split_in_a_file_shows_each_image_once_an_epoch_in_another_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_images: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_images: int, block_images: int
 ) -> None:
-    monkeypatch.setattr(data, "BLOCK_BYTES", 8 * 32 * 32 * 3)
+    monkeypatch.setattr(data, "BLOCK_BYTES", block_images * 32 * 32 * 3)
     images = coloured_images(103)[0]
     split = split_in_file(tmp_path, images, window_bytes=window_images * 32 * 32 * 3)
     assert split.file is not None
@@ -193,6 +195,17 @@ def test_an_epoch_from_a_file_goes_on_in_its_midst(tmp_path: Path, monkeypatch: 
     for (images, labels), (again, same) in zip(list(whole)[9:], rest, strict=True):
         assert torch.equal(images, again)
         assert torch.equal(labels, same)
+
+
+def test_blocks_are_no_larger_than_said_whatever_the_batch() -> None:
+    assert [data._block_length(6, batch_size=size) for size in (1, 4, 6, 7, 256)] == [6, 4, 6, 1, 4]
+
+
+def test_a_file_that_is_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
+    split = split_in_file(tmp_path, coloured_images(50)[0], window_bytes=1)
+    os.truncate(tmp_path / "images.npy", 10_000)
+    with pytest.raises(UserError, match=r"images.npy: it was cut short"):
+        split.pixels(40, 50)
 
 
 def test_evaluation_is_the_same_from_a_file(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
+import torch
 from safetensors.torch import load
 
+from pipeline.distributed import launch
+from pipeline.errors import UserError
 from pipeline.params import dump_yaml
 from tests.conftest import DEFAULTS, PROJECT, run_step, start_step, write_normalized
 
@@ -90,6 +93,41 @@ def child_of_rank(pid: int, rank: str) -> int:
     children = psutil.Process(pid).children()
     [found] = [child.pid for child in children if child.environ().get("RANK") == rank]
     return found
+
+
+def test_running_statistics_and_dropout_of_two_processes_outlive_a_stop(workspace: Path) -> None:
+    write_normalized(workspace)
+    configure(workspace, processes=2, epochs=3, model="mobilenet_v3_small")
+
+    def train_on() -> list[bytes]:
+        done = run_step("train", folder=workspace)
+        assert (done.returncode, done.stderr) == (0, "")
+        return [(workspace / "artifacts/train" / name).read_bytes() for name in ("last.safetensors", "history.csv")]
+
+    whole = train_on()
+    stopped = start_step("train")
+    read_until("epoch 1/3", stopped)
+    stopped.terminate()
+    stopped.communicate(timeout=60)
+    assert stopped.returncode == 128 + signal.SIGTERM
+    assert train_on() == whole
+
+
+def test_processes_end_when_their_launcher_was_killed(workspace: Path) -> None:
+    write_normalized(workspace)
+    configure(workspace, processes=2, epochs=1000)
+    launcher = start_step("train")
+    read_until("epoch    1/1000", launcher)
+    ranks = psutil.Process(launcher.pid).children()
+    assert len(ranks) >= 2
+    launcher.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert alive == []
+
+
+def test_more_processes_than_devices_are_refused() -> None:
+    with pytest.raises(UserError, match=r"train.processes is 2, but this machine has 1 of mps; allowed: up to 1"):
+        launch("pipeline.train", processes=2, device=torch.device("mps"))
 
 
 def test_torchrun_itself_may_start_them(workspace: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import duplicates
 from pipeline.duplicates import Match, _gathered, digests, exact_duplicates, features, mirrored, near_duplicates
 from tests.raw_folders import encoded, noise
 
@@ -107,8 +108,10 @@ def exhaustive(test: Any, others: Any) -> list[Match]:
 
 
 @pytest.mark.parametrize("correlation", [0.3, 0.7, 0.95])
-def test_the_bound_leaves_no_match_out(correlation: float) -> None:
-    """Images that are alike to all degrees, smooth ones, whose axes say much, and noise."""
+def test_the_bound_leaves_no_match_out(monkeypatch: pytest.MonkeyPatch, correlation: float) -> None:
+    """Images that are alike to all degrees, of which few axes tell little, in many blocks."""
+    for name, value in (("_AXES", 4), ("_ROWS", 8), ("TEST_ROWS", 16)):
+        monkeypatch.setattr(duplicates, name, value)
     draw = np.random.default_rng(0)
     base = draw.integers(0, 256, (60, 32, 32, 3)).astype(float)
     base[30:] = photos(5).repeat(6, axis=0)

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline import loop
 from pipeline.data import Split
 from pipeline.errors import UserError
 from pipeline.loop import Trained, _Training, train
 from pipeline.model import build
-from pipeline.optimizer import Lookahead, learning_rate, loss_function, make_optimizers, set_learning_rate
+from pipeline.optimizer import Lookahead, learning_rate, loss_function, make_optimizers, set_learning_rate, update
 from pipeline.params import TrainParams, dump_yaml
 from pipeline.train import main
 from tests.conftest import DEFAULTS, coloured_images, run_step, start_step, train_params, write_normalized
@@ -179,17 +180,18 @@ def test_linear_climbs_from_a_fifth_and_falls_to_seven_hundredths() -> None:
     assert found[-1] == pytest.approx(0.05 * 0.07, rel=0.2)
 
 
-def test_lookahead_follows_its_rule_and_ends_with_the_slow_weights() -> None:
+@pytest.mark.parametrize("total", [5, 6])
+def test_lookahead_follows_its_rule_and_ends_with_the_slow_weights(total: int) -> None:
     network = nn.Linear(1, 1, bias=False)
     network.weight.data.fill_(1.0)
     lookahead = Lookahead(network, every=2)
     slow = 1.0
-    for step in range(1, 6):
+    for step in range(1, total + 1):
         network.weight.data += 1
         fast = network.weight.item()
-        lookahead.step(step, total=5)
-        if step in (2, 4):
-            kept = 0.95**2 * (step / 5) ** 3
+        lookahead.step(step, total=total)
+        if step % 2 == 0:
+            kept = 0.95**2 * (step / total) ** 3
             slow = kept * slow + (1 - kept) * fast
             assert network.weight.item() == pytest.approx(slow)
     assert network.weight.item() == pytest.approx(slow)
@@ -229,11 +231,12 @@ def test_no_step_asks_the_device_for_a_value() -> None:
     training = waiting(log_every_steps=3)
     batches = training._begin(1)
     counts = []
-    for images, labels in batches:
+    training._take_step(*next(batches))  # the first batch of a window brings its images
+    for _ in range(len(batches) - 1):
         with Questions() as questions:
-            training._take_step(images, labels)
+            training._take_step(*next(batches))
         counts.append(questions.number > 0)
-    assert counts == [False, False, True, False, False, True]
+    assert counts == [False, True, False, False, True]
 
 
 def test_a_loss_that_is_not_finite_moves_no_weight_until_it_is_asked_for() -> None:
@@ -246,6 +249,33 @@ def test_a_loss_that_is_not_finite_moves_no_weight_until_it_is_asked_for() -> No
     assert all(torch.equal(tensor, before[name]) for name, tensor in training._classifier.state_dict().items())
     with pytest.raises(UserError, match="epoch 1, step 2: the loss is nan"):
         training.refuse_spoilt()
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_as_well(monkeypatch: pytest.MonkeyPatch, precision: torch.dtype) -> None:
+    """What a GPU does by train.mixed_precision, which is left out on the CPU."""
+    full = run(train_params(**QUICK))
+    monkeypatch.setattr(loop, "_autocast_dtype", lambda name, *, device: precision)
+    mixed = run(train_params(**QUICK))
+    assert mixed.history[-1].train_loss == pytest.approx(full.history[-1].train_loss, rel=0.05)
+    assert mixed.history[-1].train_loss != full.history[-1].train_loss
+
+
+def test_a_first_step_that_is_skipped_leaves_momenta_of_zero() -> None:
+    """As a GradScaler skips it where float16 overflows."""
+    network = nn.Linear(2, 1)
+    before = network.weight.clone()
+    [optimizer] = make_optimizers(network, params=train_params(optimizer="sgd", momentum=0.9, nesterov=False))
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(network(torch.tensor([[torch.inf, 1.0]])).sum()).backward()
+    update([optimizer], scaler)
+    assert torch.equal(network.weight, before)
+    assert all((state["momentum_buffer"] == 0).all() for state in optimizer.state.values())
+
+
+def test_muon_needs_a_linear_layer() -> None:
+    with pytest.raises(UserError, match=r"train.optimizer is muon, but .* has no linear layers"):
+        make_optimizers(nn.Conv2d(1, 2, 1), params=train_params(optimizer="muon"))
 
 
 def test_gradients_are_clipped() -> None:
