@@ -160,10 +160,8 @@ def averaged(network: nn.Module) -> Any:
     """The network; its gradients become the means over all processes."""
     if world_size() == 1:
         return network
-    # googlenet and inception_v3 have heads whose output is not used; `share_buffers` sees to the buffers
-    return nn.parallel.DistributedDataParallel(
-        network, broadcast_buffers=False, find_unused_parameters=hasattr(network.network, "aux_logits")
-    )
+    # googlenet and inception_v3 have heads whose output is not used
+    return nn.parallel.DistributedDataParallel(network, find_unused_parameters=hasattr(network.network, "aux_logits"))
 
 
 def total(values: Tensor) -> Tensor:
