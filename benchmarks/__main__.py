@@ -3,7 +3,8 @@
 `make bench IMAGES=FOLDER` does the same. Without the folder of JPEG files, `<split>/<class>/*.jpg`, the images are
 looked for beside the project (see benchmarks/cifar10.py). Nothing else should run on the machine meanwhile.
 
-Not among them: `accuracy`, five whole trainings, and `fast94`, which wants a GPU.
+They are time_to_accuracy, ingest, floor, epochs, windows, repro and overhead; `python -m benchmarks.<name>` is one of
+them alone. Not among them: accuracy, five whole trainings, and fast94, which wants a GPU.
 """
 
 import argparse
@@ -27,7 +28,9 @@ BENCHMARKS = {
 
 def main() -> None:
     """Print what each prints; a failure of one does not keep the others from running."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Run all benchmarks for the CPU.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_images(parser)
     images = parser.parse_args().images
     option = ["--images", str(images)] if images else []

@@ -30,7 +30,7 @@ def train_and_judge(seed: int) -> tuple[float, float]:
 
 def main() -> None:
     """Train, judge, print."""
-    parser = options("accuracy", "Accuracy over seeds.", repeats="SEEDS", default=5)
+    parser = options("accuracy", __doc__, repeats="SEEDS", default=5)
     add_images(parser)
     arguments = parser.parse_args()
     prepare_apart(arguments.images)

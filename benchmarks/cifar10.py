@@ -80,7 +80,10 @@ def _make_once(folder: Path, description: Mapping[str, Any], make: Callable[[Pat
 def _origin(images: Path | None) -> str:
     """The tree or archive."""
     if images is None and not ARCHIVE.is_file():
-        raise UserError(f"{ARCHIVE} is not there; name a tree <split>/<class>/*.jpg of CIFAR-10: --images FOLDER")
+        raise UserError(
+            "found no images of CIFAR-10; name a tree <split>/<class>/*.jpg of them: make bench IMAGES=FOLDER, "
+            "or --images FOLDER"
+        )
     if images is not None and not all((images / split).is_dir() for split in ("train", "test")):
         raise UserError(f"--images: {images} has no folders train and test; allowed: a tree <split>/<class>/*.jpg")
     return str((images or ARCHIVE).resolve())

@@ -56,7 +56,7 @@ def logged_epoch(splits: Splits, *, number: int) -> tuple[float, float]:
 
 def main() -> None:
     """Measure and print."""
-    rounds = options("epochs", "What an epoch costs.", repeats="ROUNDS", default=8).parse_args().repeats
+    rounds = options("epochs", __doc__, repeats="ROUNDS", default=8).parse_args().repeats
     print(header(seeds="0"))
     prepare_torch(PARAMS.train)
     splits = random_splits()

@@ -77,7 +77,7 @@ def one(seed: int, params: Params, *, device: torch.device, train_images: int | 
 
 def main() -> None:
     """Measure and print."""
-    parser = options("fast94", "The recipe cifar10_fast94.", repeats="SEEDS", default=10)
+    parser = options("fast94", __doc__, repeats="SEEDS", default=10)
     parser.add_argument("--train-images", type=positive, metavar="N", help="only as many; default: all")
     add_images(parser)
     arguments = parser.parse_args()

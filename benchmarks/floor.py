@@ -53,7 +53,7 @@ def shares(splits: Splits) -> str:
 
 def main() -> None:
     """Measure and print."""
-    rounds = options("floor", "The least an epoch could take.", repeats="ROUNDS", default=7).parse_args().repeats
+    rounds = options("floor", __doc__, repeats="ROUNDS", default=7).parse_args().repeats
     print(header(seeds="0"))
     prepare_torch(PARAMS.train)
     splits = random_splits()

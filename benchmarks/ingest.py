@@ -156,7 +156,7 @@ def resampled(images: Path, *, share: Fraction) -> Iterator[Path]:
 
 def main() -> None:
     """Prepare the images, measure, print the tables."""
-    parser = options("ingest", "JPEG files into arrays.", repeats="ROUNDS", default=3)
+    parser = options("ingest", __doc__, repeats="ROUNDS", default=3)
     parser.add_argument(
         "--large", action="store_true", help="also measure memory at ten times the images (5 GB of disk)"
     )

@@ -53,7 +53,7 @@ def one_round(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     """Run the rounds; print the table."""
-    rounds = options("overhead", "What the tools cost.", repeats="ROUNDS", default=3).parse_args().repeats
+    rounds = options("overhead", __doc__, repeats="ROUNDS", default=3).parse_args().repeats
     print(header(seeds="0"))
     found = []
     for _ in range(rounds):

@@ -67,7 +67,7 @@ def one_round(folder: Path) -> dict[str, list[float]]:
 
 def main() -> None:
     """Run the rounds; print the tables."""
-    parser = options("repro", "What dvc repro costs.", repeats="ROUNDS", default=3)
+    parser = options("repro", __doc__, repeats="ROUNDS", default=3)
     add_images(parser)
     arguments = parser.parse_args()
     prepare_apart(arguments.images)

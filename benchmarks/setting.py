@@ -15,18 +15,22 @@ from pipeline.errors import UserError
 PROJECT = Path(__file__).resolve().parents[1]
 
 
-def options(name: str, description: str, *, repeats: str, default: int) -> argparse.ArgumentParser:
+def options(name: str, documentation: str | None, *, repeats: str, default: int) -> argparse.ArgumentParser:
     """A parser that takes how often to measure: `repeats`, called ROUNDS or SEEDS in its help."""
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
-    help_text = f"default: {default}"
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=documentation,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    help_text = f"how often to measure; default: {default}"
     parser.add_argument("repeats", nargs="?", type=positive, default=default, metavar=repeats, help=help_text)
     return parser
 
 
 def positive(text: str) -> int:
-    """For argparse, which tells the user of a ValueError."""
-    if int(text) < 1:
-        raise ValueError
+    """For argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a whole number from 1")
     return int(text)
 
 

@@ -14,6 +14,7 @@ Epochs, rates and batch sizes of ours, dataloader and lightning were chosen by t
 judges each test image together with its mirror image, as `evaluate.test_time_augmentation: mirror` does.
 """
 
+import argparse
 import math
 import re
 import subprocess
@@ -62,16 +63,22 @@ def measure(ways: list[str], *, rounds: int, target: float) -> str:
 
 
 def _share(text: str) -> float:
-    """For argparse, which tells the user of a ValueError."""
-    if not 0 < float(text) < 1:
-        raise ValueError
-    return float(text)
+    """For argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a number between 0 and 1, such as {TARGET}")
+    return value
 
 
 def main() -> None:
     """Prepare the images, run the rounds, print the table."""
-    parser = options("time_to_accuracy", "Seconds to accuracy.", repeats="ROUNDS", default=3)
-    parser.add_argument("--ways", default=",".join(WAYS), help=f"default: {','.join(WAYS)}")
+    parser = options("time_to_accuracy", __doc__, repeats="ROUNDS", default=3)
+    parser.add_argument(
+        "--ways", default=",".join(WAYS), help=f"some of {','.join(WAYS)}, separated by commas; default: all"
+    )
     parser.add_argument("--target", type=_share, default=TARGET, help=f"test accuracy; default: {TARGET}")
     add_images(parser)
     arguments = parser.parse_args()

@@ -57,7 +57,7 @@ def measure(path: Path, *, window_megabytes: int | None) -> tuple[float, float]:
 
 def main() -> None:
     """Measure and print."""
-    rounds = options("windows", "Images from a file.", repeats="ROUNDS", default=3).parse_args().repeats
+    rounds = options("windows", __doc__, repeats="ROUNDS", default=3).parse_args().repeats
     print(header(seeds="0"))
     context = multiprocessing.get_context("spawn")
     with scratch() as folder:

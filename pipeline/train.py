@@ -156,7 +156,7 @@ def _make_classifier(params: TrainParams, info: DatasetInfo, *, device: torch.de
         initialise(classifier, _read_split("train", params, info, device=torch.device("cpu")), seed=params.seed)
     try_training(classifier, config=config, batch_size=params.batch_size)
     classifier.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
-    _say_start(classifier, config=config, device=device, drawn=drawn)
+    _say_start(classifier, config=config, params=params, device=device, drawn=drawn)
     return classifier
 
 
@@ -211,9 +211,12 @@ def initialise(classifier: Classifier, split: Split, *, seed: int) -> None:
     classifier.network.whiten(images.cpu() for images, _ in itertools.islice(batches, WHITENING_IMAGES // size))
 
 
-def _say_start(classifier: Classifier, *, config: ModelConfig, device: torch.device, drawn: Sequence[str]) -> None:
-    count = sum(parameter.numel() for parameter in classifier.parameters())
-    print(f"{config.model}: {count:,} parameters, {len(config.class_names)} classes, on {device}", flush=True)
+def _say_start(
+    classifier: Classifier, *, config: ModelConfig, params: TrainParams, device: torch.device, drawn: Sequence[str]
+) -> None:
+    count, classes = sum(parameter.numel() for parameter in classifier.parameters()), len(config.class_names)
+    together = f" in {params.processes} processes" if params.processes > 1 else ""
+    print(f"{config.model}: {count:,} parameters, {classes} classes, on {device}{together}", flush=True)
     if config.weights is not None:
         fresh = f"; freshly drawn: {', '.join(drawn)}" if drawn else ""
         print(f"weights from {config.weights}{fresh}", flush=True)
