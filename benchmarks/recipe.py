@@ -7,7 +7,7 @@ import torch
 
 from pipeline.data import DatasetInfo, Split
 from pipeline.loop import prepare_torch
-from pipeline.model import Classifier, build, configure
+from pipeline.model import Classifier, build, configure, memory_format
 from pipeline.params import TrainParams
 
 SPLITS = ("train", "validation", "test")
@@ -22,8 +22,7 @@ def load(params: TrainParams, folder: Path) -> tuple[Classifier, dict[str, Split
 
 def network(params: TrainParams, info: DatasetInfo) -> Classifier:
     """Fresh weights on the CPU, in the memory format of the recipe."""
-    layout = torch.channels_last if params.channels_last else torch.contiguous_format
-    return build(configure(params, info)).to(memory_format=layout)
+    return build(configure(params, info)).to(memory_format=memory_format(params))
 
 
 def first(split: Split, number: int) -> Split:

@@ -36,17 +36,17 @@ def write_images(path: Path, number: int) -> None:
         part[:] = draw.integers(0, 256, part.shape, dtype=np.uint8)
 
 
-def measure(path: Path, *, window_megabytes: int | None) -> tuple[float, float]:
-    """Seconds of an epoch for UNIT images, and the most memory that this process had, in MB. No window: in memory."""
+def measure(path: Path, *, in_memory: bool) -> tuple[float, float]:
+    """Seconds of an epoch for UNIT images, and the most memory that this process had, in MB."""
     prepare_torch(PARAMS.train)
-    images = np.load(path, mmap_mode="c" if window_megabytes else None)
+    images = np.load(path, mmap_mode=None if in_memory else "c")
     split = Split.of(
         images,
         np.arange(len(images)) % 10,
         mean=CONFIG.mean,
         std=CONFIG.std,
         device=torch.device("cpu"),
-        window_bytes=(window_megabytes or WINDOW_MEGABYTES) * 2**20,
+        window_bytes=WINDOW_MEGABYTES * 2**20,
     )
     epoch(fresh(), (random_split(UNIT // 10, seed=1), random_split(100, seed=2)))
     seconds = epoch(fresh(), (split, random_split(100, seed=2)))
@@ -64,9 +64,9 @@ def main() -> None:
         paths = {number: Path(folder) / f"{number}.npy" for number in (UNIT, 4 * UNIT, 16 * UNIT)}
         for number, path in paths.items():
             write_images(path, number)
-        ways = {RESIDENT: partial(measure, paths[UNIT], window_megabytes=None)}
+        ways = {RESIDENT: partial(measure, paths[UNIT], in_memory=True)}
         for number, path in paths.items():
-            ways[f"{number:,} images from a file"] = partial(measure, path, window_megabytes=WINDOW_MEGABYTES)
+            ways[f"{number:,} images from a file"] = partial(measure, path, in_memory=False)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         peaks: dict[str, float] = dict.fromkeys(ways, 0.0)
         for _ in range(rounds):

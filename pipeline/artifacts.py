@@ -152,37 +152,40 @@ def write_array(path: Path, blocks: Iterable[npt.NDArray[Any]], *, shape: tuple[
 
     The blocks together must have `shape`; each is cast to `dtype`.
     """
-    digest = hashlib.md5(usedforsecurity=False)
     with atomic(path) as file:
-        header = _Tee(file, digest)
+        tee = _Tee(file)
         np.lib.format.write_array_header_2_0(
-            header, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            tee, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
         )
         rows = 0
         for block in blocks:
-            header.write(np.ascontiguousarray(block, dtype=dtype).tobytes())
+            tee.write(np.ascontiguousarray(block, dtype=dtype).tobytes())
             rows += len(block)
         assert rows == shape[0], f"{path}: {rows} rows written, {shape[0]} announced"
-    return digest.hexdigest()
+    return tee.md5
 
 
 def copy_file(source: Path, target: Path) -> str:
     """Returns the MD5 of what was written."""
-    digest = hashlib.md5(usedforsecurity=False)
     with source.open("rb") as content, atomic(target) as file:
-        shutil.copyfileobj(content, _Tee(file, digest), length=2**20)
-    return digest.hexdigest()
+        tee = _Tee(file)
+        shutil.copyfileobj(content, tee, length=2**20)
+    return tee.md5
 
 
 class _Tee:
-    """Writes to a file and a digest alike."""
+    """Writes to a file and knows the MD5 of all that was written."""
 
-    def __init__(self, file: IO[bytes], digest: Any) -> None:
-        self._file, self._digest = file, digest
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._digest = file, hashlib.md5(usedforsecurity=False)
 
     def write(self, content: bytes) -> int:
         self._digest.update(content)
         return self._file.write(content)
+
+    @property
+    def md5(self) -> str:
+        return self._digest.hexdigest()
 
 
 def read_array(path: Path, *, dtype: npt.DTypeLike, dimensions: int) -> npt.NDArray[Any]:
@@ -219,8 +222,9 @@ def read_split(split: str, *, folder: Path = NORMALIZE) -> tuple[Images, Labels]
 
 def write_checksums(folder: Path, *, known: Mapping[str, str] | None = None) -> None:
     """List the files that are in the folder now, those of its subfolders included, with their MD5, or that `known`."""
-    md5 = {name: file_md5(folder / name) for name in _files(folder) if name not in (known or {})} | dict(known or {})
-    write_text(folder / CHECKSUMS, "".join(f"{md5[name]}  {name}\n" for name in sorted(md5)))
+    md5 = known or {}
+    lines = (f"{md5.get(name) or file_md5(folder / name)}  {name}\n" for name in _files(folder))
+    write_text(folder / CHECKSUMS, "".join(lines))
 
 
 def verify(folder: Path, names: Iterable[str] | None = None, *, strangers: bool = False) -> dict[str, str]:

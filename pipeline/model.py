@@ -178,6 +178,11 @@ def _keep_resolution(network: Any, *, kernel_size: int) -> None:
     network.maxpool = nn.Identity()
 
 
+def memory_format(params: TrainParams) -> torch.memory_format:
+    """In which the network's weights lie."""
+    return torch.channels_last if params.channels_last else torch.contiguous_format
+
+
 def try_training(classifier: Classifier, *, config: ModelConfig, batch_size: int) -> None:
     """Raises UserError where the network cannot take such a batch in training, as its batch normalisation may not."""
     if config.model != "lenet":

@@ -24,6 +24,7 @@ from pipeline.model import (
     build,
     configure,
     load_pretrained,
+    memory_format,
     save_config,
     save_weights,
     try_training,
@@ -155,7 +156,7 @@ def _make_classifier(params: TrainParams, info: DatasetInfo, *, device: torch.de
     if config.weights is None and isinstance(classifier.network, Airbench):
         initialise(classifier, _read_split("train", params, info, device=torch.device("cpu")), seed=params.seed)
     try_training(classifier, config=config, batch_size=params.batch_size)
-    classifier.to(device).to(memory_format=torch.channels_last if params.channels_last else torch.contiguous_format)
+    classifier.to(device).to(memory_format=memory_format(params))
     _say_start(classifier, config=config, params=params, device=device, drawn=drawn)
     return classifier
 
