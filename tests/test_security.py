@@ -189,7 +189,7 @@ AUDITORS = {
     "knows nothing": ("exit 0", 75),
     "does not answer": ("echo ERROR; exit 1", 75),
     "finds nothing in the lock": (
-        'case "$*" in *requirements.lock) exit 0;; esac; echo "urllib3 1.26.4 PYSEC"; exit 1',
+        'case "$*" in *requirements/base.lock) exit 0;; esac; echo "urllib3 1.26.4 PYSEC"; exit 1',
         0,
     ),
     "finds something in the lock": ('echo "Found 1 known vulnerability"; echo "urllib3 1.26.4 PYSEC"; exit 1', 1),
