@@ -27,6 +27,10 @@ EVALUATE = Path("artifacts/evaluate")
 
 CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
 IMAGEFOLDER_ARCHIVE = "images.tar"
+HISTORY = "history.csv"
+"""In `artifacts/train/`: a row for each epoch."""
+KEPT = "kept"
+"""Column of HISTORY: in the row of the kept epoch the reason why it is kept, in the others nothing."""
 CHECKSUMS = "checksums.md5"
 """A line `<MD5>  <name>` for each other file of the folder, sorted by name, as `md5sum` writes them."""
 
@@ -135,6 +139,12 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(lines, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a table that `write_csv` wrote; all values are text."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 class _Lines:

@@ -165,7 +165,7 @@ def averaged(network: nn.Module) -> Any:
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum over all processes, in each of them."""
+    """The sum over all processes, the same bits in each of them: all select and stop alike."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values

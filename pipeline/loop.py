@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -55,11 +55,47 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Trained:
-    """The weights of the best epoch by validation accuracy (the earlier of equals) and of the last, and all epochs."""
+    """The weights of the kept epoch (see `select_epoch`) and of the last one, and all epochs."""
 
     best: dict[str, Tensor]
     last: dict[str, Tensor]
     history: list[Epoch]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The epoch whose weights are kept, and the reason in words."""
+
+    epoch: int
+    reason: str
+
+
+def _score(epoch: Epoch) -> tuple[float, float]:
+    """The higher, the better: validation accuracy, then lower validation loss.
+
+    Few validation images give few values of accuracy: many epochs share the highest one, and the first of them has
+    often not converged.
+    """
+    return epoch.validation_accuracy, -epoch.validation_loss
+
+
+def select_epoch(history: Sequence[Epoch]) -> Selection:
+    """Select the epoch of highest validation accuracy; among equals of lower validation loss; among these the last."""
+    kept = max(history, key=lambda epoch: (*_score(epoch), epoch.epoch))
+    as_accurate = [epoch for epoch in history if epoch.validation_accuracy == kept.validation_accuracy]
+    as_good = [epoch for epoch in as_accurate if _score(epoch) == _score(kept)]
+    if len(as_accurate) == 1:
+        reason = "highest validation accuracy"
+    elif len(as_good) == 1:
+        reason = f"lowest validation loss of the {len(as_accurate)} epochs with the highest validation accuracy"
+    else:
+        reason = f"last of the {len(as_good)} epochs with the highest validation accuracy and the lowest loss of these"
+    return Selection(kept.epoch, reason)
+
+
+def epochs_without_improvement(history: Sequence[Epoch]) -> int:
+    """Return how many epochs followed the first one that none surpasses, in the order of `select_epoch`."""
+    return len(history) - max(history, key=_score).epoch if history else 0
 
 
 OnStep = Callable[[int, float, float], None]
@@ -139,7 +175,6 @@ class _Training:
         self._saved, self._started = time.monotonic(), time.perf_counter()
         self.history: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
-        self._best_accuracy, self._best_epoch = -1.0, 0
         self._batches: TrainingBatches | None = None
         """Of the epoch that is under way, if one is."""
         zero = torch.zeros((), device=self._device)
@@ -149,8 +184,9 @@ class _Training:
 
     @property
     def is_over(self) -> bool:
-        patience, done = self._params.early_stopping_epochs, len(self.history)
-        return done >= self._params.epochs or (patience is not None and done - self._best_epoch >= patience)
+        patience = self._params.early_stopping_epochs
+        has_stalled = patience is not None and epochs_without_improvement(self.history) >= patience
+        return len(self.history) >= self._params.epochs or has_stalled
 
     @property
     def where(self) -> str:
@@ -208,8 +244,8 @@ class _Training:
         images = len(self._batches) * self._params.batch_size
         loss, accuracy = self._loss_sum.item() / images, self._hits.item() / images
         self.history.append(Epoch(epoch, self._rate, loss, accuracy, validation_loss, validation_accuracy))
-        if validation_accuracy > self._best_accuracy:
-            self.best, self._best_accuracy, self._best_epoch = _copy(self._classifier), validation_accuracy, epoch
+        if select_epoch(self.history).epoch == epoch:
+            self.best = _copy(self._classifier)
         self._batches = None
 
     def _save_if_due(self, save: Save) -> None:
@@ -237,8 +273,6 @@ class _Training:
             "seconds": time.perf_counter() - self._started,
             "rate": self._rate,
             "history": [vars(epoch) for epoch in self.history],
-            "best_accuracy": self._best_accuracy,
-            "best_epoch": self._best_epoch,
             "scaler": self._scaler.state_dict(),
         }
         return Checkpoint(self._step, tensors, state)
@@ -255,7 +289,6 @@ class _Training:
         self._step, self._rate = start.step, state["rate"]
         self._sound_steps.fill_(start.step)
         self.history = [Epoch(**row) for row in state["history"]]
-        self._best_accuracy, self._best_epoch = state["best_accuracy"], state["best_epoch"]
         self._loss_sum.copy_(tensors["loss_sum"])
         self._hits.copy_(tensors["hits"])
         self._started = time.perf_counter() - state["seconds"]

@@ -140,7 +140,8 @@ class TrainParams(Section):
     )
     epochs: Annotated[Count, Field(ge=1)] = Field(description="passes over the training split")
     early_stopping_epochs: Annotated[Count, Field(ge=1)] | None = Field(
-        description="stop after this many epochs without a better validation accuracy; null: never"
+        description="stop after this many epochs without a higher validation accuracy, or an equal one with a lower "
+        "validation loss; null: never"
     )
     batch_size: Annotated[Count, Field(ge=1)] = Field(description="images a step; an incomplete last batch is left out")
     average_every_steps: Annotated[Count, Field(ge=1)] | None = Field(
@@ -203,7 +204,9 @@ class TrainParams(Section):
 class EvaluateParams(Section):
     """How the model is judged on the test split."""
 
-    checkpoint: Literal["best", "last"] = Field(description="best by validation accuracy, or the last epoch's")
+    checkpoint: Literal["best", "last"] = Field(
+        description="best: the kept epoch, by validation accuracy, then validation loss; last: the last epoch"
+    )
     batch_size: Annotated[Count, Field(ge=1)] = Field(description="images at a time; does not change the result")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
     cpu_threads: Annotated[Count, Field(ge=0)] = Field(description="threads on the CPU; 0: one a core")

@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,15 +16,15 @@ MAX_LABELLED_CLASSES = 30
 MAX_LABEL_LENGTH = 24
 
 
-def curves(history: Sequence[Mapping[str, float]]) -> bytes:
-    """Loss and accuracy of train and validation by epoch, side by side, the best epoch marked."""
+def curves(history: Sequence[Mapping[str, Any]], *, kept: int, reason: str) -> bytes:
+    """Draw loss and accuracy of train and validation by epoch, side by side, with the kept epoch and the reason."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     epochs = [row["epoch"] for row in history]
-    best = epochs[int(np.argmax([row["validation_accuracy"] for row in history]))]
+    figure.suptitle(f"epoch {kept} is kept: {reason}", fontsize="medium")
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for split, colour in (("train", "#1f77b4"), ("validation", "#d62728")):
             axes.plot(epochs, [row[f"{split}_{quantity}"] for row in history], color=colour, label=split, marker=".")
-        axes.axvline(best, color="#999999", linestyle=":", label=f"best epoch ({best:.0f})")
+        axes.axvline(kept, color="#999999", linestyle=":", label=f"kept epoch ({kept})")
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

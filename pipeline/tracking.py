@@ -40,11 +40,14 @@ from mlflow.types.schema import DataType
 from pipeline.artifacts import (
     CHECKSUMS,
     DOWNLOAD,
+    HISTORY,
+    KEPT,
     NORMALIZE,
     TRAIN,
     bytes_md5,
     file_md5,
     kept_folder,
+    read_csv,
     read_json,
     write_json,
 )
@@ -162,7 +165,7 @@ class Run:
     def record(self, folder: Path) -> None:
         """Give MLflow the finished training in `folder`: hashes, curves and model; once more does no harm."""
         try:
-            self.tag({"model.md5": file_md5(folder / "best.safetensors"), **outputs_tag(folder)})
+            self.tag({"model.md5": file_md5(folder / "best.safetensors"), **outputs_tag(folder), **_kept_epoch(folder)})
             self.log_file(folder / "curves.png", folder="plots")
             if not self._has_model():
                 log_model(folder)
@@ -610,6 +613,12 @@ def outputs_tag(folder: Path, *, names: Sequence[str] = ()) -> dict[str, str]:
     everything = (path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
     files = [folder / name for name in names] or sorted(everything)
     return {f"outputs.{folder.name}": json.dumps({path.name: file_md5(path) for path in files})}
+
+
+def _kept_epoch(folder: Path) -> dict[str, str]:
+    """Tags `kept.epoch` and `kept.reason`: which epoch the recorded model is of, and why that one."""
+    kept = [row for row in read_csv(folder / HISTORY) if row.get(KEPT)]
+    return {"kept.epoch": kept[0]["epoch"], "kept.reason": kept[0][KEPT]} if kept else {}
 
 
 DIFF = (

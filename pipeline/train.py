@@ -1,9 +1,12 @@
-"""Train the network on the train split, judge each epoch on the validation split, keep the best and the last model."""
+"""Train the network on the train split, judge each epoch on the validation split, keep the best and the last model.
+
+Which epoch is the best is decided in `pipeline.loop.select_epoch`.
+"""
 
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +16,11 @@ import torch
 
 from pipeline import distributed, plots, tracking
 from pipeline.airbench import Airbench
-from pipeline.artifacts import TRAIN, replace_folder, verify_splits, write_bytes, write_csv
+from pipeline.artifacts import HISTORY, KEPT, TRAIN, replace_folder, verify_splits, write_bytes, write_csv
 from pipeline.checkpoint import Checkpoint, Checkpoints, checkpoints_of, fingerprint
 from pipeline.data import Augmentation, DatasetInfo, Split, TrainingBatches, choose_device
 from pipeline.errors import UserError, first_line, report_errors, shown
-from pipeline.loop import Epoch, Trained, prepare_torch, train
+from pipeline.loop import Epoch, Selection, Trained, prepare_torch, select_epoch, train
 from pipeline.model import (
     Classifier,
     ModelConfig,
@@ -119,7 +122,9 @@ def _lead(classifier: Classifier, everything: Params, info: DatasetInfo) -> None
                 start=start,
                 save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
             )
-            _write(trained, classifier, config=configure(params, info))
+            kept = select_epoch(trained.history)
+            run.log({"kept_epoch": kept.epoch}, step=kept.epoch)
+            _write(trained, classifier, kept=kept, config=configure(params, info))
             run.record(TRAIN)
 
 
@@ -239,15 +244,15 @@ def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams,
     )
 
 
-def _write(trained: Trained, classifier: Classifier, *, config: ModelConfig) -> None:
+def _write(trained: Trained, classifier: Classifier, *, kept: Selection, config: ModelConfig) -> None:
     with replace_folder(TRAIN) as folder:
         for name, weights in (("best", trained.best), ("last", trained.last)):
             classifier.load_state_dict(weights)
             save_weights(classifier, folder / f"{name}.safetensors")
         save_config(config, folder)
-        rows: list[Mapping[str, float]] = [vars(epoch) for epoch in trained.history]
-        write_csv(folder / "history.csv", rows)
-        write_bytes(folder / "curves.png", plots.curves(rows))
+        rows = [{**vars(epoch), KEPT: kept.reason if epoch.epoch == kept.epoch else ""} for epoch in trained.history]
+        write_csv(folder / HISTORY, rows)
+        write_bytes(folder / "curves.png", plots.curves(rows, kept=kept.epoch, reason=kept.reason))
 
 
 if __name__ == "__main__":
