@@ -21,6 +21,7 @@ from pipeline.artifacts import Images, file_md5, missing, read_json, write_bytes
 from pipeline.data import DatasetInfo, Split, evaluation_batches
 from pipeline.errors import TemporaryError, UserError, first_line
 from pipeline.params import Channels, Resize, TrainParams, Views
+from pipeline.state_dict import COUNTER, flatten, select_weights
 
 SMALL_IMAGE_SIZE = 64
 """Pixels. Up to this size a residual network keeps the resolution in its first layers (He et al. 2016, section 4.2)."""
@@ -203,33 +204,35 @@ def _try(classifier: nn.Module, *, config: ModelConfig, batch_size: int) -> None
 
 
 def load_pretrained(classifier: Classifier, *, config: ModelConfig, md5: str | None) -> list[str]:
-    """Put the weights of `train.weights` into the network; the head stays as drawn where the classes differ in number.
+    """Load the weights of `train.weights` into the network; the head stays as drawn where the classes differ in number.
 
     Returns the names of the tensors left as drawn. Nothing is unpickled beyond tensors. Raises UserError where the file
     is missing, damaged, of another network or not of this MD5, TemporaryError where a download failed.
     """
     if config.weights is None:
         return []
-    weights = {name.removeprefix("network."): tensor for name, tensor in _read_weights(config, md5=md5).items()}
     target = classifier.network.state_dict()
+    weights = select_weights(
+        _read_weights(config, md5=md5),
+        target=target,
+        head=_head(config),
+        file=f"train.weights {config.weights}",
+        network=f"train.model {config.model}",
+        image_size=config.network_size,
+    )
     fits = {name: tensor for name, tensor in weights.items() if name in target and tensor.shape == target[name].shape}
-    left = [name for name in target if name not in fits]
-    wrong = sorted(set(left) - _head(config), key=left.index)
-    if wrong:
-        name = wrong[0]
-        found = f"{name} of shape {tuple(weights[name].shape)}" if name in weights else f"no {name}"
-        raise UserError(
-            f"train.weights {config.weights}: found {found}, but train.model {config.model} has it of shape "
-            f"{tuple(target[name].shape)} for images of {config.network_size} pixels; use weights of the same network"
-        )
     classifier.network.load_state_dict(fits, strict=False)
-    return left
+    return [name for name in target if name not in fits and not name.endswith(COUNTER)]
 
 
 def _head(config: ModelConfig) -> set[str]:
     """The names of the tensors whose shape follows from the number of classes."""
-    with torch.device("meta"):
-        one, more = (_network(config, num_classes=len(config.class_names) + extra).state_dict() for extra in (0, 1))
+    numbers = (len(config.class_names), len(config.class_names) + 1)
+    try:
+        with torch.device("meta"):
+            one, more = (_network(config, num_classes=number).state_dict() for number in numbers)
+    except NotImplementedError:  # the RegNets compute their widths with tensors, which must have values
+        one, more = (_network(config, num_classes=number).state_dict() for number in numbers)
     return {name for name in one if one[name].shape != more[name].shape}
 
 
@@ -259,8 +262,7 @@ def _read_weights(config: ModelConfig, *, md5: str | None) -> dict[str, Tensor]:
             f"train.weights {path}: not readable as weights alone ({first_line(error)}); "
             "allowed: .safetensors, or .pth of a state dict"
         ) from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    weights = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    weights = flatten(content)
     if not weights:
         raise UserError(f"train.weights {path}: holds no tensors by name; allowed: a state dict")
     return weights

@@ -27,6 +27,7 @@ ORDER = [
     "normalize",
     "data",
     "airbench",
+    "state_dict",
     "model",
     "distributed",
     "checkpoint",
