@@ -1,6 +1,5 @@
 """Judge the model on the test split, which no other step reads."""
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pipeline import plots, tracking
 from pipeline.artifacts import EVALUATE, TRAIN, Labels, verify, verify_splits, write_bytes, write_csv, write_json
 from pipeline.data import DatasetInfo, Split, choose_device
 from pipeline.errors import TemporaryError, UserError, report_errors
+from pipeline.metrics import wilson_interval
 from pipeline.model import load_model, logits_of
 from pipeline.optimizer import loss_function
 from pipeline.params import load_params
@@ -77,15 +77,6 @@ def evaluate(
         for index, (actual, guess, row) in enumerate(zip(labels, predicted, probabilities, strict=True))
     ]
     return Evaluation(metrics=metrics, per_class=per_class, predictions=predictions, confusion=confusion)
-
-
-def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion (Wilson 1927), which stays within 0 and 1 also near both."""
-    z = 1.959963984540054
-    share, weight = hits / trials, z * z / trials
-    centre = (share + weight / 2) / (1 + weight)
-    half = z / (1 + weight) * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _per_class(confusion: npt.NDArray[np.int64], *, class_names: Sequence[str]) -> list[Row]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from pipeline.checkpoint import (
 )
 from pipeline.data import Augmentation, Split, TrainingBatches, choose_device, generator
 from pipeline.errors import UserError, uninterrupted
+from pipeline.metrics import wilson_interval
 from pipeline.model import Classifier, logits_of
 from pipeline.optimizer import (
     Lookahead,
@@ -34,7 +36,7 @@ from pipeline.optimizer import (
     set_learning_rate,
     update,
 )
-from pipeline.params import TrainParams
+from pipeline.params import Selection, TrainParams
 from pipeline.progress import progress
 
 VALIDATION_BATCH = 500
@@ -54,48 +56,64 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The weights of the kept epoch (see `select_epoch`) and of the last one, and all epochs."""
-
-    best: dict[str, Tensor]
-    last: dict[str, Tensor]
-    history: list[Epoch]
-
-
-@dataclass(frozen=True)
-class Selection:
+class Kept:
     """The epoch whose weights are kept, and the reason in words."""
 
     epoch: int
     reason: str
 
 
-def _score(epoch: Epoch) -> tuple[float, float]:
-    """The higher, the better: validation accuracy, then lower validation loss.
+@dataclass(frozen=True)
+class Trained:
+    """The weights of the kept epoch and of the last one, all epochs, and which one is kept why."""
 
-    Few validation images give few values of accuracy: many epochs share the highest one, and the first of them has
-    often not converged.
+    best: dict[str, Tensor]
+    last: dict[str, Tensor]
+    history: list[Epoch]
+    kept: Kept
+
+
+def best_epochs(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> list[Epoch]:
+    """Return the epochs that count as the best by `train.selection`, in their order; the last of them is kept.
+
+    `highest_accuracy`: those of highest validation accuracy, and among these of lowest validation loss, as few images
+    give few values of accuracy. `latest_equivalent`: those whose validation accuracy is inside the 95 % interval of
+    the highest one on `num_images` images; the highest of many is often so by chance, and where the learning rate
+    falls a later epoch is better.
     """
+    top = max(history, key=_score)
+    if selection == "highest_accuracy":
+        return [epoch for epoch in history if _score(epoch) == _score(top)]
+    lower, _ = wilson_interval(round(top.validation_accuracy * num_images), num_images)
+    return [epoch for epoch in history if epoch.validation_accuracy >= lower]
+
+
+def _score(epoch: Epoch) -> tuple[float, float]:
     return epoch.validation_accuracy, -epoch.validation_loss
 
 
-def select_epoch(history: Sequence[Epoch]) -> Selection:
-    """Select the epoch of highest validation accuracy; among equals of lower validation loss; among these the last."""
-    kept = max(history, key=lambda epoch: (*_score(epoch), epoch.epoch))
-    as_accurate = [epoch for epoch in history if epoch.validation_accuracy == kept.validation_accuracy]
-    as_good = [epoch for epoch in as_accurate if _score(epoch) == _score(kept)]
-    if len(as_accurate) == 1:
+def select_epoch(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> Kept:
+    """Select the last of the best epochs; `num_images` is the size of the validation split."""
+    best = best_epochs(history, selection=selection, num_images=num_images)
+    highest = max(epoch.validation_accuracy for epoch in history)
+    num_highest = sum(epoch.validation_accuracy == highest for epoch in history)
+    if selection == "latest_equivalent":
+        reason = f"latest of {len(best)} in the 95 % interval of the highest validation accuracy, {highest:.1%}"
+    elif num_highest == 1:
         reason = "highest validation accuracy"
-    elif len(as_good) == 1:
-        reason = f"lowest validation loss of the {len(as_accurate)} epochs with the highest validation accuracy"
+    elif len(best) == 1:
+        reason = f"lowest validation loss of {num_highest} with the highest validation accuracy"
     else:
-        reason = f"last of the {len(as_good)} epochs with the highest validation accuracy and the lowest loss of these"
-    return Selection(kept.epoch, reason)
+        reason = f"latest of {len(best)} with the highest validation accuracy and the lowest loss"
+    return Kept(best[-1].epoch, reason)
 
 
-def epochs_without_improvement(history: Sequence[Epoch]) -> int:
-    """Return how many epochs followed the first one that none surpasses, in the order of `select_epoch`."""
-    return len(history) - max(history, key=_score).epoch if history else 0
+def epochs_since_best(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> int:
+    """Return how many epochs ended since the last improvement, or with `latest_equivalent` the last of the best."""
+    if not history:
+        return 0
+    best = best_epochs(history, selection=selection, num_images=num_images)
+    return len(history) - best[0 if selection == "highest_accuracy" else -1].epoch
 
 
 OnStep = Callable[[int, float, float], None]
@@ -130,7 +148,7 @@ def train(
     with _saved_on_interrupt(training, save):
         while not training.is_over:
             training.run_epoch(on_epoch=on_epoch, save=save)
-    return Trained(best=training.best, last=_copy(classifier), history=training.history)
+    return Trained(training.best, _copy(classifier), training.history, training.kept)
 
 
 @contextmanager
@@ -185,8 +203,16 @@ class _Training:
     @property
     def is_over(self) -> bool:
         patience = self._params.early_stopping_epochs
-        has_stalled = patience is not None and epochs_without_improvement(self.history) >= patience
+        has_stalled = patience is not None and epochs_since_best(self.history, **self._selection) >= patience
         return len(self.history) >= self._params.epochs or has_stalled
+
+    @property
+    def kept(self) -> Kept:
+        return select_epoch(self.history, **self._selection)
+
+    @property
+    def _selection(self) -> dict[str, Any]:
+        return {"selection": self._params.selection, "num_images": len(self._validation_split)}
 
     @property
     def where(self) -> str:
@@ -244,7 +270,7 @@ class _Training:
         images = len(self._batches) * self._params.batch_size
         loss, accuracy = self._loss_sum.item() / images, self._hits.item() / images
         self.history.append(Epoch(epoch, self._rate, loss, accuracy, validation_loss, validation_accuracy))
-        if select_epoch(self.history).epoch == epoch:
+        if self.kept.epoch == epoch:
             self.best = _copy(self._classifier)
         self._batches = None
 

@@ -36,6 +36,7 @@ Channels = Literal[1, 3]
 """1 for grey, 3 for RGB."""
 Resize = Literal["crop", "pad", "stretch"]
 Views = Literal["none", "mirror", "mirror_and_shift"]
+Selection = Literal["highest_accuracy", "latest_equivalent"]
 Flag = Annotated[bool, Field(strict=True)]
 
 
@@ -139,9 +140,14 @@ class TrainParams(Section):
         description="step: the learning rate is multiplied by this at each drop"
     )
     epochs: Annotated[Count, Field(ge=1)] = Field(description="passes over the training split")
+    selection: Selection = Field(
+        description="which epoch is kept, and counts for early stopping. highest_accuracy: by validation accuracy, "
+        "then lower validation loss, then the later epoch. latest_equivalent: the latest whose validation accuracy is "
+        "inside the 95 % interval of the highest, for validation splits of up to a few hundred images"
+    )
     early_stopping_epochs: Annotated[Count, Field(ge=1)] | None = Field(
-        description="stop after this many epochs without a higher validation accuracy, or an equal one with a lower "
-        "validation loss; null: never"
+        description="stop after this many epochs in a row that are no better than an earlier one, or with "
+        "selection: latest_equivalent worse than one; null: never"
     )
     batch_size: Annotated[Count, Field(ge=1)] = Field(description="images a step; an incomplete last batch is left out")
     average_every_steps: Annotated[Count, Field(ge=1)] | None = Field(
@@ -205,7 +211,7 @@ class EvaluateParams(Section):
     """How the model is judged on the test split."""
 
     checkpoint: Literal["best", "last"] = Field(
-        description="best: the kept epoch, by validation accuracy, then validation loss; last: the last epoch"
+        description="best: the epoch that train.selection keeps; last: the last epoch"
     )
     batch_size: Annotated[Count, Field(ge=1)] = Field(description="images at a time; does not change the result")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")

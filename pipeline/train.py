@@ -1,6 +1,6 @@
 """Train the network on the train split, judge each epoch on the validation split, keep the best and the last model.
 
-Which epoch is the best is decided in `pipeline.loop.select_epoch`.
+Which epoch is the best is decided in `pipeline.loop.best_epochs`.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from pipeline.artifacts import HISTORY, KEPT, TRAIN, replace_folder, verify_spli
 from pipeline.checkpoint import Checkpoint, Checkpoints, checkpoints_of, fingerprint
 from pipeline.data import Augmentation, DatasetInfo, Split, TrainingBatches, choose_device
 from pipeline.errors import UserError, first_line, report_errors, shown
-from pipeline.loop import Epoch, Selection, Trained, prepare_torch, select_epoch, train
+from pipeline.loop import Epoch, Trained, prepare_torch, train
 from pipeline.model import (
     Classifier,
     ModelConfig,
@@ -122,9 +122,8 @@ def _lead(classifier: Classifier, everything: Params, info: DatasetInfo) -> None
                 start=start,
                 save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
             )
-            kept = select_epoch(trained.history)
-            run.log({"kept_epoch": kept.epoch}, step=kept.epoch)
-            _write(trained, classifier, kept=kept, config=configure(params, info))
+            run.log({"kept_epoch": trained.kept.epoch}, step=trained.kept.epoch)
+            _write(trained, classifier, config=configure(params, info))
             run.record(TRAIN)
 
 
@@ -244,12 +243,13 @@ def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams,
     )
 
 
-def _write(trained: Trained, classifier: Classifier, *, kept: Selection, config: ModelConfig) -> None:
+def _write(trained: Trained, classifier: Classifier, *, config: ModelConfig) -> None:
     with replace_folder(TRAIN) as folder:
         for name, weights in (("best", trained.best), ("last", trained.last)):
             classifier.load_state_dict(weights)
             save_weights(classifier, folder / f"{name}.safetensors")
         save_config(config, folder)
+        kept = trained.kept
         rows = [{**vars(epoch), KEPT: kept.reason if epoch.epoch == kept.epoch else ""} for epoch in trained.history]
         write_csv(folder / HISTORY, rows)
         write_bytes(folder / "curves.png", plots.curves(rows, kept=kept.epoch, reason=kept.reason))

@@ -20,6 +20,7 @@ ORDER = [
     "progress",
     "images",
     "imagefolder",
+    "metrics",
     "fetch",
     "raw",
     "duplicates",

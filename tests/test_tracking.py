@@ -12,7 +12,7 @@ import mlflow
 import numpy as np
 import pytest
 
-from pipeline.artifacts import file_md5, verify
+from pipeline.artifacts import file_md5, read_csv, verify
 from pipeline.data import DatasetInfo
 from pipeline.errors import TemporaryError, UserError
 from pipeline.model import load_model
@@ -106,6 +106,18 @@ def test_the_data_set_is_recorded_with_its_digest(store: Path) -> None:
 def test_plots_are_kept_with_the_run(store: Path) -> None:
     names = {file.path for file in mlflow.MlflowClient().list_artifacts(only_run().info.run_id, "plots")}
     assert names == {"plots/curves.png", "plots/confusion_matrix.png"}
+
+
+def test_history_and_run_name_the_kept_epoch_and_the_reason(store: Path) -> None:
+    rows = read_csv(Path("artifacts/train/history.csv"))
+    [marked] = [row for row in rows if row["kept"]]
+    order = ("validation_accuracy", "validation_loss", "epoch")
+    results = [tuple(float(row[name]) for name in order) for row in rows]
+    best = max(results, key=lambda found: (found[0], -found[1], found[2]))
+    assert float(marked["epoch"]) == best[2]
+    run = only_run()
+    assert (run.data.tags["kept.epoch"], run.data.tags["kept.reason"]) == (marked["epoch"], marked["kept"])
+    assert run.data.metrics["kept_epoch"] == best[2]
 
 
 def test_the_recorded_model_predicts_and_holds_no_pickle(store: Path) -> None:

@@ -293,8 +293,7 @@ def test_early_stopping_ends_after_epochs_without_a_better_validation() -> None:
 
 def test_the_best_epoch_is_kept_beside_the_last() -> None:
     trained = run(train_params(**QUICK | {"epochs": 6}, learning_rate=0.1))
-    accuracies = [epoch.validation_accuracy for epoch in trained.history]
-    best = accuracies.index(max(accuracies)) + 1
+    best = max(trained.history, key=lambda each: (each.validation_accuracy, -each.validation_loss, each.epoch)).epoch
     shorter = run(train_params(**QUICK | {"epochs": best}, learning_rate=0.1))
     assert torch.equal(trained.best["network.0.weight"], shorter.last["network.0.weight"])
 

@@ -1,0 +1,12 @@
+"""Statistics of classification."""
+
+import math
+
+
+def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
+    """Return the 95 % interval of an accuracy (Wilson 1927), which stays within 0 and 1 also near both."""
+    z = 1.959963984540054
+    accuracy, weight = num_correct / num_images, z * z / num_images
+    center = (accuracy + weight / 2) / (1 + weight)
+    half = z / (1 + weight) * math.sqrt(accuracy * (1 - accuracy) / num_images + weight / (4 * num_images))
+    return max(0.0, center - half), min(1.0, center + half)
