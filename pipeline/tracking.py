@@ -23,7 +23,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import mlflow
-import numpy as np
 import requests
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
@@ -34,7 +33,7 @@ from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-from mlflow.types import ColSpec, Schema, TensorSpec
+from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import DataType
 
 from pipeline.artifacts import (
@@ -52,10 +51,11 @@ from pipeline.artifacts import (
     write_json,
 )
 from pipeline.errors import TemporaryError, UserError, first_line, shown
+from pipeline.model_code import packaged
 from pipeline.params import read_yaml
 from pipeline.processes import HOST, PID, Life, life, this_process
 
-SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "pillow", "safetensors")
+SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "ruamel.yaml", "safetensors")
 """What a served model imports; its requirements name the versions it was trained with."""
 CONNECT_SECONDS = 5.0
 FLUSH_SECONDS = 1.0
@@ -671,27 +671,28 @@ def _packages() -> list[str]:
 def log_model(folder: Path) -> None:
     """Record the model in the active run, for `mlflow.pyfunc.load_model` and `mlflow models serve`, without a pickle.
 
-    Input: images (N, H, W, C) uint8. Output: a table with `predicted_class` and a column of probabilities for each
-    class.
+    Input: images (N, H, W, C) of whole numbers from 0 to 255. Output: a table with `predicted_class` and a column of
+    probabilities for each class. The signature has no input: MLflow would cast to its type before the model sees that
+    a value is a fraction, negative or too large.
     """
     values = read_json(folder / "model.json")
-    image_shape = (values["image_size"], values["image_size"], values["channels"])
+    size, channels = values["image_size"], values["channels"]
     probabilities = [ColSpec(DataType.double, name) for name in values["class_names"]]
     columns = [ColSpec(DataType.string, "predicted_class"), *probabilities]
-    with warnings.catch_warnings():  # MLflow asks for an example, which it would trace for half a minute
+    # MLflow asks for an example, which it would trace for half a minute
+    with warnings.catch_warnings(), packaged("served_model", "ServedModel") as code:
         warnings.simplefilter("ignore", UserWarning)
         mlflow.pyfunc.log_model(
             name="model",
-            python_model=str(Path(__file__).with_name("served_model.py")),
+            python_model=str(code.entry),
             artifacts={
                 "weights": str(folder / "best.safetensors"),
                 "config": str(folder / "model.json"),
                 "checksums": str(folder / CHECKSUMS),  # for who fetches it
             },
-            code_paths=[str(Path(__file__).parent)],
-            signature=ModelSignature(
-                inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, *image_shape))]), outputs=Schema(list(columns))
-            ),
+            code_paths=[str(code.package)],
+            signature=ModelSignature(outputs=Schema(list(columns))),
+            metadata={"inputs": f"images (N, {size}, {size}, {channels}) of whole numbers from 0 to 255"},
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in (*SERVED_PACKAGES, "mlflow")],
         )
 

@@ -35,6 +35,7 @@ ORDER = [
     "optimizer",
     "loop",
     "plots",
+    "model_code",
     "tracking",
     "served_model",
     "train",

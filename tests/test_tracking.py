@@ -11,13 +11,16 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import requests
 
+from pipeline import model_code
 from pipeline.artifacts import file_md5, read_csv, verify
 from pipeline.data import DatasetInfo
 from pipeline.errors import TemporaryError, UserError
 from pipeline.model import load_model
-from pipeline.tracking import connect, fetch_model, run_of_model
+from pipeline.tracking import SERVED_PACKAGES, connect, fetch_model, log_model, run_of_model
 from tests.conftest import PROJECT, coloured_images, free_port, run_step, start_repository, write_normalized
+from tests.test_architecture import imports
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,51 @@ def test_the_recorded_model_predicts_and_holds_no_pickle(store: Path) -> None:
     assert not [path for path in (store / "mlartifacts").rglob("*") if path.suffix in {".pkl", ".pth", ".pickle"}]
 
 
+APPLICATION = """
+import sys
+import pipeline, model, flows
+import mlflow, numpy as np
+mlflow.set_tracking_uri(sys.argv[1])
+models = [mlflow.pyfunc.load_model(uri) for uri in sys.argv[2:]]
+print(*(found.predict(np.zeros((1, 32, 32, 3), np.uint8)).iloc[0, 0] for found in models))
+print(pipeline.__file__, sorted(name for name in sys.modules if name.startswith("pipeline.")))
+"""
+
+
+def test_an_application_with_modules_of_our_names_loads_models_of_two_versions(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = f"runs:/{only_run().info.run_id}/model"
+    read = model_code._read
+    changed = 'table.insert(0, "predicted_class", ["another version"'
+    monkeypatch.setattr(
+        model_code,
+        "_read",
+        lambda name: read(name).replace('table.insert(0, "predicted_class", [names[index]', changed),
+    )
+    with mlflow.start_run() as other:
+        log_model(Path("artifacts/train"))
+    for name in ("pipeline.py", "model.py", "flows.py"):
+        (tmp_path / name).touch()
+    (tmp_path / "application.py").write_text(APPLICATION)
+    command = [sys.executable, "application.py", os.environ["MLFLOW_TRACKING_URI"], first]
+    command.append(f"runs:/{other.info.run_id}/model")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    mlflow.delete_run(other.info.run_id)
+    assert done.returncode == 0, done.stderr
+    classes, modules = done.stdout.splitlines()
+    assert classes.startswith("class ")
+    assert classes.endswith("another version")
+    assert modules == f"{tmp_path}/pipeline.py []"
+
+
+def test_the_requirements_of_a_recorded_model_are_all_that_its_code_imports() -> None:
+    files = [PROJECT / "pipeline" / f"{name}.py" for name in model_code.imported_modules("served_model")]
+    imported = {name.partition(".")[0] for file in files for name in imports(file)} - set(sys.stdlib_module_names)
+    required = {name.partition(".")[0] for name in SERVED_PACKAGES} | {"mlflow", "pipeline"}
+    assert imported == required
+
+
 def test_the_recorded_weights_can_be_fetched(store: Path) -> None:
     folder = fetch_model(f"runs:/{only_run().info.run_id}/model")
     assert file_md5(folder / "best.safetensors") == file_md5(Path("artifacts/train/best.safetensors"))
@@ -203,3 +251,16 @@ def test_the_recorded_model_can_be_served(served: str) -> None:
     body = json.dumps({"inputs": images.tolist()}).encode()
     predictions = json.loads(answer(f"{served}/invocations", body))["predictions"]
     assert [set(row) for row in predictions] == [{"predicted_class", "class 0", "class 1", "class 2"}] * 2
+    floats = json.dumps({"instances": images.astype(float).tolist()}).encode()
+    assert json.loads(answer(f"{served}/invocations", floats))["predictions"] == predictions
+    for wrong, message in (
+        ({"inputs": (images / 255).tolist()}, "inputs: found the value 0."),
+        ({"instances": (images.astype(int) - 128).tolist()}, "inputs: found the value -"),
+        ({"inputs": images[0].tolist()}, "inputs: found an array of shape (32, 32, 3); allowed: images as they were"),
+        ({"inputs": []}, "inputs: found no image"),
+        ({"inputs": ["aGVsbG8="]}, "inputs: found text instead of numbers"),
+        ({"dataframe_split": {"columns": ["a", "b"], "data": [[1, 2]]}}, "inputs: found a table of 2 columns"),
+    ):
+        found = requests.post(f"{served}/invocations", json=wrong, timeout=60)
+        assert (found.status_code, len(found.json()["message"].splitlines())) == (400, 1), found.text
+        assert found.json()["message"].startswith(message)
