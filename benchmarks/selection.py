@@ -1,0 +1,165 @@
+"""Which epoch is kept, and what that costs in test accuracy: on the digits, and on few images of one's own.
+
+`python -m benchmarks.selection [SEEDS] [--images FOLDER]` trains with seeds 0, 1, … (which draw the splits of one's own
+images too), measures the test split after each epoch, and applies the rules of `train.selection` afterwards, without
+and with `train.early_stopping_epochs: 5`. "Earliest" is the rule of before: the first epoch of the highest accuracy.
+Own images are the first few of some classes of CIFAR-10, with the recipe my_images and LeNet at 32 pixels.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cifar10 import add_images, prepare_apart
+from benchmarks.recipe import load
+from benchmarks.setting import options, scratch
+from benchmarks.table import header, mean_and_deviation, table
+from benchmarks.ways import CIFAR10_IMAGES
+from pipeline.download import download
+from pipeline.errors import report_errors
+from pipeline.loop import Epoch, epochs_since_best, judge, select_epoch, train
+from pipeline.normalize import normalize
+from pipeline.params import Params, Selection, check_params, compose
+
+PATIENCE = 5
+TEST_IMAGES = 200
+"""Of each class, of one's own images."""
+HEADING = ["data (validation images)", "kept epoch", "test accuracy", "less the last epoch's (points)", "worst seed"]
+OWN = {"10 classes of 60": (10, 60), "3 classes of 50": (3, 50), "2 classes of 30": (2, 30)}
+OWN_OVERRIDES = {
+    "normalize.image_size": 32,
+    "train.model": "lenet",
+    "train.weights": None,
+    "train.learning_rate": 0.001,
+    "train.epochs": 40,
+    "train.batch_size": 16,
+    "train.crop_padding": 2,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The epochs of a training, the test accuracy after each of them, and the size of the validation split."""
+
+    history: list[Epoch]
+    test: list[float]
+    num_images: int
+
+
+Rule = Callable[[Run], int]
+"""The number of the kept epoch."""
+
+
+def selected(selection: Selection, *, patience: int | None = None) -> Rule:
+    """What the training loop keeps; where it stops early depends on nothing that comes later."""
+
+    def rule(run: Run) -> int:
+        known: dict[str, Any] = {"selection": selection, "num_images": run.num_images}
+        ends = range(1, len(run.history) + 1)
+        stops = (end for end in ends if patience and epochs_since_best(run.history[:end], **known) >= patience)
+        return select_epoch(run.history[: next(stops, len(run.history))], **known).epoch
+
+    return rule
+
+
+def earliest(run: Run) -> int:
+    accuracies = [epoch.validation_accuracy for epoch in run.history]
+    return accuracies.index(max(accuracies)) + 1
+
+
+RULES: Mapping[str, Rule] = {
+    "earliest": earliest,
+    "highest_accuracy": selected("highest_accuracy"),
+    "latest_equivalent": selected("latest_equivalent"),
+    f"highest_accuracy, stopped after {PATIENCE}": selected("highest_accuracy", patience=PATIENCE),
+    f"latest_equivalent, stopped after {PATIENCE}": selected("latest_equivalent", patience=PATIENCE),
+    "last": lambda run: len(run.history),
+}
+
+
+def trained(params: Params, folder: Path) -> Run:
+    """Download, normalize and train; `folder` is empty or of an earlier seed."""
+    download(params.download, folder=folder / "download")
+    normalize(folder / "download", folder / "normalize", params=params.normalize)
+    classifier, splits = load(params.train, folder / "normalize")
+    history: list[Epoch] = []
+    test: list[float] = []
+
+    def on_epoch(epoch: Epoch, _speed: float) -> None:
+        history.append(epoch)
+        test.append(judge(classifier, splits["test"], loss=params.train.loss)[1])
+
+    own = params.train.model_copy(update={"early_stopping_epochs": None})
+    train(
+        classifier,
+        params=own,
+        train_split=splits["train"],
+        validation_split=splits["validation"],
+        on_epoch=on_epoch,
+    )
+    return Run(history, test, len(splits["validation"]))
+
+
+def link_images(folder: Path, *, classes: int, images: int) -> None:
+    """A tree `<split>/<class>/` of the first images of the first classes."""
+    for source in sorted(path for path in (CIFAR10_IMAGES / "train").iterdir() if path.is_dir())[:classes]:
+        for split, number in (("train", images), ("test", TEST_IMAGES)):
+            target = folder / split / source.name
+            target.mkdir(parents=True)
+            for path in sorted((CIFAR10_IMAGES / split / source.name).glob("*.jpg"))[:number]:
+                (target / path.name).symlink_to(path.resolve())
+
+
+def differences(runs: Sequence[Run], rule: Rule) -> list[float]:
+    """The kept epoch's test accuracy less the last one's, by seed."""
+    return [run.test[rule(run) - 1] - run.test[-1] for run in runs]
+
+
+def summary(name: str, runs: Sequence[Run]) -> list[list[str]]:
+    """A row for each rule."""
+    rows = []
+    for label, rule in RULES.items():
+        accuracies, less = [run.test[rule(run) - 1] for run in runs], differences(runs, rule)
+        mean, worst = (f"{100 * value:+.2f}" for value in (statistics.mean(less), min(less)))
+        size = f"{name} ({runs[0].num_images})"
+        rows.append([size, label, mean_and_deviation(accuracies, ".2%"), mean, worst])
+    return rows
+
+
+def by_seed(runs: Sequence[Run]) -> list[list[str]]:
+    """A row for each seed: kept epoch and test accuracy of each rule that does not stop early."""
+    rules = {label: rule for label, rule in RULES.items() if "stopped" not in label}
+    rows = [["seed", *rules]]
+    for seed, run in enumerate(runs):
+        rows.append([str(seed), *(f"{rule(run)}: {run.test[rule(run) - 1]:.2%}" for rule in rules.values())])
+    return rows
+
+
+def main() -> None:
+    """Train and print."""
+    parser = options("selection", __doc__, repeats="SEEDS", default=5)
+    add_images(parser)
+    arguments = parser.parse_args()
+    prepare_apart(arguments.images)
+    seeds = range(arguments.repeats)
+    print(header(seeds=f"0 to {seeds[-1]}"))
+    rows: list[list[str]] = []
+    with scratch() as folder:
+        for name, (classes, images) in OWN.items():
+            tree = Path(folder) / name
+            link_images(tree, classes=classes, images=images)
+            own = OWN_OVERRIDES | {"download.folder": str(tree)}
+            chosen = [compose("my_images", {**own, "normalize.seed": seed, "train.seed": seed}) for seed in seeds]
+            runs = [trained(check_params(values, origin=name), Path(folder) / "own") for values in chosen]
+            rows += summary(name, runs)
+        chosen = [compose("digits", {"train.seed": seed}) for seed in seeds]
+        digits = [trained(check_params(values, origin="digits"), Path(folder) / "digits") for values in chosen]
+    print(table([HEADING, *summary("digits", digits), *rows]))
+    print(f"\ndigits, kept epoch and its test accuracy:\n\n{table(by_seed(digits))}")
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()
