@@ -111,6 +111,8 @@ def main() -> None:
             raise UserError(
                 f"{TRAIN}: the model knows other classes than {info.dataset}; `dvc repro train` makes it anew"
             )
+        if md5[f"{params.checkpoint}.safetensors"] != md5[MODEL]:
+            print(f"evaluates the last epoch; predict and MLflow have {MODEL}, of the epoch that train.selection kept")
         split = Split.read("test", info=info, device=device)
         views = params.test_time_augmentation
         logits = logits_of(classifier.to(device), split, batch_size=params.batch_size, views=views).cpu()
