@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
@@ -177,16 +177,17 @@ def _is_split_alone(name: str) -> bool:
 
 
 def _has_splits(folders: Mapping[str, Path]) -> bool:
-    """Whether the folders are splits: one that says nothing else has folders in it, or all are called like splits.
+    """Whether the folders are splits: one that says nothing else has folders in it, or several are called so.
 
-    A folder that is called train, but holds images and no folders, is a class, unless all beside it are splits.
+    A folder that is called train, but holds images and no folders, is a class, unless there is a test beside it.
     """
     labeled = {name: path for name, path in folders.items() if not _is_unlabeled(name)}
-    if any(_is_split_alone(name) and subfolders(path) for name, path in labeled.items()):
+    alone = {name: path for name, path in labeled.items() if _is_split_alone(name)}
+    if len({split_of(name) for name in alone}) > 1 or any(subfolders(path) for path in alone.values()):
         return True
     if not labeled or not all(split_of(name) for name in labeled):
         return False
-    return all(map(_is_split_alone, labeled)) or any(subfolders(path) for path in labeled.values())
+    return len(alone) == len(labeled) or any(subfolders(path) for path in labeled.values())
 
 
 def _unwrapped(folder: Path, *, known: Iterable[str] = (), splits: bool = True) -> Path:
@@ -219,6 +220,8 @@ def _split_folders(root: Path, folders: Mapping[str, Path]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for name, path in folders.items():
         split = split_of(name)
+        if split is None and not _holds_images(path):
+            continue  # annotations, for instance
         if split is None:
             beside = ", ".join(other for other in folders if split_of(other))
             raise bad_folder(f"{str(path)!r} beside the splits {beside}", "move or rename that folder")
@@ -272,29 +275,40 @@ def _check_names(root: Path, classes: list[ClassFolder], splits: Mapping[str, Pa
 def _check_not_misread(classes: Mapping[str, Path]) -> None:
     """Raises UserError where the folders inside the classes say that these are no classes.
 
-    That is: splits inside a class; sub-folders of the same names in several (color and grayscale above the classes,
-    images and masks below them); a copy of the classes inside one of them.
+    That is: splits inside a class; a class inside another one, or a copy of all of them; sub-folders of the same names
+    in several (color and grayscale above the classes, images and masks below them).
     """
     inside = {name: sorted(subfolders(_unwrapped(path, splits=False))) for name, path in classes.items()}
-    holders: dict[str, str] = {}
-    shared: Counter[tuple[str, str]] = Counter()
     for name, names in inside.items():
         where = f"{str(classes[name])!r} has the folders {_listed(names)} in it"
         if len({split_of(each) for each in names if _is_split_alone(each)}) > 1:
             raise bad_folder(f"{where}: splits inside a class", "put the splits above the classes")
-        if len(set(names) & (set(classes) - {name})) > 1:
-            raise bad_folder(f"{where}, like the folders beside it: a copy of them", "move one of the two away")
-        shared.update((holders[each], name) for each in names if each in holders)
-        holders |= {each: name for each in names if each not in holders}
-    for (first, second), number in shared.items():
-        if number > 1:
-            both = f"{str(classes[first])!r} and {str(classes[second])!r}"
-            same = _listed([each for each in inside[first] if each in inside[second]])
+        if same := sorted(set(names) & (set(classes) - {name})):
             raise bad_folder(
-                f"{both} both have the folders {same} in them, so they may be no classes",
-                f"set download.folder to one of the two if its folders are the classes; if {first} and {second} are, "
-                "move the images out of the folders inside them",
+                f"{where}, and beside it lies {_listed(same)}", "move one of the two away, or rename the one inside"
             )
+    for first, second in _alike(classes, inside):
+        both = f"{str(classes[first])!r} and {str(classes[second])!r}"
+        same = sorted(set(inside[first]) & set(inside[second]))
+        raise bad_folder(
+            f"{both} both have the folders {_listed(same)} in them, so they may be no classes",
+            f"set download.folder to one of the two if its folders are the classes; if {first} and {second} are, "
+            "move the images out of the folders inside them",
+        )
+
+
+def _alike(classes: Mapping[str, Path], inside: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """Pairs of classes with several sub-folders of the same names; one will do where they hold nothing else."""
+    holders: dict[str, str] = {}
+    shared: Counter[tuple[str, str]] = Counter()
+    for name, names in inside.items():
+        for each in names:
+            if (holder := holders.setdefault(each, name)) != name:
+                shared[holder, name] += 1
+    for (first, second), number in shared.items():
+        only_folders = not any(_holds_images(classes[name], deep=False) for name in (first, second))
+        if number > 1 or (only_folders and len(inside[first]) + len(inside[second]) > 2):
+            yield first, second
 
 
 def _listed(names: list[str]) -> str:

@@ -77,6 +77,11 @@ READ: dict[str, tuple[list[str], dict[str, dict[str, int]]]] = {
         ["tiny/train/{n01,n02}/images/*3", "tiny/train/{n01,n02}/boxes.txt", "tiny/wnids.txt"],
         {"train": {"n01": 3, "n02": 3}},
     ),
+    "other folders beside splits": (
+        ["{train,test}/{a,b}/*3", "annotations/{a,b}/{1,2}.xml", "models/best.pt"],
+        {split: {"a": 3, "b": 3} for split in ("train", "test")},
+    ),
+    "a folder in each class": (["cat/cat/*3", "dog/dog/*3"], {"train": {"cat": 3, "dog": 3}}),
     "eurosat": (["2750/{Forest,River}/*3"], {"train": {"Forest": 3, "River": 3}}),
     "food-101": (
         ["food-101/images/{pie,soup}/*3", "food-101/meta/classes.txt", "food-101/license.txt"],
@@ -145,8 +150,17 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a copy of the classes inside": (
         ["{yes,no}/*3", "brain_tumor_dataset/{yes,no}/*3"],
-        ["'data/brain_tumor_dataset' has the folders no, yes in it, like the folders beside it", "move one"],
+        ["'data/brain_tumor_dataset' has the folders no, yes in it, and beside it lies no, yes", "move one of the two"],
     ),
+    "a class inside another": (
+        ["{cat,dog}/*3", "dog/cat/*3"], ["'data/dog' has the folders cat in it, and beside it lies cat", "rename"],
+    ),
+    "domains with unlike classes": (["a/{bike,mug}/*3", "b/mug/*3"], ["'data/a' and 'data/b' both have the folders m"]),
+    "coco": (
+        ["{train,val}2017/*3", "annotations/instances.json"], ["'data/train2017' has no class folders in it"],
+    ),
+    "yolo": (["{images,labels}/{train,val}/.x", "images/{train,val}/*3"], ["'data/images/train' has no class folders"]),
+    "flat splits beside another folder": (["{train,test,more}/*3"], ["'data/more' beside the splits test, train"]),
     "classes above splits": (
         ["cat/{train,test}/*3", "dog/train/*3"], ["'data/cat' has the folders test, train", "put the splits above"],
     ),
