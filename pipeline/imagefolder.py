@@ -5,7 +5,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from pipeline.artifacts import atomic, naming
 from pipeline.errors import TemporaryError, UserError
@@ -18,7 +18,7 @@ from pipeline.images import (
     check_suffix,
     is_image_content,
 )
-from pipeline.layout import ClassFolder, bad_folder, entries, find_layout, is_hidden
+from pipeline.layout import ClassFolder, bad_folder, entries, find_layout, is_hidden, suffix
 from pipeline.progress import progress
 
 MAX_LOOSE_FRACTION = 0.01
@@ -128,7 +128,7 @@ def pack(found: Scan, path: Path) -> int:
         for each in found.classes:
             for name, file_path, kind in _files(each.path, each.member):
                 if kind == IMAGE:
-                    _add(archive, name, file_path)
+                    _add(archive, name, Path(file_path))
                     packed += 1
                     advance(1)
         if packed != found.total:
@@ -170,9 +170,9 @@ def _count(classes: list[ClassFolder], class_names: list[str], tally: _Tally) ->
     return counts
 
 
-def _reason(path: Path) -> str:
+def _reason(path: str) -> str:
     try:
-        check_suffix(path.name)
+        check_suffix(path)
     except UnreadableImage as error:
         return str(error)
     raise AssertionError(path)
@@ -189,7 +189,7 @@ def _tally_outside(root: Path, classes: Set[Path], unlabeled: Set[Path], tally: 
 
 def _is_photograph(name: str, kind: str) -> bool:
     """Whether it may have been meant for a class; a PDF beside the class folders is no such thing."""
-    return kind == IMAGE or (kind == UNDECODABLE and PurePath(name).suffix.lower() in RAW_SUFFIXES)
+    return kind == IMAGE or (kind == UNDECODABLE and suffix(name) in RAW_SUFFIXES)
 
 
 def _check_loose(tally: _Tally, *, total: int) -> None:
@@ -228,31 +228,30 @@ def _num_files(root: Path) -> tuple[int, int]:
     return visible, hidden
 
 
-def _files(folder: Path, member: str, *, skip: Set[Path] = frozenset()) -> Iterator[tuple[str, Path, str]]:
+def _files(folder: Path, member: str, *, skip: Set[Path] = frozenset()) -> Iterator[tuple[str, str, str]]:
     """(name in the archive, path, kind) of the files, sorted by code point, one folder in memory at a time."""
     listed = entries(folder)
-    images = {PurePath(name).stem.lower() for name, entry in listed if PurePath(name).suffix.lower() in IMAGE_SUFFIXES}
+    images = {name.rpartition(".")[0].lower() for name, _ in listed if suffix(name) in IMAGE_SUFFIXES}
     for name, entry in listed:
-        path, full = Path(entry.path), f"{member}/{name}" if member else name
+        full = f"{member}/{name}" if member else name
         if not entry.is_dir():
-            yield full, path, _kind(entry, images=images)
-        elif path not in skip:
+            yield full, entry.path, _kind(entry, images=images)
+        elif (path := Path(entry.path)) not in skip:
             yield from _files(path, full, skip=skip)
 
 
 def _kind(entry: os.DirEntry[str], *, images: Set[str]) -> str:
     """What a file is by its suffix, or, if the suffix says nothing, by its first bytes."""
-    name = PurePath(entry.name)
-    suffix = name.suffix.lower()
     if not entry.is_file():
         return OTHER
-    if suffix in IMAGE_SUFFIXES:
+    found = suffix(entry.name)
+    if found in IMAGE_SUFFIXES:
         return IMAGE
-    if suffix in RAW_SUFFIXES | VIDEO_SUFFIXES and name.stem.lower() in images:
+    if found in RAW_SUFFIXES | VIDEO_SUFFIXES and entry.name.rpartition(".")[0].lower() in images:
         return COMPANION
-    if suffix in UNDECODABLE_SUFFIXES:
+    if found in UNDECODABLE_SUFFIXES:
         return UNDECODABLE
-    if suffix in VIDEO_SUFFIXES:
+    if found in VIDEO_SUFFIXES:
         return VIDEO
-    with Path(entry.path).open("rb") as content:
+    with open(entry.path, "rb", buffering=0) as content:  # noqa: PTH123
         return IMAGE if is_image_content(content.read(16)) else OTHER
