@@ -262,6 +262,10 @@ def dvc_locks(project: Path) -> Iterator[Finding]:
 def missing_objects(project: Path) -> Iterator[Finding]:
     """Outputs that `dvc checkout` or `dvc exp apply` could not bring."""
     for missing in missing_outputs(project):
+        if missing.damaged:
+            remedy = "`git checkout dvc.lock`" if missing.owner == HERE else f"`dvc exp remove {missing.owner}`"
+            yield Finding(f"{missing.owner}: dvc.yaml or dvc.lock cannot be read ({missing.damaged})", remedy)
+            continue
         outputs = f"DVC's cache lacks files of {', '.join(missing.outputs)}"
         if missing.owner == HERE:
             yield Finding(f"{HERE}: {outputs}", "`dvc pull` fetches them, `dvc repro` makes them")
@@ -312,11 +316,13 @@ CHECKS: tuple[Check, ...] = (mlflow_runs, *QUICK_CHECKS, checkpoints, missing_ob
 
 
 def _examine(check: Check, project: Path) -> list[Finding]:
-    """What a check finds; that it cannot look is a finding too."""
+    """What a check finds; that it cannot look any further is a finding too."""
+    found: list[Finding] = []
     try:
-        return list(check(project))
+        found.extend(check(project))  # keeps what came before an error
     except (UserError, TemporaryError, OSError) as error:
-        return [Finding(f"{check.__name__.replace('_', ' ')} were not looked at: {error}")]
+        found.append(Finding(f"{check.__name__.replace('_', ' ')} were not looked at: {error}"))
+    return found
 
 
 def _settle(finding: Finding) -> tuple[str, bool]:

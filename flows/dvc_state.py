@@ -11,16 +11,20 @@ from typing import Any
 
 import psutil
 from dvc.config import Config
+from dvc.exceptions import DvcException
 from dvc.utils.serialize import parse_yaml
 
 from flows.workspace import git
 from pipeline.artifacts import file_md5
+from pipeline.errors import first_line
 from pipeline.processes import START_TOLERANCE_SECONDS
 
 RWLOCK = Path(".dvc/tmp/rwlock")
 """JSON: {"read": {path: [{"pid": …, "cmd": …}]}, "write": {path: {"pid": …, "cmd": …}}}."""
 HARDLINK_LOCK = Path(".dvc/tmp/lock")
 HERE = "this checkout"
+DAMAGED = (DvcException, ValueError, TypeError, KeyError, AttributeError)
+"""What is raised where the text of a dvc.lock or of a folder's listing in DVC's cache is not what DVC wrote."""
 _EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/[^/]+")
 
 
@@ -30,6 +34,8 @@ class Missing:
 
     owner: str
     outputs: tuple[str, ...]
+    damaged: str = ""
+    """Why nothing is known of its outputs, where dvc.yaml or dvc.lock cannot be read."""
 
 
 def dead_lockers(project: Path) -> list[int]:
@@ -100,7 +106,11 @@ def missing_outputs(project: Path) -> Iterator[Missing]:
     """The outputs, of this checkout and of each experiment, that neither the cache nor the checkout has whole."""
     cache = cache_folder(project)
     for owner, definition, lock in _lock_files(project):
-        outputs = _cached_outputs(definition, lock)
+        try:
+            outputs = list(_cached_outputs(definition, lock))
+        except DAMAGED as error:
+            yield Missing(owner, (), damaged=first_line(error))
+            continue
         if lacking := tuple(output for output, md5 in outputs if not _is_whole(project, cache, output, md5)):
             yield Missing(owner, lacking)
 
@@ -159,9 +169,11 @@ def _is_whole(project: Path, cache: Path, output: str, md5: str) -> bool:
         return listing.exists() or _holds(project / output, md5)
     if not listing.exists():
         return (project / output).is_dir()
-    files = json.loads(listing.read_text(encoding="utf-8"))
-    absent = (file for file in files if not cached_path(cache, file["md5"]).exists())
-    return all(_holds(project / output / file["relpath"], file["md5"]) for file in absent)
+    try:
+        files = [(entry["relpath"], entry["md5"]) for entry in json.loads(listing.read_text(encoding="utf-8"))]
+    except DAMAGED:
+        return False
+    return all(cached_path(cache, md5).exists() or _holds(project / output / name, md5) for name, md5 in files)
 
 
 def _holds(path: Path, md5: str) -> bool:

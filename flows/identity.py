@@ -24,7 +24,7 @@ from prefect.utilities.urls import url_for
 
 from flows import server
 from flows.doctor import PAGE, prefect_client
-from flows.dvc_state import cache_folder, cached_path, experiment_refs, outputs
+from flows.dvc_state import DAMAGED, cache_folder, cached_path, experiment_refs, outputs
 from flows.ui import mlflow_page
 from flows.workspace import EXPERIMENT_LABEL, git, made_store, tracking_uri
 from pipeline import tracking
@@ -122,8 +122,11 @@ class Sources:
         found = []
         for ref in experiment_refs(self.project):
             _, _, first, rest, name = ref.split("/", 4)
-            commit = git(self.project, "rev-parse", f"{ref}^{{commit}}")
-            found.append(Experiment(name, commit, first + rest))
+            commit = git(self.project, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", check=False)
+            if commit:
+                found.append(Experiment(name, commit, first + rest))
+            else:
+                self._note(f"experiment {name} was not looked at: its commit cannot be read (`git fsck` says more)")
         return found
 
     def runs(self, tag: str, value: str) -> list[Record]:
@@ -158,7 +161,19 @@ class Sources:
 
     def outputs(self, commit: str | None) -> dict[str, str]:
         """Path and hash of the outputs in a commit's dvc.lock."""
-        return outputs(self.file(commit, "dvc.lock"))
+        try:
+            return outputs(self.file(commit, "dvc.lock"))
+        except DAMAGED as error:
+            self._note(f"commit {commit}: dvc.lock cannot be read ({first_line(error)})")
+            return {}
+
+    def params(self, commit: str | None) -> dict[str, str]:
+        """A commit's params.yaml, as MLflow has it: `{"train.epochs": "20", …}`."""
+        try:
+            return _flat(self.file(commit, "params.yaml"))
+        except DAMAGED as error:
+            self._note(f"commit {commit}: params.yaml cannot be read ({first_line(error)})")
+            return {}
 
     def in_cache(self, md5: str) -> Path | None:
         """The cached file, or for a folder (`….dir`) its listing."""
@@ -171,8 +186,12 @@ class Sources:
 
     def listing(self, md5: str) -> dict[str, str]:
         path = self.in_cache(md5) if md5.endswith(".dir") else None
-        entries = json.loads(path.read_text(encoding="utf-8")) if path else []
-        return {entry["relpath"]: entry["md5"] for entry in entries}
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8")) if path else []
+            return {entry["relpath"]: entry["md5"] for entry in entries}
+        except DAMAGED as error:
+            self._note(f"{path} in DVC's cache cannot be read ({first_line(error)})")
+            return {}
 
 
 def _as_flow_run(run: PrefectFlowRun) -> FlowRun:
@@ -284,7 +303,7 @@ def _of_run(sources: Sources, run: Record) -> Trace:
         uncommitted=tuple(name.decode(errors="replace") for name in names),
         data_set=run.params.get("download.dataset"),
         data_md5=tags.get("data.md5"),
-        changed=_changed(_flat(sources.file(commit, "params.yaml")), run.params),
+        changed=_changed(sources.params(commit), run.params),
         run=run,
         run_link=mlflow_page(run.run_id, project=sources.project),
         reproductions=tuple((copy.run_id, copy.tags.get("reproduction.result", copy.status)) for copy in copies),
@@ -298,9 +317,7 @@ def _of_run(sources: Sources, run: Record) -> Trace:
 def _of_experiment(sources: Sources, experiment: Experiment) -> Trace:
     """A trace of an experiment of which MLflow knows nothing."""
     made = sources.outputs(experiment.commit)
-    params, committed = (
-        _flat(sources.file(commit, "params.yaml")) for commit in (experiment.commit, experiment.baseline)
-    )
+    params, committed = (sources.params(commit) for commit in (experiment.commit, experiment.baseline))
     listing = git(sources.project, "diff", "--name-only", str(experiment.baseline), str(experiment.commit), check=False)
     return Trace(
         commit=experiment.baseline,

@@ -21,9 +21,9 @@ from pipeline.artifacts import (
     write_array,
     write_json,
 )
-from pipeline.errors import UserError, report_errors
+from pipeline.errors import UserError, printable, report_errors
 from pipeline.fetch import find_archive
-from pipeline.imagefolder import pack, scan
+from pipeline.imagefolder import HIDDEN, UNDECODABLE, describe, pack, scan
 from pipeline.params import DownloadParams, load_params
 from pipeline.progress import in_bytes
 
@@ -108,18 +108,22 @@ def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
 def _download_imagefolder(params: DownloadParams, folder: Path) -> None:
     found = scan(expand(params.folder))
     size = pack(found, folder / IMAGEFOLDER_ARCHIVE)
+    not_used = {reason: number for reason, number in found.not_used.items() if reason != HIDDEN}
     source = {
         "dataset": "imagefolder",
         "class_names": found.class_names,
         "counts": found.counts,
         "ignored_files": found.ignored,
+        "undecodable_files": [{"file": name, "reason": reason} for name, reason in found.undecodable],
+        "files": {"found": found.total + sum(not_used.values()), "used": found.total, "not_used": not_used},
     }
     write_json(folder / "source.json", source)
     splits = ", ".join(f"{split} {sum(counts.values()):,}" for split, counts in found.counts.items())
-    classes, ignored = len(found.class_names), found.ignored
-    print(f"imagefolder: {found.total:,} images of {classes} classes ({splits}), {in_bytes(size)}")
-    if ignored:
-        print(f"imagefolder: {len(ignored):,} files are no images by their suffix and stay out, such as {ignored[0]}")
+    print(f"imagefolder: {found.total:,} images of {len(found.class_names)} classes ({splits}), {in_bytes(size)}")
+    for line in describe(found):
+        print(f"imagefolder: {printable(line)}")
+    if found.not_used.get(UNDECODABLE):
+        print("imagefolder: those that cannot be decoded count as unreadable in normalize.max_unreadable_fraction")
 
 
 def main() -> None:

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 EXIT_USER = 2
 """Exit status for a mistake that only the user can mend: trying again is of no use."""
+EXIT_PARTIAL = 3
+"""Exit status where some items of many failed, each named with the reason, and all the others were done."""
 EXIT_TEMPORARY = 75
 """Exit status for a failure that may pass, such as the network (EX_TEMPFAIL of sysexits.h): try again."""
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -25,6 +27,10 @@ class UserError(ValueError):
 
 class TemporaryError(RuntimeError):
     """A failure of the surroundings, told in one line, that may be gone at the next try."""
+
+
+class PartialError(RuntimeError):
+    """Some items of many failed. Each was reported with its reason; all the others were done."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -88,6 +94,8 @@ def report_errors() -> Iterator[None]:
         _leave(str(error), EXIT_USER)
     except TemporaryError as error:
         _leave(str(error), EXIT_TEMPORARY)
+    except PartialError as error:
+        _leave(str(error), EXIT_PARTIAL)
     except Terminated as error:
         _leave(f"terminated by SIGTERM; {error.args[0] if error.args else STARTS_AGAIN}", EXIT_TERMINATED)
     except KeyboardInterrupt as error:
@@ -100,9 +108,13 @@ def report_errors() -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        _leave(
-            f"{error.filename}: {error.strerror}; check that the disk has room and the folder can be written", EXIT_USER
+        denied = isinstance(error, PermissionError)
+        remedy = (
+            "check who may read and write it"
+            if denied
+            else "check that the disk has room and the folder can be written"
         )
+        _leave(f"{error.filename}: {error.strerror}; {remedy}", EXIT_USER)
 
 
 def _terminate(_signum: int, _frame: Any) -> NoReturn:

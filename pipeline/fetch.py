@@ -93,7 +93,10 @@ def _local_path(place: str) -> Path | None:
 def _check_local(path: Path, md5: str) -> Path:
     if not path.is_file():
         raise _PlaceError("a folder, not an archive" if path.is_dir() else "no such file", may_pass=False)
-    found = file_md5(path)
+    try:
+        found = file_md5(path)
+    except OSError as error:
+        raise _PlaceError(error.strerror or str(error), may_pass=False) from None
     if found != md5:
         raise _PlaceError(f"{in_bytes(path.stat().st_size)} with MD5 {found}", may_pass=False, found_md5=found)
     print(f"{path}: MD5 as expected")

@@ -1,59 +1,120 @@
-"""A folder of the user's own images: `<class>/…` or `<split>/<class>/…`, checked, and packed into one archive."""
+"""A folder of the user's own images: every file in it accounted for, and the images packed into one archive."""
 
 import os
 import tarfile
-import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePath
+from collections import Counter
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from pipeline.artifacts import atomic, naming
 from pipeline.errors import TemporaryError, UserError
-from pipeline.images import IMAGE_SUFFIXES
+from pipeline.images import (
+    IMAGE_SUFFIXES,
+    RAW_SUFFIXES,
+    UNDECODABLE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    UnreadableImage,
+    check_suffix,
+    is_image_content,
+)
+from pipeline.layout import ClassFolder, bad_folder, entries, find_layout, is_hidden, suffix
 from pipeline.progress import progress
 
-SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
-"""What a split's folder may be called, in any case, and the split it is."""
-PASSED_OVER = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
-"""What operating systems leave beside images; names with a leading dot are passed over as well."""
+MAX_LOOSE_FRACTION = 0.01
+"""Most images that may lie beside the class folders, as a fraction of those in them: more may be a mistake."""
 
-
-@dataclass(frozen=True)
-class _ClassFolder:
-    split: str
-    name: str
-    path: Path
-    ancestors: frozenset[tuple[int, int]]
-    """(device, inode) of the folders above, so that a link back to one of them is not followed."""
-
-    @property
-    def member(self) -> str:
-        return f"{self.split}/{self.name}"
+IMAGE = "images"
+UNDECODABLE = "images in formats that cannot be decoded"
+COMPANION = "camera raw files and videos beside an image of the same name"
+VIDEO = "videos"
+OTHER = "files that are no images"
+LOOSE = "images outside the class folders"
+UNLABELED = "images in folders without classes"
+OUTSIDE = "other files outside the class folders"
+HIDDEN = "hidden files, and what systems leave"
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder of images holds."""
+    """What a folder of images holds, and what of it is used."""
 
     class_names: list[str]
     counts: dict[str, dict[str, int]]
-    """Images by split and class."""
+    """Images by split and class, readable or not: only `normalize` decodes them."""
+    undecodable: list[tuple[str, str]]
+    """(name as in the archive, reason) of images in class folders whose format has no decoder."""
     ignored: list[str]
-    """Files that are no images by their suffix, named as the others are in the archive."""
-    classes: list[_ClassFolder]
+    """Other files in class folders that are not used, named as the others are in the archive."""
+    not_used: dict[str, int]
+    """Files that are not used, by reason; their numbers and `total` add up to the number of files in the folder."""
+    examples: dict[str, str]
+    """The first file of each reason."""
+    hidden: int
+    """How many of `not_used` are hidden. They come and go without anyone's doing."""
+    splits: dict[str, Path]
+    """The folder of the class folders of each split."""
+    classes: list[ClassFolder]
 
     @property
     def total(self) -> int:
         return sum(sum(of_split.values()) for of_split in self.counts.values())
 
 
+@dataclass
+class _Tally:
+    """What is counted while the folder is walked."""
+
+    undecodable: list[tuple[str, str]] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    not_used: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(self, name: str, reason: str) -> None:
+        self.not_used[reason] += 1
+        self.examples.setdefault(reason, name)
+
+
 def scan(root: Path) -> Scan:
     """Find splits, classes and images below `root`; raises UserError where they cannot be learnt from."""
-    classes = _class_folders(root)
-    class_names = sorted(each.name for each in classes if each.split == "train")
-    counts, ignored = _count(classes, class_names)
+    layout = find_layout(root)
+    class_names = sorted(each.name for each in layout.classes if each.split == "train")
+    tally = _Tally()
+    counts = _count(layout.classes, class_names, tally)
+    _tally_outside(root, {each.path for each in layout.classes}, set(layout.unlabeled), tally)
+    visible, hidden = _num_files(root)
+    total = sum(sum(of_split.values()) for of_split in counts.values())
+    if visible != total + tally.not_used.total():
+        raise TemporaryError(f"download.folder: {str(root)!r} changes while it is read; try again")
+    _check_loose(tally, total=total)
     _check_counts(root, counts)
-    return Scan(class_names=class_names, counts=counts, ignored=ignored, classes=classes)
+    if hidden:
+        tally.not_used[HIDDEN] = hidden
+    return Scan(
+        class_names=class_names,
+        counts=counts,
+        undecodable=tally.undecodable,
+        ignored=tally.ignored,
+        not_used=dict(sorted(tally.not_used.items())),
+        examples=tally.examples,
+        hidden=hidden,
+        splits=layout.splits,
+        classes=layout.classes,
+    )
+
+
+def describe(found: Scan) -> list[str]:
+    """Lines that account for every file: where the classes are, how many files were found, used and not used."""
+    where = ", ".join(f"{split} {str(path)!r}" for split, path in found.splits.items())
+    not_used = sum(found.not_used.values())
+    lines = [
+        f"class folders: {where}",
+        f"{found.total + not_used:,} files: {found.total:,} used, {not_used:,} not used",
+    ]
+    for reason, number in found.not_used.items():
+        example = f", such as {found.examples[reason]}" if reason in found.examples else ""
+        lines.append(f"not used: {number:,} {reason}{example}")
+    return lines
 
 
 def pack(found: Scan, path: Path) -> int:
@@ -65,9 +126,9 @@ def pack(found: Scan, path: Path) -> int:
         progress("packing", total=found.total, unit="images") as advance,
     ):
         for each in found.classes:
-            for name, entry in _files(each):
-                if _is_image(entry):
-                    _add(archive, name, Path(entry.path))
+            for name, file_path, kind in _files(each.path, each.member):
+                if kind == IMAGE:
+                    _add(archive, name, Path(file_path))
                     packed += 1
                     advance(1)
         if packed != found.total:
@@ -85,99 +146,59 @@ def _add(archive: tarfile.TarFile, name: str, path: Path) -> None:
     archive.members.clear()  # type: ignore[attr-defined]  # it keeps every member, and memory would grow with the folder
 
 
-def _bad_folder(found: str, remedy: str) -> UserError:
-    allowed = (
-        "<class>/… or <split>/<class>/… with at least two classes, split being train, validation (val, valid) or test"
-    )
-    return UserError(f"download.folder: {found}; allowed: {allowed}; {remedy}")
-
-
-def _class_folders(root: Path) -> list[_ClassFolder]:
-    """The class folders in the order of the archive. Folders that hold classes only are the split train."""
-    if not root.is_dir():
-        found = "is not a folder" if root.exists() else "does not exist"
-        raise _bad_folder(f"{str(root)!r} {found}", "correct the path")
-    folders = _subfolders(root)
-    if not folders:
-        raise _bad_folder(f"{str(root)!r} has no folders in it", "put your images there, a folder for each class")
-    above = frozenset({_identity(root)})
-    if not _has_splits(folders):
-        classes = [_ClassFolder("train", name, path, above) for name, path in folders.items()]
-    else:
-        classes = [
-            _ClassFolder(split, name, path, above | {_identity(split_path)})
-            for split, split_path in _split_folders(root, folders).items()
-            for name, path in _subfolders(split_path).items()
-        ]
-    _check_classes(root, classes, folders)
-    return sorted(classes, key=lambda each: f"{each.member}/")
-
-
-def _has_splits(folders: dict[str, Path]) -> bool:
-    """Whether the folders are splits. A folder that is called train, but holds images and no folders, is a class,
-    unless all the folders beside it are called like splits."""
-    splits = [path for name, path in folders.items() if name.lower() in SPLIT_NAMES]
-    return len(splits) == len(folders) or any(_subfolders(path) for path in splits)
-
-
-def _split_folders(root: Path, folders: dict[str, Path]) -> dict[str, Path]:
-    splits: dict[str, Path] = {}
-    for name, path in folders.items():
-        split = SPLIT_NAMES.get(name.lower())
-        if split is None:
-            beside = ", ".join(other for other in folders if other.lower() in SPLIT_NAMES)
-            raise _bad_folder(f"{str(path)!r} beside the splits {beside}", "move or rename that folder")
-        if split in splits:
-            raise _bad_folder(
-                f"both {str(splits[split])!r} and {str(path)!r} are the split {split}", "leave one of them"
-            )
-        if not _subfolders(path):
-            raise _bad_folder(
-                f"{str(path)!r} has no class folders in it",
-                "sort its images into a folder for each class, or move it away",
-            )
-        splits[split] = path
-    if "train" not in splits:
-        raise _bad_folder(
-            f"{str(root)!r} has {', '.join(folders)} with folders inside, but no train",
-            "add train/<class>/…, or rename them",
-        )
-    return splits
-
-
-def _check_classes(root: Path, classes: Sequence[_ClassFolder], folders: dict[str, Path]) -> None:
-    known = {each.name for each in classes if each.split == "train"}
-    for each in classes:
-        if each.name == "predicted_class":  # the first column of what a served model answers
-            raise _bad_folder(f"{str(each.path)!r} has a name that is taken", "rename it")
-        if each.name not in known:
-            raise _bad_folder(
-                f"{str(each.path)!r} is a class that train does not have", "add its images to train, or move it away"
-            )
-    if len(known) < 2:
-        inside = next((path for path in folders.values() if len(_subfolders(path)) > 1), None)
-        hint = (
-            f"set download.folder to {str(inside)!r} if its folders are the classes" if inside else "add another class"
-        )
-        raise _bad_folder(f"{str(root)!r} has one class only, {next(iter(known))!r}", hint)
-
-
-def _count(classes: Sequence[_ClassFolder], class_names: list[str]) -> tuple[dict[str, dict[str, int]], list[str]]:
-    """Images by split and class, and the names of the files that are no images by their suffix."""
+def _count(classes: list[ClassFolder], class_names: list[str], tally: _Tally) -> dict[str, dict[str, int]]:
+    """Images by split and class; the other files of the class folders go into the tally."""
     present = {each.split for each in classes}
     counts: dict[str, dict[str, int]] = {
         split: dict.fromkeys(class_names, 0) for split in ("train", "validation", "test") if split in present
     }
-    ignored = []
     for each in classes:
-        for name, entry in _files(each):
-            if _is_image(entry):
-                counts[each.split][each.name] += 1
+        kinds: Counter[str] = Counter()
+        for name, path, kind in _files(each.path, each.member):
+            kinds[kind] += 1
+            if kind == IMAGE:
+                continue
+            tally.leave_out(name, kind)
+            if kind == UNDECODABLE:
+                tally.undecodable.append((name, _reason(path)))
             else:
-                ignored.append(name)
+                tally.ignored.append(name)
+        counts[each.split][each.name] = kinds.pop(IMAGE, 0)
         if not counts[each.split][each.name]:
-            raise _bad_folder(f"{str(each.path)!r} has no images in it", "add some, or remove the folder")
-    return counts, ignored
+            others = "".join(f", but {number} {kind}" for kind, number in sorted(kinds.items()))
+            raise bad_folder(f"{str(each.path)!r} has no images in it{others}", "add some, or remove the folder")
+    return counts
+
+
+def _reason(path: str) -> str:
+    try:
+        check_suffix(path)
+    except UnreadableImage as error:
+        return str(error)
+    raise AssertionError(path)
+
+
+def _tally_outside(root: Path, classes: Set[Path], unlabeled: Set[Path], tally: _Tally) -> None:
+    """Count the files that are in no class folder."""
+    for name, _, kind in _files(root, "", skip=classes | unlabeled):
+        tally.leave_out(name, LOOSE if _is_photograph(name, kind) else OUTSIDE)
+    for folder in sorted(unlabeled):
+        for name, _, kind in _files(folder, folder.name):
+            tally.leave_out(name, UNLABELED if _is_photograph(name, kind) else OUTSIDE)
+
+
+def _is_photograph(name: str, kind: str) -> bool:
+    """Whether it may have been meant for a class; a PDF beside the class folders is no such thing."""
+    return kind == IMAGE or (kind == UNDECODABLE and suffix(name) in RAW_SUFFIXES)
+
+
+def _check_loose(tally: _Tally, *, total: int) -> None:
+    loose = tally.not_used[LOOSE]
+    if loose > MAX_LOOSE_FRACTION * total:
+        raise bad_folder(
+            f"{loose} images lie outside the class folders, such as {tally.examples[LOOSE]!r}, and {total} in them",
+            f"sort them into the class folders, or move them away; up to {MAX_LOOSE_FRACTION:.0%} would be left out",
+        )
 
 
 def _check_counts(root: Path, counts: dict[str, dict[str, int]]) -> None:
@@ -194,62 +215,43 @@ def _check_counts(root: Path, counts: dict[str, dict[str, int]]) -> None:
         )
 
 
-def _files(each: _ClassFolder) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """The files of a class with their names in the archive, sorted by code point, one folder in memory at a time."""
-    return _walk(each.path, each.member, set(each.ancestors))
+def _num_files(root: Path) -> tuple[int, int]:
+    """How many files there are below `root`: visible ones, and those that are hidden or in a hidden folder."""
+    visible = hidden = 0
+    concealed = set[str]()
+    for folder, names, files in os.walk(root):
+        inside = folder in concealed
+        concealed.discard(folder)
+        concealed |= {str(Path(folder, name)) for name in names if inside or is_hidden(name)}
+        number = len(files) if inside else sum(map(is_hidden, files))
+        hidden, visible = hidden + number, visible + len(files) - number
+    return visible, hidden
 
 
-def _walk(folder: Path, member: str, seen: set[tuple[int, int]]) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    identity = _identity(folder)
-    if identity in seen:
-        return
-    seen.add(identity)
-    for name, entry in _entries(folder):
-        if entry.is_dir():
-            yield from _walk(Path(entry.path), f"{member}/{name}", seen)
-        else:
-            yield f"{member}/{name}", entry
+def _files(folder: Path, member: str, *, skip: Set[Path] = frozenset()) -> Iterator[tuple[str, str, str]]:
+    """(name in the archive, path, kind) of the files, sorted by code point, one folder in memory at a time."""
+    listed = entries(folder)
+    images = {name.rpartition(".")[0].lower() for name, _ in listed if suffix(name) in IMAGE_SUFFIXES}
+    for name, entry in listed:
+        full = f"{member}/{name}" if member else name
+        if not entry.is_dir():
+            yield full, entry.path, _kind(entry, images=images)
+        elif (path := Path(entry.path)) not in skip:
+            yield from _files(path, full, skip=skip)
 
 
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    return PurePath(entry.name).suffix.lower() in IMAGE_SUFFIXES and entry.is_file()
-
-
-def _subfolders(folder: Path) -> dict[str, Path]:
-    return {name: Path(entry.path) for name, entry in _entries(folder) if entry.is_dir()}
-
-
-def _entries(folder: Path) -> list[tuple[str, os.DirEntry[str]]]:
-    """What the folder holds, under names in Unicode's composed form (NFC), whichever form the file system keeps.
-
-    A folder sorts as if its name ended in "/", which makes the whole walk sorted by code point. Raises UserError
-    for a name that is not UTF-8, and for two that are the same in that form.
-    """
-    named: dict[str, os.DirEntry[str]] = {}
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name.lower() in PASSED_OVER:
-                continue
-            name = _composed(entry)
-            if name in named:
-                found = f"{str(folder)!r} has two names that read {name!r} and differ only in their Unicode form"
-                raise UserError(f"download.folder: {found}; allowed: one; rename one of them")
-            named[name] = entry
-    return sorted(named.items(), key=lambda item: f"{item[0]}/" if item[1].is_dir() else item[0])
-
-
-def _composed(entry: os.DirEntry[str]) -> str:
-    try:
-        entry.name.encode("utf-8")
-    except UnicodeEncodeError:
-        raise UserError(
-            f"download.folder: the name {os.fsencode(entry.path)!r} is not UTF-8; allowed: UTF-8; rename it"
-        ) from None
-    if not entry.name.isprintable():
-        raise UserError(f"download.folder: the name {entry.path!r} has control characters; allowed: none; rename it")
-    return unicodedata.normalize("NFC", entry.name)
-
-
-def _identity(folder: Path) -> tuple[int, int]:
-    status = folder.stat()
-    return status.st_dev, status.st_ino
+def _kind(entry: os.DirEntry[str], *, images: Set[str]) -> str:
+    """What a file is by its suffix, or, if the suffix says nothing, by its first bytes."""
+    if not entry.is_file():
+        return OTHER
+    found = suffix(entry.name)
+    if found in IMAGE_SUFFIXES:
+        return IMAGE
+    if found in RAW_SUFFIXES | VIDEO_SUFFIXES and entry.name.rpartition(".")[0].lower() in images:
+        return COMPANION
+    if found in UNDECODABLE_SUFFIXES:
+        return UNDECODABLE
+    if found in VIDEO_SUFFIXES:
+        return VIDEO
+    with open(entry.path, "rb", buffering=0) as content:  # noqa: PTH123
+        return IMAGE if is_image_content(content.read(16)) else OTHER

@@ -1,15 +1,18 @@
-"""Image files to arrays: every format and mode that Pillow decodes, brought to one size and number of channels."""
+"""Image files to arrays: all formats and modes of Pillow and pillow-heif, at one size and number of channels."""
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from io import BytesIO
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pillow_heif
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from pipeline.errors import printable
@@ -20,11 +23,29 @@ MAX_PIXELS = 2**27
 
 # EPS runs Ghostscript, a program, on the file; the others are recognised by Pillow but have no decoder in it.
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# The picture itself and nothing else of a HEIC file; the processes that decode are as many as the cores.
+pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 _SUFFIXES = Image.registered_extensions()  # loads all of Pillow's plugins as well
 _FORMATS = sorted(set(Image.OPEN) - _REFUSED_FORMATS, key=lambda name: (name not in ("JPEG", "PNG"), name))
 
-IMAGE_SUFFIXES = frozenset(suffix for suffix, name in _SUFFIXES.items() if name in _FORMATS)
-"""Suffixes of image files, lower case, with the dot."""
+
+def _suffixes(words: str) -> frozenset[str]:
+    return frozenset(f".{word}" for word in words.split())
+
+
+IMAGE_SUFFIXES = frozenset(suffix for suffix, name in _SUFFIXES.items() if name in _FORMATS) | {".mpo"}
+"""Suffixes of image files that can be decoded, lower case, with the dot."""
+RAW_SUFFIXES = _suffixes(
+    "3fr arq arw cr2 cr3 crw dcr dng erf fff gpr iiq kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f"
+)
+"""Suffixes of a camera's raw files. Most are TIFF files, of which Pillow would give the thumbnail."""
+UNDECODABLE_SUFFIXES = RAW_SUFFIXES | _suffixes("ai dcm dicom emf eps exr hdp jng jxl jxr pdf svg svgz wdp wmf xcf")
+"""Suffixes of images and documents that cannot be decoded here."""
+VIDEO_SUFFIXES = _suffixes("3gp avi flv insv m2ts m4v mkv mov mp4 mpeg mpg mts ogv webm wmv")
+_SIGNATURES = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftyp(avif|avis|heic|heix|hevc|hevx|mif1|msf1)",
+    re.DOTALL,
+)
 
 _RESAMPLE = Image.Resampling.BICUBIC
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -45,6 +66,18 @@ logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # plugins log what they
 
 class UnreadableImage(ValueError):  # noqa: N818
     """The reason, in one line, why an image file cannot be decoded."""
+
+
+def is_image_content(head: bytes) -> bool:
+    """Whether a file that begins with these bytes (12 or more) is a JPEG, PNG, GIF, WebP, AVIF or HEIC image."""
+    return _SIGNATURES.match(head) is not None
+
+
+def check_suffix(name: str) -> None:
+    """Raise UnreadableImage where a file's name says that it has a format without a decoder."""
+    suffix = PurePath(name).suffix.lower()
+    if suffix in UNDECODABLE_SUFFIXES:
+        raise UnreadableImage(f"{suffix} files cannot be decoded here; export it as JPEG, PNG or TIFF")
 
 
 def decode(content: bytes, *, image_size: int, channels: Channels, resize: Resize) -> npt.NDArray[np.uint8]:

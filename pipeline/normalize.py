@@ -151,6 +151,7 @@ def normalize(raw: Path, result: Path, *, params: NormalizeParams) -> dict[str, 
             for block in source.blocks:
                 spool.add(block)
                 advance(len(block.names) + len(block.unreadable))
+        spool.unreadable += source.undecodable_files
         check_unreadable(spool, params=params)
         splits = draw_splits(spool, class_names=source.class_names, params=params)
         description = _write(folder, spool, splits, source=source, params=params)

@@ -2,44 +2,96 @@
 
 `python -m pipeline.predict photo.jpg scan.png`
 `python -m pipeline.predict --model runs:/<run id>/model photo.jpg`
+
+The answers come as they are found, a batch at a time, in the order of the files. A file that cannot be read is named on
+stderr with the reason; the others are classified, and the exit status is EXIT_PARTIAL.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.artifacts import CHECKSUMS, TRAIN, verify
-from pipeline.errors import UserError, printable, report_errors
-from pipeline.images import UnreadableImage, decode
+from pipeline.errors import PartialError, UserError, printable, report_errors
+from pipeline.images import UnreadableImage, check_suffix, decode
 from pipeline.model import ModelConfig, class_probabilities, load_model
+from pipeline.raw import MAX_FILE_BYTES
+
+BATCH_SIZE = 32
+"""Files that are read and classified together."""
 
 
-def predict(paths: Sequence[Path], *, folder: Path) -> list[dict[str, float]]:
-    """Probabilities by class name, the likeliest first, for each image file.
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image file, or why it could not be read."""
 
-    Raises UserError naming the first file that cannot be read.
+    path: Path
+    probabilities: dict[str, float]
+    """By class name, the most probable first; empty for an unreadable file."""
+    unreadable: str = ""
+    """The reason, in one line."""
+
+
+def predict(paths: Iterable[Path], *, folder: Path) -> Iterator[Prediction]:
+    """Classify each image file with the model in `folder`, in this order, BATCH_SIZE files in memory at a time.
+
+    Raises UserError where the model is missing or damaged, but not for an image file.
     """
     classifier, config = load_model(folder)
-    images = np.stack([_read(path, config=config) for path in paths])
-    order = class_probabilities(classifier, images, config=config)
-    return [
-        {config.class_names[index]: float(row[index]) for index in np.argsort(-row, kind="stable")} for row in order
-    ]
+    for batch in _batches(paths):
+        read = [_read(path, config=config) for path in batch]
+        images = [image for image in read if not isinstance(image, UnreadableImage)]
+        rows = iter(class_probabilities(classifier, np.stack(images), config=config)) if images else iter(())
+        for path, image in zip(batch, read, strict=True):
+            if isinstance(image, UnreadableImage):
+                yield Prediction(path, {}, unreadable=str(image))
+            else:
+                yield Prediction(path, _by_name(next(rows), config=config))
 
 
-def _read(path: Path, *, config: ModelConfig) -> np.ndarray:
-    """(H, W, C) uint8, as `normalize` would have made it."""
+def _batches(paths: Iterable[Path]) -> Iterator[list[Path]]:
+    remaining = iter(paths)
+    while batch := list(islice(remaining, BATCH_SIZE)):
+        yield batch
+
+
+def _by_name(row: npt.NDArray[np.float32], *, config: ModelConfig) -> dict[str, float]:
+    return {config.class_names[index]: float(row[index]) for index in np.argsort(-row, kind="stable")}
+
+
+def _read(path: Path, *, config: ModelConfig) -> npt.NDArray[np.uint8] | UnreadableImage:
+    """(H, W, C) uint8, as `normalize` would have made it, or why that cannot be."""
     try:
-        return decode(path.read_bytes(), image_size=config.image_size, channels=config.channels, resize=config.resize)
+        check_suffix(path.name)
+        content = _content(path)
+        return decode(content, image_size=config.image_size, channels=config.channels, resize=config.resize)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        return UnreadableImage("no such file")
     except IsADirectoryError:
-        raise UserError(f"{path}: a folder; name image files, as in {path}/*.jpg") from None
+        return UnreadableImage(f"a folder; name image files, as in {path}/*.jpg")
+    except OSError as error:
+        return UnreadableImage(error.strerror or str(error))
     except UnreadableImage as error:
-        raise UserError(f"{path}: not readable as an image ({error})") from None
+        return UnreadableImage(f"not readable as an image ({error})")
+
+
+def _content(path: Path) -> bytes:
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode)):
+            raise UnreadableImage("a device, not a file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise UnreadableImage(f"{status.st_size:,} bytes; allowed: {MAX_FILE_BYTES:,}")
+        return file.read()
 
 
 def main() -> None:
@@ -56,14 +108,34 @@ def main() -> None:
             raise UserError(f"--top is {arguments.top}; allowed: 1 or more")
         folder = _model_folder(arguments.model)
         _verify_model(folder)
-        results = predict(arguments.images, folder=folder)
-        for path, result in zip(arguments.images, results, strict=True):
-            if arguments.json:
-                print(json.dumps({"image": str(path), "probabilities": result}, ensure_ascii=False))
+        unreadable = 0
+        for prediction in predict(arguments.images, folder=folder):
+            if prediction.unreadable:
+                unreadable += 1
+                print(f"error: {printable(f'{prediction.path}: {prediction.unreadable}')}", file=sys.stderr, flush=True)
             else:
-                likeliest = list(result.items())[: arguments.top]
-                classes = ", ".join(f"{name} {probability:.1%}" for name, probability in likeliest)
-                print(printable(f"{path}: {classes}"))
+                print(_as_json(prediction) if arguments.json else _as_text(prediction, top=arguments.top), flush=True)
+        if unreadable:
+            raise PartialError(
+                f"{unreadable} of {len(arguments.images)} files cannot be read (named above); "
+                "the others are classified; replace or leave out those"
+            )
+
+
+def _as_json(prediction: Prediction) -> str:
+    answer = {"image": str(prediction.path), "probabilities": prediction.probabilities}
+    try:
+        text = json.dumps(answer, ensure_ascii=False)
+        text.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:  # a file's name may hold bytes that are no text
+        return json.dumps(answer)
+    return text
+
+
+def _as_text(prediction: Prediction, *, top: int) -> str:
+    first = list(prediction.probabilities.items())[:top]
+    classes = ", ".join(f"{name} {probability:.1%}" for name, probability in first)
+    return printable(f"{prediction.path}: {classes}")
 
 
 def _verify_model(folder: Path) -> None:

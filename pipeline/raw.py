@@ -72,9 +72,18 @@ class Source:
     num_files: int
     """Readable or not."""
     ignored_files: list[str]
-    """Files that the folder of images holds, but that are no images by their suffix."""
+    """Files in the class folders that are not used and are no images."""
     blocks: Iterator[Block]
     """At most BLOCK_IMAGES images and about BLOCK_BYTES each, in an order that only the data determines."""
+    undecodable_files: tuple[tuple[str, str], ...] = ()
+    """(name, reason) of images in formats without a decoder, which are in no block."""
+
+
+class _Undecodable(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    file: str
+    reason: str
 
 
 class _Description(BaseModel):
@@ -86,6 +95,9 @@ class _Description(BaseModel):
     class_names: list[str] = []
     counts: dict[str, dict[str, NonNegativeInt]] = {}
     ignored_files: list[str] = []
+    undecodable_files: list[_Undecodable] = []
+    files: dict[str, Any] = {}
+    """How many files were found, used and not used; for the reader."""
 
 
 def open_source(folder: Path, *, params: NormalizeParams) -> Source:
@@ -249,7 +261,8 @@ def _open_image_folder(
         raise UserError(missing(archive))
     pooled = archive.stat().st_size >= POOL_BYTES and num_cores() > 1
     blocks = _in_pool(work, chunks) if pooled else map(work, chunks)
-    return Source("imagefolder", class_names, channels, num_files, description.ignored_files, blocks)
+    undecodable = tuple((each.file, each.reason) for each in description.undecodable_files)
+    return Source("imagefolder", class_names, channels, num_files, description.ignored_files, blocks, undecodable)
 
 
 def _chunks(archive: Path, *, class_names: tuple[str, ...], num_files: int, length: int) -> Iterator[Chunk]:

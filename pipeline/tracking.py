@@ -328,10 +328,7 @@ def deliver() -> bool:
 
 
 def _deliver(path: Path) -> None:
-    try:
-        notes = read_json(path)
-    except UserError as error:
-        raise OSError(str(error)) from None
+    notes = _read_notes(path)
     if notes["store"] != _store_md5():
         return
     found = find_run(notes["run_id"])
@@ -340,12 +337,26 @@ def _deliver(path: Path) -> None:
     elif found.status != "RUNNING" or _is_free(found):  # else it goes on already
         _give(path.parent / TRAIN.name, notes)
         print(f"MLflow run {notes['run_id']} has now what was kept for it", flush=True)
+    elif life(found.tags) != "alive":
+        return  # nobody knows what became of its process; it may still want this
     shutil.rmtree(path.parent)
+
+
+def _read_notes(path: Path) -> dict[str, Any]:
+    """Raises OSError where they are damaged: the other runs get what was kept for them all the same."""
+    try:
+        notes = read_json(path)
+        kept = {name: notes[name] for name in ("store", "run_id", "status", "ended")}
+        return {**kept, "waiting": [Metric(*values) for values in notes["waiting"]]}
+    except (UserError, KeyError, TypeError) as error:
+        raise OSError(
+            f"{path} is damaged ({first_line(error)}); remove its folder if nothing in it is of use"
+        ) from None
 
 
 def _give(folder: Path, notes: Mapping[str, Any]) -> None:
     """Metrics, the finished training in `folder` where there is one, and how the run ended."""
-    run = Run(notes["run_id"], waiting=[Metric(*values) for values in notes["waiting"]])
+    run = Run(notes["run_id"], waiting=notes["waiting"])
     done = run.flush()
     if folder.exists():
         with mlflow.start_run(run_id=run.run_id):

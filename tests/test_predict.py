@@ -1,14 +1,23 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from pipeline import predict as module
 from pipeline.artifacts import replace_folder
+from pipeline.errors import EXIT_PARTIAL, EXIT_PIPE
 from pipeline.model import build, save_config, save_weights
-from pipeline.predict import main, predict
-from tests.conftest import coloured_images
+from pipeline.predict import BATCH_SIZE, main, predict
+from tests.conftest import PROJECT, coloured_images
+from tests.raw_folders import encoded, noise
 from tests.test_model import config
 
 
@@ -33,8 +42,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 def test_probabilities_are_sorted_and_sum_to_one(model: Path) -> None:
     (result,) = predict([Path("photo.png")], folder=model)
-    assert list(result) == ["b", "c", "a"]
-    assert sum(result.values()) == pytest.approx(1)
+    assert list(result.probabilities) == ["b", "c", "a"]
+    assert sum(result.probabilities.values()) == pytest.approx(1)
 
 
 def test_it_prints_a_line_for_each_image(
@@ -56,9 +65,6 @@ def test_json_has_all_classes(model: Path, monkeypatch: pytest.MonkeyPatch, caps
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["gone.png"], "error: gone.png: no such file"),
-        (["artifacts"], "error: artifacts: a folder; name image files"),
-        (["params.yaml"], "error: params.yaml: not readable as an image"),
         (["photo.png", "--model", "elsewhere"], "error: elsewhere/model.json: no such file"),
         (["photo.png", "--top", "0"], "error: --top is 0; allowed: 1 or more"),
     ],
@@ -71,3 +77,131 @@ def test_a_mistake_is_told_in_one_line(
     stderr = capsys.readouterr().err
     assert stderr.startswith(told)
     assert len(stderr.splitlines()) == 1
+
+
+# ---- many files, some of them bad
+
+
+@pytest.fixture
+def bad_files(model: Path) -> dict[str, str]:
+    """Files that cannot be read, and the reason."""
+    Path("cut.png").write_bytes(Path("photo.png").read_bytes()[:200])
+    Path("text.jpg").write_text("not an image")
+    Path("empty.png").touch()
+    Path("raw.CR2").write_bytes(encoded(noise(0), "TIFF"))
+    Path("folder").mkdir()
+    Path("loop.png").symlink_to("loop.png")
+    return {
+        "cut.png": "not readable as an image (",
+        "text.jpg": "not readable as an image (not an image, or its header is damaged)",
+        "empty.png": "not readable as an image (empty file)",
+        "raw.CR2": "not readable as an image (.cr2 files cannot be decoded here; export it as JPEG, PNG or TIFF)",
+        "folder": "a folder; name image files, as in folder/*.jpg",
+        "gone.png": "no such file",
+        "loop.png": "Too many levels of symbolic links",
+        "/dev/zero": "not readable as an image (a device, not a file)",
+        "x" * 300: "File name too long",
+    }
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_bad_files_are_named_and_the_others_answered(
+    bad_files: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+) -> None:
+    mixed = [name for bad in bad_files for name in (bad, "photo.png")]
+    with pytest.raises(SystemExit) as leaving:
+        run(monkeypatch, *options, *mixed)
+    captured = capsys.readouterr()
+    assert leaving.value.code == EXIT_PARTIAL == 3
+    answers = captured.out.splitlines()
+    assert len(answers) == len(bad_files)
+    assert all("photo.png" in line for line in answers)
+    *named, last = captured.err.splitlines()
+    assert [
+        line for line, (name, reason) in zip(named, bad_files.items(), strict=True)
+        if not line.startswith(f"error: {name}: {reason}")
+    ] == []  # fmt: skip
+    assert last.startswith(f"error: {len(bad_files)} of {len(mixed)} files cannot be read")
+
+
+def test_files_that_are_all_bad_are_all_named(
+    bad_files: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        run(monkeypatch, *bad_files)
+    captured = capsys.readouterr()
+    assert (leaving.value.code, captured.out) == (EXIT_PARTIAL, "")
+    assert len(captured.err.splitlines()) == len(bad_files) + 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read_is_named(model: Path) -> None:
+    shutil.copy("photo.png", "secret.png")
+    Path("secret.png").chmod(0)
+    secret, photo = predict([Path("secret.png"), Path("photo.png")], folder=model)
+    assert (secret.unreadable, photo.unreadable) == ("Permission denied", "")
+
+
+def test_answers_come_batch_by_batch_and_each_file_has_its_own(model: Path) -> None:
+    asked = []
+
+    def paths() -> Iterator[Path]:
+        for number in range(2 * BATCH_SIZE + 1):
+            asked.append(number)
+            Image.fromarray(np.full((32, 32, 3), 3 * number, np.uint8)).save(f"{number}.png")
+            yield Path(f"{number}.png")
+
+    answers = predict(paths(), folder=model)
+    first = next(answers)
+    assert len(asked) == BATCH_SIZE
+    together = {answer.path: answer.probabilities for answer in [first, *answers]}
+    assert list(together) == [Path(f"{number}.png") for number in range(2 * BATCH_SIZE + 1)]
+    for number in (0, BATCH_SIZE - 1, BATCH_SIZE, 2 * BATCH_SIZE):
+        (alone,) = predict([Path(f"{number}.png")], folder=model)
+        assert together[alone.path] == pytest.approx(alone.probabilities, abs=1e-5)
+
+
+def test_an_answer_is_printed_before_the_next_batch_is_read(
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    printed: list[int] = []
+    original = module._batches
+
+    def watched(paths: list[Path]) -> Iterator[list[Path]]:
+        for batch in original(paths):
+            printed.append(len(capsys.readouterr().out.splitlines()))
+            yield batch
+
+    monkeypatch.setattr(module, "_batches", watched)
+    run(monkeypatch, *["photo.png"] * (BATCH_SIZE + 1))
+    assert printed == [0, BATCH_SIZE]
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="the file system admits UTF-8 names only")
+def test_a_name_that_is_no_text_is_printed_all_the_same(
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = os.fsdecode(b"\xff \xc3\xa9.png")
+    shutil.copy("photo.png", name)
+    run(monkeypatch, "--json", name)
+    assert json.loads(capsys.readouterr().out)["image"] == name
+    run(monkeypatch, name)
+    assert capsys.readouterr().out.startswith("\\udcff é.png: b ")
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(model: Path) -> None:
+    command = [sys.executable, "-m", "pipeline.predict", *["photo.png"] * (BATCH_SIZE + 1)]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == EXIT_PIPE

@@ -1,0 +1,147 @@
+"""One damaged item among several: it is reported, and the others are dealt with all the same."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from flows import doctor
+from flows.dvc_state import cache_folder, cached_path, missing_outputs
+from flows.identity import Sources
+from pipeline import tracking
+from pipeline.artifacts import write_json
+from pipeline.fetch import find_archive
+from pipeline.params import DownloadParams
+from pipeline.processes import HOST, PID, STARTED, this_process
+
+COMMITTER = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+LOCK = "stages: {train: {cmd: train, outs: [{path: model, md5: %s}]}}"
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *COMMITTER, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def add_experiment(name: str, lock: str) -> str:
+    """An experiment whose commit has this dvc.lock."""
+    baseline = git("rev-parse", "main")
+    git("checkout", "-q", "--detach", "main")
+    Path("dvc.lock").write_text(lock)
+    git("commit", "-qam", name)
+    git("update-ref", experiment_ref(name, baseline), "HEAD")
+    commit = git("rev-parse", "HEAD")
+    git("checkout", "-q", "main")
+    return commit
+
+
+def experiment_ref(name: str, baseline: str) -> str:
+    return f"refs/exps/{baseline[:2]}/{baseline[2:]}/{name}"
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with a dvc.yaml and a dvc.lock without outputs."""
+    monkeypatch.chdir(tmp_path)
+    git("init", "-q", "-b", "main")
+    Path("dvc.yaml").write_text("stages: {train: {cmd: train}}")
+    Path("dvc.lock").write_text("stages: {}")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    return tmp_path
+
+
+@pytest.mark.parametrize("lock", ["{", "[1, 2]", "stages: {train: {outs: [{md5: abc}]}}"])
+def test_the_doctor_reports_an_experiment_that_is_damaged_and_looks_at_the_others(project: Path, lock: str) -> None:
+    add_experiment("a-damaged", lock)
+    add_experiment("b-incomplete", LOCK % ("a" * 32))
+    damaged, incomplete = doctor._examine(doctor.missing_objects, project)
+    assert damaged.what.startswith("experiment a-damaged: ") or damaged.what.startswith("a-damaged: ")
+    assert "dvc.lock cannot be read (" in damaged.what
+    assert damaged.cure == "`dvc exp remove a-damaged`"
+    assert incomplete.what == "experiment b-incomplete: DVC's cache lacks files of model"
+
+
+def test_a_damaged_listing_in_the_cache_is_a_missing_output(project: Path) -> None:
+    md5 = f"{'b' * 32}.dir"
+    listing = cached_path(cache_folder(project), md5)
+    listing.parent.mkdir(parents=True)
+    listing.write_text("[{")
+    add_experiment("a", LOCK % md5)
+    assert [missing.outputs for missing in missing_outputs(project)] == [("model",)]
+
+
+def test_what_a_check_found_before_it_failed_is_kept(project: Path) -> None:
+    def check(_: Path) -> Any:
+        yield doctor.Finding("first")
+        raise OSError("gone")
+
+    assert [finding.what for finding in doctor._examine(check, project)] == ["first", "check were not looked at: gone"]
+
+
+def test_a_trace_looks_at_the_other_experiments(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/none.db")
+    damaged, good = add_experiment("damaged", "{"), add_experiment("good", LOCK % ("a" * 32))
+    baseline = git("rev-parse", "main")
+    lost = project / ".git" / experiment_ref("lost", baseline)
+    lost.write_text(f"{'12' * 20}\n")
+    sources = Sources(project)
+    assert {found.name: found.commit for found in sources.experiments} == {"damaged": damaged, "good": good}
+    assert [sources.outputs(commit) for commit in (damaged, good)] == [{}, {"model": "a" * 32}]
+    notes = "\n".join(sources.notes)
+    assert "experiment lost was not looked at: its commit cannot be read" in notes
+    assert f"commit {damaged}: dvc.lock cannot be read (" in notes
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"run_id": "x"}', '{"store": "", "run_id": "", "status": "", "ended": 0, "waiting": [1]}']
+)
+def test_a_run_that_waits_for_mlflow_is_delivered_though_another_is_damaged(
+    workspace: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    tracking.connect()
+    run = mlflow.MlflowClient().create_run("0", tags={**this_process(), PID: str(2**22), STARTED: "0@dead"})
+    outbox = tracking._outbox()
+    (outbox / "0 damaged").mkdir(parents=True)
+    (outbox / "0 damaged/run.json").write_text(content)
+    (outbox / run.info.run_id).mkdir()
+    notes = {"store": tracking._store_md5(), "run_id": run.info.run_id, "status": "FINISHED", "ended": 1}
+    write_json(outbox / run.info.run_id / "run.json", {**notes, "waiting": [["loss", 0.5, 1, 1]]})
+    assert not tracking.deliver()
+    assert [path.parent.name for path in tracking.put_aside()] == ["0 damaged"]
+    told = capsys.readouterr().out
+    assert "warning: " in told
+    assert "0 damaged waits on: " in told
+    assert "Traceback" not in told
+    found = mlflow.MlflowClient().get_run(run.info.run_id)
+    assert (found.info.status, found.data.metrics) == ("FINISHED", {"loss": 0.5})
+
+
+@pytest.mark.parametrize("tags", [{}, {**this_process(), HOST: "another host"}])
+def test_what_is_kept_for_a_run_stays_while_nobody_knows_what_became_of_its_process(
+    workspace: Path, tags: dict[str, str]
+) -> None:
+    tracking.connect()
+    run_id = mlflow.MlflowClient().create_run("0", tags=tags).info.run_id
+    path = tracking._outbox() / run_id / "run.json"
+    path.parent.mkdir(parents=True)
+    notes = {"store": tracking._store_md5(), "run_id": run_id, "status": "FINISHED", "ended": 1, "waiting": []}
+    write_json(path, notes)
+    assert not tracking.deliver()
+    assert path.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file that can be opened, but not read, is /proc/self/mem")
+def test_an_archive_that_cannot_be_read_is_passed_over(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("good.tar.gz").write_bytes(b"content")
+    params = DownloadParams(
+        dataset="cifar10",
+        folder="-",
+        urls=("/proc/self/mem", "good.tar.gz"),
+        md5="9a0364b9e99bb480dd25e1f0284c8555",
+        timeout_seconds=1,
+    )
+    assert find_archive(params) == Path("good.tar.gz")
+    assert "/proc/self/mem: Input/output error" in capsys.readouterr().out
