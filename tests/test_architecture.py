@@ -33,6 +33,7 @@ ORDER = [
     "optimizer",
     "loop",
     "plots",
+    "sqlite_store",
     "tracking",
     "served_model",
     "train",
