@@ -18,7 +18,6 @@ import importlib.util
 import os
 import shutil
 import sqlite3
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -100,10 +99,9 @@ def ensure_store(path: Path, *, tool: Tool, migrate: Callable[[Path], None]) -> 
         fcntl.flock(lock, fcntl.LOCK_EX)
         if is_current(path, tool=tool):
             return
-        for unfinished in path.parent.glob(f"{path.name}.unfinished-*"):  # of a process that was killed
-            shutil.rmtree(unfinished, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=f"{path.name}.unfinished-", dir=path.parent) as folder:
-            copy = Path(folder) / path.name
+        copy = path.with_name(f"{path.name}.unfinished")
+        _remove(copy)  # of a process that was killed
+        try:
             if path.exists():
                 _migrate(path, copy, tool=tool, migrate=migrate)
             else:
@@ -111,6 +109,8 @@ def ensure_store(path: Path, *, tool: Tool, migrate: Callable[[Path], None]) -> 
                 if path.exists():
                     raise TemporaryError(f"{path}: another program made it meanwhile; run the same command again")
                 _replace(copy, path)
+        finally:
+            _remove(copy)
 
 
 def is_current(path: Path, *, tool: Tool) -> bool:
@@ -189,8 +189,7 @@ def _migrate(path: Path, copy: Path, *, tool: Tool, migrate: Callable[[Path], No
                 raise _failure(path, error, tool=tool) from error
             made_again = True
         if made_again:
-            for leftover in copy.parent.iterdir():
-                leftover.unlink()
+            _remove(copy)
             _create(path, copy, tool=tool, migrate=migrate)
         _copy_permissions(path, copy)
         _replace(copy, path)
@@ -249,10 +248,15 @@ def _copy_permissions(path: Path, copy: Path) -> None:
 
 
 def _replace(copy: Path, path: Path) -> None:
-    if not path.exists():  # else sqlite would take what a deleted database left as part of the new one
-        for suffix in ("-journal", "-wal", "-shm"):
-            path.with_name(path.name + suffix).unlink(missing_ok=True)
+    if not path.exists():  # else sqlite would take what is left of a deleted database as part of the new one
+        _remove(path)
     copy.replace(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a database and what sqlite keeps beside it."""
+    for suffix in ("", "-journal", "-wal", "-shm"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
 def _check_owner(connection: sqlite3.Connection, path: Path, *, tool: Tool) -> None:

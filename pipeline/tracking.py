@@ -530,7 +530,8 @@ def _make_store(uri: str) -> None:
 
 def _migrate(copy: Path) -> None:
     """Bring a database, or an empty file, to the schema of the installed MLflow."""
-    uri = f"sqlite:///{os.path.relpath(copy)}"  # relative: a `?` in the project's own path would end the file's name
+    # relative to the project, whose own path may have a `?` in it, which would end the file's name
+    uri = f"sqlite:///{os.path.relpath(copy) if '?' in str(copy) else copy}"
     engine = mlflow.store.db.utils.create_sqlalchemy_engine(uri)  # type: ignore[no-untyped-call]
     if not mlflow.store.db.utils._is_empty_database(engine):  # type: ignore[no-untyped-call]
         mlflow.store.db.utils._upgrade_db(engine)  # type: ignore[no-untyped-call]
