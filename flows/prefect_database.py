@@ -13,6 +13,9 @@ from pathlib import Path
 from pipeline.errors import TemporaryError
 from pipeline.sqlite_store import PREFECT, ensure_store, sqlite_file
 
+URL_VARIABLES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
+"""Of both, the first one counts."""
+
 
 def ensure_database(environment: Mapping[str, str]) -> None:
     """Make or migrate the database that a server with this environment would use, if that is a sqlite file.
@@ -27,7 +30,8 @@ def ensure_database(environment: Mapping[str, str]) -> None:
     )
 
     with temporary_settings({PREFECT_HOME: Path(environment["PREFECT_HOME"])}):
-        path = sqlite_file(PREFECT_API_DATABASE_CONNECTION_URL.value())
+        url = next((environment[name] for name in URL_VARIABLES if environment.get(name)), None)
+        path = sqlite_file(url or PREFECT_API_DATABASE_CONNECTION_URL.value())
         wanted = PREFECT_API_DATABASE_MIGRATE_ON_START.value()
     if path and wanted:
         ensure_store(path, tool=PREFECT, migrate=lambda copy: _migrate(copy, environment=environment))
@@ -39,11 +43,10 @@ def _migrate(copy: Path, *, environment: Mapping[str, str]) -> None:
     Raises RuntimeError with the last error that Prefect prints, TemporaryError where a signal ended it.
     """
     url = f"sqlite+aiosqlite:///{copy.name}"  # relative: a `?` in the project's own path would end the file's name
-    variables = dict.fromkeys(("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL"), url)
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"],
         cwd=copy.parent,
-        env={**environment, **variables, "NO_COLOR": "1"},
+        env={**environment, **dict.fromkeys(URL_VARIABLES, url), "NO_COLOR": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
