@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from pipeline.errors import TemporaryError
@@ -34,18 +35,21 @@ def ensure_database(environment: Mapping[str, str]) -> None:
         path = sqlite_file(url or PREFECT_API_DATABASE_CONNECTION_URL.value())
         wanted = PREFECT_API_DATABASE_MIGRATE_ON_START.value()
     if path and wanted:
-        ensure_store(path, tool=PREFECT, migrate=lambda copy: _migrate(copy, environment=environment))
+        ensure_store(path, tool=PREFECT, migrate=partial(_migrate, environment=environment))
 
 
-def _migrate(copy: Path, *, environment: Mapping[str, str]) -> None:
+def _migrate(copy: Path, lock: int, *, environment: Mapping[str, str]) -> None:
     """Bring a database, or an empty file, to the schema of the installed Prefect.
 
     Raises RuntimeError with the last error that Prefect prints, TemporaryError where a signal ended it.
     """
+    if not copy.stat().st_size:  # by this note, Prefect would take it that the new database has its block types already
+        (Path(environment["PREFECT_HOME"]) / "memo_store.toml").unlink(missing_ok=True)
     url = f"sqlite+aiosqlite:///{copy.name}"  # relative: a `?` in the project's own path would end the file's name
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"],
         cwd=copy.parent,
+        pass_fds=[lock],
         env={**environment, **dict.fromkeys(URL_VARIABLES, url), "NO_COLOR": "1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

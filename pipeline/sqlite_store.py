@@ -29,6 +29,12 @@ import psutil
 from pipeline.artifacts import naming
 from pipeline.errors import TemporaryError, UserError, first_line
 
+Migrate = Callable[[Path, int], None]
+"""Brings a copy of a database to the newest schema; an empty file stands for a new one.
+
+A child process that does it inherits the second argument, the lock's file descriptor: should its parent be killed, the
+next process waits for the child.
+"""
 LOCK_SECONDS = 30.0
 """How long sqlite waits for another process to end its transaction."""
 
@@ -83,11 +89,10 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(name) if name else None
 
 
-def ensure_store(path: Path, *, tool: Tool, migrate: Callable[[Path], None]) -> None:
+def ensure_store(path: Path, *, tool: Tool, migrate: Migrate) -> None:
     """Make the database, or migrate it, unless it has the schema of the installed version.
 
-    `migrate` receives a copy and brings that to the newest schema; an empty file stands for a new database. A
-    database that was left half made and holds nothing is made anew.
+    A database that was left half made and holds nothing is made anew.
     Raises UserError where the file cannot be used, TemporaryError where another process uses it; the file then stays as
     it was.
     """
@@ -102,13 +107,7 @@ def ensure_store(path: Path, *, tool: Tool, migrate: Callable[[Path], None]) -> 
         copy = path.with_name(f"{path.name}.unfinished")
         _remove(copy)  # of a process that was killed
         try:
-            if path.exists():
-                _migrate(path, copy, tool=tool, migrate=migrate)
-            else:
-                _create(path, copy, tool=tool, migrate=migrate)
-                if path.exists():
-                    raise TemporaryError(f"{path}: another program made it meanwhile; run the same command again")
-                _replace(copy, path)
+            _make(path, copy, tool=tool, migrate=lambda copy: migrate(copy, lock.fileno()))
         finally:
             _remove(copy)
 
@@ -160,6 +159,17 @@ def _assigned(script: Path) -> dict[str, str]:
     return values
 
 
+def _make(path: Path, copy: Path, *, tool: Tool, migrate: Callable[[Path], None]) -> None:
+    if path.exists():
+        _migrate(path, copy, tool=tool, migrate=migrate)
+        return
+    _create(path, copy, tool=tool, migrate=migrate)
+    if path.exists():
+        raise TemporaryError(f"{path}: another program made it meanwhile; run the same command again")
+    _remove(path)  # else sqlite would take what is left of a deleted database as part of the new one
+    copy.replace(path)
+
+
 def _create(path: Path, copy: Path, *, tool: Tool, migrate: Callable[[Path], None]) -> None:
     copy.touch()
     try:
@@ -192,7 +202,7 @@ def _migrate(path: Path, copy: Path, *, tool: Tool, migrate: Callable[[Path], No
             _remove(copy)
             _create(path, copy, tool=tool, migrate=migrate)
         _copy_permissions(path, copy)
-        _replace(copy, path)
+        copy.replace(path)
     if made_again:
         print(f"{path}: was left unfinished by a killed process, with no run in it; made again", flush=True)
     elif not vacant:
@@ -245,12 +255,6 @@ def _copy_permissions(path: Path, copy: Path) -> None:
     status = path.stat()
     with suppress(PermissionError):  # root may have migrated another user's file
         os.chown(copy, status.st_uid, status.st_gid)
-
-
-def _replace(copy: Path, path: Path) -> None:
-    if not path.exists():  # else sqlite would take what is left of a deleted database as part of the new one
-        _remove(path)
-    copy.replace(path)
 
 
 def _remove(path: Path) -> None:

@@ -339,6 +339,7 @@ def _deliver(path: Path) -> None:
     elif found.status != "RUNNING" or _is_free(found):  # else it goes on already
         _give(path.parent / TRAIN.name, notes)
         print(f"MLflow run {notes['run_id']} has now what was kept for it", flush=True)
+    path.unlink()  # first: without it, what a process killed here leaves is not delivered in part again
     shutil.rmtree(path.parent)
 
 
@@ -528,7 +529,7 @@ def _make_store(uri: str) -> None:
         SqlAlchemyStore(uri, folder.as_uri())  # type: ignore[no-untyped-call]
 
 
-def _migrate(copy: Path) -> None:
+def _migrate(copy: Path, _lock: int) -> None:
     """Bring a database, or an empty file, to the schema of the installed MLflow."""
     # relative to the project, whose own path may have a `?` in it, which would end the file's name
     uri = f"sqlite:///{os.path.relpath(copy) if '?' in str(copy) else copy}"

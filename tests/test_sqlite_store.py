@@ -42,15 +42,15 @@ except sqlite3.Error as error:
 """Opens the store, waits for a line, writes."""
 
 
-def migrate(copy: Path) -> None:
-    tracking._migrate(copy)
+def migrate(copy: Path, lock: int) -> None:
+    tracking._migrate(copy, lock)
 
 
-def take(complete: Path, copy: Path) -> None:
+def take(complete: Path, copy: Path, _lock: int) -> None:
     shutil.copyfile(complete, copy)
 
 
-def refuse(_copy: Path) -> None:
+def refuse(_copy: Path, _lock: int) -> None:
     raise AssertionError("nothing is to be migrated")
 
 
@@ -253,9 +253,9 @@ def test_in_wal_mode_too(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_that_opens_the_store_while_it_is_migrated_cannot_write_to_the_old_file(store: Path) -> None:
     opened = []
 
-    def open_meanwhile(copy: Path) -> None:
+    def open_meanwhile(copy: Path, lock: int) -> None:
         opened.append(stack.enter_context(writer(store)))
-        migrate(copy)
+        migrate(copy, lock)
 
     with ExitStack() as stack:
         ensure_store(store, tool=MLFLOW, migrate=open_meanwhile)

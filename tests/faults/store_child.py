@@ -53,7 +53,7 @@ def ensure(tool: str) -> None:
         sqlite_store.ensure_store(Path("prefect.db"), tool=sqlite_store.PREFECT, migrate=upgrade_prefect)
 
 
-def upgrade_prefect(copy: Path) -> None:
+def upgrade_prefect(copy: Path, _lock: int) -> None:
     with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{copy}"}):
         asyncio.run(provide_database_interface().create_db())
 
@@ -81,7 +81,7 @@ def run(tool: str, folder: str, kill: Any, revision: str | None) -> None:
         return
     counts = Counter[str]()
     kill_at(HeadMaintainer, "update_to_step", label="migration", kill=kill, counts=counts)
-    kill_at(sqlite_store, "_replace", label="replace", kill=kill, counts=counts)
+    kill_at(Path, "replace", label="replace", kill=kill, counts=counts)
     ensure(tool)
 
 
