@@ -166,8 +166,7 @@ def _make(path: Path, copy: Path, *, tool: Tool, migrate: Callable[[Path], None]
     _create(path, copy, tool=tool, migrate=migrate)
     if path.exists():
         raise TemporaryError(f"{path}: another program made it meanwhile; run the same command again")
-    _remove(path)  # else sqlite would take what is left of a deleted database as part of the new one
-    copy.replace(path)
+    _replace(copy, path)
 
 
 def _create(path: Path, copy: Path, *, tool: Tool, migrate: Callable[[Path], None]) -> None:
@@ -202,7 +201,7 @@ def _migrate(path: Path, copy: Path, *, tool: Tool, migrate: Callable[[Path], No
             _remove(copy)
             _create(path, copy, tool=tool, migrate=migrate)
         _copy_permissions(path, copy)
-        copy.replace(path)
+        _replace(copy, path)
     if made_again:
         print(f"{path}: was left unfinished by a killed process, with no run in it; made again", flush=True)
     elif not vacant:
@@ -257,10 +256,20 @@ def _copy_permissions(path: Path, copy: Path) -> None:
         os.chown(copy, status.st_uid, status.st_gid)
 
 
-def _remove(path: Path) -> None:
-    """Remove a database and what sqlite keeps beside it."""
-    for suffix in ("", "-journal", "-wal", "-shm"):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
+def _replace(copy: Path, path: Path) -> None:
+    """Rename the copy, where nothing is left beside `path` that sqlite would take as part of the new database."""
+    for name in BESIDE:
+        path.with_name(path.name + name).unlink(missing_ok=True)
+    copy.replace(path)
+
+
+def _remove(copy: Path) -> None:
+    for name in ("", *BESIDE):
+        copy.with_name(copy.name + name).unlink(missing_ok=True)
+
+
+BESIDE = ("-journal", "-wal", "-shm")
+"""What sqlite keeps beside a database."""
 
 
 def _check_owner(connection: sqlite3.Connection, path: Path, *, tool: Tool) -> None:

@@ -18,6 +18,7 @@ from alembic import command
 from alembic.script import ScriptDirectory
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, temporary_settings
 
+from flows import ui
 from flows.prefect_database import ensure_database
 from pipeline import sqlite_store, tracking
 from pipeline.errors import TemporaryError, UserError
@@ -174,6 +175,8 @@ def test_a_link_stays_a_link(store: Path, tmp_path: Path) -> None:
 
 
 def test_a_half_made_store_without_a_run_is_made_again(half_made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # of a transaction that had not begun to write to the database: sqlite passes over it
+    half_made.with_name("mlflow.db-journal").write_bytes(bytes(1000))
     ensure_store(half_made, tool=MLFLOW, migrate=migrate)
     assert is_current(half_made, tool=MLFLOW)
     assert "with no run in it; made again" in capsys.readouterr().out
@@ -262,6 +265,18 @@ def test_a_process_that_opens_the_store_while_it_is_migrated_cannot_write_to_the
         output, _ = opened[0].communicate("\n")
     assert "readonly" in output
     assert names(store) == ["old"]
+
+
+def test_the_pages_migrate_an_older_store_before_they_are_served(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    monkeypatch.chdir("/")
+    for _ in range(2):
+        ui._ensure_store(f"sqlite:///{store}", project=store.parent)
+        assert names(store) == ["old"]
+        assert is_current(store, tool=MLFLOW)
+    assert capsys.readouterr().out.count("mlflow.db: migrated to the schema of MLflow") == 1
 
 
 def test_a_disk_without_room_is_one_line_and_the_store_stays(store: Path) -> None:
