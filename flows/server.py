@@ -23,6 +23,7 @@ from pathlib import Path
 import psutil
 
 from flows import PROJECT
+from flows.prefect_database import ensure_database
 from pipeline.artifacts import write_json
 from pipeline.errors import TemporaryError, UserError, report_errors
 from pipeline.processes import lives, start_of
@@ -119,6 +120,7 @@ def _launch(project: Path, port: int) -> Server:
         name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_API_KEY")
     }
     environment |= {"PREFECT_HOME": str(project / ".prefect"), "PREFECT_SERVER_API_PORT": str(port)}
+    ensure_database(environment)
     process = launch(["prefect", "server", "start", "--host", "127.0.0.1"], log=log, environment=environment)
     server = Server(process.pid, start_of(process.pid), port)
     write_json(project / ".prefect" / "server.json", asdict(server))

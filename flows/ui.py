@@ -3,12 +3,13 @@
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 from flows import PROJECT, server
 from flows.workspace import tracking_uri
 from pipeline.errors import report_errors, shown
+from pipeline.sqlite_store import MLFLOW, is_current, sqlite_file
 
 MLFLOW_PORT = 5000
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -35,6 +36,7 @@ def mlflow_server(project: Path, *, port: int) -> Iterator[str]:
         yield f"{shown(uri)} (yours, from MLFLOW_TRACKING_URI)"
         return
     server.require_free(port, variable="MLFLOW_PORT")
+    _ensure_store(uri, project=project)
     command = ["mlflow", "server", "--artifacts-destination", str(project / "mlartifacts")]
     log = project / ".prefect" / "mlflow.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,16 @@ def mlflow_server(project: Path, *, port: int) -> Iterator[str]:
         yield address
     finally:
         server.end_group(process.pid)
+
+
+def _ensure_store(uri: str, *, project: Path) -> None:
+    """Make or migrate a sqlite store before the server starts, which makes it in place and refuses an older schema."""
+    path = sqlite_file(uri)
+    if path and not is_current(path, tool=MLFLOW):
+        from pipeline import tracking  # noqa: PLC0415  # MLflow takes 2 s to import
+
+        with chdir(project):
+            tracking.connect()
 
 
 @contextmanager

@@ -94,6 +94,8 @@ def replace_folder(target: Path, *, known: Mapping[str, str] | None = None) -> I
     they were written, are not read again.
     """
     fresh, old = (target.with_name(f".{target.name}.{word}.tmp") for word in ("new", "old"))
+    if old.exists() and not target.exists():  # killed between the two renames below: the good one
+        old.rename(target)
     for leftover in (fresh, old):  # of a run that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     with naming(target):

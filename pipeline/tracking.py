@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import mlflow
+import mlflow.store.db.utils
 import requests
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
@@ -36,6 +37,7 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import DataType
 
+from pipeline import sqlite_store
 from pipeline.artifacts import (
     CHECKSUMS,
     DOWNLOAD,
@@ -339,6 +341,7 @@ def _deliver(path: Path) -> None:
         print(f"MLflow run {notes['run_id']} has now what was kept for it", flush=True)
     elif life(found.tags) != "alive":
         return  # nobody knows what became of its process; it may still want this
+    path.unlink()  # first: without it, what a process killed here leaves is not delivered in part again
     shutil.rmtree(path.parent)
 
 
@@ -532,10 +535,24 @@ def _make_store(uri: str) -> None:
     """
     folder = _artifact_folder()
     folder.mkdir(parents=True, exist_ok=True)
+    if path := sqlite_store.sqlite_file(uri):
+        sqlite_store.ensure_store(path, tool=sqlite_store.MLFLOW, migrate=_migrate)
+        return
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not uri.startswith("sqlite:///") or not Path(uri.removeprefix("sqlite:///")).exists():
-            SqlAlchemyStore(uri, folder.as_uri())  # type: ignore[no-untyped-call]
+        SqlAlchemyStore(uri, folder.as_uri())  # type: ignore[no-untyped-call]
+
+
+def _migrate(copy: Path, _lock: int) -> None:
+    """Bring a database, or an empty file, to the schema of the installed MLflow."""
+    # relative to the project, whose own path may have a `?` in it, which would end the file's name
+    uri = f"sqlite:///{os.path.relpath(copy) if '?' in str(copy) else copy}"
+    engine = mlflow.store.db.utils.create_sqlalchemy_engine(uri)  # type: ignore[no-untyped-call]
+    if not mlflow.store.db.utils._is_empty_database(engine):  # type: ignore[no-untyped-call]
+        mlflow.store.db.utils._upgrade_db(engine)  # type: ignore[no-untyped-call]
+    engine.dispose()
+    store = SqlAlchemyStore(uri, _artifact_folder().as_uri())  # type: ignore[no-untyped-call]
+    store.engine.dispose()
 
 
 def _artifact_folder() -> Path:

@@ -37,6 +37,7 @@ ORDER = [
     "loop",
     "plots",
     "model_code",
+    "sqlite_store",
     "tracking",
     "served_model",
     "train",

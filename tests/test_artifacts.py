@@ -41,6 +41,15 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["checksums.md5", "out", "second"]
 
 
+def test_a_folder_whose_replacement_was_killed_between_two_renames_is_there_again(tmp_path: Path) -> None:
+    with replace_folder(tmp_path / "out") as folder:
+        (folder / "good").touch()
+    (tmp_path / "out").rename(tmp_path / ".out.old.tmp")
+    with pytest.raises(RuntimeError), replace_folder(tmp_path / "out"):
+        raise RuntimeError
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checksums.md5", "good", "out"]
+
+
 def test_an_array_written_in_blocks_is_the_array(tmp_path: Path) -> None:
     array = np.arange(60, dtype=np.int64).reshape(10, 2, 3)
     md5 = write_array(tmp_path / "a.npy", [array[:4], array[4:]], shape=array.shape, dtype=np.int64)

@@ -1,0 +1,67 @@
+"""The sqlite database behind the project's Prefect server: made and migrated before the server starts.
+
+The server would do it by itself, in place: killed meanwhile, it could not start again.
+"""
+
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from pipeline.errors import TemporaryError
+from pipeline.sqlite_store import PREFECT, ensure_store, sqlite_file
+
+URL_VARIABLES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
+"""Of both, the first one counts."""
+
+
+def ensure_database(environment: Mapping[str, str]) -> None:
+    """Make or migrate the database that a server with this environment would use, if that is a sqlite file.
+
+    Raises what `pipeline.sqlite_store.ensure_store` raises.
+    """
+    from prefect.settings import (  # noqa: PLC0415  # takes a second; `make stop` has no need of it
+        PREFECT_API_DATABASE_CONNECTION_URL,
+        PREFECT_API_DATABASE_MIGRATE_ON_START,
+        PREFECT_HOME,
+        temporary_settings,
+    )
+
+    with temporary_settings({PREFECT_HOME: Path(environment["PREFECT_HOME"])}):
+        url = next((environment[name] for name in URL_VARIABLES if environment.get(name)), None)
+        path = sqlite_file(url or PREFECT_API_DATABASE_CONNECTION_URL.value())
+        wanted = PREFECT_API_DATABASE_MIGRATE_ON_START.value()
+    if path and wanted:
+        ensure_store(path, tool=PREFECT, migrate=partial(_migrate, environment=environment))
+
+
+def _migrate(copy: Path, lock: int, *, environment: Mapping[str, str]) -> None:
+    """Bring a database, or an empty file, to the schema of the installed Prefect.
+
+    Raises RuntimeError with the last error that Prefect prints, TemporaryError where a signal ended it.
+    """
+    if not copy.stat().st_size:  # by this note, Prefect would take it that the new database has its block types already
+        (Path(environment["PREFECT_HOME"]) / "memo_store.toml").unlink(missing_ok=True)
+    url = f"sqlite+aiosqlite:///{copy.name}"  # relative: a `?` in the project's own path would end the file's name
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"],
+        cwd=copy.parent,
+        pass_fds=[lock],
+        env={**environment, **dict.fromkeys(URL_VARIABLES, url), "NO_COLOR": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise TemporaryError(f"the migration of Prefect's database was ended by {name}; run the same command again")
+    if done.returncode:
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+        raise RuntimeError((errors or lines or [f"exit status {done.returncode}"])[-1])
