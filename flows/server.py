@@ -9,22 +9,23 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
-from flows import PROJECT
+from flows import PROJECT, ports
 from pipeline.artifacts import write_json
-from pipeline.errors import TemporaryError, UserError, report_errors
+from pipeline.errors import TemporaryError, report_errors
 from pipeline.processes import lives, start_of
 
 DEFAULT_PORT = 4200
@@ -54,15 +55,30 @@ class Server:
 
 
 def running(project: Path = PROJECT) -> Server | None:
-    """The project's server if its process lives and answers."""
+    """The project's server if its process lives, and is the one that answers at its port.
+
+    Raises TemporaryError where something answers there, and the system does not say whether it is that process.
+    """
     server = _recorded(project)
-    return server if server and answers(f"{server.api_url}/health") else None
+    if server is None or not answers(f"{server.api_url}/health"):
+        return None
+    ours = ports.listens(server.pid, server.port)
+    if ours is None:
+        raise _unproven("a Prefect server", server.address, remedy=f"if it is yours: PREFECT_API_URL={server.api_url}")
+    return server if ours else None
+
+
+def _unproven(name: str, address: str, *, remedy: str) -> TemporaryError:
+    return TemporaryError(
+        f"{name} answers at {address}, but this system does not say which process listens there, so it may be "
+        f"somebody else's; {remedy}"
+    )
 
 
 def start(project: Path = PROJECT, *, port: int | None = None) -> tuple[Server, bool]:
     """The running server, or a new one, and whether it is new.
 
-    A new one takes `port` and no other; by default PREFECT_PORT, else 4200 or the next that is free.
+    A new one takes `port` and no other; by default PREFECT_PORT, else 4200 or the next that it gets.
     Raises UserError where the port is in use, TemporaryError where the server does not come up.
     """
     folder = project / ".prefect"
@@ -72,7 +88,14 @@ def start(project: Path = PROJECT, *, port: int | None = None) -> tuple[Server, 
         if server := running(project):
             return server, False
         stop(project)
-        return _launch(project, port or _wanted_port()), True
+        found = ports.start_on_port(
+            partial(_launch, project), named=port or _named_port(), default=DEFAULT_PORT, variable="PREFECT_PORT"
+        )
+        return found, True
+
+
+def _named_port() -> int | None:
+    return ports.port_variable("PREFECT_PORT", DEFAULT_PORT) if os.environ.get("PREFECT_PORT") else None
 
 
 def stop(project: Path = PROJECT) -> Server | None:
@@ -98,22 +121,20 @@ def forget_dead(project: Path = PROJECT, *, remove: bool = True) -> bool:
 
 
 def _recorded(project: Path) -> Server | None:
-    """The server on record if that very process lives."""
+    """The Prefect server on record if that very process lives."""
+    return read_record(project / ".prefect" / "server.json")
+
+
+def read_record(path: Path) -> Server | None:
+    """The server that the file names, if that very process lives."""
     try:
-        server = Server(**json.loads((project / ".prefect" / "server.json").read_text(encoding="utf-8")))
+        server = Server(**json.loads(path.read_text(encoding="utf-8")))
         return server if lives(server.pid, started=str(server.started)) else None  # once it was a number
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _wanted_port() -> int:
-    if "PREFECT_PORT" in os.environ:
-        return port_variable("PREFECT_PORT", DEFAULT_PORT)
-    return next(port for port in range(DEFAULT_PORT, DEFAULT_PORT + 100) if is_free(port))
-
-
 def _launch(project: Path, port: int) -> Server:
-    require_free(port, variable="PREFECT_PORT")
     log = project / ".prefect" / "server.log"
     environment = {
         name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_API_KEY")
@@ -139,17 +160,38 @@ def launch(module: list[str], *, log: Path, environment: dict[str, str]) -> subp
         )
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], *, name: str, log: Path) -> None:
-    """Return once `url` answers; raises TemporaryError where it does not. On any exception the process is ended."""
+def wait_for(
+    url: str, process: subprocess.Popen[bytes], *, name: str, log: Path, variable: str = "PREFECT_PORT"
+) -> None:
+    """Return once `process` answers at `url`; on any exception it is ended.
+
+    Raises PortTakenError where another process got the port, TemporaryError where the server does not come up or it
+    cannot be proven that the answer is its own. `variable` chooses the port.
+    """
     deadline = time.monotonic() + START_SECONDS
+    port = int(urlsplit(url).port or 80)
     try:
-        while not answers(url):
+        while not _answers_itself(url, process, port=port, name=name, variable=variable):
+            if process.poll() is not None and not ports.is_free(port):
+                raise ports.taken(port, variable=variable)
             if process.poll() is not None or time.monotonic() > deadline:
                 raise TemporaryError(f"{name} did not start: {_last_line(log)}; see {log}")
             time.sleep(0.1)
     except BaseException:
         end_group(process.pid)
         raise
+
+
+def _answers_itself(url: str, process: subprocess.Popen[bytes], *, port: int, name: str, variable: str) -> bool:
+    """Whether there is an answer, and the process, not another one, gives it."""
+    if not answers(url):
+        return False
+    ours = ports.listens(process.pid, port)
+    if ours is None:
+        raise _unproven(name, url, remedy="use a server of your own: PREFECT_API_URL=…, MLFLOW_TRACKING_URI=…")
+    if not ours:
+        raise ports.taken(port, variable=variable)
+    return True
 
 
 def _last_line(log: Path) -> str:
@@ -174,31 +216,6 @@ def answers(url: str) -> bool:
             return bool(response.status == 200)
     except (OSError, ValueError):
         return False
-
-
-def is_free(port: int) -> bool:
-    """Whether a server could listen on the loopback port."""
-    with closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def require_free(port: int, *, variable: str) -> None:
-    """Raises UserError where something listens on the port."""
-    if not is_free(port):
-        raise UserError(f"port {port} is in use; stop what uses it, or choose another one with {variable}=…")
-
-
-def port_variable(name: str, default: int) -> int:
-    """A port number from the environment."""
-    text = os.environ.get(name, "") or str(default)
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise UserError(f"{name}: found {text!r}; allowed: a port number, 1 to 65535")
-    return int(text)
 
 
 def _start() -> str:
