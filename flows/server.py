@@ -87,15 +87,14 @@ def start(project: Path = PROJECT, *, port: int | None = None) -> tuple[Server, 
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two flow runs started together, one starts the server
         if server := running(project):
             return server, False
+        # to import Prefect takes a second, which `stop` and a server that runs already need not spend
+        from flows import settings  # noqa: PLC0415  # see above
+
+        settings.check_own_server()
+        named, variable = (port, "PREFECT_PORT") if port else settings.named_port()
         stop(project)
-        found = ports.start_on_port(
-            partial(_launch, project), named=port or _named_port(), default=DEFAULT_PORT, variable="PREFECT_PORT"
-        )
-        return found, True
-
-
-def _named_port() -> int | None:
-    return ports.port_variable("PREFECT_PORT", DEFAULT_PORT) if os.environ.get("PREFECT_PORT") else None
+        launch = partial(_launch, project, variable=variable)
+        return ports.start_on_port(launch, named=named, default=DEFAULT_PORT, variable=variable), True
 
 
 def stop(project: Path = PROJECT) -> Server | None:
@@ -134,16 +133,16 @@ def read_record(path: Path) -> Server | None:
         return None
 
 
-def _launch(project: Path, port: int) -> Server:
+def _launch(project: Path, port: int, *, variable: str) -> Server:
+    from flows.settings import own_server_environment  # noqa: PLC0415  # see start
+
     log = project / ".prefect" / "server.log"
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_API_KEY")
-    }
-    environment |= {"PREFECT_HOME": str(project / ".prefect"), "PREFECT_SERVER_API_PORT": str(port)}
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_KEY"}
+    environment |= {"PREFECT_HOME": str(project / ".prefect"), **own_server_environment(port)}
     process = launch(["prefect", "server", "start", "--host", "127.0.0.1"], log=log, environment=environment)
     server = Server(process.pid, start_of(process.pid), port)
     write_json(project / ".prefect" / "server.json", asdict(server))
-    wait_for(f"{server.api_url}/health", process, name="the Prefect server", log=log)
+    wait_for(f"{server.api_url}/health", process, name="the Prefect server", log=log, variable=variable)
     return server
 
 
@@ -220,7 +219,12 @@ def answers(url: str) -> bool:
 
 def _start() -> str:
     found, new = start()
-    return f"Prefect server {'started' if new else 'already running'}: {found.address}; `make stop` ends it"
+    from flows.settings import configured_server  # noqa: PLC0415  # see start
+
+    line = f"Prefect server {'started' if new else 'already running'}: {found.address}; `make stop` ends it"
+    if other := configured_server():
+        line += f"\nwarning: flow runs do not use it, but {other.page}, from {other.source}"
+    return line
 
 
 def _stop() -> str:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from flows import PROJECT, ports, server
+from flows.settings import configured_server
 from flows.workspace import tracking_uri
 from pipeline.artifacts import write_json
 from pipeline.errors import report_errors, shown
@@ -79,8 +80,8 @@ def _start_mlflow(project: Path, uri: str, port: int) -> tuple[subprocess.Popen[
 @contextmanager
 def prefect_server(project: Path) -> Iterator[str]:
     """The project's Prefect server; ended on leaving if it was not there before."""
-    if url := os.environ.get("PREFECT_API_URL"):
-        yield f"{shown(url).removesuffix('/api')} (yours, from PREFECT_API_URL)"
+    if configured := configured_server():
+        yield f"{configured.page} (yours, from {configured.source})"
         return
     found, new = server.start(project)
     try:
