@@ -50,12 +50,8 @@ def _report_bad_settings(kind: type[BaseException], error: BaseException, trace:
         return
     reason = printable(" ".join(str(error).partition("For further information")[0].split()))
     place = os.environ.get("PREFECT_PROFILES_PATH") or Path(os.environ["PREFECT_HOME"]) / "profiles.toml"
-    print(
-        f"error: Prefect's settings: {reason}; correct it in the PREFECT_… variables, .env, prefect.toml, pyproject.toml "
-        f"or {place}",
-        file=sys.stderr,
-        flush=True,
-    )
+    remedy = f"correct it in the PREFECT_… variables, .env, prefect.toml, pyproject.toml or {place}"
+    print(f"error: Prefect's settings: {reason}; {remedy}", file=sys.stderr, flush=True)
     os._exit(EXIT_USER)
 
 

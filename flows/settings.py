@@ -168,4 +168,5 @@ def own_server_environment(port: int) -> dict[str, str]:
         "PREFECT_SERVER_API_BASE_PATH": "/api",
         "PREFECT_API_URL": url,
         "PREFECT_SERVER_UI_API_URL": url,  # or its pages would show another server's runs
+        "PREFECT_SERVER_UI_SERVE_BASE": "/",
     }

@@ -46,6 +46,7 @@ from flows.workspace import (
 from pipeline.artifacts import TRAIN, file_md5
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors, shown
 from pipeline.params import compose, dump_yaml, parse_override, read_yaml
+from pipeline.settings import check_recording
 
 HOUR = 3600.0
 _CACHED = {"restored": "its files came from DVC's cache", "unchanged": "nothing to do"}
@@ -228,7 +229,7 @@ def main() -> None:
     with report_errors(), chdir(PROJECT):
         overrides = dict(parse_override(text) for text in arguments.overrides)
         compose(arguments.recipe, overrides)
-        tracking_uri(PROJECT)
+        check_recording(tracking_uri(PROJECT))
         state = _run_on_server(ensure_server(), arguments.recipe, overrides, keep_workspace=arguments.keep_workspace)
         status = _report(state, recipe=arguments.recipe)
         kept = KEPT / str(state.state_details.flow_run_id)

@@ -13,17 +13,38 @@ from flows import PROJECT, ports, server
 from flows.settings import configured_server
 from flows.workspace import tracking_uri
 from pipeline.artifacts import write_json
-from pipeline.errors import report_errors, shown
+from pipeline.errors import UserError, report_errors, shown
 from pipeline.processes import start_of
+from pipeline.settings import LOOPBACK, is_server
 
 MLFLOW_PORT = 5000
+OURS_TO_SET = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_BACKEND_STORE_URI",
+    "MLFLOW_READ_REPLICA_BACKEND_STORE_URI",
+    "MLFLOW_REGISTRY_STORE_URI",
+    "MLFLOW_DEFAULT_ARTIFACT_ROOT",
+    "MLFLOW_ARTIFACTS_DESTINATION",
+    "MLFLOW_ARTIFACTS_ONLY",
+    "MLFLOW_SERVE_ARTIFACTS",
+    "MLFLOW_STATIC_PREFIX",
+    "MLFLOW_GUNICORN_OPTS",
+    "MLFLOW_UVICORN_OPTS",
+    "MLFLOW_HOST",
+    "MLFLOW_PORT",
+    "MLFLOW_WORKERS",
+    "MLFLOW_WORKSPACE",
+    "MLFLOW_ENABLE_WORKSPACES",
+    "MLFLOW_WORKSPACE_STORE_URI",
+)
+"""Variables of an MLflow server that are not passed on to ours: it would serve other runs, or elsewhere."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def mlflow_page(run_id: str, *, project: Path = PROJECT) -> str:
     """Address of a run's page: on the server that MLFLOW_TRACKING_URI names, else on that of `make ui`."""
     uri = tracking_uri(project)
-    if uri.startswith(("http://", "https://")):
+    if is_server(uri):
         return f"{shown(uri).rstrip('/')}/#/runs/{run_id}"
     found = server.read_record(_mlflow_record(project))
     port = found.port if found else _named_port() or MLFLOW_PORT
@@ -46,9 +67,10 @@ def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
     port is in use, TemporaryError where the server does not come up.
     """
     uri = tracking_uri(project)
-    if uri.startswith(("http://", "https://")):
+    if is_server(uri):
         yield f"{shown(uri)} (yours, from MLFLOW_TRACKING_URI)"
         return
+    _check_host()
     process, port = ports.start_on_port(
         partial(_start_mlflow, project, uri), named=port or _named_port(), default=MLFLOW_PORT, variable="MLFLOW_PORT"
     )
@@ -60,14 +82,27 @@ def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
         server.end_group(process.pid)
 
 
+def _check_host() -> None:
+    host = os.environ.get("MLFLOW_HOST") or LOOPBACK[0]
+    if host not in LOOPBACK:
+        raise UserError(
+            f"MLFLOW_HOST: found {host!r}; allowed: {LOOPBACK[0]}, since the project's own server listens on loopback "
+            "only; unset it, or start a server yourself and set MLFLOW_TRACKING_URI"
+        )
+
+
 def _start_mlflow(project: Path, uri: str, port: int) -> tuple[subprocess.Popen[bytes], int]:
     """The server's process, once it answers, and its port; raises PortTakenError where another process has the port."""
     command = ["mlflow", "server", "--artifacts-destination", str(project / "mlartifacts")]
     log = project / ".prefect" / "mlflow.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    # without MLFLOW_TRACKING_URI, or the server would ask another one; without its job queue, which is eight processes
-    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    # the store's address not as an argument, which all users of the machine could read, password included
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in OURS_TO_SET and not name.startswith(("_MLFLOW_", "MLFLOW_RUN_"))
+    }
+    # without its job queue, which is eight processes; the store's address not as an argument, which all users of the
+    # machine could read, password included
     environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
     process = server.launch(
         [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"], log=log, environment=environment
