@@ -31,6 +31,8 @@ from pipeline.processes import lives, start_of
 DEFAULT_PORT = 4200
 START_SECONDS = 90
 """A slow machine's first start, which makes the database, stays below this."""
+ANSWER_SECONDS = 20
+"""A server that has more to do than the machine can bear answers within this."""
 USERS = {"flows.worker": "make worker", "flows.ui": "make ui"}
 USERS_SECONDS = 50
 """A worker that ends lets its flow runs end."""
@@ -55,17 +57,23 @@ class Server:
 
 
 def running(project: Path = PROJECT) -> Server | None:
-    """The project's server if its process lives, and is the one that answers at its port.
+    """The project's server if its process lives, listens on its port and answers; a busy one is given time for that.
 
     Raises TemporaryError where something answers there, and the system does not say whether it is that process.
     """
     server = _recorded(project)
-    if server is None or not answers(f"{server.api_url}/health"):
-        return None
-    ours = ports.listens(server.pid, server.port)
-    if ours is None:
-        raise _unproven("a Prefect server", server.address, remedy=f"if it is yours: PREFECT_API_URL={server.api_url}")
-    return server if ours else None
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while server and (ours := ports.listens(server.pid, server.port)) is not False:
+        if not answers(f"{server.api_url}/health"):
+            if ours is None or time.monotonic() > deadline:
+                return None
+            time.sleep(0.1)
+        elif ours is None:
+            remedy = f"if it is yours: PREFECT_API_URL={server.api_url}"
+            raise _unproven("a Prefect server", server.address, remedy=remedy)
+        else:
+            return server
+    return None
 
 
 def _unproven(name: str, address: str, *, remedy: str) -> TemporaryError:

@@ -108,6 +108,30 @@ def test_a_server_at_the_recorded_port_that_is_not_ours_is_not_running(tmp_path:
         assert server.running(tmp_path)
 
 
+BUSY = """
+import socket
+print(flush=True)
+listener = socket.create_server(("127.0.0.1", {port}))
+for number in range(3):
+    connection, _ = listener.accept()
+    connection.recv(1000)
+    if number == 2:
+        connection.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\n")
+    connection.close()
+"""
+
+
+def test_our_server_is_not_given_up_where_it_is_slow_to_answer(tmp_path: Path) -> None:
+    port = free_port()
+    with sleeper(f"exec({BUSY.format(port=port)!r})") as process:
+        while not ports.listens(process.pid, port):
+            assert process.poll() is None
+        record = {"pid": process.pid, "started": start_of(process.pid), "port": port}
+        (tmp_path / ".prefect").mkdir()
+        write_json(tmp_path / ".prefect" / "server.json", record)
+        assert server.running(tmp_path) == server.Server(**record)  # type: ignore[arg-type]
+
+
 def test_the_next_free_port_is_tried_where_the_first_is_lost() -> None:
     first = free_port()
     tried = []
