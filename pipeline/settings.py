@@ -32,7 +32,7 @@ def check_tracking_uri(uri: str) -> None:
         raise UserError(_file_store(uri))
     problem = None
     if is_server(uri):
-        problem = None if _has_host(uri) else "names no host"
+        problem = None if has_host(uri) else "names no host"
     elif dialect == "sqlite":
         problem = _sqlite_problem(rest)
     elif dialect not in DATABASE_SCHEMES or not rest.startswith("//"):
@@ -44,7 +44,8 @@ def check_tracking_uri(uri: str) -> None:
         )
 
 
-def _has_host(uri: str) -> bool:
+def has_host(uri: str) -> bool:
+    """Whether the URL names a host, and a port only if that is a number."""
     try:
         parts = urlsplit(uri)
         return bool(parts.hostname) and (parts.port is None or parts.port > 0)

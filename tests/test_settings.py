@@ -1,10 +1,12 @@
 """Settings of MLflow and Prefect: each is honored, refused in one line, or irrelevant, as docs/settings.md says."""
 
 import fnmatch
+import http.server
 import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -156,6 +158,40 @@ def test_a_server_that_does_not_answer_is_one_line_with_its_source(prefect_in: E
     address = f"http://me:secret@127.0.0.1:{free_port()}/api"
     message = "^PREFECT_API_URL: no server answers at http://127.0.0.1:.*; start it, or unset it to use our own$"
     with prefect_in(PREFECT_API_URL=address), pytest.raises(TemporaryError, match=message):
+        ensure_server()
+
+
+class Odd(http.server.BaseHTTPRequestHandler):
+    """Healthy, but no Prefect API of this version that lets us in: what it answers is in the path."""
+
+    def do_GET(self) -> None:
+        _, kind, *rest = self.path.split("/")
+        refuses = kind == "login" and rest != ["health"]
+        self.send_response(401 if refuses else 200)
+        self.end_headers()
+        self.wfile.write({"html": b"<html></html>", "old": b'"2.0.0"', "login": b'{"detail": "Unauthorized"}'}[kind])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+ODD = {"html": "does not answer as Prefect's API does", "old": "incompatible versions", "login": "refuses the login"}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_a_server_that_cannot_be_used_is_one_line(prefect_in: Enter, kind: str) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd) as odd:
+        threading.Thread(target=odd.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{odd.server_address[1]}/{kind}"
+        with prefect_in(PREFECT_API_URL=address), pytest.raises(UserError, match=f"PREFECT_API_URL: .*{ODD[kind]}"):
+            ensure_server()
+        odd.shutdown()
+
+
+@pytest.mark.parametrize("address", ["localhost:4200/api", "ftp://host/api", "http://host:port/api", "http:///api"])
+def test_an_address_that_is_none_is_refused(prefect_in: Enter, address: str) -> None:
+    message = "PREFECT_API_URL: found .*, no address of a server; allowed: the address of Prefect's API"
+    with prefect_in(PREFECT_API_URL=address), pytest.raises(UserError, match=message):
         ensure_server()
 
 
