@@ -15,7 +15,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.callables import parameter_schema
 
 from flows import FLOW_NAME, PROJECT
-from flows.train_classifier import see_to_server, train_classifier
+from flows.prefect_server import ensure_server
+from flows.train_classifier import train_classifier
 from flows.worker import see_to_pool
 from flows.workspace import git
 from pipeline.errors import UserError, report_errors, shown
@@ -67,7 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with report_errors():
         commit = find_commit(arguments.git, arguments.revision)
-        with temporary_settings({PREFECT_API_URL: see_to_server()}):
+        with temporary_settings({PREFECT_API_URL: ensure_server().api_url}):
             deploy_from_git(arguments.git, commit)
         print(
             f"Deployment: {FLOW_NAME}/{NAME} at {commit}\nWorker:     prefect worker start --pool {POOL} --type process"

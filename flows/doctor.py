@@ -51,6 +51,7 @@ from flows.dvc_state import (
     missing_outputs,
     release_dead_lockers,
 )
+from flows.prefect_server import server_in_force
 from flows.workspace import EXPERIMENT_LABEL, FOLDER, find_leftovers, is_held, made_store, remove_leftovers
 from pipeline.errors import TemporaryError, UserError, report_errors, shown
 from pipeline.processes import HOST, PID, life, this_process
@@ -128,10 +129,11 @@ def mlflow_runs(project: Path) -> Iterator[Finding]:
 
 def prefect_runs(project: Path) -> Iterator[Finding]:
     """Flow runs of ours that Prefect holds to be under way, though their process is dead."""
-    url = PREFECT_API_URL.value() or getattr(server.running(project), "api_url", None)
-    if url is None:
+    found = server_in_force(project)
+    if found is None:
         yield Finding("Prefect's flow runs were not looked at: no server of this project is running")
         return
+    url = found.api_url
     try:
         with prefect_client(url) as client:
             runs = _live_runs(client)

@@ -19,12 +19,11 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowR
 from prefect.client.schemas.objects import FlowRun as PrefectFlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import PrefectException
-from prefect.settings import PREFECT_API_URL
 from prefect.utilities.urls import url_for
 
-from flows import server
 from flows.doctor import PAGE, prefect_client
 from flows.dvc_state import DAMAGED, cache_folder, cached_path, experiment_refs, outputs
+from flows.prefect_server import server_in_force
 from flows.ui import mlflow_page
 from flows.workspace import EXPERIMENT_LABEL, git, made_store, tracking_uri
 from pipeline import tracking
@@ -92,11 +91,18 @@ class Sources:
         self.project = project
         self.notes: list[str] = []
         self.mlflow = self._connect()
-        self.prefect = PREFECT_API_URL.value() or getattr(server.running(project), "api_url", None)
-        if self.prefect is None:
-            self._note(
-                "Prefect was not looked at: no server of this project is running (`python -m flows.server start`)"
-            )
+        self.prefect = self._find_prefect()
+
+    def _find_prefect(self) -> str | None:
+        """Address of the server in force."""
+        try:
+            if found := server_in_force(self.project):
+                return found.api_url
+            reason = "no server of this project is running (`python -m flows.server start`)"
+        except (UserError, TemporaryError) as error:
+            reason = str(error)
+        self._note(f"Prefect was not looked at: {reason}")
+        return None
 
     def _connect(self) -> bool:
         uri = made_store(self.project)

@@ -22,7 +22,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows import PROJECT
 from flows.dvc_state import cache_folder, cached_path, outputs
 from flows.gpu import gpu_slot, needed_gpu
-from flows.train_classifier import see_to_server
+from flows.prefect_server import ensure_server
 from flows.workspace import KEPT, StepError, Workspace, git, made_store, open_recorded
 from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
@@ -142,7 +142,7 @@ def _tell_kept(clone: Path) -> Iterator[None]:
 def _slot(clone: Path) -> Iterator[None]:
     """Wait for the GPU as a flow run does; where none is needed, no server is either."""
     if needed_gpu(clone):
-        with temporary_settings({PREFECT_API_URL: see_to_server()}), gpu_slot(clone):
+        with temporary_settings({PREFECT_API_URL: ensure_server().api_url}), gpu_slot(clone):
             yield
     else:
         yield

@@ -9,28 +9,31 @@ import fcntl
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
-from flows import PROJECT
+from flows import PROJECT, ports
 from flows.prefect_database import ensure_database
 from pipeline.artifacts import write_json
-from pipeline.errors import TemporaryError, UserError, report_errors
+from pipeline.errors import TemporaryError, report_errors
 from pipeline.processes import lives, start_of
 
 DEFAULT_PORT = 4200
 START_SECONDS = 90
 """A slow machine's first start, which makes the database, stays below this."""
+ANSWER_SECONDS = 20
+"""A server that has more to do than the machine can bear answers within this."""
 USERS = {"flows.worker": "make worker", "flows.ui": "make ui"}
 USERS_SECONDS = 50
 """A worker that ends lets its flow runs end."""
@@ -55,15 +58,36 @@ class Server:
 
 
 def running(project: Path = PROJECT) -> Server | None:
-    """The project's server if its process lives and answers."""
+    """The project's server if its process lives, listens on its port and answers; a busy one is given time for that.
+
+    Raises TemporaryError where something answers there, and the system does not say whether it is that process.
+    """
     server = _recorded(project)
-    return server if server and answers(f"{server.api_url}/health") else None
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while server and (ours := ports.listens(server.pid, server.port)) is not False:
+        if not answers(f"{server.api_url}/health"):
+            if ours is None or time.monotonic() > deadline:
+                return None
+            time.sleep(0.1)
+        elif ours is None:
+            remedy = f"if it is yours: PREFECT_API_URL={server.api_url}"
+            raise _unproven("a Prefect server", server.address, remedy=remedy)
+        else:
+            return server
+    return None
+
+
+def _unproven(name: str, address: str, *, remedy: str) -> TemporaryError:
+    return TemporaryError(
+        f"{name} answers at {address}, but this system does not say which process listens there, so it may be "
+        f"somebody else's; {remedy}"
+    )
 
 
 def start(project: Path = PROJECT, *, port: int | None = None) -> tuple[Server, bool]:
     """The running server, or a new one, and whether it is new.
 
-    A new one takes `port` and no other; by default PREFECT_PORT, else 4200 or the next that is free.
+    A new one takes `port` and no other; by default PREFECT_PORT, else 4200 or the next that it gets.
     Raises UserError where the port is in use, TemporaryError where the server does not come up.
     """
     folder = project / ".prefect"
@@ -72,8 +96,14 @@ def start(project: Path = PROJECT, *, port: int | None = None) -> tuple[Server, 
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two flow runs started together, one starts the server
         if server := running(project):
             return server, False
+        # to import Prefect takes a second, which `stop` and a server that runs already need not spend
+        from flows import settings  # noqa: PLC0415  # see above
+
+        settings.check_own_server()
+        named, variable = (port, "PREFECT_PORT") if port else settings.named_port()
         stop(project)
-        return _launch(project, port or _wanted_port()), True
+        launch = partial(_launch, project, variable=variable)
+        return ports.start_on_port(launch, named=named, default=DEFAULT_PORT, variable=variable), True
 
 
 def stop(project: Path = PROJECT) -> Server | None:
@@ -99,32 +129,30 @@ def forget_dead(project: Path = PROJECT, *, remove: bool = True) -> bool:
 
 
 def _recorded(project: Path) -> Server | None:
-    """The server on record if that very process lives."""
+    """The Prefect server on record if that very process lives."""
+    return read_record(project / ".prefect" / "server.json")
+
+
+def read_record(path: Path) -> Server | None:
+    """The server that the file names, if that very process lives."""
     try:
-        server = Server(**json.loads((project / ".prefect" / "server.json").read_text(encoding="utf-8")))
+        server = Server(**json.loads(path.read_text(encoding="utf-8")))
         return server if lives(server.pid, started=str(server.started)) else None  # once it was a number
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _wanted_port() -> int:
-    if "PREFECT_PORT" in os.environ:
-        return port_variable("PREFECT_PORT", DEFAULT_PORT)
-    return next(port for port in range(DEFAULT_PORT, DEFAULT_PORT + 100) if is_free(port))
+def _launch(project: Path, port: int, *, variable: str) -> Server:
+    from flows.settings import own_server_environment  # noqa: PLC0415  # see start
 
-
-def _launch(project: Path, port: int) -> Server:
-    require_free(port, variable="PREFECT_PORT")
     log = project / ".prefect" / "server.log"
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_API_KEY")
-    }
-    environment |= {"PREFECT_HOME": str(project / ".prefect"), "PREFECT_SERVER_API_PORT": str(port)}
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_KEY"}
+    environment |= {"PREFECT_HOME": str(project / ".prefect"), **own_server_environment(port)}
     ensure_database(environment)
     process = launch(["prefect", "server", "start", "--host", "127.0.0.1"], log=log, environment=environment)
     server = Server(process.pid, start_of(process.pid), port)
     write_json(project / ".prefect" / "server.json", asdict(server))
-    wait_for(f"{server.api_url}/health", process, name="the Prefect server", log=log)
+    wait_for(f"{server.api_url}/health", process, name="the Prefect server", log=log, variable=variable)
     return server
 
 
@@ -141,17 +169,38 @@ def launch(module: list[str], *, log: Path, environment: dict[str, str]) -> subp
         )
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], *, name: str, log: Path) -> None:
-    """Return once `url` answers; raises TemporaryError where it does not. On any exception the process is ended."""
+def wait_for(
+    url: str, process: subprocess.Popen[bytes], *, name: str, log: Path, variable: str = "PREFECT_PORT"
+) -> None:
+    """Return once `process` answers at `url`; on any exception it is ended.
+
+    Raises PortTakenError where another process got the port, TemporaryError where the server does not come up or it
+    cannot be proven that the answer is its own. `variable` chooses the port.
+    """
     deadline = time.monotonic() + START_SECONDS
+    port = int(urlsplit(url).port or 80)
     try:
-        while not answers(url):
+        while not _answers_itself(url, process, port=port, name=name, variable=variable):
+            if process.poll() is not None and not ports.is_free(port):
+                raise ports.taken(port, variable=variable)
             if process.poll() is not None or time.monotonic() > deadline:
                 raise TemporaryError(f"{name} did not start: {_last_line(log)}; see {log}")
             time.sleep(0.1)
     except BaseException:
         end_group(process.pid)
         raise
+
+
+def _answers_itself(url: str, process: subprocess.Popen[bytes], *, port: int, name: str, variable: str) -> bool:
+    """Whether there is an answer, and the process, not another one, gives it."""
+    if not answers(url):
+        return False
+    ours = ports.listens(process.pid, port)
+    if ours is None:
+        raise _unproven(name, url, remedy="use a server of your own: PREFECT_API_URL=…, MLFLOW_TRACKING_URI=…")
+    if not ours:
+        raise ports.taken(port, variable=variable)
+    return True
 
 
 def _last_line(log: Path) -> str:
@@ -178,34 +227,14 @@ def answers(url: str) -> bool:
         return False
 
 
-def is_free(port: int) -> bool:
-    """Whether a server could listen on the loopback port."""
-    with closing(socket.socket()) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def require_free(port: int, *, variable: str) -> None:
-    """Raises UserError where something listens on the port."""
-    if not is_free(port):
-        raise UserError(f"port {port} is in use; stop what uses it, or choose another one with {variable}=…")
-
-
-def port_variable(name: str, default: int) -> int:
-    """A port number from the environment."""
-    text = os.environ.get(name, "") or str(default)
-    if not text.isdigit() or not 1 <= int(text) <= 65535:
-        raise UserError(f"{name}: found {text!r}; allowed: a port number, 1 to 65535")
-    return int(text)
-
-
 def _start() -> str:
     found, new = start()
-    return f"Prefect server {'started' if new else 'already running'}: {found.address}; `make stop` ends it"
+    from flows.settings import configured_server  # noqa: PLC0415  # see start
+
+    line = f"Prefect server {'started' if new else 'already running'}: {found.address}; `make stop` ends it"
+    if other := configured_server():
+        line += f"\nwarning: flow runs do not use it, but {other.page}, from {other.source}"
+    return line
 
 
 def _stop() -> str:

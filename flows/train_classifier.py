@@ -16,7 +16,7 @@ from contextlib import chdir, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from prefect import Task, flow, get_client, get_run_logger
+from prefect import Task, flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -25,16 +25,28 @@ from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 from prefect.states import Cancelled, Completed, Failed
 from prefect.utilities.urls import url_for
 
-from flows import FLOW_NAME, PROJECT, server
+from flows import FLOW_NAME, PROJECT
 from flows.doctor import settle_quietly, sign
 from flows.form import Overrides, Recipe
 from flows.gpu import gpu_slot
+from flows.prefect_server import ensure_server
+from flows.settings import PrefectServer
 from flows.summary import Step, Summary, as_markdown, as_text, changed_params, read_summary
 from flows.ui import mlflow_page
-from flows.workspace import KEPT, Keep, StepError, Workspace, experiment_name, open_workspace, untracked_files
+from flows.workspace import (
+    KEPT,
+    Keep,
+    StepError,
+    Workspace,
+    experiment_name,
+    open_workspace,
+    tracking_uri,
+    untracked_files,
+)
 from pipeline.artifacts import TRAIN, file_md5
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors, shown
 from pipeline.params import compose, dump_yaml, parse_override, read_yaml
+from pipeline.settings import check_recording
 
 HOUR = 3600.0
 _CACHED = {"restored": "its files came from DVC's cache", "unchanged": "nothing to do"}
@@ -210,14 +222,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Check the parameters, see to a server, run the flow, print what came out."""
+    """Check the parameters, ensure a server, run the flow, print what came out."""
     arguments = parse_arguments()
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal is to end a run as tidily as SIGTERM
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with report_errors(), chdir(PROJECT):
         overrides = dict(parse_override(text) for text in arguments.overrides)
         compose(arguments.recipe, overrides)
-        state = _run_on_server(see_to_server(), arguments.recipe, overrides, keep_workspace=arguments.keep_workspace)
+        check_recording(tracking_uri(PROJECT))
+        state = _run_on_server(ensure_server(), arguments.recipe, overrides, keep_workspace=arguments.keep_workspace)
         status = _report(state, recipe=arguments.recipe)
         kept = KEPT / str(state.state_details.flow_run_id)
         if kept.is_dir():
@@ -225,29 +238,13 @@ def main() -> None:
     sys.exit(status)
 
 
-def _run_on_server(api_url: str, recipe: str, overrides: dict[str, Any], *, keep_workspace: bool) -> State[Any]:
-    settings = {PREFECT_API_URL: api_url}
-    if shown(api_url) != api_url:  # Prefect logs the page of the run
-        settings[PREFECT_UI_URL] = shown(api_url).removesuffix("/api")
+def _run_on_server(used: PrefectServer, recipe: str, overrides: dict[str, Any], *, keep_workspace: bool) -> State[Any]:
+    settings = {PREFECT_API_URL: used.api_url}
+    if used.source is None or shown(used.api_url) != used.api_url:  # Prefect logs the page of the run
+        settings[PREFECT_UI_URL] = used.page
     with temporary_settings(settings):
         values = Overrides.model_validate(overrides)
         return train_classifier(recipe, values, keep_workspace, return_state=True)
-
-
-def see_to_server() -> str:
-    """The user's Prefect server if one is set, else the project's own, started if need be."""
-    if url := PREFECT_API_URL.value():
-        if get_client(sync_client=True).api_healthcheck() is not None:
-            raise TemporaryError(
-                f"PREFECT_API_URL: no server answers at {shown(url)}; start it, or unset it to use our own"
-            )
-        return str(url)
-    found = server.running()
-    if found is None:
-        print("Starting the project's Prefect server (about 10 s, once) …", flush=True)
-        found, _ = server.start()
-        print(f"Prefect server: {found.address}; it stays for later runs, `make stop` ends it", flush=True)
-    return found.api_url
 
 
 def _report(state: State[Any], *, recipe: str) -> int:

@@ -2,57 +2,116 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from flows import PROJECT, server
+from flows import PROJECT, ports, server
+from flows.settings import configured_server
 from flows.workspace import tracking_uri
-from pipeline.errors import report_errors, shown
+from pipeline.artifacts import write_json
+from pipeline.errors import UserError, report_errors, shown
+from pipeline.processes import start_of
+from pipeline.settings import LOOPBACK, is_server
 from pipeline.sqlite_store import MLFLOW, is_current, sqlite_file
 
 MLFLOW_PORT = 5000
+OURS_TO_SET = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_BACKEND_STORE_URI",
+    "MLFLOW_READ_REPLICA_BACKEND_STORE_URI",
+    "MLFLOW_REGISTRY_STORE_URI",
+    "MLFLOW_DEFAULT_ARTIFACT_ROOT",
+    "MLFLOW_ARTIFACTS_DESTINATION",
+    "MLFLOW_ARTIFACTS_ONLY",
+    "MLFLOW_SERVE_ARTIFACTS",
+    "MLFLOW_STATIC_PREFIX",
+    "MLFLOW_GUNICORN_OPTS",
+    "MLFLOW_UVICORN_OPTS",
+    "MLFLOW_HOST",
+    "MLFLOW_PORT",
+    "MLFLOW_WORKERS",
+    "MLFLOW_WORKSPACE",
+    "MLFLOW_ENABLE_WORKSPACES",
+    "MLFLOW_WORKSPACE_STORE_URI",
+)
+"""Variables of an MLflow server that are not passed on to ours: it would serve other runs, or elsewhere."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def mlflow_page(run_id: str, *, project: Path = PROJECT) -> str:
     """Address of a run's page: on the server that MLFLOW_TRACKING_URI names, else on that of `make ui`."""
     uri = tracking_uri(project)
-    served = uri.startswith(("http://", "https://"))
-    address = (
-        shown(uri).rstrip("/") if served else f"http://127.0.0.1:{server.port_variable('MLFLOW_PORT', MLFLOW_PORT)}"
-    )
-    return f"{address}/#/runs/{run_id}"
+    if is_server(uri):
+        return f"{shown(uri).rstrip('/')}/#/runs/{run_id}"
+    found = server.read_record(_mlflow_record(project))
+    port = found.port if found else _named_port() or MLFLOW_PORT
+    return f"http://127.0.0.1:{port}/#/runs/{run_id}"
+
+
+def _mlflow_record(project: Path) -> Path:
+    return project / ".prefect" / "mlflow.json"
+
+
+def _named_port() -> int | None:
+    return ports.port_variable("MLFLOW_PORT", MLFLOW_PORT) if os.environ.get("MLFLOW_PORT") else None
 
 
 @contextmanager
-def mlflow_server(project: Path, *, port: int) -> Iterator[str]:
+def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
     """Serve the project's MLflow store; gives its address, and ends it on leaving.
 
-    Raises UserError where the port is in use, TemporaryError where the server does not come up.
+    It takes `port` and no other; by default MLFLOW_PORT, else 5000 or the next that it gets. Raises UserError where the
+    port is in use, TemporaryError where the server does not come up.
     """
     uri = tracking_uri(project)
-    if uri.startswith(("http://", "https://")):
+    if is_server(uri):
         yield f"{shown(uri)} (yours, from MLFLOW_TRACKING_URI)"
         return
-    server.require_free(port, variable="MLFLOW_PORT")
+    _check_host()
     _ensure_store(uri, project=project)
+    process, port = ports.start_on_port(
+        partial(_start_mlflow, project, uri), named=port or _named_port(), default=MLFLOW_PORT, variable="MLFLOW_PORT"
+    )
+    try:
+        record = server.Server(process.pid, start_of(process.pid), port)
+        write_json(_mlflow_record(project), asdict(record))
+        yield record.address
+    finally:
+        server.end_group(process.pid)
+
+
+def _check_host() -> None:
+    host = os.environ.get("MLFLOW_HOST") or LOOPBACK[0]
+    if host not in LOOPBACK:
+        raise UserError(
+            f"MLFLOW_HOST: found {host!r}; allowed: {LOOPBACK[0]}, since the project's own server listens on loopback "
+            "only; unset it, or start a server yourself and set MLFLOW_TRACKING_URI"
+        )
+
+
+def _start_mlflow(project: Path, uri: str, port: int) -> tuple[subprocess.Popen[bytes], int]:
+    """The server's process, once it answers, and its port; raises PortTakenError where another process has the port."""
     command = ["mlflow", "server", "--artifacts-destination", str(project / "mlartifacts")]
     log = project / ".prefect" / "mlflow.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    # without MLFLOW_TRACKING_URI, or the server would ask another one; without its job queue, which is eight processes
-    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
-    # the store's address not as an argument, which all users of the machine could read, password included
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in OURS_TO_SET and not name.startswith(("_MLFLOW_", "MLFLOW_RUN_"))
+    }
+    # without its job queue, which is eight processes; the store's address not as an argument, which all users of the
+    # machine could read, password included
     environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
     process = server.launch(
         [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"], log=log, environment=environment
     )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        server.wait_for(f"{address}/health", process, name="the MLflow server", log=log)
-        yield address
-    finally:
-        server.end_group(process.pid)
+    health = f"http://127.0.0.1:{port}/health"
+    server.wait_for(health, process, name="the MLflow server", log=log, variable="MLFLOW_PORT")
+    return process, port
 
 
 def _ensure_store(uri: str, *, project: Path) -> None:
@@ -68,10 +127,10 @@ def _ensure_store(uri: str, *, project: Path) -> None:
 @contextmanager
 def prefect_server(project: Path) -> Iterator[str]:
     """The project's Prefect server; ended on leaving if it was not there before."""
-    if url := os.environ.get("PREFECT_API_URL"):
-        yield f"{shown(url).removesuffix('/api')} (yours, from PREFECT_API_URL)"
+    if configured := configured_server():
+        yield f"{configured.page} (yours, from {configured.source})"
         return
-    found, new = server.start(project, port=server.port_variable("PREFECT_PORT", server.DEFAULT_PORT))
+    found, new = server.start(project)
     try:
         yield found.address if new else f"{found.address} (was running, stays; `make stop` ends it)"
     finally:
@@ -83,11 +142,9 @@ def main() -> None:
     """Start both, print their addresses, wait."""
     for number in SIGNALS:
         signal.signal(number, _leave)
-    with report_errors():
-        port = server.port_variable("MLFLOW_PORT", MLFLOW_PORT)
-        with mlflow_server(PROJECT, port=port) as mlflow, prefect_server(PROJECT) as prefect:
-            print(f"MLflow:  {mlflow}\nPrefect: {prefect}\nCtrl-C stops them.", flush=True)
-            signal.pause()
+    with report_errors(), mlflow_server(PROJECT) as mlflow, prefect_server(PROJECT) as prefect:
+        print(f"MLflow:  {mlflow}\nPrefect: {prefect}\nCtrl-C stops them.", flush=True)
+        signal.pause()
 
 
 def _leave(_number: int, _frame: object) -> None:

@@ -21,8 +21,9 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import FLOW_NAME, PROJECT, server
-from flows.train_classifier import see_to_server
-from pipeline.errors import TemporaryError, UserError, report_errors, shown
+from flows.prefect_server import ensure_server, server_in_force
+from flows.settings import PrefectServer
+from pipeline.errors import TemporaryError, UserError, report_errors
 
 POOL = "local"
 STOP_SECONDS = 40
@@ -80,12 +81,15 @@ def _command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "prefect", *arguments]
 
 
-def work(api_url: str) -> int:
+def work(used: PrefectServer) -> int:
     """Run a worker until it ends or a signal comes; what it started has ended when this returns."""
     command = _command("worker", "start", "--pool", POOL, "--type", "process")
     extra = {"PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", QUERY_SECONDS)}
     process = subprocess.Popen(
-        command, cwd=PROJECT, env={**os.environ, **environment(api_url), **extra}, start_new_session=True
+        command,
+        cwd=PROJECT,
+        env={**os.environ, **environment(used.api_url), **used.environment(), **extra},
+        start_new_session=True,
     )
     try:
         return process.wait()
@@ -94,24 +98,28 @@ def work(api_url: str) -> int:
 
 
 def _print_environment() -> None:
-    found = PREFECT_API_URL.value() or getattr(server.running(), "api_url", None)
-    if found is None:
+    try:
+        found = server_in_force()
+        if found is None:
+            raise TemporaryError("no Prefect server of this project is running; `make worker` or `make ui` starts one")
+    except (UserError, TemporaryError):
         print("false")  # for the shell that evaluates what we print
-        raise TemporaryError("no Prefect server of this project is running; `make worker` or `make ui` starts one")
-    kept = {name: os.environ[name] for name in ("PREFECT_PROFILES_PATH", "DO_NOT_TRACK") if name in os.environ}
-    for name, value in {**environment(str(found)), **kept}.items():
+        raise
+    names = ("PREFECT_PROFILES_PATH", "DO_NOT_TRACK", "NO_PROXY", "no_proxy")
+    kept = {name: os.environ[name] for name in names if name in os.environ}
+    for name, value in {**environment(found.api_url), **kept}.items():
         print(f"export {name}={shlex.quote(value)}")
 
 
 def _serve() -> int:
-    api_url = see_to_server()
-    with temporary_settings({PREFECT_API_URL: api_url}):
+    used = ensure_server()
+    with temporary_settings({PREFECT_API_URL: used.api_url}):
         see_to_pool()
-        names = deploy(api_url)
-    print(f"Deployments: {', '.join(names)}\nForm:        {shown(api_url).removesuffix('/api')}/deployments")
+        names = deploy(used.api_url)
+    print(f"Deployments: {', '.join(names)}\nForm:        {used.page}/deployments")
     print('Commands:    eval "$(make prefect-env)"; prefect deployment run train-classifier/on-demand -p recipe=digits')
     print("Ctrl-C stops the worker and what it runs.", flush=True)
-    return work(api_url)
+    return work(used)
 
 
 def main() -> None:

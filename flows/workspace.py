@@ -21,6 +21,7 @@ from typing import IO, Any, Literal
 
 from pipeline.errors import UserError
 from pipeline.params import PARAMS_FILE, read_yaml
+from pipeline.settings import check_tracking_uri
 
 FOLDER = Path(".dvc/tmp/flows")
 KEPT = Path(".dvc/tmp/kept")
@@ -436,8 +437,12 @@ def stage_environment(project: Path, folder: Path, *, variables: Mapping[str, st
 
 
 def tracking_uri(project: Path) -> str:
-    """MLFLOW_TRACKING_URI, by default the project's own sqlite file; a relative file is one in the project."""
+    """MLFLOW_TRACKING_URI, by default the project's own sqlite file; a relative file is one in the project.
+
+    Raises UserError where no run can be recorded there.
+    """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "") or "sqlite:///mlflow.db"
+    check_tracking_uri(uri)
     scheme, separator, path = uri.partition(":///")
     if separator and scheme.startswith("sqlite"):
         return f"{scheme}:///{project / path}"

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import mlflow
 import mlflow.store.db.utils
@@ -36,6 +35,7 @@ from mlflow.models import ModelSignature
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import DataType
+from mlflow.utils.credentials import get_default_host_creds
 
 from pipeline import sqlite_store
 from pipeline.artifacts import (
@@ -56,6 +56,14 @@ from pipeline.errors import TemporaryError, UserError, first_line, shown
 from pipeline.model_code import packaged
 from pipeline.params import read_yaml
 from pipeline.processes import HOST, PID, Life, life, this_process
+from pipeline.settings import (
+    check_recording,
+    check_tracking_uri,
+    is_server,
+    keep_loopback_off_proxies,
+    missing_package,
+    unreachable,
+)
 
 SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "ruamel.yaml", "safetensors")
 """What a served model imports; its requirements name the versions it was trained with."""
@@ -219,6 +227,7 @@ def training_run(
     its checkpoint, names one. Raises UserError or TemporaryError where the store cannot be reached.
     """
     connect()
+    check_recording(mlflow.get_tracking_uri())
     deliver()
     difference = _git_bytes(*DIFF)
     with store_errors():
@@ -391,6 +400,7 @@ def run_of_model(model_md5: str, *, experiment: str) -> tuple[Run, bool]:
     Raises UserError where the store cannot be reached.
     """
     connect()
+    check_recording(mlflow.get_tracking_uri())
     deliver()
     found = makers(model_md5, reproduces=os.environ.get("PIPELINE_REPRODUCES"))
     with store_errors():
@@ -508,24 +518,43 @@ def connect() -> None:
     # of a server that went away: the defaults, 7 retries and 120 s each, take minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"  # `Run` sends in a thread of its own, and needs the errors
+    keep_loopback_off_proxies()
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    check_tracking_uri(uri)
     if shown(uri) != uri:
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print the password too
     with store_errors():
-        if urlsplit(uri).scheme in {"http", "https"}:
-            try:
-                requests.get(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS).raise_for_status()
-            except requests.exceptions.InvalidURL as error:
-                raise UserError(_unreachable(uri, type(error).__name__)) from None
-            except requests.RequestException as error:
-                raise TemporaryError(_unreachable(uri, type(error).__name__)) from None
+        if is_server(uri):
+            _ask_server(uri)
         else:
             _make_store(uri)
     mlflow.set_tracking_uri(uri)
     mlflow.set_system_metrics_sampling_interval(2)  # type: ignore[no-untyped-call]
     mlflow.set_system_metrics_samples_before_logging(1)  # type: ignore[no-untyped-call]
+
+
+def _ask_server(uri: str) -> None:
+    """Raise TemporaryError where no MLflow server answers, UserError where its address cannot be one."""
+    creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
+    try:
+        response = requests.get(
+            f"{uri.rstrip('/')}/health",
+            timeout=CONNECT_SECONDS,
+            # as MLflow's own client has them, from MLFLOW_TRACKING_…
+            auth=(creds.username, creds.password) if creds.username and creds.password else None,
+            headers={"Authorization": f"Bearer {creds.token}"} if creds.token and not creds.username else {},
+            verify=creds.verify,
+            cert=creds.client_cert_path,
+        )
+        if response.status_code not in (401, 403):  # which the health check alone may be, under another login
+            response.raise_for_status()
+    except requests.exceptions.InvalidURL as error:
+        raise UserError(unreachable(uri, type(error).__name__)) from None
+    except requests.RequestException as error:
+        raise TemporaryError(unreachable(uri, type(error).__name__)) from None
 
 
 def _make_store(uri: str) -> None:
@@ -559,13 +588,6 @@ def _artifact_folder() -> Path:
     return Path(os.environ.get("PIPELINE_PROJECT", ".")).resolve() / "mlartifacts"
 
 
-def _unreachable(uri: str, reason: str) -> str:
-    return (
-        f"MLFLOW_TRACKING_URI is {shown(uri)}, which does not answer ({reason}); start that server, "
-        "or unset the variable to record into mlflow.db here"
-    )
-
-
 @contextmanager
 def store_errors() -> Iterator[None]:
     """Tell MLflow's failures in one line: TemporaryError for a server, UserError for a file or a database."""
@@ -575,23 +597,47 @@ def store_errors() -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         uri = os.environ.get("MLFLOW_TRACKING_URI") or "mlflow.db"
-        kind = TemporaryError if uri.startswith("http") else UserError
-        raise kind(_unreachable(uri, _reason(error))) from None
+        if isinstance(error, ImportError):
+            raise UserError(missing_package(uri, error.name)) from None
+        kind = TemporaryError if is_server(uri) else UserError
+        raise kind(unreachable(uri, _reason(error))) from None
 
 
 def _experiment_id(name: str) -> str:
-    """The experiment's id; it is made where it does not exist, its artifacts in the project for a local store."""
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or name
+    """The experiment's id; it is made where it does not exist, its artifacts in the project for a local store.
+
+    MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID choose another one than `name`.
+    """
     client = MlflowClient()
-    if found := client.get_experiment_by_name(name):
-        if found.lifecycle_stage == "deleted":
-            raise UserError(
-                f"MLflow's experiment {name} is deleted; `mlflow experiments restore -x {found.experiment_id}` brings "
-                "it back, MLFLOW_EXPERIMENT_NAME=… takes another"
-            )
-        return str(found.experiment_id)
-    local = not os.environ.get("MLFLOW_TRACKING_URI", "sqlite:").startswith("http")
-    return client.create_experiment(name, artifact_location=_artifact_folder().as_uri() if local else None)
+    chosen, chosen_id = (os.environ.get(f"MLFLOW_EXPERIMENT_{part}") for part in ("NAME", "ID"))
+    name = chosen or name
+    found = _experiment_of_id(chosen_id) if chosen_id else client.get_experiment_by_name(name)
+    if found is None:
+        local = not is_server(mlflow.get_tracking_uri())
+        return client.create_experiment(name, artifact_location=_artifact_folder().as_uri() if local else None)
+    if chosen and found.name != chosen:
+        raise UserError(
+            f"MLFLOW_EXPERIMENT_ID: found {chosen_id}, the experiment {found.name}, but MLFLOW_EXPERIMENT_NAME is "
+            f"{chosen}; allowed: one of the two, or both of one experiment; unset one"
+        )
+    if found.lifecycle_stage == "deleted":
+        raise UserError(
+            f"MLflow's experiment {found.name} is deleted; `mlflow experiments restore -x {found.experiment_id}` "
+            "brings it back, MLFLOW_EXPERIMENT_NAME=… takes another"
+        )
+    return str(found.experiment_id)
+
+
+def _experiment_of_id(experiment_id: str) -> mlflow.entities.Experiment:
+    try:
+        return MlflowClient().get_experiment(experiment_id)
+    except MlflowException as error:
+        if error.error_code not in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
+            raise
+        raise UserError(
+            f"MLFLOW_EXPERIMENT_ID: found {experiment_id!r}; allowed: the id of an experiment in "
+            f"{shown(mlflow.get_tracking_uri())}, as `mlflow experiments search` lists them; correct or unset it"
+        ) from None
 
 
 def dataset(name: str, *, source: str | None, digest: str) -> MetaDataset:

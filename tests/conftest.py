@@ -3,9 +3,9 @@
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from xdist.scheduler import LoadFileScheduling
 
-from flows import server
+from flows import ports, server
 from pipeline.artifacts import replace_folder
 from pipeline.params import Params, TrainParams, check_params, read_yaml
 
@@ -209,11 +209,12 @@ def start_repository(folder: Path, *paths: str) -> None:
 
 
 def free_port() -> int:
-    """A port on loopback that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port on loopback that nothing listens on, below those that the system gives to outgoing connections.
+
+    It is drawn by chance, so that test processes side by side do not get the same one.
+    """
+    port = random.SystemRandom().randrange(10_000, 32_000)
+    return port if ports.is_free(port) else free_port()
 
 
 def flow_run(project: Path, *arguments: str) -> str:

@@ -13,6 +13,7 @@ from tests.conftest import PROJECT
 
 ORDER = [
     "errors",
+    "settings",
     "processes",
     "artifacts",
     "archives",

@@ -178,8 +178,11 @@ def test_a_server_of_the_users_profile_counts_for_the_prefect_command(site: Site
     profiles.write_text('active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "http://127.0.0.1:9/api"\n')
     environment = {**site.environment, "PREFECT_PROFILES_PATH": str(profiles), "DO_NOT_TRACK": "1"}
     environment.pop("PREFECT_API_URL")
+    environment |= {"ALL_PROXY": "socks5://127.0.0.1:9", "NO_PROXY": "corp.example"}
     command = [sys.executable, "-m", "flows.worker", "--env"]
     done = subprocess.run(command, cwd=site.project, env=environment, capture_output=True, text=True, check=True)
+    for name in ("NO_PROXY", "no_proxy"):
+        assert f"export {name}=corp.example,127.0.0.1,localhost,::1\n" in done.stdout
     assert "export PREFECT_API_URL=http://127.0.0.1:9/api\n" in done.stdout
     assert f"export PREFECT_PROFILES_PATH={profiles}\n" in done.stdout
     assert "export DO_NOT_TRACK=1\n" in done.stdout

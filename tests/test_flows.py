@@ -74,7 +74,7 @@ def make_project(parent: Path) -> Path:
     """A committed project with this one's flows and toy stages, an uncommitted change and an image of the user's."""
     folder = parent / "project"
     (folder / "pipeline").mkdir(parents=True)
-    for name in ("__init__", "errors", "artifacts", "params", "processes"):
+    for name in ("__init__", "errors", "artifacts", "params", "processes", "settings"):
         shutil.copy(PROJECT / "pipeline" / f"{name}.py", folder / "pipeline")
     for name in ("flows", ".dvc", "data/images", "params.yaml", ".gitignore"):
         source, target = PROJECT / name, folder / name

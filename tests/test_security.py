@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import server, ui
 from pipeline.archives import DamagedArchive, load_pickle, members, open_tar
@@ -172,9 +173,9 @@ def test_addresses_are_shown_without_what_may_be_secret() -> None:
     assert shown("https://me:secret@host/a.tar.gz?token=secret#secret") == "https://host/a.tar.gz"
 
 
-def test_a_password_in_the_prefect_address_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREFECT_API_URL", "http://me:secret@host:4200/api")
-    with ui.prefect_server(tmp_path) as told:
+def test_a_password_in_the_prefect_address_is_not_shown(tmp_path: Path) -> None:
+    address = "http://me:secret@host:4200/api"
+    with temporary_settings({PREFECT_API_URL: address}), ui.prefect_server(tmp_path) as told:
         assert told.startswith("http://host:4200 ")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import server, ui
+from flows import ports, server, ui
 from pipeline.errors import TemporaryError, UserError
 from tests.conftest import free_port
 
@@ -54,8 +54,8 @@ def test_both_pages_answer_and_ctrl_c_leaves_no_process(tmp_path: Path, stores: 
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-    assert server.is_free(mlflow_port)
-    assert server.is_free(prefect_port)
+    assert ports.is_free(mlflow_port)
+    assert ports.is_free(prefect_port)
 
 
 @pytest.mark.parametrize("name", ["MLFLOW_PORT", "PREFECT_PORT"])
@@ -64,18 +64,18 @@ def test_a_port_in_use_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(name, str(port))
     refused = pytest.raises(UserError, match=f"port {port} is in use; .* {name}=")
     with socket.create_server(("127.0.0.1", port)), refused:
-        open_page(name, tmp_path, port)
+        open_page(name, tmp_path)
 
 
-def open_page(name: str, folder: Path, port: int) -> None:
-    with ui.mlflow_server(folder, port=port) if name == "MLFLOW_PORT" else ui.prefect_server(folder):
+def open_page(name: str, folder: Path) -> None:
+    with ui.mlflow_server(folder) if name == "MLFLOW_PORT" else ui.prefect_server(folder):
         pass
 
 
 def test_a_port_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_PORT", "http")
     with pytest.raises(UserError, match="MLFLOW_PORT: found 'http'; allowed: a port number"):
-        server.port_variable("MLFLOW_PORT", 5000)
+        ports.port_variable("MLFLOW_PORT", 5000)
 
 
 def test_stop_ends_the_server_and_a_second_start_reuses_it(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_stop_ends_the_server_and_a_second_start_reuses_it(tmp_path: Path) -> No
     assert (server.start(tmp_path), new) == ((first, False), True)
     assert server.stop(tmp_path) == first
     assert server.running(tmp_path) is None
-    assert server.is_free(first.port)
+    assert ports.is_free(first.port)
     assert server.stop(tmp_path) is None
 
 

@@ -1,0 +1,63 @@
+"""The Prefect server that flow runs use: the one that the user configured, or the project's own."""
+
+from pathlib import Path
+
+from prefect import get_client
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows import PROJECT, server
+from flows.settings import PrefectServer, configured_server, remedy
+from pipeline.errors import TemporaryError, UserError, first_line, shown
+from pipeline.settings import has_host, is_server
+
+
+def server_in_force(project: Path = PROJECT) -> PrefectServer | None:
+    """The server that the user configured, or else the project's own if that is running.
+
+    Raises UserError where a profile or a proxy is named that cannot be used, TemporaryError where it cannot be proven
+    that the server that answers is the project's own.
+    """
+    if configured := configured_server():
+        return configured
+    own = server.running(project)
+    return PrefectServer(own.api_url, None) if own else None
+
+
+def ensure_server() -> PrefectServer:
+    """The server in force, which answers; the project's own is started if need be.
+
+    Raises TemporaryError where the server that the user configured does not answer, UserError where it is no Prefect
+    API, another version, or refuses the login.
+    """
+    found = server_in_force()
+    if found is None:
+        print("Starting the project's Prefect server (about 10 s, once) …", flush=True)
+        own, _ = server.start()
+        print(f"Prefect server: {own.address}; it stays for later runs, `make stop` ends it", flush=True)
+        return PrefectServer(own.api_url, None)
+    if found.source:
+        with temporary_settings({PREFECT_API_URL: found.api_url}):
+            _check_answers(found.api_url, found.source)
+    return found
+
+
+def _check_answers(url: str, source: str) -> None:
+    """Raise UserError where the address is no Prefect API that lets us in, TemporaryError where nothing answers."""
+    allowed = "allowed: the address of Prefect's API, as http://HOST:4200/api"
+    if not (is_server(url) and has_host(url)):
+        raise UserError(f"{source}: found {shown(url)!r}, no address of a server; {allowed}; correct it")
+    client = get_client(sync_client=True)
+    if client.api_healthcheck() is not None:
+        raise TemporaryError(f"{source}: no server answers at {shown(url)}; start it, or {remedy(source)}")
+    try:
+        client.raise_for_api_version_mismatch()
+    except PrefectHTTPStatusError as error:
+        status = error.response.status_code
+        raise UserError(
+            f"{source}: {shown(url)} refuses the login (HTTP status {status}); set PREFECT_API_AUTH_STRING, or for "
+            "Prefect Cloud PREFECT_API_KEY"
+        ) from None
+    except (RuntimeError, ValueError, TypeError) as error:
+        problem = first_line(error) if "incompatible" in str(error) else "it does not answer as Prefect's API does"
+        raise UserError(f"{source}: found {shown(url)}: {problem}; {allowed}; correct it") from None

@@ -1,0 +1,178 @@
+"""A server that answers is ours only where the process that we started listens on its port."""
+
+import http.server
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows import ports, server
+from pipeline.artifacts import write_json
+from pipeline.errors import TemporaryError, UserError
+from pipeline.processes import start_of
+from tests.conftest import free_port
+
+
+class Anything(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def foreign_server(port: int = 0) -> Iterator[int]:
+    """A server of this process, which answers every request with 200; gives its port."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Anything) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found.server_address[1]
+        found.shutdown()
+
+
+@contextmanager
+def sleeper(code: str = "pass") -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has run `code`, and waits."""
+    command = [sys.executable, "-c", f"import sys; {code}; print(flush=True); sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+LISTEN = "import socket; s = socket.create_server(('127.0.0.1', {port}))"
+BELOW = "import subprocess; p = subprocess.Popen([sys.executable, '-c', {code!r}], stdout=-1); p.stdout.readline()"
+
+
+def test_the_owner_of_a_port_is_known() -> None:
+    port = free_port()
+    with sleeper(LISTEN.format(port=port)) as owner, sleeper() as other:
+        assert ports.listens(owner.pid, port) is True
+        assert ports.listens(other.pid, port) is False
+        assert ports.listens(owner.pid, free_port()) is False
+    assert ports.listens(owner.pid, port) is False
+
+
+def test_a_process_owns_what_one_below_it_listens_on() -> None:
+    port = free_port()
+    child = f"{LISTEN.format(port=port)}; print(flush=True); import sys; sys.stdin.read()"
+    with sleeper(BELOW.format(code=child)) as owner:
+        assert ports.listens(owner.pid, port) is True
+
+
+def test_where_the_system_hides_processes_nothing_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with foreign_server() as port:
+        assert ports.listens(os.getpid(), port) is True
+        monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+        assert ports.listens(os.getpid(), port) is None
+
+
+def test_the_answer_of_another_server_is_not_taken_for_ours(tmp_path: Path) -> None:
+    with foreign_server() as port, sleeper() as process:
+        with pytest.raises(ports.PortTakenError, match=f"port {port} is in use; .* PREFECT_PORT="):
+            wait(port, process, folder=tmp_path)
+        assert not psutil.pid_exists(process.pid)
+
+
+def test_an_answer_that_cannot_be_proven_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with foreign_server() as port, sleeper() as process:
+        monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+        with pytest.raises(TemporaryError, match="does not say which process listens there"):
+            wait(port, process, folder=tmp_path)
+
+
+def wait(port: int, process: subprocess.Popen[bytes], *, folder: Path) -> None:
+    server.wait_for(f"http://127.0.0.1:{port}/", process, name="the server", log=folder / "log")
+
+
+def test_a_server_at_the_recorded_port_that_is_not_ours_is_not_running(tmp_path: Path) -> None:
+    with foreign_server() as port, sleeper() as process:
+        record = {"pid": process.pid, "started": start_of(process.pid), "port": port}
+        (tmp_path / ".prefect").mkdir()
+        write_json(tmp_path / ".prefect" / "server.json", record)
+        assert server.running(tmp_path) is None
+        write_json(
+            tmp_path / ".prefect" / "server.json", {**record, "pid": os.getpid(), "started": start_of(os.getpid())}
+        )
+        assert server.running(tmp_path)
+
+
+BUSY = """
+import socket
+print(flush=True)
+listener = socket.create_server(("127.0.0.1", {port}))
+for number in range(3):
+    connection, _ = listener.accept()
+    connection.recv(1000)
+    if number == 2:
+        connection.sendall(b"HTTP/1.0 200 OK\\r\\n\\r\\n")
+    connection.close()
+"""
+
+
+def test_our_server_is_not_given_up_where_it_is_slow_to_answer(tmp_path: Path) -> None:
+    port = free_port()
+    with sleeper(f"exec({BUSY.format(port=port)!r})") as process:
+        while not ports.listens(process.pid, port):
+            assert process.poll() is None
+        record = {"pid": process.pid, "started": start_of(process.pid), "port": port}
+        (tmp_path / ".prefect").mkdir()
+        write_json(tmp_path / ".prefect" / "server.json", record)
+        assert server.running(tmp_path) == server.Server(**record)  # type: ignore[arg-type]
+
+
+def test_the_next_free_port_is_tried_where_the_first_is_lost() -> None:
+    first = free_port()
+    tried = []
+
+    def start(port: int) -> int:
+        tried.append(port)
+        if len(tried) < 3:
+            raise ports.taken(port, variable="X_PORT")
+        return port
+
+    with socket.create_server(("127.0.0.1", first)):
+        assert ports.start_on_port(start, named=None, default=first, variable="X_PORT") == tried[-1]
+    assert len(set(tried)) == 3
+    assert first not in tried
+
+
+def test_a_port_that_the_user_named_is_the_only_one_tried() -> None:
+    named = free_port()
+
+    def lose(port: int) -> int:
+        raise ports.taken(port, variable="X_PORT")
+
+    with pytest.raises(UserError, match=f"port {named} is in use; .* X_PORT="):
+        ports.start_on_port(lose, named=named, default=free_port(), variable="X_PORT")
+
+
+@pytest.mark.slow
+def test_two_checkouts_that_start_together_get_a_server_each(
+    tmp_path: Path, stores: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "DEFAULT_PORT", free_port())
+    monkeypatch.delenv("PREFECT_PORT", raising=False)
+    projects = [tmp_path / name for name in ("a", "b")]
+    for project in projects:
+        (project / ".prefect").mkdir(parents=True)
+        shutil.copy(stores / "prefect.db", project / ".prefect")
+    try:
+        with ThreadPoolExecutor() as pool:
+            found = list(pool.map(server.start, projects))
+        assert len({one.port for one, _ in found}) == 2
+        assert [server.running(project) for project in projects] == [one for one, _ in found]
+    finally:
+        for project in projects:
+            server.stop(project)
