@@ -101,25 +101,23 @@ class Sources:
             reason = "no server of this project is running (`python -m flows.server start`)"
         except (UserError, TemporaryError) as error:
             reason = str(error)
-        self._note(f"Prefect was not looked at: {reason}")
+        self.note(f"Prefect was not looked at: {reason}")
         return None
 
     def _connect(self) -> bool:
         uri = made_store(self.project)
         if uri is None:
-            self._note(
-                f"MLflow has no runs yet: {tracking_uri(self.project).removeprefix('sqlite:///')} does not exist"
-            )
+            self.note(f"MLflow has no runs yet: {tracking_uri(self.project).removeprefix('sqlite:///')} does not exist")
             return False
         os.environ["MLFLOW_TRACKING_URI"] = uri
         try:
             tracking.connect()
         except (UserError, TemporaryError) as error:
-            self._note(f"MLflow was not looked at: {error}")
+            self.note(f"MLflow was not looked at: {error}")
             return False
         return True
 
-    def _note(self, line: str) -> None:
+    def note(self, line: str) -> None:
         if line not in self.notes:
             self.notes.append(line)
 
@@ -132,7 +130,7 @@ class Sources:
             if commit:
                 found.append(Experiment(name, commit, first + rest))
             else:
-                self._note(f"experiment {name} was not looked at: its commit cannot be read (`git fsck` says more)")
+                self.note(f"experiment {name} was not looked at: its commit cannot be read (`git fsck` says more)")
         return found
 
     def runs(self, tag: str, value: str) -> list[Record]:
@@ -159,7 +157,7 @@ class Sources:
                 found = client.read_flow_runs(flow_run_filter=which, sort=FlowRunSort.ID_DESC, limit=PAGE)
                 return [_as_flow_run(run) for run in found]
         except (httpx.HTTPError, PrefectException) as error:
-            self._note(f"Prefect was not looked at: {shown(self.prefect)}: {first_line(error)}")
+            self.note(f"Prefect was not looked at: {shown(self.prefect)}: {first_line(error)}")
             return []
 
     def file(self, commit: str | None, name: str) -> str:
@@ -170,7 +168,7 @@ class Sources:
         try:
             return outputs(self.file(commit, "dvc.lock"))
         except DAMAGED as error:
-            self._note(f"commit {commit}: dvc.lock cannot be read ({first_line(error)})")
+            self.note(f"commit {commit}: dvc.lock cannot be read ({first_line(error)})")
             return {}
 
     def params(self, commit: str | None) -> dict[str, str]:
@@ -178,7 +176,7 @@ class Sources:
         try:
             return _flat(self.file(commit, "params.yaml"))
         except DAMAGED as error:
-            self._note(f"commit {commit}: params.yaml cannot be read ({first_line(error)})")
+            self.note(f"commit {commit}: params.yaml cannot be read ({first_line(error)})")
             return {}
 
     def in_cache(self, md5: str) -> Path | None:
@@ -196,7 +194,7 @@ class Sources:
             entries = json.loads(path.read_text(encoding="utf-8")) if path else []
             return {entry["relpath"]: entry["md5"] for entry in entries}
         except DAMAGED as error:
-            self._note(f"{path} in DVC's cache cannot be read ({first_line(error)})")
+            self.note(f"{path} in DVC's cache cannot be read ({first_line(error)})")
             return {}
 
 
@@ -316,7 +314,9 @@ def _of_run(sources: Sources, run: Record) -> Trace:
         experiments=experiments,
         flow_runs=tuple(_flow_runs_of(sources, run)),
         model_md5=model,
-        files=tuple(_files(sources, _recorded(run) or sources.outputs(next((e.commit for e in experiments), None)))),
+        files=tuple(
+            _files(sources, _recorded(sources, run) or sources.outputs(next((e.commit for e in experiments), None)))
+        ),
     )
 
 
@@ -366,8 +366,16 @@ def _flow_runs_of(sources: Sources, run: Record) -> Iterator[FlowRun]:
         yield known.get(run_id) or FlowRun(run_id, name, experiment=experiment)
 
 
-def _recorded(run: Record) -> dict[str, str]:
+def _recorded(sources: Sources, run: Record) -> dict[str, str]:
     """Paths and hashes of what the run made, by its tags."""
+    try:
+        return _tagged_files(run)
+    except DAMAGED as error:
+        sources.note(f"MLflow run {run.run_id}: its tags outputs.… cannot be read ({first_line(error)})")
+        return {}
+
+
+def _tagged_files(run: Record) -> dict[str, str]:
     data = {str(folder): run.tags.get(f"dvc.{folder.name}", "") for folder in (DOWNLOAD, NORMALIZE)}
     files = {
         f"{folder}/{name}": md5

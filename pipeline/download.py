@@ -108,7 +108,7 @@ def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
 def _download_imagefolder(params: DownloadParams, folder: Path) -> None:
     found = scan(expand(params.folder))
     size = pack(found, folder / IMAGEFOLDER_ARCHIVE)
-    not_used = {reason: number for reason, number in found.not_used.items() if reason != HIDDEN}
+    not_used = {reason: number for reason, number in found.not_used.items() if reason != HIDDEN}  # they come and go
     source = {
         "dataset": "imagefolder",
         "class_names": found.class_names,

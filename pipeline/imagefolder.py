@@ -50,8 +50,6 @@ class Scan:
     """Files that are not used, by reason; their numbers and `total` add up to the number of files in the folder."""
     examples: dict[str, str]
     """The first file of each reason."""
-    hidden: int
-    """How many of `not_used` are hidden. They come and go without anyone's doing."""
     splits: dict[str, Path]
     """The folder of the class folders of each split."""
     classes: list[ClassFolder]
@@ -97,7 +95,6 @@ def scan(root: Path) -> Scan:
         ignored=tally.ignored,
         not_used=dict(sorted(tally.not_used.items())),
         examples=tally.examples,
-        hidden=hidden,
         splits=layout.splits,
         classes=layout.classes,
     )

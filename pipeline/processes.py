@@ -42,7 +42,10 @@ def life(record: Mapping[str, str]) -> Life:
         return "unknown"
     if record[HOST] != socket.gethostname():
         return "elsewhere"
-    return "alive" if lives(int(record[PID]), started=record[STARTED]) else "dead"
+    try:
+        return "alive" if lives(int(record[PID]), started=record[STARTED]) else "dead"
+    except (ValueError, OverflowError):  # not as `this_process` wrote it
+        return "unknown"
 
 
 def lives(pid: int, *, started: str) -> bool:

@@ -15,7 +15,7 @@ from pipeline import tracking
 from pipeline.artifacts import write_json
 from pipeline.fetch import find_archive
 from pipeline.params import DownloadParams
-from pipeline.processes import HOST, PID, STARTED, this_process
+from pipeline.processes import HOST, PID, STARTED, life, this_process
 
 COMMITTER = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
 LOCK = "stages: {train: {cmd: train, outs: [{path: model, md5: %s}]}}"
@@ -131,6 +131,11 @@ def test_what_is_kept_for_a_run_stays_while_nobody_knows_what_became_of_its_proc
     write_json(path, notes)
     assert not tracking.deliver()
     assert path.exists()
+
+
+@pytest.mark.parametrize("tags", [{PID: "many"}, {STARTED: "yesterday"}])
+def test_a_damaged_record_of_a_process_says_nothing(tags: dict[str, str]) -> None:
+    assert life({**this_process(), **tags}) == "unknown"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a file that can be opened, but not read, is /proc/self/mem")
