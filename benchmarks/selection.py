@@ -36,6 +36,7 @@ OWN_OVERRIDES = {
     "train.epochs": 40,
     "train.batch_size": 16,
     "train.crop_padding": 2,
+    "train.cpu_threads": 1,
 }
 
 

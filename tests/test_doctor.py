@@ -46,7 +46,7 @@ def tracked(project: Path, stores: Path) -> Path:
     """The toy project with a training that MLflow records; it lasts a minute while `train.long` exists."""
     toy = project / "toy.py"
     toy.write_text(toy.read_text() + TRAIN)
-    for name in ("tracking", "served_model"):
+    for name in ("tracking", "model_code", "served_model"):
         (project / f"pipeline/{name}.py").write_bytes((PROJECT / f"pipeline/{name}.py").read_bytes())
     output(project, "git", "add", "--all")
     shutil.copy(stores / "mlflow.db", project)
