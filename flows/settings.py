@@ -16,11 +16,13 @@ from typing import Any
 from prefect.context import get_settings_context
 from prefect.settings import PREFECT_API_URL, PREFECT_PROFILES_PATH, load_profiles
 
-from flows import ports
+from flows import PROJECT, ports
 from pipeline.errors import UserError, shown
 from pipeline.settings import LOOPBACK, PROXIES
 
 NAME = "PREFECT_API_URL"
+OWN_NAME = "PIPELINE_OWN_PREFECT_API_URL"
+"""Variable by which a shell says that its PREFECT_API_URL is that of the project's own server."""
 OWN_PROFILE = "ephemeral"
 """Prefect's own profile that names no server."""
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
@@ -54,17 +56,22 @@ def configured_server() -> PrefectServer | None:
     profile = get_settings_context().profile
     # Prefect itself does not heed a profile that it ships, as `local`, where the user's file does not repeat it
     url = PREFECT_API_URL.value() or (profile.settings.get(PREFECT_API_URL) if profile else None)
-    if url:
+    if url and not _is_printed_own(str(url)):
         return PrefectServer(str(url), next((name for name, found in _sources() if found == url), "Prefect's settings"))
     _check_profile()
     return None
+
+
+def _is_printed_own(url: str) -> bool:
+    """Whether `make prefect-env` printed the address of this project's own server: another server may have it since."""
+    return url == os.environ.get(OWN_NAME) and os.environ.get("PREFECT_HOME") == str(PROJECT / ".prefect")
 
 
 def remedy(source: str) -> str:
     """How to get rid of a server that `source` names."""
     if source == NAME:
         return "unset it to use our own"
-    if "profile" in source:
+    if source.startswith(f"{NAME} in profile "):
         return f"set PREFECT_PROFILE={OWN_PROFILE} to use our own"
     return "remove it there to use our own"
 

@@ -22,7 +22,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import FLOW_NAME, PROJECT, server
 from flows.prefect_server import ensure_server, server_in_force
-from flows.settings import PrefectServer
+from flows.settings import OWN_NAME, PrefectServer
 from pipeline.errors import TemporaryError, UserError, report_errors
 
 POOL = "local"
@@ -107,7 +107,8 @@ def _print_environment() -> None:
         raise
     names = ("PREFECT_PROFILES_PATH", "DO_NOT_TRACK", "NO_PROXY", "no_proxy")
     kept = {name: os.environ[name] for name in names if name in os.environ}
-    for name, value in {**environment(found.api_url), **kept}.items():
+    own = {OWN_NAME: found.api_url} if found.source is None else {}
+    for name, value in {**environment(found.api_url), **kept, **own}.items():
         print(f"export {name}={shlex.quote(value)}")
 
 

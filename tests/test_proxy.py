@@ -85,8 +85,9 @@ def uses_proxy(url: str) -> dict[str, bool]:
     }
 
 
-@pytest.mark.parametrize("given", NO_PROXY)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "given"), [*((name, "") for name in NAMES), *(("ALL_PROXY", given) for given in NO_PROXY)]
+)
 def test_loopback_goes_around_every_proxy_and_other_hosts_do_not(
     proxy: Proxy, monkeypatch: pytest.MonkeyPatch, name: str, given: str
 ) -> None:

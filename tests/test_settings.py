@@ -19,7 +19,7 @@ from prefect.settings import PREFECT_API_URL, Settings, get_current_settings, te
 from prefect.settings.legacy import _get_settings_fields
 
 from flows import server, settings, ui
-from flows.prefect_server import ensure_server
+from flows.prefect_server import ensure_server, server_in_force
 from flows.settings import PrefectServer, check_own_server, configured_server, named_port, own_server_environment
 from pipeline.errors import TemporaryError, UserError
 from tests.conftest import PROJECT, free_port
@@ -138,6 +138,17 @@ def test_without_a_name_the_server_is_the_projects_own(tmp_path: Path, prefect_i
     (tmp_path / ".prefect/profiles.toml").write_text(FILES[".prefect/profiles.toml"])
     with prefect_in(PREFECT_PROFILE="ephemeral"):
         assert configured_server() is None
+
+
+def test_the_address_that_prefect_env_printed_is_not_trusted_to_be_ours(
+    tmp_path: Path, prefect_in: Enter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_OWN_PREFECT_API_URL", URL)
+    with prefect_in(PREFECT_API_URL=URL):  # of another checkout
+        assert configured_server() == PrefectServer(URL, "PREFECT_API_URL")
+        monkeypatch.setattr(settings, "PROJECT", tmp_path)
+        assert configured_server() is None
+        assert server_in_force(tmp_path) is None  # whoever answers there
 
 
 def test_a_profile_that_prefect_ships_is_heeded(prefect_in: Enter) -> None:

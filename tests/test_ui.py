@@ -14,7 +14,9 @@ import psutil
 import pytest
 
 from flows import ports, server, ui
+from pipeline.artifacts import write_json
 from pipeline.errors import TemporaryError, UserError
+from pipeline.processes import start_of
 from tests.conftest import free_port
 
 PROGRAM = "from pathlib import Path; from flows import ui; ui.PROJECT = Path.cwd(); ui.main()"
@@ -39,6 +41,7 @@ def open_ui(folder: Path, *, mlflow_port: int, prefect_port: int) -> Iterator[su
         process.communicate()
 
 
+@pytest.mark.slow
 def test_both_pages_answer_and_ctrl_c_leaves_no_process(tmp_path: Path, stores: Path) -> None:
     (tmp_path / ".prefect").mkdir()
     shutil.copy(stores / "prefect.db", tmp_path / ".prefect")
@@ -56,6 +59,16 @@ def test_both_pages_answer_and_ctrl_c_leaves_no_process(tmp_path: Path, stores: 
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert ports.is_free(mlflow_port)
     assert ports.is_free(prefect_port)
+
+
+def test_links_lead_to_the_port_that_mlflows_server_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("MLFLOW_PORT", raising=False)
+    assert ui.mlflow_page("0", project=tmp_path) == "http://127.0.0.1:5000/#/runs/0"
+    (tmp_path / ".prefect").mkdir()
+    record = {"pid": os.getpid(), "started": start_of(os.getpid()), "port": 5003}
+    write_json(tmp_path / ".prefect" / "mlflow.json", record)
+    assert ui.mlflow_page("0", project=tmp_path) == "http://127.0.0.1:5003/#/runs/0"
 
 
 @pytest.mark.parametrize("name", ["MLFLOW_PORT", "PREFECT_PORT"])
@@ -78,6 +91,7 @@ def test_a_port_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         ports.port_variable("MLFLOW_PORT", 5000)
 
 
+@pytest.mark.slow
 def test_stop_ends_the_server_and_a_second_start_reuses_it(tmp_path: Path) -> None:
     first, new = server.start(tmp_path, port=free_port())
     assert (server.start(tmp_path), new) == ((first, False), True)
