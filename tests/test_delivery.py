@@ -12,7 +12,9 @@ from pipeline.artifacts import write_json
 
 def test_what_a_killed_removal_left_is_not_delivered_again(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracking.connect()
-    run_id = mlflow.MlflowClient().create_run("0").info.run_id
+    client = mlflow.MlflowClient()
+    run_id = client.create_run("0").info.run_id
+    client.set_terminated(run_id, "KILLED")
     folder = workspace / ".cache" / "mlflow" / run_id
     notes = {"run_id": run_id, "waiting": [["loss", 0.5, 1, 1]], "status": "FAILED", "ended": 2}
     write_json(folder / "run.json", {"store": tracking._store_md5(), **notes})
@@ -26,5 +28,6 @@ def test_what_a_killed_removal_left_is_not_delivered_again(workspace: Path, monk
     assert (found.status, found.metrics) == ("FAILED", {"loss": 0.5})
 
 
-def interrupt(_folder: Path) -> None:
+def interrupt(folder: Path) -> None:
+    (folder / "train").mkdir()  # whose files are removed already
     raise KeyboardInterrupt
