@@ -1,14 +1,17 @@
 """Prefect flows over the DVC stages. Importing this package sets what must be set before Prefect is imported."""
 
 import os
+import warnings
 from pathlib import Path
+
+import pipeline  # noqa: F401  # it gives a home to a user who has none
 
 PROJECT = Path(__file__).resolve().parent.parent
 """The folder with `dvc.yaml` that holds this package: the caller's checkout."""
 
 FLOW_NAME = "train-classifier"
 
-_USER_PROFILES = Path("~/.prefect/profiles.toml").expanduser()
+_USER_PROFILES = Path.home() / ".prefect" / "profiles.toml"
 
 DEFAULTS = {
     "DO_NOT_TRACK": "true",
@@ -36,3 +39,5 @@ def _set_defaults() -> None:
 
 
 _set_defaults()
+# of a folder that cannot be written, what needs it tells in one line
+warnings.filterwarnings("ignore", message="Failed to create the Prefect home directory")
