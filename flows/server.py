@@ -26,6 +26,7 @@ from flows import PROJECT
 from pipeline.artifacts import write_json
 from pipeline.errors import TemporaryError, UserError, report_errors
 from pipeline.processes import lives, start_of
+from pipeline.sqlite import sqlite_uri
 
 DEFAULT_PORT = 4200
 START_SECONDS = 90
@@ -119,6 +120,9 @@ def _launch(project: Path, port: int) -> Server:
         name: value for name, value in os.environ.items() if name not in ("PREFECT_API_URL", "PREFECT_API_KEY")
     }
     environment |= {"PREFECT_HOME": str(project / ".prefect"), "PREFECT_SERVER_API_PORT": str(port)}
+    database = project / ".prefect" / "prefect.db"
+    if (uri := sqlite_uri(database, driver="aiosqlite")) != f"sqlite+aiosqlite:///{database}":
+        environment.setdefault("PREFECT_API_DATABASE_CONNECTION_URL", uri)  # Prefect's own default is not encoded
     process = launch(["prefect", "server", "start", "--host", "127.0.0.1"], log=log, environment=environment)
     server = Server(process.pid, start_of(process.pid), port)
     write_json(project / ".prefect" / "server.json", asdict(server))

@@ -1,7 +1,10 @@
 """MLflow's and Prefect's pages on loopback, until Ctrl-C: `make ui`, or `python -m flows.ui`."""
 
+import contextlib
 import os
 import signal
+import sysconfig
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,13 +38,18 @@ def mlflow_server(project: Path, *, port: int) -> Iterator[str]:
         yield f"{shown(uri)} (yours, from MLFLOW_TRACKING_URI)"
         return
     server.require_free(port, variable="MLFLOW_PORT")
-    command = ["mlflow", "server", "--artifacts-destination", str(project / "mlartifacts")]
+    command = ["mlflow", "server", "--artifacts-destination", (project / "mlartifacts").as_uri()]
     log = project / ".prefect" / "mlflow.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     # without MLFLOW_TRACKING_URI, or the server would ask another one; without its job queue, which is eight processes
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     # the store's address not as an argument, which all users of the machine could read, password included
     environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
+    links = contextlib.ExitStack()
+    if "%" in (packages := sysconfig.get_path("purelib")):  # MLflow's migrations fail there: pipeline.tracking
+        link = Path(links.enter_context(tempfile.TemporaryDirectory())) / "packages"
+        link.symlink_to(packages)
+        environment["PYTHONPATH"] = str(link)
     process = server.launch(
         [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"], log=log, environment=environment
     )
@@ -51,6 +59,7 @@ def mlflow_server(project: Path, *, port: int) -> Iterator[str]:
         yield address
     finally:
         server.end_group(process.pid)
+        links.close()
 
 
 @contextmanager

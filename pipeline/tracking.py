@@ -4,6 +4,7 @@ The store is `mlflow.db` in the project unless MLFLOW_TRACKING_URI says otherwis
 exception) or KILLED (SIGTERM, Ctrl-C); of a run that could not end itself (SIGKILL), the next training sets it KILLED.
 """
 
+import atexit
 import fcntl
 import importlib.metadata
 import json
@@ -33,6 +34,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.store.db import utils as db_utils
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.types import ColSpec, Schema, TensorSpec
 from mlflow.types.schema import DataType
@@ -51,6 +53,7 @@ from pipeline.artifacts import (
 from pipeline.errors import TemporaryError, UserError, first_line, shown
 from pipeline.params import read_yaml
 from pipeline.processes import HOST, PID, Life, life, this_process
+from pipeline.sqlite import sqlite_path, sqlite_uri
 
 SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "pillow", "safetensors")
 """What a served model imports; its requirements name the versions it was trained with."""
@@ -493,7 +496,7 @@ def connect() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(Path("mlflow.db").resolve())
     if shown(uri) != uri:
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print the password too
     with store_errors():
@@ -520,8 +523,20 @@ def _make_store(uri: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not uri.startswith("sqlite:///") or not Path(uri.removeprefix("sqlite:///")).exists():
+        path = sqlite_path(uri)
+        _link_migrations()
+        if path is None or not path.exists():
             SqlAlchemyStore(uri, folder.as_uri())  # type: ignore[no-untyped-call]
+
+
+def _link_migrations() -> None:
+    """Let MLflow find its migrations by a link where its path has a `%`, which Alembic's settings would interpolate."""
+    package = Path(db_utils._get_package_dir())  # type: ignore[no-untyped-call]
+    if "%" in str(package):
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        (Path(folder) / package.name).symlink_to(package)
+        db_utils._get_package_dir = lambda: f"{folder}/{package.name}"
 
 
 def _artifact_folder() -> Path:
@@ -620,9 +635,12 @@ DIFF = (
     "--no-color",
     "--src-prefix=a/",
     "--dst-prefix=b/",
+    "--no-relative",
     "HEAD",
+    "--",
+    ".",
 )
-"""What `git apply` can take, whatever the user's settings for diffs."""
+"""What `git apply` can take, whatever the user's settings for diffs; of a larger repository, the project alone."""
 
 
 def code_md5() -> str:

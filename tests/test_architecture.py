@@ -13,6 +13,7 @@ from tests.conftest import PROJECT
 
 ORDER = [
     "errors",
+    "sqlite",
     "processes",
     "artifacts",
     "archives",
