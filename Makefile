@@ -1,8 +1,9 @@
 # `make help` lists the targets.
 
 PYTHON ?= python3.11
-RECIPE ?= digits
+RECIPE ?=
 SET ?=
+IMAGES ?=
 # pytest's own options, as in: make test PYTEST="-k train"
 PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -12,6 +13,11 @@ INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 ALL_EXTRAS := s3 gs azure ssh postgresql
 EXTRAS ?=
+ifneq ($(filter-out $(ALL_EXTRAS),$(EXTRAS)),)
+$(error EXTRAS: found $(filter-out $(ALL_EXTRAS),$(EXTRAS)); allowed: $(ALL_EXTRAS))
+endif
+# what `make install EXTRAS=…` and `make test` chose stays chosen
+LOCKS := requirements/base.lock $(wildcard $(patsubst .venv/.with-%,requirements/%.lock,$(wildcard .venv/.with-*)))
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 # none of the tools phones home
@@ -28,9 +34,13 @@ help: ## list the targets
 # `make run train.epochs=3` would run, without that value
 STRAY := $(filter download.% normalize.% train.% evaluate.%,$(.VARIABLES))
 
-run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epochs=3 train.seed=1"
+# a path as it was given, whatever make and the shell would make of its characters
+export IMAGES_FOLDER := $(value IMAGES)
+
+run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epochs=3"; make run IMAGES="/my photos"
 	@if [ -n "$(STRAY)" ]; then echo 'error: found $(STRAY); allowed: in SET, as in make run SET="train.epochs=3"' >&2; exit 2; fi
-	@$(BIN)/python -m flows.train_classifier --recipe "$(RECIPE)" $(foreach value,$(SET),--set "$(value)")
+	@$(BIN)/python -m flows.train_classifier $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER") \
+	    $(foreach value,$(SET),--set "$(value)")
 
 test: $(INSTALLED_DEV) ## run the tests
 	$(BIN)/python -m pytest $(PYTEST)
@@ -39,7 +49,7 @@ faults: $(INSTALLED_DEV) ## kill trainings 200 times, all over their lives, and 
 	@$(BIN)/python -m tests.faults.harness --kills 200
 
 bench: $(INSTALLED_DEV) ## measure against what people would use instead (CPU; an hour)
-	@$(BIN)/python -m benchmarks $(if $(IMAGES),--images "$(IMAGES)")
+	@$(BIN)/python -m benchmarks $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER")
 
 check: lint types test ## all that CI checks: lint, format, types, tests
 
@@ -68,23 +78,25 @@ stop: ## stop the Prefect server that `make run` left running, and the worker an
 
 install: $(INSTALLED) ## make .venv with the locked packages; extras: make install EXTRAS="s3 postgresql"
 ifneq ($(strip $(EXTRAS)),)
-	@for extra in $(EXTRAS); do case " $(ALL_EXTRAS) " in *" $$extra "*) ;; *) \
-	    echo "error: EXTRAS: found $$extra; allowed: $(ALL_EXTRAS)" >&2; exit 2;; esac; done
 	@for extra in $(EXTRAS); do touch ".venv/.with-$$extra"; done
 	@$(SYNC)
 endif
 
 # The stamp comes last: an interrupted installation is resumed.
-$(INSTALLED): requirements/base.lock requirements/uv.lock pyproject.toml
+$(INSTALLED): $(LOCKS) requirements/uv.lock pyproject.toml
 	@command -v git >/dev/null || { echo "error: git: not found; install it" >&2; exit 2; }
-	@python=; for candidate in "$(PYTHON)" python3 python; do \
+	@if [ -L .venv ] && [ ! -d .venv/ ]; then \
+	    echo "error: .venv is a link to $$(readlink .venv), which is no folder; make that folder, or remove .venv" >&2; exit 2; fi
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    $(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null; exit; fi; \
+	python=; for candidate in "$(PYTHON)" python3 python; do \
 	    if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
 	    then python=$$candidate; break; fi; done; \
 	if [ -z "$$python" ]; then \
 	    echo "error: no Python 3.11 or newer with venv found; install one, or name it: make run PYTHON=/path/to/python3.11" >&2; exit 2; fi; \
-	"$$python" -m venv .venv
+	mkdir -p .venv && "$$python" -m venv "$$(cd .venv && pwd -P)"
 	@echo "Installing the locked packages into .venv (about 6 GB, once) …" >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.lock
+	@$(PIP_INSTALL) -r requirements/uv.lock
 	@$(SYNC)
 	@touch $@
 
@@ -93,12 +105,21 @@ $(INSTALLED_DEV): $(INSTALLED) requirements/dev.lock
 	@touch .venv/.with-dev && $(SYNC)
 	@touch $@
 
-# Install exactly the packages of base.lock and of the locks that `.venv/.with-*` name. Like pip, uv is to trust the
-# system's certificates, which a company's TLS inspection needs; where a system has none, uv's own must do.
-SYNC = locks=; for chosen in .venv/.with-*; do \
-	    [ -e "$$chosen" ] && locks="$$locks requirements/$${chosen\#\#*.with-}.lock"; done; \
+# pip and uv are to trust the certificates that the user names, else the system's, which a company's TLS inspection
+# needs, where the system has any; pip does so by itself from 24.2 on, which Python 3.11 does not bring.
+PIP_INSTALL = certificates=$$($(BIN)/python -c 'import ssl; print(ssl.get_default_verify_paths().cafile or "")'); \
+	if [ "$$(uname)" = Linux ] && [ "$$certificates" ]; then \
+	    export PIP_CERT="$${PIP_CERT:-$${REQUESTS_CA_BUNDLE:-$$certificates}}"; fi; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes
+
+# Install exactly the packages of base.lock and of the locks that `.venv/.with-*` name. Where there is no home that can
+# be written, uv does without a cache.
+SYNC = locks=; for chosen in .venv/.with-*; do lock="requirements/$${chosen\#\#*.with-}.lock"; \
+	    if [ -e "$$lock" ]; then locks="$$locks $$lock"; fi; done; \
+	[ -w "$${HOME:-/nonexistent}" ] || export UV_NO_CACHE=true; \
+	chosen="$${SSL_CERT_FILE:-$${PIP_CERT:-$${REQUESTS_CA_BUNDLE-}}}"; [ -z "$$chosen" ] || export SSL_CERT_FILE="$$chosen"; \
 	: "$${UV_SYSTEM_CERTS:=$$($(BIN)/python -c 'import ssl; print(bool(ssl.create_default_context().get_ca_certs()))')}"; \
-	VIRTUAL_ENV="$(CURDIR)/.venv" UV_SYSTEM_CERTS="$$UV_SYSTEM_CERTS" \
+	VIRTUAL_ENV="$$PWD/.venv" UV_SYSTEM_CERTS="$$UV_SYSTEM_CERTS" \
 	    $(BIN)/uv pip sync --quiet --require-hashes requirements/base.lock $$locks
 
 COMPILE = $(BIN)/uv pip compile --universal --generate-hashes --no-header --no-emit-index-url --quiet
@@ -106,7 +127,7 @@ COMPILE = $(BIN)/uv pip compile --universal --generate-hashes --no-header --no-e
 # One resolution of everything, from which each lock takes its part: base.lock, and what the others add to it.
 lock: $(INSTALLED) ## resolve the locks in requirements/ anew from pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.lock
+	@$(PIP_INSTALL) -r requirements/uv.lock
 	@everything=$$(mktemp) && trap 'rm -f "$$everything"' EXIT && set -e; \
 	cat requirements/base.lock requirements/dev.lock > "$$everything"; \
 	$(COMPILE) pyproject.toml --all-extras --group dev --output-file "$$everything"; \
@@ -121,7 +142,7 @@ lock: $(INSTALLED) ## resolve the locks in requirements/ anew from pyproject.tom
 
 audit: $(INSTALLED) ## look the locked packages up among known vulnerabilities; needs internet
 	@$(BIN)/python -m venv --without-pip .venv/audit
-	@VIRTUAL_ENV="$(CURDIR)/.venv/audit" $(BIN)/uv pip sync --quiet --require-hashes requirements/audit.lock || \
+	@VIRTUAL_ENV="$$PWD/.venv/audit" $(BIN)/uv pip sync --quiet --require-hashes requirements/audit.lock || \
 	    { echo "error: the auditor cannot be installed; nothing is known of the packages: try again with internet" >&2; exit 75; }
 	@.ci/audit
 

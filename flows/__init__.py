@@ -3,9 +3,11 @@
 import os
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from types import TracebackType
 
+import pipeline  # noqa: F401  # it gives a home to a user who has none
 from pipeline.errors import EXIT_USER, printable
 from pipeline.settings import keep_loopback_off_proxies
 
@@ -14,7 +16,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 FLOW_NAME = "train-classifier"
 
-_USER_PROFILES = Path("~/.prefect/profiles.toml").expanduser()
+_USER_PROFILES = Path.home() / ".prefect" / "profiles.toml"
 
 DEFAULTS = {
     "DO_NOT_TRACK": "true",
@@ -57,3 +59,5 @@ def _report_bad_settings(kind: type[BaseException], error: BaseException, trace:
 
 _set_defaults()
 sys.excepthook = _report_bad_settings
+# of a folder that cannot be written, what needs it tells in one line
+warnings.filterwarnings("ignore", message="Failed to create the Prefect home directory")

@@ -8,6 +8,8 @@ which it puts what it makes. The experiment goes to the git URL: `dvc exp pull o
 
 import argparse
 import re
+from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 from prefect import get_client
@@ -18,7 +20,7 @@ from flows import FLOW_NAME, PROJECT
 from flows.prefect_server import ensure_server
 from flows.train_classifier import train_classifier
 from flows.worker import see_to_pool
-from flows.workspace import git
+from flows.workspace import find_repository, git
 from pipeline.errors import UserError, report_errors, shown
 
 POOL = "git"
@@ -44,7 +46,13 @@ def find_commit(url: str, revision: str) -> str:
 def deploy_from_git(url: str, commit: str) -> UUID:
     """Register the deployment; the form is that of this checkout."""
     see_to_pool(POOL)
-    step = {"prefect.deployments.steps.git_clone": {"repository": url, "commit_sha": commit}}
+    steps: list[dict[str, Any]] = [
+        {"prefect.deployments.steps.git_clone": {"id": "clone", "repository": url, "commit_sha": commit}}
+    ]
+    _, subfolder = find_repository(PROJECT)
+    if subfolder != Path():
+        folder = f"{{{{ clone.directory }}}}/{subfolder}"
+        steps.append({"prefect.deployments.steps.set_working_directory": {"directory": folder}})
     with get_client(sync_client=True) as client:
         return client.create_deployment(
             client.create_flow_from_name(FLOW_NAME),
@@ -52,7 +60,7 @@ def deploy_from_git(url: str, commit: str) -> UUID:
             version=commit[:8],
             description=f"Train a classifier with the code of {shown(url)} at {commit[:8]}.",
             entrypoint=ENTRYPOINT,
-            pull_steps=[step],
+            pull_steps=steps,
             work_pool_name=POOL,
             parameter_openapi_schema=parameter_schema(train_classifier).model_dump_for_openapi(),
             enforce_parameter_schema=True,

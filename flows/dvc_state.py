@@ -126,7 +126,7 @@ def _lock_files(project: Path) -> Iterator[tuple[str, str, str]]:
         definition, lock = ((project / name).read_text(encoding="utf-8") for name in ("dvc.yaml", "dvc.lock"))
         yield HERE, definition, lock
     for ref in experiment_refs(project):
-        texts = [git(project, "show", f"{ref}:{name}", check=False) for name in ("dvc.yaml", "dvc.lock")]
+        texts = [git(project, "show", f"{ref}:./{name}", check=False) for name in ("dvc.yaml", "dvc.lock")]
         if all(texts):
             yield ref.rpartition("/")[2], texts[0], texts[1]
 

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import IO, Any
 
 import psutil
+from configobj import ConfigObj
 from dvc.config import Config
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
@@ -28,7 +29,7 @@ from dvc.stage.exceptions import StageCmdFailedError
 from dvc_data.hashfile.hash_info import HashInfo
 from scmrepo.exceptions import SCMError
 
-from flows.workspace import GRACE_SECONDS, MARK, in_use
+from flows.workspace import FOLDER, GRACE_SECONDS, MARK, in_use
 from pipeline.errors import EXIT_USER
 
 REMOTE_VARIABLE = "PIPELINE_DVC_REMOTE"
@@ -71,8 +72,18 @@ def configure(clone: Path, *, project: Path) -> None:
     if url := os.environ.get(REMOTE_VARIABLE):
         local["remote"][REMOTE] = {"url": url}
         local["core"]["remote"] = REMOTE
-    with Config(dvc_dir=str(clone / ".dvc")).edit("local") as own:
-        own.update(local)
+    _write_config(local, clone / ".dvc" / Config.CONFIG_LOCAL)
+
+
+def _write_config(config: dict[str, Any], path: Path) -> None:
+    """Write what `Config.load_one` returned; `Config.edit` fails on a path that is not ASCII."""
+    named = {
+        f'{kind} "{name}"': values for kind in ("remote", "machine", "db") for name, values in config[kind].items()
+    }
+    sections = {name: values for name, values in config.items() if name not in ("remote", "machine", "db")} | named
+    file = ConfigObj({name: values for name, values in sections.items() if values}, encoding="utf-8")
+    file.filename = str(path)
+    file.write()
 
 
 def share_cores(clone: Path, *, project: Path) -> None:
@@ -82,7 +93,7 @@ def share_cores(clone: Path, *, project: Path) -> None:
     """
     if "OMP_WAIT_POLICY" not in GIVEN:
         os.environ.pop("OMP_WAIT_POLICY", None)
-        if set(in_use(project)) - {clone.parent.name}:
+        if set(in_use(project)) - {clone.relative_to((project / FOLDER).resolve()).parts[0]}:
             os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 

@@ -29,6 +29,7 @@ from flows.workspace import EXPERIMENT_LABEL, git, made_store, tracking_uri
 from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.errors import TemporaryError, UserError, first_line, shown
+from pipeline.sqlite import sqlite_path
 from pipeline.tracking import Record
 
 MODEL = "best.safetensors"
@@ -107,7 +108,7 @@ class Sources:
     def _connect(self) -> bool:
         uri = made_store(self.project)
         if uri is None:
-            self.note(f"MLflow has no runs yet: {tracking_uri(self.project).removeprefix('sqlite:///')} does not exist")
+            self.note(f"MLflow has no runs yet: {sqlite_path(tracking_uri(self.project))} does not exist")
             return False
         os.environ["MLFLOW_TRACKING_URI"] = uri
         try:
@@ -161,7 +162,7 @@ class Sources:
             return []
 
     def file(self, commit: str | None, name: str) -> str:
-        return git(self.project, "show", f"{commit}:{name}", check=False) if commit else ""
+        return git(self.project, "show", f"{commit}:./{name}", check=False) if commit else ""
 
     def outputs(self, commit: str | None) -> dict[str, str]:
         """Path and hash of the outputs in a commit's dvc.lock."""

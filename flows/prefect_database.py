@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.errors import TemporaryError
-from pipeline.sqlite_store import PREFECT, ensure_store, sqlite_file
+from pipeline.sqlite import sqlite_path
+from pipeline.sqlite_store import PREFECT, ensure_store
 
 URL_VARIABLES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 """Of both, the first one counts."""
@@ -32,7 +33,7 @@ def ensure_database(environment: Mapping[str, str]) -> None:
 
     with temporary_settings({PREFECT_HOME: Path(environment["PREFECT_HOME"])}):
         url = next((environment[name] for name in URL_VARIABLES if environment.get(name)), None)
-        path = sqlite_file(url or PREFECT_API_DATABASE_CONNECTION_URL.value())
+        path = sqlite_path(url or PREFECT_API_DATABASE_CONNECTION_URL.value())
         wanted = PREFECT_API_DATABASE_MIGRATE_ON_START.value()
     if path and wanted:
         ensure_store(path, tool=PREFECT, migrate=partial(_migrate, environment=environment))

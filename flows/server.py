@@ -147,7 +147,7 @@ def _launch(project: Path, port: int, *, variable: str) -> Server:
 
     log = project / ".prefect" / "server.log"
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_KEY"}
-    environment |= {"PREFECT_HOME": str(project / ".prefect"), **own_server_environment(port)}
+    environment |= own_server_environment(port, home=project / ".prefect")
     ensure_database(environment)
     process = launch(["prefect", "server", "start", "--host", "127.0.0.1"], log=log, environment=environment)
     server = Server(process.pid, start_of(process.pid), port)

@@ -19,6 +19,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_PROFILES_PATH, load_profil
 from flows import PROJECT, ports
 from pipeline.errors import UserError, shown
 from pipeline.settings import LOOPBACK, PROXIES
+from pipeline.sqlite import sqlite_uri
 
 NAME = "PREFECT_API_URL"
 OWN_NAME = "PIPELINE_OWN_PREFECT_API_URL"
@@ -167,10 +168,18 @@ def named_port() -> tuple[int | None, str]:
     return (api.port, "PREFECT_SERVER_API_PORT") if "port" in api.model_fields_set else (None, "PREFECT_PORT")
 
 
-def own_server_environment(port: int) -> dict[str, str]:
-    """Variables that go before all other settings of Prefect, so that the server is where it is expected to be."""
+def own_server_environment(port: int, *, home: Path) -> dict[str, str]:
+    """Variables that go before all other settings of Prefect, so that the server is where it is expected to be.
+
+    `home` has its database, unless the user chose another one.
+    """
     url = f"http://127.0.0.1:{port}/api"
+    database = get_settings_context().settings.server.database
+    address = sqlite_uri(home / "prefect.db", driver="aiosqlite")  # Prefect's own default is not percent-encoded
+    is_default = database.connection_url is None and database.driver is None
     return {
+        **({"PREFECT_SERVER_DATABASE_CONNECTION_URL": address} if is_default else {}),
+        "PREFECT_HOME": str(home),
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_API_BASE_PATH": "/api",
         "PREFECT_API_URL": url,

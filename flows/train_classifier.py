@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from prefect import Task, flow, get_run_logger
@@ -38,17 +39,20 @@ from flows.workspace import (
     Keep,
     StepError,
     Workspace,
+    check_checkout,
+    check_local_files,
     experiment_name,
     open_workspace,
     tracking_uri,
     untracked_files,
 )
-from pipeline.artifacts import TRAIN, file_md5
+from pipeline.artifacts import TRAIN, expand, file_md5
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors, shown
 from pipeline.params import compose, dump_yaml, parse_override, read_yaml
 from pipeline.settings import check_recording
 
 HOUR = 3600.0
+FOLDER_PARAM = "download.folder"
 _CACHED = {"restored": "its files came from DVC's cache", "unchanged": "nothing to do"}
 
 
@@ -208,7 +212,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Run download, normalize, train, evaluate in a clone of this checkout; save a DVC experiment.",
         epilog="Exit status: 0 done, 2 a mistake to mend, 75 another try may help, 130 interrupted, 1 anything else.",
     )
-    parser.add_argument("--recipe", default="digits", help="a name from recipes/ (default: %(default)s)")
+    parser.add_argument("--recipe", help="a name from recipes/ (default: digits, or my_images with --images)")
+    parser.add_argument(
+        "--images",
+        metavar="FOLDER",
+        help="your images, <class>/… or <split>/<class>/…; relative to the project",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -218,7 +227,36 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="a value over the recipe's, as in --set train.epochs=3; may be given again",
     )
     parser.add_argument("--keep-workspace", action="store_true", help=f"keep the clone of a run that fails, in {KEPT}/")
-    return parser.parse_args(arguments)
+    values = parser.parse_args(arguments)
+    values.recipe = values.recipe or ("my_images" if values.images else "digits")
+    return values
+
+
+def read_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The values of `--set` and `--images`; the current folder is the project's.
+
+    Raises UserError where they, the recipe or the checkout do not allow a run: before any server is started.
+    """
+    overrides = dict(parse_override(text) for text in arguments.overrides)
+    if arguments.images:
+        if FOLDER_PARAM in overrides:
+            raise UserError(f"--set {FOLDER_PARAM} and --images: found both; allowed: one of them")
+        overrides[FOLDER_PARAM] = _folder_of_images(arguments.images)
+    params = compose(arguments.recipe, overrides)
+    if arguments.images and params["download"]["dataset"] != "imagefolder":
+        raise UserError(
+            f"--images: recipe {arguments.recipe} has download.dataset {params['download']['dataset']}; "
+            "allowed: a recipe for imagefolder, such as my_images; name one, or leave --images out"
+        )
+    check_checkout(PROJECT)
+    check_local_files(PROJECT, params)
+    return overrides
+
+
+def _folder_of_images(text: str) -> str:
+    """The folder relative to the project where it lies in it, so that each clone gets a link to it; else absolute."""
+    path = Path(os.path.normpath(PROJECT / expand(text)))
+    return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
 
 
 def main() -> None:
@@ -227,8 +265,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal is to end a run as tidily as SIGTERM
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with report_errors(), chdir(PROJECT):
-        overrides = dict(parse_override(text) for text in arguments.overrides)
-        compose(arguments.recipe, overrides)
+        overrides = read_overrides(arguments)
         check_recording(tracking_uri(PROJECT))
         state = _run_on_server(ensure_server(), arguments.recipe, overrides, keep_workspace=arguments.keep_workspace)
         status = _report(state, recipe=arguments.recipe)

@@ -3,7 +3,9 @@
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +18,8 @@ from pipeline.artifacts import write_json
 from pipeline.errors import UserError, report_errors, shown
 from pipeline.processes import start_of
 from pipeline.settings import LOOPBACK, is_server
-from pipeline.sqlite_store import MLFLOW, is_current, sqlite_file
+from pipeline.sqlite import sqlite_path
+from pipeline.sqlite_store import MLFLOW, is_current
 
 MLFLOW_PORT = 5000
 OURS_TO_SET = (
@@ -73,15 +76,17 @@ def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
         return
     _check_host()
     _ensure_store(uri, project=project)
-    process, port = ports.start_on_port(
-        partial(_start_mlflow, project, uri), named=port or _named_port(), default=MLFLOW_PORT, variable="MLFLOW_PORT"
-    )
-    try:
-        record = server.Server(process.pid, start_of(process.pid), port)
-        write_json(_mlflow_record(project), asdict(record))
-        yield record.address
-    finally:
-        server.end_group(process.pid)
+    with _plain_packages() as variables:
+        start = partial(_start_mlflow, project, uri, variables)
+        process, port = ports.start_on_port(
+            start, named=port or _named_port(), default=MLFLOW_PORT, variable="MLFLOW_PORT"
+        )
+        try:
+            record = server.Server(process.pid, start_of(process.pid), port)
+            write_json(_mlflow_record(project), asdict(record))
+            yield record.address
+        finally:
+            server.end_group(process.pid)
 
 
 def _check_host() -> None:
@@ -93,9 +98,24 @@ def _check_host() -> None:
         )
 
 
-def _start_mlflow(project: Path, uri: str, port: int) -> tuple[subprocess.Popen[bytes], int]:
+@contextmanager
+def _plain_packages() -> Iterator[dict[str, str]]:
+    """Give variables by which MLflow finds its migrations where its path has a `%`, which Alembic would interpolate."""
+    packages = sysconfig.get_path("purelib")
+    if "%" not in packages:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, "packages")
+        link.symlink_to(packages)
+        yield {"PYTHONPATH": str(link)}
+
+
+def _start_mlflow(
+    project: Path, uri: str, variables: Mapping[str, str], port: int
+) -> tuple[subprocess.Popen[bytes], int]:
     """The server's process, once it answers, and its port; raises PortTakenError where another process has the port."""
-    command = ["mlflow", "server", "--artifacts-destination", str(project / "mlartifacts")]
+    command = ["mlflow", "server", "--artifacts-destination", (project / "mlartifacts").as_uri()]
     log = project / ".prefect" / "mlflow.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {
@@ -105,7 +125,7 @@ def _start_mlflow(project: Path, uri: str, port: int) -> tuple[subprocess.Popen[
     }
     # without its job queue, which is eight processes; the store's address not as an argument, which all users of the
     # machine could read, password included
-    environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri}
+    environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri, **variables}
     process = server.launch(
         [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"], log=log, environment=environment
     )
@@ -116,7 +136,7 @@ def _start_mlflow(project: Path, uri: str, port: int) -> tuple[subprocess.Popen[
 
 def _ensure_store(uri: str, *, project: Path) -> None:
     """Make or migrate a sqlite store before the server starts, which makes it in place and refuses an older schema."""
-    path = sqlite_file(uri)
+    path = sqlite_path(uri)
     if path and not is_current(path, tool=MLFLOW):
         from pipeline import tracking  # noqa: PLC0415  # MLflow takes 2 s to import
 

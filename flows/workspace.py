@@ -22,6 +22,7 @@ from typing import IO, Any, Literal
 from pipeline.errors import UserError
 from pipeline.params import PARAMS_FILE, read_yaml
 from pipeline.settings import check_tracking_uri
+from pipeline.sqlite import sqlite_path, sqlite_uri
 
 FOLDER = Path(".dvc/tmp/flows")
 KEPT = Path(".dvc/tmp/kept")
@@ -55,9 +56,11 @@ class Workspace:
     `committed_params` is a copy of params.yaml as committed; `mlflow_run_id` is known once a stage has told it.
     """
 
-    def __init__(self, folder: Path, *, experiment: str, process: subprocess.Popen[str]) -> None:
+    def __init__(
+        self, folder: Path, *, committed_params: Path, experiment: str, process: subprocess.Popen[str]
+    ) -> None:
         self.folder = folder
-        self.committed_params = folder.parent / COMMITTED_PARAMS
+        self.committed_params = committed_params
         self.experiment = experiment
         self.mlflow_run_id: str | None = None
         self._process = process
@@ -160,8 +163,8 @@ def open_workspace(
     """
     commit = take_snapshot(project)
 
-    def fill(clone: Path) -> Mapping[str, Any]:
-        git(clone, "read-tree", "-u", "--reset", commit)
+    def fill(top: Path, clone: Path) -> Mapping[str, Any]:
+        git(top, "read-tree", "-u", "--reset", commit)
         (clone / PARAMS_FILE).write_text(params_text, encoding="utf-8")
         return params
 
@@ -181,11 +184,11 @@ def open_recorded(
     On leaving, as with `open_workspace`. Raises UserError where the difference does not apply.
     """
 
-    def fill(clone: Path) -> Mapping[str, Any]:
-        git(clone, "update-ref", "--no-deref", "HEAD", commit)
-        git(clone, "read-tree", "-u", "--reset", commit)
+    def fill(top: Path, clone: Path) -> Mapping[str, Any]:
+        git(top, "update-ref", "--no-deref", "HEAD", commit)
+        git(top, "read-tree", "-u", "--reset", commit)
         if difference:
-            _apply(difference, clone, commit=commit)
+            _apply(difference, top, commit=commit)
         params: Mapping[str, Any] = read_yaml(clone / PARAMS_FILE)
         return params
 
@@ -195,11 +198,11 @@ def open_recorded(
         yield workspace
 
 
-def _apply(difference: bytes, clone: Path, *, commit: str) -> None:
-    patch = clone.parent / "uncommitted.diff"
+def _apply(difference: bytes, top: Path, *, commit: str) -> None:
+    patch = top.parent / "uncommitted.diff"
     patch.write_bytes(difference)
     try:
-        git(clone, "apply", "--index", "--whitespace=nowarn", str(patch))
+        git(top, "apply", "--index", "--whitespace=nowarn", str(patch))
     except UserError as error:
         raise UserError(f"the recorded changes do not apply to commit {commit}: {error}") from None
 
@@ -209,24 +212,29 @@ def _open(
     project: Path,
     *,
     name: str,
-    fill: Callable[[Path], Mapping[str, Any]],
+    fill: Callable[[Path, Path], Mapping[str, Any]],
     experiment: str,
     variables: Mapping[str, str],
     keep: Keep,
 ) -> Iterator[Workspace]:
-    """A clone in a folder of its own, in which `fill` puts the files and gives the parameters, and its DVC process."""
+    """A clone in a folder of its own, in which `fill` puts the files and gives the parameters, and its DVC process.
+
+    Where the project is a folder of a larger repository, `fill` gets the clone of that and the project's folder in it.
+    """
+    repository, subfolder = find_repository(project)
     with _own_folder(project, name) as (folder, lock):
-        clone = folder / "clone"
-        git(project, "clone", "--quiet", "--shared", "--no-checkout", str(project), str(clone))
-        params = fill(clone)
-        committed = git(clone, "show", f"HEAD:{PARAMS_FILE}", check=False) or "{}"
+        top = folder / "clone"
+        clone = top / subfolder
+        git(project, "clone", "--quiet", "--shared", "--no-checkout", str(repository), str(top))
+        params = fill(top, clone)
+        committed = git(clone, "show", f"HEAD:./{PARAMS_FILE}", check=False) or "{}"
         (folder / COMMITTED_PARAMS).write_text(committed, encoding="utf-8")
         _link_local_files(project, clone, params)
         environment = stage_environment(project, folder, variables=variables)
         process = _start(clone, project=project, environment=environment, lock=lock)
         kept = keep == "always"
         try:
-            yield Workspace(clone, experiment=experiment, process=process)
+            yield Workspace(clone, committed_params=folder / COMMITTED_PARAMS, experiment=experiment, process=process)
         except BaseException:
             kept = keep != "never"
             raise
@@ -235,28 +243,58 @@ def _open(
             if kept:
                 shutil.rmtree(project / KEPT / name, ignore_errors=True)  # of an earlier try of the same flow run
                 (project / KEPT).mkdir(parents=True, exist_ok=True)
-                clone.rename(project / KEPT / name)
+                top.rename(project / KEPT / name)
 
 
 def take_snapshot(project: Path) -> str:
     """The commit of HEAD with the uncommitted changes to tracked files; neither files nor index are touched.
 
-    Raises UserError where there is no commit or a merge is going on.
+    Raises UserError as `check_checkout` does.
     """
-    if not (project / ".git").exists():
-        raise UserError(f"{project}: not the top folder of a git repository; run `git init`, then commit")
+    check_checkout(project)
+    changes = git(project, "stash", "create")
+    return changes or git(project, "rev-parse", "HEAD")
+
+
+def check_checkout(project: Path) -> None:
+    """Raises UserError where no clone can be made: in a read-only folder, without a commit, in a merge."""
+    repository, _ = find_repository(project)
+    if not os.access(project, os.W_OK):
+        raise UserError(f"{project}: this user cannot write there; make the folder writable, or clone the repository")
     if not (project / ".dvc" / "config").exists():
         raise UserError(f"{project}: not a DVC repository; run `dvc init` and commit .dvc/config")
     if git(project, "rev-parse", "--verify", "--quiet", "HEAD", check=False) == "":
         raise UserError(f"{project}: no git commit yet; run `git add . && git commit -m Start`")
+    if not git(project, "ls-files", "--", "dvc.yaml"):
+        raise UserError(
+            f"{project}: the git repository {repository} does not track dvc.yaml here; "
+            "run `git add .` and commit, or `git init` for a repository of its own"
+        )
     if unmerged := git(project, "diff", "--name-only", "--diff-filter=U"):
         raise UserError(f"{', '.join(unmerged.split())}: merge conflict; resolve it or run `git merge --abort`")
-    changes = git(project, "stash", "create")
-    if changes and git(project, "rev-parse", "--is-shallow-repository") == "true":
+    changed = git(project, "status", "--porcelain", "--untracked-files=no")
+    if changed and git(project, "rev-parse", "--is-shallow-repository") == "true":
         raise UserError(
             f"{project}: a shallow clone with uncommitted changes; run `git fetch --unshallow`, or commit them"
         )
-    return changes or git(project, "rev-parse", "HEAD")
+
+
+def find_repository(project: Path) -> tuple[Path, Path]:
+    """The top folder of the git repository, and the project's folder relative to it: `.`, or one of a larger one.
+
+    Raises UserError where there is none, or git refuses to use it.
+    """
+    if not git(project, "rev-parse", "--git-dir", check=False) and not _in_repository(project):
+        raise UserError(
+            f"{project}: not in a git repository; run `git init`, then `git add .` and `git commit -m Start`"
+        )
+    top, subfolder = git(project, "rev-parse", "--show-toplevel", "--show-prefix").partition("\n")[::2]
+    return Path(top), Path(subfolder)
+
+
+def _in_repository(project: Path) -> bool:
+    """Whether there is a repository, even one that git does not want to use."""
+    return any((folder / ".git").exists() for folder in (project, *project.parents))
 
 
 def untracked_files(project: Path) -> list[str]:
@@ -376,7 +414,17 @@ def _remove(folders: Sequence[Path]) -> list[str]:
 def _link_local_files(project: Path, clone: Path, params: Mapping[str, Any]) -> None:
     """Let the clone see the files that parameters name by a relative path and git does not track.
 
-    Raises UserError where the folder of images, which DVC watches whatever the data set, is not there.
+    Raises UserError as `check_local_files` does.
+    """
+    for name in check_local_files(project, params):
+        _link(project / name, clone / name)
+
+
+def check_local_files(project: Path, params: Mapping[str, Any]) -> list[str]:
+    """The relative paths in the parameters that exist.
+
+    Raises UserError where one leads out of the project, of which the clone would not have it, and where the folder of
+    images, which DVC watches whatever the data set, is not there.
     """
     folder = project / params["download"]["folder"]
     if not folder.is_dir():
@@ -385,15 +433,15 @@ def _link_local_files(project: Path, clone: Path, params: Mapping[str, Any]) -> 
             "allowed: the path of one with <class>/… or <split>/<class>/…; correct it"
         )
     named = [params["download"]["folder"], *params["download"]["urls"], params["train"]["weights"]]
-    for name in (name for name in named if name and "://" not in name and not Path(name).is_absolute()):
+    local = [name for name in named if name and "://" not in name and not Path(name).is_absolute()]
+    found = [name for name in local if (project / name).exists()]
+    for name in found:
         source = project / name
-        if not source.exists():
-            continue
         if not source.resolve().is_relative_to(project) and ".." in Path(name).parts:
             raise UserError(
                 f"{PARAMS_FILE}: found the path {name!r}; allowed: inside the project, or absolute: {source.resolve()}"
             )
-        _link(source, clone / name)
+    return found
 
 
 def _link(source: Path, target: Path) -> None:
@@ -424,16 +472,25 @@ def stage_environment(project: Path, folder: Path, *, variables: Mapping[str, st
         **git_identity(project),
         **_environment(),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "PIPELINE_PYTHON": sys.executable,  # for ./python; older commits take that of the PATH
         "SHELL": "/bin/sh",
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",
         "MLFLOW_TRACKING_URI": tracking_uri(project),
-        # DVC keeps an index of each clone there, and would never remove it
-        "DVC_SITE_CACHE_DIR": str(folder / "index"),
+        **_index_folder(folder),
         "PIPELINE_PROJECT": str(project),
         "PIPELINE_CACHE_DIR": os.environ.get("PIPELINE_CACHE_DIR") or str(project / ".cache"),
         **variables,
     }
+
+
+def _index_folder(folder: Path) -> dict[str, str]:
+    """Let DVC keep its index of the clone beside the clone: it would never remove it from its own place.
+
+    There it stays where the path has a `$NAME`, which DVC's library would replace by the variable's value.
+    """
+    index = str(folder / "index")
+    return {} if os.path.expandvars(index) != index else {"DVC_SITE_CACHE_DIR": index}
 
 
 def tracking_uri(project: Path) -> str:
@@ -443,16 +500,19 @@ def tracking_uri(project: Path) -> str:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "") or "sqlite:///mlflow.db"
     check_tracking_uri(uri)
-    scheme, separator, path = uri.partition(":///")
-    if separator and scheme.startswith("sqlite"):
-        return f"{scheme}:///{project / path}"
-    return uri
+    path = sqlite_path(uri)
+    if path is None or path.is_absolute() or ":///file:" in uri:
+        return uri
+    scheme, _, rest = uri.partition(":///")
+    query = "".join(rest.partition("?")[1:])
+    return sqlite_uri(project / path, driver=scheme.partition("+")[2]) + query
 
 
 def made_store(project: Path) -> str | None:
     """`tracking_uri`, or None where that is a sqlite file which no run has made yet."""
     uri = tracking_uri(project)
-    return None if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists() else uri
+    path = sqlite_path(uri)
+    return uri if path is None or path.exists() else None
 
 
 def _start(clone: Path, *, project: Path, environment: Mapping[str, str], lock: IO[str]) -> subprocess.Popen[str]:

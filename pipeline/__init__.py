@@ -2,11 +2,43 @@
 
 import atexit
 import gc
+import os
+import pwd
 import sys
+from pathlib import Path
 
 # PyTorch and MLflow make half a million objects that stay. To look through them, again and again while they are
 # imported and a few times more when the interpreter ends, takes two seconds.
 gc.set_threshold(50_000)
+
+
+def _ensure_user() -> None:
+    """Give a name and a home to a user id that has none, as in `docker --user 12345`: libraries fail without.
+
+    What they keep in a home that does not exist or cannot be written goes into the project's `.cache/` instead.
+    """
+    if not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+        try:
+            pwd.getpwuid(os.getuid())
+        except KeyError:
+            os.environ["LOGNAME"] = f"uid-{os.getuid()}"
+    home, cache = os.path.expanduser("~"), Path(os.environ.get("PIPELINE_CACHE_DIR", ".cache")).resolve()  # noqa: PTH111
+    if not os.path.isdir(home):  # noqa: PTH112  # Path.home raises where there is none
+        os.environ["HOME"] = str(cache / "home")
+    elif not os.access(home, os.W_OK):
+        for name, folder in (("XDG_CACHE_HOME", "home"), ("MPLCONFIGDIR", "matplotlib"), ("TRITON_HOME", "home")):
+            os.environ.setdefault(name, str(cache / folder))
+
+
+def _ensure_streams() -> None:
+    """Open /dev/null for each standard stream that is closed: the next file would get its number, and its output."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
+
+
+_ensure_user()
+_ensure_streams()
 
 
 def _end_soon() -> None:

@@ -73,7 +73,7 @@ def first_line(error: object) -> str:
 def shown(place: str) -> str:
     """A URL or path without what may be secret in it: user, password and query."""
     scheme, separator, rest = place.partition("://")
-    if not separator:
+    if not separator or scheme.partition("+")[0] == "sqlite":  # a file, whose name may have a # in it
         return place
     host, slash, path = rest.partition("/")
     address = host.rpartition("@")[2] + slash + path  # first, as a password may have a # or ? in it

@@ -1,6 +1,5 @@
 """Judge the model on the test split, which no other step reads."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from pipeline.metrics import wilson_interval
 from pipeline.model import load_model, logits_of
 from pipeline.optimizer import loss_function
 from pipeline.params import load_params
+from pipeline.processes import num_cores
 
 FILES = ("confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv")
 MODEL = "best.safetensors"
@@ -105,7 +105,7 @@ def main() -> None:
         md5 = verify(TRAIN, sorted({"model.json", MODEL, f"{params.checkpoint}.safetensors"}))
         info = DatasetInfo.read()
         device = choose_device(params.device, field="evaluate.device")
-        torch.set_num_threads(params.cpu_threads or os.cpu_count() or 1)
+        torch.set_num_threads(params.cpu_threads or num_cores())
         classifier, config = load_model(TRAIN, checkpoint=params.checkpoint)
         if config.class_names != info.class_names:
             raise UserError(

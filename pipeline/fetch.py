@@ -1,6 +1,8 @@
 """Fetch a file whose MD5 is known from the first of several places that has it, going on where it was interrupted."""
 
 import fcntl
+import os
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,7 +168,9 @@ def _receive(url: str, params: DownloadParams, *, partial: Path) -> bool:
     # Bytes as they are stored: a .tar.gz that a server declares to be gzip-encoded must not be unpacked in passing.
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
     try:
-        with requests.get(url, headers=headers, stream=True, timeout=params.timeout_seconds) as response:
+        with requests.get(
+            url, headers=headers, stream=True, timeout=params.timeout_seconds, verify=_certificates()
+        ) as response:
             if offset and not _continues(response, offset):
                 if response.status_code != 200:
                     partial.unlink()
@@ -178,6 +182,15 @@ def _receive(url: str, params: DownloadParams, *, partial: Path) -> bool:
         may_pass = not isinstance(error, ValueError | requests.TooManyRedirects)
         raise _PlaceError(_reason(error, params.timeout_seconds), may_pass=may_pass) from error
     return offset > 0
+
+
+def _certificates() -> str | bool:
+    """Whom to trust: SSL_CERT_FILE or the system's certificates, which a company's TLS inspection needs.
+
+    True, which is REQUESTS_CA_BUNDLE or the certificates that come with requests, where that is set or there are none.
+    """
+    chosen = any(os.environ.get(name) for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"))
+    return True if chosen else ssl.get_default_verify_paths().cafile or True
 
 
 def _continues(response: requests.Response, offset: int) -> bool:

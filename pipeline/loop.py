@@ -37,6 +37,7 @@ from pipeline.optimizer import (
     update,
 )
 from pipeline.params import Selection, TrainParams
+from pipeline.processes import num_cores
 from pipeline.progress import progress
 
 VALIDATION_BATCH = 500
@@ -385,7 +386,7 @@ def prepare_torch(params: TrainParams) -> torch.device:
     device = choose_device(params.device, field="train.device")
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         _keep_freed_memory()
-    torch.set_num_threads(params.cpu_threads or os.cpu_count() or 1)
+    torch.set_num_threads(params.cpu_threads or num_cores())
     # PyTorch takes 1.5 s to ask for it, and lenet on the CPU has no operation that heeds it
     if params.deterministic and (device.type != "cpu" or params.model != "lenet"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first call

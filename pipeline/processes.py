@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import psutil
+from joblib import cpu_count
 
 HOST, PID, STARTED = "process.host", "process.pid", "process.started"
 START_TOLERANCE_SECONDS = 5
@@ -64,8 +65,8 @@ def _has_start(pid: int, started: str) -> bool:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: its affinity and a container's quota of CPU time count."""
+    return int(cpu_count())
 
 
 def cpu_name() -> str:

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qs, unquote
 
 import psutil
 
@@ -73,20 +72,6 @@ PREFECT = Tool(
     first_tables=frozenset({"flow", "flow_run", "task_run", "configuration"}),
     made_rows=dict.fromkeys(("block_type", "block_schema", "block_schema_reference", "configuration"), "true"),
 )
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """The file that an SQLAlchemy URL names; None for another kind of database and for one in memory."""
-    scheme, separator, rest = uri.partition(":///")
-    if not separator or scheme.partition("+")[0] != "sqlite":
-        return None
-    name, _, query = rest.partition("?")
-    if "memory" in parse_qs(query).get("mode", []) or ":memory:" in name:
-        return None
-    if name.startswith("file:"):
-        name = unquote(name.removeprefix("file:"))
-        name = name.removeprefix("//") if name.startswith("///") else name
-    return Path(name) if name else None
 
 
 def ensure_store(path: Path, *, tool: Tool, migrate: Migrate) -> None:

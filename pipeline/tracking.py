@@ -4,6 +4,7 @@ The store is `mlflow.db` in the project unless MLFLOW_TRACKING_URI says otherwis
 exception) or KILLED (SIGTERM, Ctrl-C); of a run that could not end itself (SIGKILL), the next training sets it KILLED.
 """
 
+import atexit
 import fcntl
 import importlib.metadata
 import json
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import mlflow.store.db.utils
 import requests
 from mlflow import MlflowClient
 from mlflow.data.code_dataset_source import CodeDatasetSource
@@ -32,6 +32,7 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
+from mlflow.store.db import utils as db_utils
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import DataType
@@ -64,6 +65,7 @@ from pipeline.settings import (
     missing_package,
     unreachable,
 )
+from pipeline.sqlite import sqlite_path, sqlite_uri
 
 SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "ruamel.yaml", "safetensors")
 """What a served model imports; its requirements name the versions it was trained with."""
@@ -522,7 +524,7 @@ def connect() -> None:
     keep_loopback_off_proxies()
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(Path("mlflow.db").resolve())
     check_tracking_uri(uri)
     if shown(uri) != uri:
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print the password too
@@ -564,7 +566,8 @@ def _make_store(uri: str) -> None:
     """
     folder = _artifact_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    if path := sqlite_store.sqlite_file(uri):
+    _link_migrations()
+    if path := sqlite_path(uri):
         sqlite_store.ensure_store(path, tool=sqlite_store.MLFLOW, migrate=_migrate)
         return
     with (folder / ".lock").open("w") as lock:
@@ -574,14 +577,23 @@ def _make_store(uri: str) -> None:
 
 def _migrate(copy: Path, _lock: int) -> None:
     """Bring a database, or an empty file, to the schema of the installed MLflow."""
-    # relative to the project, whose own path may have a `?` in it, which would end the file's name
-    uri = f"sqlite:///{os.path.relpath(copy) if '?' in str(copy) else copy}"
-    engine = mlflow.store.db.utils.create_sqlalchemy_engine(uri)  # type: ignore[no-untyped-call]
-    if not mlflow.store.db.utils._is_empty_database(engine):  # type: ignore[no-untyped-call]
-        mlflow.store.db.utils._upgrade_db(engine)  # type: ignore[no-untyped-call]
+    uri = sqlite_uri(copy)
+    engine = db_utils.create_sqlalchemy_engine(uri)  # type: ignore[no-untyped-call]
+    if not db_utils._is_empty_database(engine):  # type: ignore[no-untyped-call]
+        db_utils._upgrade_db(engine)  # type: ignore[no-untyped-call]
     engine.dispose()
     store = SqlAlchemyStore(uri, _artifact_folder().as_uri())  # type: ignore[no-untyped-call]
     store.engine.dispose()
+
+
+def _link_migrations() -> None:
+    """Let MLflow find its migrations by a link where its path has a `%`, which Alembic's settings would interpolate."""
+    package = Path(db_utils._get_package_dir())  # type: ignore[no-untyped-call]
+    if "%" in str(package):
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        (Path(folder) / package.name).symlink_to(package)
+        db_utils._get_package_dir = lambda: f"{folder}/{package.name}"
 
 
 def _artifact_folder() -> Path:
@@ -703,9 +715,12 @@ DIFF = (
     "--no-color",
     "--src-prefix=a/",
     "--dst-prefix=b/",
+    "--no-relative",
     "HEAD",
+    "--",
+    ".",
 )
-"""What `git apply` can take, whatever the user's settings for diffs."""
+"""What `git apply` can take, whatever the user's settings for diffs; of a larger repository, the project alone."""
 
 
 def code_md5() -> str:

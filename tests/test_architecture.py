@@ -14,6 +14,7 @@ from tests.conftest import PROJECT
 ORDER = [
     "errors",
     "settings",
+    "sqlite",
     "processes",
     "artifacts",
     "archives",

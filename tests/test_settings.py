@@ -275,7 +275,7 @@ def test_the_own_server_is_where_it_is_expected_whatever_is_set(prefect_in: Ente
         "PREFECT_UI_API_URL": "http://host",
         "PREFECT_UI_SERVE_BASE": "/y",
     }
-    with prefect_in(**{**elsewhere, **own_server_environment(port)}):
+    with prefect_in(**{**elsewhere, **own_server_environment(port, home=Path("/x"))}):
         found = get_current_settings()
     assert found.server.api.base_path == "/api"
     assert found.api.url == found.server.ui.api_url == server.Server(1, "", port).api_url

@@ -22,7 +22,8 @@ from flows import ui
 from flows.prefect_database import ensure_database
 from pipeline import sqlite_store, tracking
 from pipeline.errors import TemporaryError, UserError
-from pipeline.sqlite_store import MLFLOW, PREFECT, ensure_store, is_current, revisions, sqlite_file
+from pipeline.sqlite import sqlite_path
+from pipeline.sqlite_store import MLFLOW, PREFECT, ensure_store, is_current, revisions
 from tests.conftest import PROJECT
 
 OLDER = "7d34483879f0"
@@ -123,7 +124,7 @@ def test_the_revisions_are_those_of_alembic() -> None:
     ],
 )
 def test_the_file_that_a_url_names(uri: str, file: str | None) -> None:
-    assert sqlite_file(uri) == (Path(file) if file else None)
+    assert sqlite_path(uri) == (Path(file) if file else None)
 
 
 def test_an_older_store_is_migrated_with_what_its_log_holds_and_keeps_its_permissions(store: Path) -> None:

@@ -1,0 +1,250 @@
+"""The Makefile and ./python: which Python runs, what is installed, what a path given to make becomes."""
+
+import os
+import ssl
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Iterator, Mapping
+from functools import partial
+from hashlib import sha256
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from pipeline.artifacts import file_md5
+from pipeline.errors import TemporaryError
+from pipeline.fetch import find_archive
+from pipeline.params import read_yaml
+from tests.conftest import PROJECT, params
+
+ODD = "/no/my photos #1 é'\"$HOME%20?;&"
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+
+def script(path: Path, code: str) -> Path:
+    """An executable shell script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{code}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def environment_of(folder: Path, *, name: str) -> Path:
+    """What looks like a virtual environment with DVC, whose Python prints `name` and its arguments."""
+    script(folder / "bin" / "dvc", "")
+    return script(folder / "bin" / "python", f'echo {name} "$@"').parent.parent
+
+
+def run_python(folder: Path, **variables: str) -> str:
+    """Output of ./python as DVC starts it in `folder`, where the PATH has another Python."""
+    other = environment_of(folder / "other", name="path") / "bin"
+    clean = {"PATH": f"{other}{os.pathsep}/usr/bin{os.pathsep}/bin"}
+    (folder / "python").write_bytes((PROJECT / "python").read_bytes())
+    done = subprocess.run(
+        ["/bin/sh", "-c", "sh ./python -m x 'a b'"], cwd=folder, env=clean | variables, capture_output=True, check=True
+    )
+    return done.stdout.decode().strip()
+
+
+def test_stages_run_in_the_projects_environment_without_activation(tmp_path: Path) -> None:
+    project = tmp_path / "é project"
+    environment_of(project / ".venv", name="own")
+    assert run_python(project) == "own -m x a b"
+
+
+def test_stages_run_in_the_activated_environment(tmp_path: Path) -> None:
+    environment_of(tmp_path / ".venv", name="own")
+    active = environment_of(tmp_path / "active", name="active")
+    assert run_python(tmp_path, VIRTUAL_ENV=str(active)) == "active -m x a b"
+    (active / "bin" / "dvc").unlink()  # one that is for something else
+    assert run_python(tmp_path, VIRTUAL_ENV=str(active)) == "own -m x a b"
+
+
+def test_an_experiment_in_a_temporary_folder_runs_in_the_projects_environment(tmp_path: Path) -> None:
+    environment_of(tmp_path / "project" / ".venv", name="own")
+    (tmp_path / "temporary").mkdir()
+    assert run_python(tmp_path / "temporary", DVC_ROOT=str(tmp_path / "project")) == "own -m x a b"
+
+
+def test_stages_of_a_flow_run_have_its_python(tmp_path: Path) -> None:
+    environment_of(tmp_path / ".venv", name="own")
+    flow = environment_of(tmp_path / "flow", name="flow") / "bin" / "python"
+    assert run_python(tmp_path, PIPELINE_PYTHON=str(flow)) == "flow -m x a b"
+
+
+def test_without_an_environment_the_python_of_the_path_runs(tmp_path: Path) -> None:
+    (tmp_path / ".venv").symlink_to("/nonexistent")
+    assert run_python(tmp_path) == "path -m x a b"
+
+
+def test_every_stage_is_run_by_it() -> None:
+    stages = read_yaml(PROJECT / "dvc.yaml")["stages"]
+    assert {stage["cmd"] for stage in stages.values()} == {f"./python -m pipeline.{name}" for name in stages}
+    assert os.access(PROJECT / "python", os.X_OK)
+
+
+def make(
+    *arguments: str, folder: Path, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["make", "--no-print-directory", *arguments],
+        cwd=folder,
+        env={name: value for name, value in environment.items() if name not in ("MAKEFLAGS", "RECIPE", "IMAGES")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A project of a Makefile and locks, whose environment has programs that print their arguments, one a line."""
+    project = tmp_path / "a project"
+    (project / "requirements").mkdir(parents=True)
+    for path in (PROJECT / "Makefile", PROJECT / "pyproject.toml", *(PROJECT / "requirements").glob("*.lock")):
+        (project / path.relative_to(PROJECT)).write_bytes(path.read_bytes())
+    for name in ("python", "uv"):
+        script(project / ".venv" / "bin" / name, "printf '%s\\n' \"$@\"")
+    (project / ".venv" / ".installed").touch()
+    return project
+
+
+def test_a_path_given_to_make_arrives_as_it_was_written(installed: Path) -> None:
+    done = make("run", f"IMAGES={ODD}", "SET=train.epochs=1 train.seed=2", folder=installed)
+    expected = ["-m", "flows.train_classifier", "--images", ODD, "--set", "train.epochs=1", "--set", "train.seed=2"]
+    assert done.stdout.splitlines() == expected
+    assert make("run", "RECIPE=digits", folder=installed).stdout.splitlines()[2:] == ["--recipe", "digits"]
+
+
+def test_chosen_extras_stay_chosen(installed: Path) -> None:
+    make("install", "EXTRAS=s3 postgresql", folder=installed)
+    again = make("install", "EXTRAS=ssh", folder=installed)
+    locks = [line for line in again.stdout.splitlines() if line.startswith("requirements/")]
+    assert locks == [f"requirements/{name}.lock" for name in ("base", "postgresql", "s3", "ssh")]
+    assert again.returncode == 0
+
+
+def test_a_changed_lock_of_a_chosen_extra_is_installed(installed: Path) -> None:
+    make("install", "EXTRAS=s3", folder=installed)
+    assert "requirements/s3.lock" not in make("install", folder=installed).stdout
+    os.utime(installed / ".venv" / ".installed", (0, 0))
+    assert "requirements/s3.lock" in make("install", folder=installed).stdout
+
+
+def test_an_unknown_extra_is_one_line(installed: Path) -> None:
+    done = make("install", "EXTRAS=s3 gcs", folder=installed)
+    assert (done.returncode, done.stdout) == (2, "")
+    [line] = done.stderr.splitlines()
+    assert "EXTRAS: found gcs; allowed: s3 gs azure ssh postgresql" in line
+
+
+def test_a_link_to_no_environment_is_reported(installed: Path) -> None:
+    (installed / ".venv").rename(installed / "elsewhere")
+    (installed / ".venv").symlink_to("nowhere")
+    done = make("install", folder=installed)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0].startswith("error: .venv is a link to nowhere, which is no folder; make that")
+
+
+def test_an_environment_behind_a_link_is_used(installed: Path) -> None:
+    (installed / ".venv").rename(installed / "else where")
+    (installed / ".venv").symlink_to("else where")
+    (installed / ".venv" / ".installed").unlink()
+    done = make("install", folder=installed)
+    assert done.returncode == 0, done.stderr
+    assert "requirements/base.lock" in done.stdout
+    assert (installed / "else where" / ".installed").exists()
+
+
+class Index(SimpleHTTPRequestHandler):
+    """The files of a folder, without a log."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def openssl(folder: Path, command: str) -> None:
+    subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def company(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `ca.pem`, whom nobody trusts, and `server.pem` for localhost, which it signed."""
+    folder = tmp_path_factory.mktemp("company")
+    key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
+    openssl(folder, f"req -x509 {key} -keyout ca.key -out ca.pem -days 2 -subj /CN=Company")
+    openssl(folder, f"req {key} -keyout server.key -out server.csr -subj /CN=localhost")
+    (folder / "extensions").write_text("subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
+    sign = "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions"
+    openssl(folder, f"{sign} -out server.crt")
+    (folder / "server.pem").write_bytes((folder / "server.crt").read_bytes() + (folder / "server.key").read_bytes())
+    return folder
+
+
+@pytest.fixture
+def inspected(company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of `tmp_path`, served over TLS by a certificate of the company's; nothing says whom to trust."""
+    for name in CERTIFICATE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Index, directory=tmp_path))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(company / "server.pem")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setenv("NO_PROXY", "localhost")
+    yield f"https://localhost:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
+def test_the_downloader_trusts_whom_the_company_names(
+    variable: str, inspected: str, company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "archive").write_bytes(b"x")
+    values = {"download__urls": [f"{inspected}/archive"], "download__md5": file_md5(tmp_path / "archive")}
+    with pytest.raises(TemporaryError, match=r"TLS: .*CERTIFICATE_VERIFY_FAILED"):
+        find_archive(params(**values).download)
+    monkeypatch.setenv(variable, str(company / "ca.pem"))
+    assert find_archive(params(**values).download).read_bytes() == b"x"
+
+
+def write_package(folder: Path) -> str:
+    """An index of one package; gives its line for a lock."""
+    page = folder / "simple" / "tiny" / "index.html"
+    page.parent.mkdir(parents=True)
+    wheel = page.with_name("tiny-1-py3-none-any.whl")
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("tiny.py", "")
+        archive.writestr("tiny-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1\n")
+        archive.writestr("tiny-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("tiny-1.dist-info/RECORD", "")
+    page.write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+    return f"tiny==1 --hash=sha256:{sha256(wheel.read_bytes()).hexdigest()}\n"
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE"])
+def test_make_installs_through_a_companys_inspection(  # noqa: PLR0917
+    variable: str, inspected: str, company: Path, tmp_path: Path, installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (installed / "requirements" / "base.lock").write_text(write_package(tmp_path))
+    (installed / "requirements" / "s3.lock").write_text("")
+    (installed / ".venv" / ".installed").touch()  # later than the locks
+    for name in ("python", "uv"):
+        (installed / ".venv" / "bin" / name).unlink()
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", installed / ".venv"], check=True)
+    script(installed / ".venv" / "bin" / "uv", f'exec "{Path(sys.executable).with_name("uv")}" "$@"')
+    monkeypatch.setenv("UV_INDEX_URL", f"{inspected}/simple")
+    monkeypatch.setenv("UV_NO_CACHE", "true")
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
+    assert make("install", "EXTRAS=s3", folder=installed).returncode != 0
+    monkeypatch.setenv(variable, str(company / "ca.pem"))
+    done = make("install", "EXTRAS=s3", folder=installed)
+    assert done.returncode == 0, done.stderr
+    assert list((installed / ".venv" / "lib").glob("python*/site-packages/tiny.py"))

@@ -1,0 +1,154 @@
+"""A project whose path has any characters, and one that is a folder of a larger repository."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import sqlalchemy
+from dvc.config import Config
+
+from flows import dvc_worker, workspace
+from flows.dvc_state import experiment_refs
+from flows.identity import Sources
+from pipeline import tracking
+from pipeline.artifacts import DOWNLOAD
+from pipeline.errors import UserError, shown
+from pipeline.params import dump_yaml, read_yaml
+from pipeline.sqlite import sqlite_path, sqlite_uri
+from tests.conftest import PROJECT, copy_project, start_repository
+
+ODD = "a b#c?d%20e'f\"g&h;i$HOME é 桌面"
+
+
+@pytest.fixture
+def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with an odd name."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.delenv("PIPELINE_PROJECT", raising=False)
+    (tmp_path / ODD).mkdir()
+    monkeypatch.chdir(tmp_path / ODD)
+    return tmp_path / ODD
+
+
+def test_the_address_of_a_database_opens_its_file(odd: Path) -> None:
+    uri = sqlite_uri(odd / "x.db")
+    with sqlalchemy.create_engine(uri).connect() as connection:
+        connection.execute(sqlalchemy.text("CREATE TABLE t (x)"))
+    assert list(odd.iterdir()) == [odd / "x.db"] == [sqlite_path(uri)]
+    assert shown(uri) == uri
+
+
+@pytest.mark.parametrize("path", ["/a/mlflow.db", "/a b/é#1/mlflow.db"])
+def test_an_address_without_special_characters_is_as_everybody_writes_it(path: str) -> None:
+    assert sqlite_uri(Path(path)) == f"sqlite:///{path}"
+    assert sqlite_path(f"sqlite:///{path}?timeout=5") == Path(path)
+
+
+def test_runs_are_recorded_in_the_project(odd: Path, stores: Path) -> None:
+    (odd / "mlflow.db").write_bytes((stores / "mlflow.db").read_bytes())
+    tracking.connect()
+    experiment = tracking._experiment_id("odd")
+    run = tracking.Run(mlflow.MlflowClient().create_run(experiment).info.run_id)
+    (odd / "file.txt").write_text("x")
+    run.log_file(odd / "file.txt")
+    record = tracking.find_run(run.run_id)
+    assert record
+    assert tracking.read_file(record, "file.txt") == b"x"
+    assert (odd / "mlartifacts" / run.run_id / "artifacts" / "file.txt").exists()
+    assert list(odd.parent.iterdir()) == [odd]
+
+
+def test_the_store_is_the_projects(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sqlite_path(workspace.tracking_uri(odd)) == odd / "mlflow.db"
+    assert workspace.made_store(odd) is None
+    (odd / "mlflow.db").touch()
+    assert workspace.made_store(odd) == workspace.tracking_uri(odd)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db?timeout=5")
+    assert workspace.tracking_uri(odd) == sqlite_uri(odd / "other.db") + "?timeout=5"
+
+
+def test_a_workspace_gets_the_projects_cache_and_remotes(odd: Path) -> None:
+    project, clone = odd / "project", odd / "clone"
+    for folder in (project, clone):
+        (folder / ".dvc").mkdir(parents=True)
+        (folder / ".dvc" / "config").write_text(
+            "[core]\n    remote = local\n['remote \"local\"']\n    url = ../.dvcstore\n"
+        )
+    dvc_worker.configure(clone, project=project)
+    settings = Config(dvc_dir=str(clone / ".dvc"))
+    assert settings["cache"]["dir"] == str(project / ".dvc" / "cache")
+    assert settings["remote"]["local"]["url"] == str(project / ".dvcstore")
+
+
+def test_dvc_keeps_its_index_where_no_variable_is_expanded(odd: Path) -> None:
+    assert "DVC_SITE_CACHE_DIR" not in workspace.stage_environment(PROJECT, odd, variables={})
+    plain = workspace.stage_environment(PROJECT, odd.parent, variables={})
+    assert plain["DVC_SITE_CACHE_DIR"] == str(odd.parent / "index")
+
+
+def larger_repository(top: Path) -> Path:
+    """A copy of the project, with its first stage only, in a folder of a larger repository; gives its folder."""
+    project = copy_project(top / "ml é")
+    shutil.rmtree(project / ".git")
+    stages = read_yaml(project / "dvc.yaml")["stages"]
+    (project / "dvc.yaml").write_text(dump_yaml({"stages": {"download": stages["download"]}}))
+    (top / "other.txt").write_text("x")
+    start_repository(top)
+    return project
+
+
+def test_a_folder_of_a_larger_repository_is_found(tmp_path: Path) -> None:
+    (tmp_path / "ml").mkdir()
+    with pytest.raises(UserError, match="not in a git repository; run `git init`"):
+        workspace.check_checkout(tmp_path / "ml")
+    (tmp_path / "ml" / "dvc.yaml").touch()
+    start_repository(tmp_path)
+    assert workspace.find_repository(tmp_path / "ml") == (tmp_path.resolve(), Path("ml"))
+    assert workspace.find_repository(tmp_path) == (tmp_path.resolve(), Path())
+
+
+def test_a_project_that_the_larger_repository_does_not_track_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "other.txt").touch()
+    start_repository(tmp_path)
+    (tmp_path / "ml" / ".dvc").mkdir(parents=True)
+    (tmp_path / "ml" / ".dvc" / "config").touch()
+    with pytest.raises(UserError, match=r"does not track dvc.yaml here; run `git add \.` and commit") as error:
+        workspace.check_checkout(tmp_path / "ml")
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_recorded_as_uncommitted_is_the_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ml").mkdir()
+    for path in ("other.txt", "ml/own.txt"):
+        (tmp_path / path).write_text("1\n")
+    start_repository(tmp_path)
+    for path in ("other.txt", "ml/own.txt"):
+        (tmp_path / path).write_text("2\n")
+    monkeypatch.chdir(tmp_path / "ml")
+    difference = tracking._git_bytes(*tracking.DIFF)
+    assert b"b/ml/own.txt" in difference
+    assert b"other.txt" not in difference
+
+
+@pytest.mark.slow
+def test_a_stage_runs_in_a_folder_of_a_larger_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = larger_repository(tmp_path / ODD)
+    params: Mapping[str, Any] = read_yaml(project / "params.yaml")
+    (tmp_path / ODD / "other.txt").write_text("changed")
+    lines: list[str] = []
+    with workspace.open_workspace(
+        project, params=params, params_text=dump_yaml(params), experiment="odd", flow_run_id="run"
+    ) as opened:
+        assert opened.folder.name == project.name
+        assert (opened.folder.parent / "other.txt").read_text() == "changed"
+        assert read_yaml(opened.committed_params) == params
+        assert opened.reproduce(DOWNLOAD.name, on_line=lines.append) == "ran", lines
+        opened.save(on_line=lines.append)
+    [ref] = experiment_refs(project)
+    assert ref.endswith("/odd")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
+    assert str(DOWNLOAD) in Sources(project).outputs(ref)
+    assert list(tmp_path.iterdir()) == [tmp_path / ODD]

@@ -1,0 +1,87 @@
+"""A user whom the machine does not know, without a home, with a quota of the CPU."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from pipeline.processes import num_cores
+from tests.conftest import PROJECT
+
+NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
+CACHES = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_HOME")
+
+
+@pytest.fixture(autouse=True)
+def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user of whom the environment tells nothing, in an empty folder."""
+    for name in (*NAMES, *CACHES, "PIPELINE_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards, whatever the test does to it
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_user_id_without_an_entry_gets_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
+    pipeline._ensure_user()
+    assert os.environ["LOGNAME"] == f"uid-{2**31 - 5}"
+
+
+def test_a_known_user_keeps_name_home_and_caches(tmp_path: Path) -> None:
+    pipeline._ensure_user()
+    assert os.environ["HOME"] == str(tmp_path)
+    assert not set(os.environ) & {*NAMES, *CACHES}
+
+
+def test_a_home_that_is_missing_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/nonexistent")
+    pipeline._ensure_user()
+    assert Path.home() == tmp_path / ".cache" / "home"
+
+
+def test_no_home_at_all_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
+    pipeline._ensure_user()
+    assert Path.home() == tmp_path / ".cache" / "home"
+
+
+def test_what_a_read_only_home_cannot_keep_goes_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    monkeypatch.setenv("MPLCONFIGDIR", "mine")
+    pipeline._ensure_user()
+    assert os.environ["HOME"] == str(tmp_path)
+    assert os.environ["MPLCONFIGDIR"] == "mine"
+    assert os.environ["XDG_CACHE_HOME"] == str(tmp_path / ".cache" / "home")
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(everything)})
+    try:
+        assert num_cores() == 1
+    finally:
+        os.sched_setaffinity(0, everything)
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # as where a container's quota is one core
+    assert num_cores() == 1
+
+
+def test_cores_are_counted_in_one_place() -> None:
+    files = [*PROJECT.glob("pipeline/*.py"), *PROJECT.glob("flows/*.py"), *PROJECT.glob("benchmarks/**/*.py")]
+    counting = re.compile(r"cpu_count|len\(os.sched_getaffinity")
+    assert [path.name for path in files if counting.search(path.read_text())] == ["processes.py"]
+
+
+def test_a_closed_standard_output_does_not_become_the_next_file(tmp_path: Path) -> None:
+    code = "import os, sys, pipeline; print(open('x').fileno(), sys.stdout.fileno(), file=sys.stderr)"
+    (tmp_path / "x").touch()
+    command = ["/bin/sh", "-c", '"$0" -c "$1" >&-', sys.executable, code]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, check=True)
+    number, stdout = map(int, done.stderr.split())
+    assert (number > 2, stdout) == (True, 1)
