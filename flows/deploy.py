@@ -17,8 +17,8 @@ from prefect.utilities.callables import parameter_schema
 from flows import FLOW_NAME, PROJECT
 from flows.train_classifier import see_to_server, train_classifier
 from flows.worker import see_to_pool
-from flows.workspace import git
 from pipeline.errors import UserError, report_errors, shown
+from pipeline.git import git
 
 POOL = "git"
 NAME = "from-git"

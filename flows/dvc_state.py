@@ -13,8 +13,8 @@ import psutil
 from dvc.config import Config
 from dvc.utils.serialize import parse_yaml
 
-from flows.workspace import git
 from pipeline.artifacts import file_md5
+from pipeline.git import git, read_committed
 from pipeline.processes import START_TOLERANCE_SECONDS
 
 RWLOCK = Path(".dvc/tmp/rwlock")
@@ -62,14 +62,13 @@ def _may_hold(pid: int, *, written: float) -> bool:
         return (older or _runs_dvc(process)) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:  # another user's, on macOS: what is not known must count as alive
+        return True
 
 
 def _runs_dvc(process: psutil.Process) -> bool:
     """As `dvc …`, `python -m dvc …` or a workspace's `python -m flows.dvc_worker`."""
-    try:
-        return any("dvc" in Path(word).name for word in process.cmdline())
-    except psutil.AccessDenied:  # another user's, on macOS
-        return False
+    return any("dvc" in Path(word).name for word in process.cmdline())
 
 
 def release_dead_lockers(project: Path) -> bool:
@@ -116,8 +115,8 @@ def _lock_files(project: Path) -> Iterator[tuple[str, str, str]]:
         definition, lock = ((project / name).read_text(encoding="utf-8") for name in ("dvc.yaml", "dvc.lock"))
         yield HERE, definition, lock
     for ref in experiment_refs(project):
-        texts = [git(project, "show", f"{ref}:{name}", check=False) for name in ("dvc.yaml", "dvc.lock")]
-        if all(texts):
+        texts = [read_committed(project, ref, name) for name in ("dvc.yaml", "dvc.lock")]
+        if texts[0] and texts[1]:
             yield ref.rpartition("/")[2], texts[0], texts[1]
 
 
@@ -159,7 +158,10 @@ def _is_whole(project: Path, cache: Path, output: str, md5: str) -> bool:
         return listing.exists() or _holds(project / output, md5)
     if not listing.exists():
         return (project / output).is_dir()
-    files = json.loads(listing.read_text(encoding="utf-8"))
+    try:
+        files = json.loads(listing.read_text(encoding="utf-8"))
+    except ValueError:  # a damaged listing says nothing of the files
+        return False
     absent = (file for file in files if not cached_path(cache, file["md5"]).exists())
     return all(_holds(project / output / file["relpath"], file["md5"]) for file in absent)
 

@@ -26,10 +26,12 @@ from flows import server
 from flows.doctor import PAGE, prefect_client
 from flows.dvc_state import cache_folder, cached_path, experiment_refs, outputs
 from flows.ui import mlflow_page
-from flows.workspace import EXPERIMENT_LABEL, git, made_store, tracking_uri
+from flows.workspace import EXPERIMENT_LABEL, made_store
 from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.errors import TemporaryError, UserError, first_line, shown
+from pipeline.git import UNKNOWN, find_commit, git, read_committed
+from pipeline.project import tracking_uri
 from pipeline.tracking import Record
 
 MODEL = "best.safetensors"
@@ -154,7 +156,10 @@ class Sources:
             return []
 
     def file(self, commit: str | None, name: str) -> str:
-        return git(self.project, "show", f"{commit}:{name}", check=False) if commit else ""
+        """The text of a file in a commit; empty where there is none, or the commit is not in this repository."""
+        if commit and find_commit(self.project, commit):
+            return read_committed(self.project, commit, name) or ""
+        return ""
 
     def outputs(self, commit: str | None) -> dict[str, str]:
         """Path and hash of the outputs in a commit's dvc.lock."""
@@ -226,9 +231,7 @@ def _nothing(sources: Sources, wanted: str, *, file: Path | None) -> str:
 def _match(sources: Sources, wanted: str) -> tuple[list[Record], list[Experiment], list[FlowRun]]:
     """The MLflow runs, experiments and flow runs that the id names."""
     runs = [run] if sources.mlflow and _SAFE.fullmatch(wanted) and (run := tracking.find_run(wanted)) else []
-    commit = git(
-        sources.project, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{wanted}^{{commit}}", check=False
-    )
+    commit = find_commit(sources.project, wanted)
     named = [found for found in sources.experiments if wanted == found.name or (commit and commit == found.commit)]
     flow_runs = sources.flow_runs(ids=[wanted]) if _is_uuid(wanted) else sources.flow_runs(name=wanted)
     names = {run.experiment for run in flow_runs} | {wanted}
@@ -274,13 +277,14 @@ def _of_run(sources: Sources, run: Record) -> Trace:
     tags = run.tags
     model = tags.get("model.md5")
     experiments = _experiments_of(sources, run)
-    commit = tags.get(tracking.COMMIT)
+    commit = _known(tags.get(tracking.COMMIT))
+    dirty = _known(tags.get("git.dirty")) if commit else None  # older versions recorded that nothing was changed
     difference = tracking.read_file(run, "uncommitted.diff") or b""
     names = re.findall(rb'^diff --git "?a/(.*?)"? "?b/', difference, re.MULTILINE)
     copies = sources.runs(tracking.REPRODUCES, run.run_id)
     return Trace(
         commit=commit,
-        dirty=tags["git.dirty"] == "true" if "git.dirty" in tags else None,
+        dirty=dirty == "true" if dirty else None,
         uncommitted=tuple(name.decode(errors="replace") for name in names),
         data_set=run.params.get("download.dataset"),
         data_md5=tags.get("data.md5"),
@@ -301,11 +305,11 @@ def _of_experiment(sources: Sources, experiment: Experiment) -> Trace:
     params, committed = (
         _flat(sources.file(commit, "params.yaml")) for commit in (experiment.commit, experiment.baseline)
     )
-    listing = git(sources.project, "diff", "--name-only", str(experiment.baseline), str(experiment.commit), check=False)
+    listing = _changed_files(sources.project, experiment)
     return Trace(
         commit=experiment.baseline,
-        dirty=bool(listing),
-        uncommitted=tuple(listing.splitlines()),
+        dirty=None if listing is None else bool(listing),
+        uncommitted=tuple(listing or ()),
         data_set=params.get("download.dataset"),
         data_md5=sources.listing(made.get(str(NORMALIZE), "")).get("dataset.json"),
         changed=_changed(committed, params),
@@ -313,6 +317,17 @@ def _of_experiment(sources: Sources, experiment: Experiment) -> Trace:
         model_md5=sources.model_of(made),
         files=tuple(_files(sources, made)),
     )
+
+
+def _known(tag: str | None) -> str | None:
+    return None if tag == UNKNOWN else tag
+
+
+def _changed_files(project: Path, experiment: Experiment) -> list[str] | None:
+    """The files that the experiment changed, or None where this repository does not have its baseline."""
+    if not (experiment.baseline and find_commit(project, experiment.baseline)):
+        return None
+    return git(project, "diff", "--name-only", experiment.baseline, str(experiment.commit)).splitlines()
 
 
 def _experiments_of(sources: Sources, run: Record) -> tuple[Experiment, ...]:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flows import PROJECT, server
-from flows.workspace import tracking_uri
 from pipeline.errors import report_errors, shown
+from pipeline.project import tracking_uri
+from pipeline.relocation import relocate
 
 MLFLOW_PORT = 5000
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -34,6 +35,8 @@ def mlflow_server(project: Path, *, port: int) -> Iterator[str]:
     if uri.startswith(("http://", "https://")):
         yield f"{shown(uri)} (yours, from MLFLOW_TRACKING_URI)"
         return
+    if line := relocate(uri, project):
+        print(line, flush=True)
     server.require_free(port, variable="MLFLOW_PORT")
     command = ["mlflow", "server", "--artifacts-destination", str(project / "mlartifacts")]
     log = project / ".prefect" / "mlflow.log"

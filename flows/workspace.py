@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from pipeline.errors import UserError
+from pipeline.git import environment as git_environment
+from pipeline.git import find_commit, git, read_committed, setting
 from pipeline.params import PARAMS_FILE, read_yaml
+from pipeline.project import tracking_uri
 
 FOLDER = Path(".dvc/tmp/flows")
 KEPT = Path(".dvc/tmp/kept")
@@ -218,7 +221,7 @@ def _open(
         clone = folder / "clone"
         git(project, "clone", "--quiet", "--shared", "--no-checkout", str(project), str(clone))
         params = fill(clone)
-        committed = git(clone, "show", f"HEAD:{PARAMS_FILE}", check=False) or "{}"
+        committed = read_committed(clone, "HEAD", str(PARAMS_FILE)) or "{}"
         (folder / COMMITTED_PARAMS).write_text(committed, encoding="utf-8")
         _link_local_files(project, clone, params)
         environment = stage_environment(project, folder, variables=variables)
@@ -246,7 +249,7 @@ def take_snapshot(project: Path) -> str:
         raise UserError(f"{project}: not the top folder of a git repository; run `git init`, then commit")
     if not (project / ".dvc" / "config").exists():
         raise UserError(f"{project}: not a DVC repository; run `dvc init` and commit .dvc/config")
-    if git(project, "rev-parse", "--verify", "--quiet", "HEAD", check=False) == "":
+    if find_commit(project, "HEAD") is None:
         raise UserError(f"{project}: no git commit yet; run `git add . && git commit -m Start`")
     if unmerged := git(project, "diff", "--name-only", "--diff-filter=U"):
         raise UserError(f"{', '.join(unmerged.split())}: merge conflict; resolve it or run `git merge --abort`")
@@ -271,30 +274,9 @@ def experiment_name(project: Path, *wishes: str) -> str:
     return next((name for name in names if name not in taken), names[-1])
 
 
-def git(folder: Path, *arguments: str, check: bool = True) -> str:
-    """Standard output of a git command; raises UserError with git's last line where it fails."""
-    try:
-        result = subprocess.run(
-            ["git", *arguments], cwd=folder, env=_environment(), capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        raise UserError("git: not found; install it") from None
-    if check and result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"git {arguments[0]} in {folder}: {reason.removeprefix('fatal: ')}")
-    return result.stdout.strip()
-
-
-def _environment() -> dict[str, str]:
-    """Our environment without what a git hook sets, which would point git and DVC to another repository."""
-    misleading = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_PREFIX")
-    return {name: value for name, value in os.environ.items() if name not in misleading}
-
-
 def git_identity(project: Path) -> dict[str, str]:
     """Who commits, as environment variables: the user as git knows them, or a stand-in, for DVC needs one."""
-    name = git(project, "config", "user.name", check=False) or "flow"
-    email = git(project, "config", "user.email", check=False) or "flow@localhost"
+    name, email = setting(project, "user.name") or "flow", setting(project, "user.email") or "flow@localhost"
     roles = {"AUTHOR", "COMMITTER"}
     return {f"GIT_{role}_NAME": name for role in roles} | {f"GIT_{role}_EMAIL": email for role in roles}
 
@@ -421,7 +403,7 @@ def stage_environment(project: Path, folder: Path, *, variables: Mapping[str, st
         # a bar redrawn ten times a second would be as many lines in the flow run's log
         "TQDM_MININTERVAL": "5",
         **git_identity(project),
-        **_environment(),
+        **git_environment(),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "SHELL": "/bin/sh",
         "PYTHONUNBUFFERED": "1",
@@ -430,18 +412,9 @@ def stage_environment(project: Path, folder: Path, *, variables: Mapping[str, st
         # DVC keeps an index of each clone there, and would never remove it
         "DVC_SITE_CACHE_DIR": str(folder / "index"),
         "PIPELINE_PROJECT": str(project),
-        "PIPELINE_CACHE_DIR": os.environ.get("PIPELINE_CACHE_DIR") or str(project / ".cache"),
+        "PIPELINE_CACHE_DIR": str(project / (os.environ.get("PIPELINE_CACHE_DIR") or ".cache")),
         **variables,
     }
-
-
-def tracking_uri(project: Path) -> str:
-    """MLFLOW_TRACKING_URI, by default the project's own sqlite file; a relative file is one in the project."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "") or "sqlite:///mlflow.db"
-    scheme, separator, path = uri.partition(":///")
-    if separator and scheme.startswith("sqlite"):
-        return f"{scheme}:///{project / path}"
-    return uri
 
 
 def made_store(project: Path) -> str | None:

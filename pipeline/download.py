@@ -23,9 +23,10 @@ from pipeline.artifacts import (
 )
 from pipeline.errors import UserError, report_errors
 from pipeline.fetch import find_archive
-from pipeline.imagefolder import pack, scan
+from pipeline.imagefolder import Scan, pack, scan
 from pipeline.params import DownloadParams, load_params
 from pipeline.progress import in_bytes
+from pipeline.project import copy_hint
 
 
 def download(params: DownloadParams, *, folder: Path = DOWNLOAD) -> None:
@@ -106,7 +107,7 @@ def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
 
 
 def _download_imagefolder(params: DownloadParams, folder: Path) -> None:
-    found = scan(expand(params.folder))
+    found = _scan(expand(params.folder))
     size = pack(found, folder / IMAGEFOLDER_ARCHIVE)
     source = {
         "dataset": "imagefolder",
@@ -120,6 +121,13 @@ def _download_imagefolder(params: DownloadParams, folder: Path) -> None:
     print(f"imagefolder: {found.total:,} images of {classes} classes ({splits}), {in_bytes(size)}")
     if ignored:
         print(f"imagefolder: {len(ignored):,} files are no images by their suffix and stay out, such as {ignored[0]}")
+
+
+def _scan(folder: Path) -> Scan:
+    try:
+        return scan(folder)
+    except UserError as error:
+        raise UserError(f"{error}{copy_hint(folder)}") from None
 
 
 def main() -> None:

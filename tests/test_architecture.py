@@ -12,7 +12,10 @@ from pipeline.params import read_yaml
 from tests.conftest import PROJECT
 
 ORDER = [
+    "project",
     "errors",
+    "git",
+    "relocation",
     "processes",
     "artifacts",
     "archives",
