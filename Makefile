@@ -26,7 +26,7 @@ export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help run test faults bench check lint format types ui worker prefect-env stop install lock audit clean
+.PHONY: help run test faults bench check lint format types experiments ui worker prefect-env stop install lock audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ format: $(INSTALLED_DEV) ## format the code and mend what can be mended
 
 types: $(INSTALLED_DEV) ## check the types, strictly
 	$(BIN)/mypy
+
+experiments: $(INSTALLED) ## list the experiments since the last commit: metrics, and parameters that differ
+	@$(BIN)/python -m flows.experiments
 
 ui: $(INSTALLED) ## serve MLflow's and Prefect's pages until Ctrl-C; ports: MLFLOW_PORT, PREFECT_PORT
 	@$(BIN)/python -m flows.ui

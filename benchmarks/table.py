@@ -3,11 +3,13 @@
 import math
 import platform
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 
+from pipeline.errors import UserError
+from pipeline.git import UNKNOWN, git
 from pipeline.processes import cpu_name, num_cores
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "numpy", "pillow", "dvc", "mlflow", "prefect")
@@ -44,18 +46,22 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def header(*, seeds: str) -> str:
     """Date, commit, hardware, versions and what the seeds are."""
-    changed = " with uncommitted changes" if _git("status", "--porcelain") else ""
+    commit, changes = (_git(*question) for question in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain")))
+    changed = {None: " with changes unknown", "": ""}.get(changes, " with uncommitted changes")
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return (
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {_git('rev-parse', '--short', 'HEAD')}{changed}\n"
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {commit or UNKNOWN}{changed}\n"
         f"{num_cores()} cores of {cpu_name()}\n"
         f"Python {platform.python_version()}, {versions}\n"
         f"seeds: {seeds}\n"
     )
 
 
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], check=False, capture_output=True, text=True).stdout.strip()
+def _git(*arguments: str) -> str | None:
+    try:
+        return git(Path.cwd(), *arguments)
+    except UserError:
+        return None
 
 
 def mean_and_deviation(values: Sequence[float], form: str) -> str:

@@ -20,8 +20,9 @@ from flows import FLOW_NAME, PROJECT
 from flows.prefect_server import ensure_server
 from flows.train_classifier import train_classifier
 from flows.worker import see_to_pool
-from flows.workspace import find_repository, git
+from flows.workspace import find_repository
 from pipeline.errors import UserError, report_errors, shown
+from pipeline.git import git
 
 POOL = "git"
 NAME = "from-git"

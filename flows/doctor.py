@@ -298,9 +298,11 @@ def _is_abandoned(path: Path, project: Path) -> bool:
 
 
 def _runs_step(project: Path) -> bool:
+    """Whether a step may run here: of another user's process, the folder is not known (None)."""
     processes = psutil.process_iter(["cwd", "cmdline"])
     return any(
-        found.info["cwd"] == str(project) and any(word.startswith("pipeline.") for word in found.info["cmdline"] or [])
+        found.info["cwd"] in (None, str(project))
+        and any(word.startswith("pipeline.") for word in found.info["cmdline"] or [])
         for found in processes
     )
 

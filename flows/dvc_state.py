@@ -14,9 +14,9 @@ from dvc.config import Config
 from dvc.exceptions import DvcException
 from dvc.utils.serialize import parse_yaml
 
-from flows.workspace import git
 from pipeline.artifacts import file_md5
 from pipeline.errors import first_line
+from pipeline.git import git, read_committed
 from pipeline.processes import START_TOLERANCE_SECONDS
 
 RWLOCK = Path(".dvc/tmp/rwlock")
@@ -68,14 +68,13 @@ def _may_hold(pid: int, *, written: float) -> bool:
         return (older or _runs_dvc(process)) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:  # another user's, on macOS: what is not known must count as alive
+        return True
 
 
 def _runs_dvc(process: psutil.Process) -> bool:
     """As `dvc …`, `python -m dvc …` or a workspace's `python -m flows.dvc_worker`."""
-    try:
-        return any("dvc" in Path(word).name for word in process.cmdline())
-    except psutil.AccessDenied:  # another user's, on macOS
-        return False
+    return any("dvc" in Path(word).name for word in process.cmdline())
 
 
 def release_dead_lockers(project: Path) -> bool:
@@ -126,8 +125,8 @@ def _lock_files(project: Path) -> Iterator[tuple[str, str, str]]:
         definition, lock = ((project / name).read_text(encoding="utf-8") for name in ("dvc.yaml", "dvc.lock"))
         yield HERE, definition, lock
     for ref in experiment_refs(project):
-        texts = [git(project, "show", f"{ref}:./{name}", check=False) for name in ("dvc.yaml", "dvc.lock")]
-        if all(texts):
+        texts = [read_committed(project, ref, name) for name in ("dvc.yaml", "dvc.lock")]
+        if texts[0] and texts[1]:
             yield ref.rpartition("/")[2], texts[0], texts[1]
 
 

@@ -6,6 +6,7 @@ is free again after LEASE_SECONDS.
 """
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,9 +26,10 @@ def visible_gpu() -> str | None:
     """The UUID of the GPU that a training here would use, as `nvidia-smi -L` lists it; None if there is none.
 
     That is the first of CUDA_VISIBLE_DEVICES (a number, or a UUID or the beginning of one), else the machine's first.
+    Where the driver cannot tell, all GPUs of this host count as one, so that no two trainings share one.
     """
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
-    with suppress(pynvml.NVMLError):
+    try:
         pynvml.nvmlInit()
         try:
             handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
@@ -39,7 +41,13 @@ def visible_gpu() -> str | None:
         if wanted.startswith("MIG-"):  # a part of a GPU counts as a GPU
             return wanted
         return next((uuid for uuid in uuids if wanted and uuid.startswith(wanted)), None)
-    return None
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):  # no driver, so no GPU for PyTorch
+        return None
+    except pynvml.NVMLError as error:
+        if not (wanted.isdigit() or wanted.startswith(("GPU-", "MIG-"))):  # none is to be used
+            return None
+        print(f"warning: NVIDIA's driver does not list its GPUs ({error}): one training at a time on this host")
+        return f"of-{socket.gethostname()}"
 
 
 def needed_gpu(clone: Path) -> str | None:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +26,12 @@ from flows.doctor import PAGE, prefect_client
 from flows.dvc_state import DAMAGED, cache_folder, cached_path, experiment_refs, outputs
 from flows.prefect_server import server_in_force
 from flows.ui import mlflow_page
-from flows.workspace import EXPERIMENT_LABEL, git, made_store, tracking_uri
+from flows.workspace import EXPERIMENT_LABEL, made_store
 from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.errors import TemporaryError, UserError, first_line, shown
+from pipeline.git import UNKNOWN, find_commit, git, read_committed
+from pipeline.settings import tracking_uri
 from pipeline.sqlite import sqlite_path
 from pipeline.tracking import Record
 
@@ -127,7 +130,9 @@ class Sources:
         found = []
         for ref in experiment_refs(self.project):
             _, _, first, rest, name = ref.split("/", 4)
-            commit = git(self.project, "rev-parse", "--verify", "--quiet", f"{ref}^{{commit}}", check=False)
+            commit = None
+            with suppress(UserError):
+                commit = find_commit(self.project, ref)
             if commit:
                 found.append(Experiment(name, commit, first + rest))
             else:
@@ -162,7 +167,10 @@ class Sources:
             return []
 
     def file(self, commit: str | None, name: str) -> str:
-        return git(self.project, "show", f"{commit}:./{name}", check=False) if commit else ""
+        """The text of a file in a commit; empty where there is none, or the commit is not in this repository."""
+        if commit and find_commit(self.project, commit):
+            return read_committed(self.project, commit, name) or ""
+        return ""
 
     def outputs(self, commit: str | None) -> dict[str, str]:
         """Path and hash of the outputs in a commit's dvc.lock."""
@@ -250,9 +258,7 @@ def _nothing(sources: Sources, wanted: str, *, file: Path | None) -> str:
 def _match(sources: Sources, wanted: str) -> tuple[list[Record], list[Experiment], list[FlowRun]]:
     """The MLflow runs, experiments and flow runs that the id names."""
     runs = [run] if sources.mlflow and _SAFE.fullmatch(wanted) and (run := tracking.find_run(wanted)) else []
-    commit = git(
-        sources.project, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{wanted}^{{commit}}", check=False
-    )
+    commit = find_commit(sources.project, wanted)
     named = [found for found in sources.experiments if wanted == found.name or (commit and commit == found.commit)]
     flow_runs = sources.flow_runs(ids=[wanted]) if _is_uuid(wanted) else sources.flow_runs(name=wanted)
     names = {run.experiment for run in flow_runs} | {wanted}
@@ -298,13 +304,14 @@ def _of_run(sources: Sources, run: Record) -> Trace:
     tags = run.tags
     model = tags.get("model.md5")
     experiments = _experiments_of(sources, run)
-    commit = tags.get(tracking.COMMIT)
+    commit = _known(tags.get(tracking.COMMIT))
+    dirty = _known(tags.get("git.dirty")) if commit else None  # older versions recorded that nothing was changed
     difference = tracking.read_file(run, "uncommitted.diff") or b""
     names = re.findall(rb'^diff --git "?a/(.*?)"? "?b/', difference, re.MULTILINE)
     copies = sources.runs(tracking.REPRODUCES, run.run_id)
     return Trace(
         commit=commit,
-        dirty=tags["git.dirty"] == "true" if "git.dirty" in tags else None,
+        dirty=dirty == "true" if dirty else None,
         uncommitted=tuple(name.decode(errors="replace") for name in names),
         data_set=run.params.get("download.dataset"),
         data_md5=tags.get("data.md5"),
@@ -325,11 +332,11 @@ def _of_experiment(sources: Sources, experiment: Experiment) -> Trace:
     """A trace of an experiment of which MLflow knows nothing."""
     made = sources.outputs(experiment.commit)
     params, committed = (sources.params(commit) for commit in (experiment.commit, experiment.baseline))
-    listing = git(sources.project, "diff", "--name-only", str(experiment.baseline), str(experiment.commit), check=False)
+    listing = _changed_files(sources.project, experiment)
     return Trace(
         commit=experiment.baseline,
-        dirty=bool(listing),
-        uncommitted=tuple(listing.splitlines()),
+        dirty=None if listing is None else bool(listing),
+        uncommitted=tuple(listing or ()),
         data_set=params.get("download.dataset"),
         data_md5=sources.listing(made.get(str(NORMALIZE), "")).get("dataset.json"),
         changed=_changed(committed, params),
@@ -337,6 +344,17 @@ def _of_experiment(sources: Sources, experiment: Experiment) -> Trace:
         model_md5=sources.model_of(made),
         files=tuple(_files(sources, made)),
     )
+
+
+def _known(tag: str | None) -> str | None:
+    return None if tag == UNKNOWN else tag
+
+
+def _changed_files(project: Path, experiment: Experiment) -> list[str] | None:
+    """The files that the experiment changed, or None where this repository does not have its baseline."""
+    if not (experiment.baseline and find_commit(project, experiment.baseline)):
+        return None
+    return git(project, "diff", "--name-only", experiment.baseline, str(experiment.commit)).splitlines()
 
 
 def _experiments_of(sources: Sources, run: Record) -> tuple[Experiment, ...]:

@@ -1,9 +1,10 @@
 """Make a recorded run again, and say of each stage whether the same came out.
 
-`python -m flows.reproduce MLFLOW_RUN_ID [--from-cache] [--keep-workspace]`. The run's commit, the changes that were not
-committed, its parameters and the raw data, as DVC has kept it, are put into a fresh clone, and every other stage runs
-there again. MLflow gets a run for it that is tagged `reproduces`, so it does not pass for a new result. Exit status:
-0 identical, 1 something differs, 2 a mistake to mend.
+`python -m flows.reproduce ID [--from-cache] [--keep-workspace]`. The run's commit, the changes that were not committed,
+its parameters and the raw data, as DVC has kept it, are put into a fresh clone, and every other stage runs there again.
+ID is an MLflow run's or, where MLflow has no such run (as on another machine), a git commit or a DVC experiment: then
+its dvc.lock says what is to come out. MLflow gets a run for it that is tagged `reproduces`, so it does not pass for a
+new result. Exit status: 0 identical, 1 something differs, 2 a mistake to mend.
 """
 
 import argparse
@@ -20,13 +21,15 @@ from uuid import uuid4
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import PROJECT
-from flows.dvc_state import cache_folder, cached_path, outputs
+from flows.dvc_state import cache_folder, cached_path, experiment_refs, outputs
 from flows.gpu import gpu_slot, needed_gpu
 from flows.prefect_server import ensure_server
-from flows.workspace import KEPT, StepError, Workspace, git, made_store, open_recorded
+from flows.workspace import KEPT, StepError, Workspace, made_store, open_recorded
 from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.errors import EXIT_TEMPORARY, EXIT_USER, UserError, report_errors
+from pipeline.git import UNKNOWN, find_commit, read_committed
+from pipeline.settings import tracking_uri
 from pipeline.tracking import Record
 
 STAGES = (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE)
@@ -50,10 +53,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The outcome; `surroundings` tells packages and hardware, `damaged` kept copies, that are not the same."""
+    """The outcome; `surroundings` tells packages and hardware, `damaged` kept copies, that are not the same.
+
+    `surroundings` is None where there was nothing to compare.
+    """
 
     verdicts: tuple[Verdict, ...]
-    surroundings: tuple[str, ...]
+    surroundings: tuple[str, ...] | None
     damaged: tuple[str, ...]
     mlflow_run_id: str | None
 
@@ -62,24 +68,55 @@ class Reproduction:
         return all(verdict.differences == () for verdict in self.verdicts) and not self.damaged
 
 
-def find(project: Path, run_id: str) -> Record:
-    """The run to make again; raises UserError where there is none, or it made no model."""
+def find(project: Path, wanted: str) -> Record:
+    """What to make again: an MLflow run, else what a commit or an experiment has in its dvc.lock.
+
+    Raises UserError where there is none, or it made no model.
+    """
     run = None
-    if uri := made_store(project):
-        os.environ["MLFLOW_TRACKING_URI"] = uri
-        tracking.connect()
-        run = tracking.find_run(run_id)
+    if made_store(project):
+        _connect(project)
+        run = tracking.find_run(wanted)
     if run is None:
-        raise UserError(f"no MLflow run {run_id}; `python -m flows.trace HEAD` lists the runs of the current commit")
+        return _find_locked(project, wanted)
     if "model.md5" not in run.tags:
-        raise UserError(f"MLflow run {run_id} ({run.status}) made no model; there is nothing to compare with")
-    commit = run.tags.get(tracking.COMMIT, "")
-    if not commit or not git(project, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}", check=False):
+        raise UserError(f"MLflow run {wanted} ({run.status}) made no model; there is nothing to compare with")
+    commit = run.tags.get(tracking.COMMIT, UNKNOWN)
+    if commit == UNKNOWN or run.tags.get("git.dirty") == UNKNOWN:
+        raise UserError(f"MLflow run {wanted}: git could not tell its code then, so it cannot be made again")
+    if not find_commit(project, commit):
         raise UserError(
-            f"MLflow run {run_id}: its commit {commit or '(none recorded)'} is not in this repository; "
-            "`git fetch` the branch that has it"
+            f"MLflow run {wanted}: its commit {commit} is not in this repository; `git fetch` the branch that has it"
         )
     return run
+
+
+def _connect(project: Path) -> None:
+    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri(project)
+    tracking.connect()
+
+
+def _find_locked(project: Path, wanted: str) -> Record:
+    """What a commit or an experiment has in its dvc.lock, as a run that MLflow does not have (without a status)."""
+    refs = {ref.rpartition("/")[2]: ref for ref in experiment_refs(project)}
+    commit = find_commit(project, refs.get(wanted, wanted))
+    if commit is None:
+        raise UserError(
+            f"{wanted}: no MLflow run, commit or experiment of this name here; `git log`, `dvc exp list` and "
+            "`python -m flows.trace HEAD` list what there is"
+        )
+    made = outputs(read_committed(project, commit, "dvc.lock") or "")
+    lacking = [folder for folder in (NORMALIZE, TRAIN) if str(folder) not in made]
+    if lacking:
+        raise UserError(f"commit {commit}: its dvc.lock has no {lacking[0]}; name a commit made after `dvc repro`")
+    evaluation = {Path(path).name: md5 for path, md5 in made.items() if Path(path).parent == EVALUATE}
+    tags = {f"dvc.{folder.name}": made[str(folder)] for folder in (DOWNLOAD, NORMALIZE, TRAIN) if str(folder) in made}
+    tags |= {tracking.COMMIT: commit, "git.dirty": "false", "outputs.evaluate": json.dumps(evaluation)}
+    listing = cached_path(cache_folder(project), made[str(TRAIN)])
+    if listing.exists():  # else the folder is compared as a whole
+        files = {file["relpath"]: file["md5"] for file in json.loads(listing.read_text(encoding="utf-8"))}
+        tags |= {"outputs.train": json.dumps(files), "model.md5": files["best.safetensors"]}
+    return Record(commit, wanted, "", 0, tags, {}, {})
 
 
 def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Reproduction:
@@ -88,6 +125,7 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
     difference = (tracking.read_file(run, "uncommitted.diff") if dirty else None) or b""
     if dirty and not difference:
         raise UserError(f"MLflow run {run.run_id}: its uncommitted.diff is gone from MLflow, so its code is not known")
+    _connect(project)
     damaged = tuple(_damaged_copies(project, run))  # before DVC, which notices too, puts them right
     variables = {"PIPELINE_REPRODUCES": run.run_id}
     name = f"reproduce-{uuid4().hex[:8]}"
@@ -117,7 +155,7 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
     again = tracking.find_run(workspace.mlflow_run_id) if workspace.mlflow_run_id else None
     result = Reproduction(
         verdicts,
-        tuple(_surroundings(run, again)) if again else (),
+        tuple(_surroundings(run, again)) if again else None,
         damaged,
         workspace.mlflow_run_id,
     )
@@ -157,19 +195,25 @@ def _follow(line: str, workspace: Workspace, run: Record) -> None:
 
 
 def _made(clone: Path, folder: Path) -> Hashes:
-    """What a stage made: of data, DVC's hash of the folder; of the others, the hash of each file."""
+    """What a stage made: DVC's hash of the folder and, of train and evaluate, the hash of each file."""
+    made = {}
     if folder in (TRAIN, EVALUATE):
-        return {path.name: file_md5(path) for path in sorted((clone / folder).iterdir()) if path.is_file()}
-    return {str(folder): outputs((clone / "dvc.lock").read_text(encoding="utf-8"))[str(folder)]}
+        made = {path.name: file_md5(path) for path in sorted((clone / folder).iterdir()) if path.is_file()}
+    if folder != EVALUATE:
+        made[str(folder)] = outputs((clone / "dvc.lock").read_text(encoding="utf-8"))[str(folder)]
+    return made
 
 
 def recorded_hashes(run: Record, folder: Path) -> Hashes:
     """What the run says its stage made, as `_made` has it."""
     if folder in (TRAIN, EVALUATE):
         hashes: dict[str, str] = json.loads(run.tags.get(f"outputs.{folder.name}", "{}"))
-        return hashes or ({"best.safetensors": run.tags["model.md5"]} if folder == TRAIN else {})
-    md5 = run.tags.get(f"dvc.{folder.name}")
-    return {str(folder): md5} if md5 else {}
+        if hashes or folder == EVALUATE:
+            return hashes
+        if "model.md5" in run.tags:
+            return {"best.safetensors": run.tags["model.md5"]}
+    md5 = run.tags.get(f"dvc.{folder.name}", UNKNOWN)
+    return {} if md5 == UNKNOWN else {str(folder): md5}
 
 
 def _compare(run: Record, folder: Path, *, made: Hashes) -> Verdict:
@@ -182,10 +226,13 @@ def _compare(run: Record, folder: Path, *, made: Hashes) -> Verdict:
 
 def _surroundings(run: Record, again: Record) -> Iterator[str]:
     """Packages and hardware that are not the same in the two runs."""
+    if not run.status:
+        yield "surroundings not compared: MLflow has no run that recorded them"
+        return
     then, now = (_packages(tracking.read_file(record, "packages.txt")) for record in (run, again))
-    if not then:
-        yield "environment not compared: the run's packages.txt is gone"
-    for name in sorted(then.keys() | now.keys()) if then else []:
+    if not (then and now):
+        yield f"environment not compared: packages.txt of run {(again if then else run).run_id} is gone"
+    for name in sorted(then.keys() | now.keys()) if then and now else []:
         if then.get(name) != now.get(name):
             yield f"environment {name}: was {then.get(name, 'not installed')}, is {now.get(name, 'not installed')}"
     for tag in sorted(name for name in again.tags if name.startswith(tracking.HARDWARE)):
@@ -201,10 +248,15 @@ def _packages(text: bytes | None) -> dict[str, str]:
 
 def _damaged_copies(project: Path, run: Record) -> Iterator[str]:
     """The kept copies of the recorded model that are no longer that."""
-    md5 = run.tags["model.md5"]
+    md5 = run.tags.get("model.md5")
+    if md5 is None:  # then nothing says what the file in DVC's cache is to be
+        return
     cached = cached_path(cache_folder(project), md5)
+    recorded = tracking.recorded_model(run) if run.status else md5
+    if recorded is None:
+        print("warning: MLflow's copy of the model was not compared: it is gone or cannot be read", file=sys.stderr)
     copies = {
-        "MLflow's copy": tracking.recorded_model(run),
+        "MLflow's copy": recorded,
         "DVC's cache": file_md5(cached) if cached.exists() else None,
     }
     for place, found in copies.items():
@@ -214,9 +266,11 @@ def _damaged_copies(project: Path, run: Record) -> Iterator[str]:
 
 def _report(result: Reproduction) -> Iterator[str]:
     yield from map(str, result.verdicts)
-    yield from result.surroundings
-    if not result.surroundings and result.mlflow_run_id:
+    yield from result.surroundings or ()
+    if result.surroundings == ():
         yield "surroundings identical (package versions, CPU, threads, GPU)"
+    elif result.surroundings is None and result.mlflow_run_id:
+        yield "surroundings not compared: MLflow no longer has the new run"
     yield from result.damaged
     if result.mlflow_run_id:
         yield f"recorded as MLflow run {result.mlflow_run_id}, tagged `{tracking.REPRODUCES}`"
@@ -230,7 +284,7 @@ def main() -> None:
         description="Make a recorded run again in a fresh clone, and say of each stage whether the same came out.",
         epilog="Exit status: 0 identical, 1 something differs, 2 a mistake to mend, 75 another try may help.",
     )
-    parser.add_argument("run", metavar="MLFLOW_RUN_ID", help="`python -m flows.trace` tells it from any other id")
+    parser.add_argument("run", metavar="ID", help="an MLflow run, else a git commit or a DVC experiment")
     parser.add_argument("--from-cache", action="store_true", help="take from DVC's cache what it has, do not run it")
     parser.add_argument("--keep-workspace", action="store_true", help=f"keep the clone, in {KEPT}/")
     arguments = parser.parse_args()

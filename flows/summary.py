@@ -58,7 +58,7 @@ def as_text(summary: Summary, *, recipe: str) -> str:
         ("make ui", "see the curves, compare runs"),
         (f"make run RECIPE={NEXT_RECIPE}", "the tutorial's network on CIFAR-10 (170 MB to fetch)")
         if recipe == "digits"
-        else (".venv/bin/dvc exp show --only-changed", "the experiments since the last commit (-A: all)"),
+        else ("make experiments", "the experiments since the last commit, with metrics and parameters"),
     ]
     return "\n".join(["", *_aligned(rows), "", "Next:", *(f"  {line}" for line in _aligned(commands))])
 

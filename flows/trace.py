@@ -43,8 +43,8 @@ def as_text(found: Trace) -> str:
 
 
 def _code(found: Trace) -> Iterator[tuple[str, str]]:
-    how = {None: "", True: ", with uncommitted changes", False: ", nothing uncommitted"}[found.dirty]
-    yield "code", f"commit {found.commit or UNKNOWN}{how}"
+    how = {None: "uncommitted changes not known", True: "with uncommitted changes", False: "nothing uncommitted"}
+    yield "code", f"commit {found.commit or UNKNOWN}, {how[found.dirty]}"
     if found.uncommitted:
         yield "", f"not committed: {', '.join(found.uncommitted)}"
 

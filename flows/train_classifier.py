@@ -43,13 +43,12 @@ from flows.workspace import (
     check_local_files,
     experiment_name,
     open_workspace,
-    tracking_uri,
     untracked_files,
 )
 from pipeline.artifacts import TRAIN, expand, file_md5
 from pipeline.errors import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors, shown
 from pipeline.params import compose, dump_yaml, parse_override, read_yaml
-from pipeline.settings import check_recording
+from pipeline.settings import check_recording, tracking_uri
 
 HOUR = 3600.0
 FOLDER_PARAM = "download.folder"

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from flows import PROJECT, ports, server
 from flows.settings import configured_server
-from flows.workspace import tracking_uri
 from pipeline.artifacts import write_json
 from pipeline.errors import UserError, report_errors, shown
 from pipeline.processes import start_of
-from pipeline.settings import LOOPBACK, is_server
+from pipeline.relocation import relocate
+from pipeline.settings import LOOPBACK, is_server, tracking_uri
 from pipeline.sqlite import sqlite_path
 from pipeline.sqlite_store import MLFLOW, is_current
 
@@ -76,6 +76,8 @@ def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
         return
     _check_host()
     _ensure_store(uri, project=project)
+    if line := relocate(uri, project):
+        print(line, flush=True)
     with _plain_packages() as variables:
         start = partial(_start_mlflow, project, uri, variables)
         process, port = ports.start_on_port(

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from pipeline.errors import UserError
+from pipeline.git import environment as git_environment
+from pipeline.git import find_commit, git, read_committed, setting
 from pipeline.params import PARAMS_FILE, read_yaml
-from pipeline.settings import check_tracking_uri
-from pipeline.sqlite import sqlite_path, sqlite_uri
+from pipeline.settings import tracking_uri
+from pipeline.sqlite import sqlite_path
 
 FOLDER = Path(".dvc/tmp/flows")
 KEPT = Path(".dvc/tmp/kept")
@@ -227,7 +229,7 @@ def _open(
         clone = top / subfolder
         git(project, "clone", "--quiet", "--shared", "--no-checkout", str(repository), str(top))
         params = fill(top, clone)
-        committed = git(clone, "show", f"HEAD:./{PARAMS_FILE}", check=False) or "{}"
+        committed = read_committed(clone, "HEAD", str(PARAMS_FILE)) or "{}"
         (folder / COMMITTED_PARAMS).write_text(committed, encoding="utf-8")
         _link_local_files(project, clone, params)
         environment = stage_environment(project, folder, variables=variables)
@@ -263,7 +265,7 @@ def check_checkout(project: Path) -> None:
         raise UserError(f"{project}: this user cannot write there; make the folder writable, or clone the repository")
     if not (project / ".dvc" / "config").exists():
         raise UserError(f"{project}: not a DVC repository; run `dvc init` and commit .dvc/config")
-    if git(project, "rev-parse", "--verify", "--quiet", "HEAD", check=False) == "":
+    if find_commit(project, "HEAD") is None:
         raise UserError(f"{project}: no git commit yet; run `git add . && git commit -m Start`")
     if not git(project, "ls-files", "--", "dvc.yaml"):
         raise UserError(
@@ -284,17 +286,8 @@ def find_repository(project: Path) -> tuple[Path, Path]:
 
     Raises UserError where there is none, or git refuses to use it.
     """
-    if not git(project, "rev-parse", "--git-dir", check=False) and not _in_repository(project):
-        raise UserError(
-            f"{project}: not in a git repository; run `git init`, then `git add .` and `git commit -m Start`"
-        )
     top, subfolder = git(project, "rev-parse", "--show-toplevel", "--show-prefix").partition("\n")[::2]
     return Path(top), Path(subfolder)
-
-
-def _in_repository(project: Path) -> bool:
-    """Whether there is a repository, even one that git does not want to use."""
-    return any((folder / ".git").exists() for folder in (project, *project.parents))
 
 
 def untracked_files(project: Path) -> list[str]:
@@ -310,30 +303,9 @@ def experiment_name(project: Path, *wishes: str) -> str:
     return next((name for name in names if name not in taken), names[-1])
 
 
-def git(folder: Path, *arguments: str, check: bool = True) -> str:
-    """Standard output of a git command; raises UserError with git's last line where it fails."""
-    try:
-        result = subprocess.run(
-            ["git", *arguments], cwd=folder, env=_environment(), capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        raise UserError("git: not found; install it") from None
-    if check and result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"git {arguments[0]} in {folder}: {reason.removeprefix('fatal: ')}")
-    return result.stdout.strip()
-
-
-def _environment() -> dict[str, str]:
-    """Our environment without what a git hook sets, which would point git and DVC to another repository."""
-    misleading = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_PREFIX")
-    return {name: value for name, value in os.environ.items() if name not in misleading}
-
-
 def git_identity(project: Path) -> dict[str, str]:
     """Who commits, as environment variables: the user as git knows them, or a stand-in, for DVC needs one."""
-    name = git(project, "config", "user.name", check=False) or "flow"
-    email = git(project, "config", "user.email", check=False) or "flow@localhost"
+    name, email = setting(project, "user.name") or "flow", setting(project, "user.email") or "flow@localhost"
     roles = {"AUTHOR", "COMMITTER"}
     return {f"GIT_{role}_NAME": name for role in roles} | {f"GIT_{role}_EMAIL": email for role in roles}
 
@@ -470,7 +442,7 @@ def stage_environment(project: Path, folder: Path, *, variables: Mapping[str, st
         # a bar redrawn ten times a second would be as many lines in the flow run's log
         "TQDM_MININTERVAL": "5",
         **git_identity(project),
-        **_environment(),
+        **git_environment(),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PIPELINE_PYTHON": sys.executable,  # for ./python; older commits take that of the PATH
         "SHELL": "/bin/sh",
@@ -479,7 +451,7 @@ def stage_environment(project: Path, folder: Path, *, variables: Mapping[str, st
         "MLFLOW_TRACKING_URI": tracking_uri(project),
         **_index_folder(folder),
         "PIPELINE_PROJECT": str(project),
-        "PIPELINE_CACHE_DIR": os.environ.get("PIPELINE_CACHE_DIR") or str(project / ".cache"),
+        "PIPELINE_CACHE_DIR": str(project / (os.environ.get("PIPELINE_CACHE_DIR") or ".cache")),
         **variables,
     }
 
@@ -491,21 +463,6 @@ def _index_folder(folder: Path) -> dict[str, str]:
     """
     index = str(folder / "index")
     return {} if os.path.expandvars(index) != index else {"DVC_SITE_CACHE_DIR": index}
-
-
-def tracking_uri(project: Path) -> str:
-    """MLFLOW_TRACKING_URI, by default the project's own sqlite file; a relative file is one in the project.
-
-    Raises UserError where no run can be recorded there.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "") or "sqlite:///mlflow.db"
-    check_tracking_uri(uri)
-    path = sqlite_path(uri)
-    if path is None or path.is_absolute() or ":///file:" in uri:
-        return uri
-    scheme, _, rest = uri.partition(":///")
-    query = "".join(rest.partition("?")[1:])
-    return sqlite_uri(project / path, driver=scheme.partition("+")[2]) + query
 
 
 def made_store(project: Path) -> str | None:

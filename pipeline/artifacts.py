@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import UserError, first_line
+from pipeline.project import project_folder
 
 DOWNLOAD = Path("artifacts/download")
 NORMALIZE = Path("artifacts/normalize")
@@ -41,8 +42,12 @@ Labels = npt.NDArray[np.int64]
 
 
 def kept_folder(name: str) -> Path:
-    """`.cache/<name>/`, or below PIPELINE_CACHE_DIR: DVC empties the folder of a step before it runs the step."""
-    return Path(os.environ.get("PIPELINE_CACHE_DIR", ".cache")) / name
+    """The project's `.cache/<name>/`, or below PIPELINE_CACHE_DIR: DVC empties a step's folder before it runs the step.
+
+    A relative PIPELINE_CACHE_DIR is one in the project.
+    """
+    folder, project = Path(os.environ.get("PIPELINE_CACHE_DIR") or ".cache") / name, project_folder()
+    return folder if project == Path.cwd() else project / folder
 
 
 def expand(path: str) -> Path:

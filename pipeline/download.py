@@ -23,9 +23,10 @@ from pipeline.artifacts import (
 )
 from pipeline.errors import UserError, printable, report_errors
 from pipeline.fetch import find_archive
-from pipeline.imagefolder import HIDDEN, UNDECODABLE, describe, pack, scan
+from pipeline.imagefolder import HIDDEN, UNDECODABLE, Scan, describe, pack, scan
 from pipeline.params import DownloadParams, load_params
 from pipeline.progress import in_bytes
+from pipeline.project import copy_hint
 
 
 def download(params: DownloadParams, *, folder: Path = DOWNLOAD) -> None:
@@ -106,7 +107,7 @@ def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
 
 
 def _download_imagefolder(params: DownloadParams, folder: Path) -> None:
-    found = scan(expand(params.folder))
+    found = _scan(expand(params.folder))
     size = pack(found, folder / IMAGEFOLDER_ARCHIVE)
     not_used = {reason: number for reason, number in found.not_used.items() if reason != HIDDEN}  # they come and go
     source = {
@@ -124,6 +125,13 @@ def _download_imagefolder(params: DownloadParams, folder: Path) -> None:
         print(f"imagefolder: {printable(line)}")
     if found.not_used.get(UNDECODABLE):
         print("imagefolder: those that cannot be decoded count as unreadable in normalize.max_unreadable_fraction")
+
+
+def _scan(folder: Path) -> Scan:
+    try:
+        return scan(folder)
+    except UserError as error:
+        raise UserError(f"{error}{copy_hint(folder)}") from None
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+from pipeline.project import temporary_folder_owner
+
 EXIT_USER = 2
 """Exit status for a mistake that only the user can mend: trying again is of no use."""
 EXIT_PARTIAL = 3
@@ -123,7 +125,8 @@ def _terminate(_signum: int, _frame: Any) -> NoReturn:
 
 def _leave(message: str, status: int) -> NoReturn:
     # DVC takes a stage's outputs away before it runs the stage, but keeps them in its cache
-    if "DVC_STAGE" in os.environ and "PIPELINE_FLOW_RUN_ID" not in os.environ:
+    in_checkout = "PIPELINE_FLOW_RUN_ID" not in os.environ and temporary_folder_owner() is None
+    if "DVC_STAGE" in os.environ and in_checkout:
         message += "; `dvc checkout` brings the last good outputs back"
     print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     sys.exit(status)

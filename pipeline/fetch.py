@@ -17,6 +17,7 @@ from pipeline.artifacts import expand, file_md5, kept_folder, naming
 from pipeline.errors import TemporaryError, UserError, printable, shown
 from pipeline.params import DownloadParams
 from pipeline.progress import in_bytes, progress
+from pipeline.project import copy_hint
 
 CHUNK_BYTES = 1 << 16
 MAX_RESUMES = 50
@@ -94,7 +95,8 @@ def _local_path(place: str) -> Path | None:
 
 def _check_local(path: Path, md5: str) -> Path:
     if not path.is_file():
-        raise _PlaceError("a folder, not an archive" if path.is_dir() else "no such file", may_pass=False)
+        reason = "a folder, not an archive" if path.is_dir() else f"no such file{copy_hint(path)}"
+        raise _PlaceError(reason, may_pass=False)
     try:
         found = file_md5(path)
     except OSError as error:

@@ -21,6 +21,7 @@ from pipeline.artifacts import Images, file_md5, missing, read_json, write_bytes
 from pipeline.data import DatasetInfo, Split, evaluation_batches
 from pipeline.errors import TemporaryError, UserError, first_line
 from pipeline.params import Channels, Resize, TrainParams, Views
+from pipeline.project import copy_hint
 from pipeline.state_dict import COUNTER, flatten, select_weights
 
 SMALL_IMAGE_SIZE = 64
@@ -254,6 +255,7 @@ def _read_weights(config: ModelConfig, *, md5: str | None) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(
             f"train.weights: no such file {path}; allowed: null, DEFAULT, or a .safetensors or .pth file"
+            f"{copy_hint(path)}"
         ) from None
     except UserError:
         raise

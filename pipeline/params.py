@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedSeq
+from ruamel.yaml.scalarint import ScalarInt
 
 from pipeline.artifacts import write_text
 from pipeline.errors import UserError, report_errors, shown
 
 PARAMS_FILE = Path("params.yaml")
 RECIPES_FOLDER = Path("recipes")
-NULL_TAG = "tag:yaml.org,2002:null"
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -305,13 +306,21 @@ def read_yaml(path: Path) -> Any:
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """The text of a params file, comments included."""
+    """The text of a params file, comments included, as DVC writes it: `dvc exp run -S` then changes no other line."""
     yaml, stream = YAML(), io.StringIO()
-    yaml.width = 120
-    yaml.indent(sequence=4, offset=2)  # as the committed file is written, so that a diff shows only changed values
-    yaml.representer.add_representer(type(None), lambda dumper, _: dumper.represent_scalar(NULL_TAG, "null"))
+    yaml.default_flow_style = False
+    for fields in values.values():
+        for field, value in fields.items():
+            fields[field] = _plain(value)
     yaml.dump(values, stream)
     return stream.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """The value without the way in which it was written: 1e-4 as 0.0001, a list with one item a line."""
+    if isinstance(value, CommentedSeq):
+        value.fa.set_block_style()
+    return float(value) if isinstance(value, float) else int(value) if isinstance(value, ScalarInt) else value
 
 
 def _assign(values: Any, name: str, value: Any, *, origin: str) -> None:

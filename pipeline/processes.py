@@ -55,6 +55,8 @@ def lives(pid: int, *, started: str) -> bool:
         return _has_start(pid, started) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+    except psutil.AccessDenied:  # another user's, on macOS: what is not known must count as alive
+        return True
 
 
 def _has_start(pid: int, started: str) -> bool:

@@ -10,13 +10,30 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from pipeline.errors import UserError, shown
+from pipeline.sqlite import sqlite_path, sqlite_uri
 
+DEFAULT_STORE = "sqlite:///mlflow.db"
 SERVER_SCHEMES = ("http", "https")
 DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
 DATABRICKS = ("databricks", "databricks-uc", "uc")
 ALLOWED_STORES = "sqlite:///PATH, postgresql://USER:PASSWORD@HOST/NAME (or mysql, mssql), http(s)://HOST:PORT"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PROXIES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
+
+
+def tracking_uri(project: Path) -> str:
+    """Return MLFLOW_TRACKING_URI, by default the project's own sqlite file; a relative file is one in the project.
+
+    Raises UserError where no run can be recorded there.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "") or DEFAULT_STORE
+    check_tracking_uri(uri)
+    path = sqlite_path(uri)
+    if path is None or path.is_absolute() or ":///file:" in uri:
+        return uri
+    scheme, _, rest = uri.partition(":///")
+    query = "".join(rest.partition("?")[1:])
+    return sqlite_uri(project / path, driver=scheme.partition("+")[2]) + query
 
 
 def is_server(uri: str) -> bool:

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -54,15 +54,18 @@ from pipeline.artifacts import (
     write_json,
 )
 from pipeline.errors import TemporaryError, UserError, first_line, shown
+from pipeline.git import UNKNOWN, CodeState, code_state
 from pipeline.model_code import packaged
-from pipeline.params import read_yaml
+from pipeline.params import PARAMS_FILE, read_yaml
 from pipeline.processes import HOST, PID, Life, life, this_process
+from pipeline.project import artifact_folder, project_folder
+from pipeline.relocation import relocate
 from pipeline.settings import (
     check_recording,
-    check_tracking_uri,
     is_server,
     keep_loopback_off_proxies,
     missing_package,
+    tracking_uri,
     unreachable,
 )
 from pipeline.sqlite import sqlite_path, sqlite_uri
@@ -165,6 +168,11 @@ class Run:
         for name in self._client.get_run(self.run_id).data.tags.keys() & set(names):
             self._client.delete_tag(self.run_id, name)
 
+    def rename(self, name: str) -> None:
+        """Give the run another name; an empty one leaves it as it is."""
+        if name:
+            self._client.update_run(self.run_id, name=name)
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Set those that the run does not have: MLflow lets none be changed, not even one of another step."""
         known = self._client.get_run(self.run_id).data.params
@@ -231,7 +239,7 @@ def training_run(
     connect()
     check_recording(mlflow.get_tracking_uri())
     deliver()
-    difference = _git_bytes(*DIFF)
+    code = _code_state()
     with store_errors():
         run = _take_up(training, earlier=earlier) or _create_run(experiment, training=training)
         for dead in running():
@@ -242,18 +250,19 @@ def training_run(
         with store_errors():
             mlflow.start_run(run_id=run.run_id, log_system_metrics=True)
             run.log_params(params)
-            mlflow.log_input(dataset, context="training")
+            _log_dataset(dataset)
             if run.taken_up:
                 run.forget(STALE)
+                run.rename(_experiment_name())
             run.tag(
                 {
-                    **_origin(difference),
+                    **_origin(code),
                     "data.md5": dataset.digest,
                     **_inputs(params),
                     **{f"{HARDWARE}{name}": value for name, value in hardware.items()},
                 }
             )
-            _log_surroundings(run, difference)
+            _log_surroundings(run, code.difference or b"")
         with run.sending():
             yield run
         status = "FINISHED"
@@ -288,7 +297,7 @@ def _is_free(run: Record) -> bool:
 
 def _create_run(experiment: str, *, training: str) -> Run:
     original = os.environ.get("PIPELINE_REPRODUCES")
-    name = os.environ.get("PIPELINE_EXPERIMENT") or (f"reproduces-{original[:8]}" if original else None)
+    name = _experiment_name() or (f"reproduces-{original[:8]}" if original else None)
     tags = {TRAINING: training, **this_process()}  # by which the next process finds it, should this one be killed now
     return Run(MlflowClient().create_run(_experiment_id(experiment), run_name=name, tags=tags).info.run_id)
 
@@ -342,9 +351,9 @@ def deliver() -> bool:
 
 def _deliver(path: Path) -> None:
     notes = _read_notes(path)
-    if notes["store"] != _store_md5():
-        return
     found = find_run(notes["run_id"])
+    if found is None and notes["store"] != _store_md5():
+        return  # it is of another store; a moved project's store has another address, but the run
     if found is None:
         print(f"MLflow no longer has the run {notes['run_id']}: what was kept for it is removed", flush=True)
     elif found.status != "RUNNING" or _is_free(found):  # else it goes on already
@@ -411,7 +420,7 @@ def run_of_model(model_md5: str, *, experiment: str) -> tuple[Run, bool]:
             run = Run(found[0].run_id)
             run.tag(_flow_run())
             return run, False
-        tags = _origin(_git_bytes(*DIFF)) | {"model.md5": model_md5}
+        tags = _origin(_code_state()) | {"model.md5": model_md5}
         made = client.create_run(_experiment_id(experiment), tags=tags)
         client.set_terminated(made.info.run_id)
         return Run(made.info.run_id), True
@@ -524,8 +533,10 @@ def connect() -> None:
     keep_loopback_off_proxies()
     logging.getLogger("mlflow").setLevel(logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(Path("mlflow.db").resolve())
-    check_tracking_uri(uri)
+    project = project_folder()
+    uri = tracking_uri(project)
+    if line := relocate(uri, project):
+        print(line, file=sys.stderr, flush=True)
     if shown(uri) != uri:
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print the password too
     with store_errors():
@@ -564,7 +575,7 @@ def _make_store(uri: str) -> None:
 
     One process at a time, since MLflow fails where two make them at once.
     """
-    folder = _artifact_folder()
+    folder = artifact_folder(project_folder())
     folder.mkdir(parents=True, exist_ok=True)
     _link_migrations()
     if path := sqlite_path(uri):
@@ -582,7 +593,7 @@ def _migrate(copy: Path, _lock: int) -> None:
     if not db_utils._is_empty_database(engine):  # type: ignore[no-untyped-call]
         db_utils._upgrade_db(engine)  # type: ignore[no-untyped-call]
     engine.dispose()
-    store = SqlAlchemyStore(uri, _artifact_folder().as_uri())  # type: ignore[no-untyped-call]
+    store = SqlAlchemyStore(uri, artifact_folder(project_folder()).as_uri())  # type: ignore[no-untyped-call]
     store.engine.dispose()
 
 
@@ -594,10 +605,6 @@ def _link_migrations() -> None:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         (Path(folder) / package.name).symlink_to(package)
         db_utils._get_package_dir = lambda: f"{folder}/{package.name}"
-
-
-def _artifact_folder() -> Path:
-    return Path(os.environ.get("PIPELINE_PROJECT", ".")).resolve() / "mlartifacts"
 
 
 @contextmanager
@@ -625,8 +632,7 @@ def _experiment_id(name: str) -> str:
     name = chosen or name
     found = _experiment_of_id(chosen_id) if chosen_id else client.get_experiment_by_name(name)
     if found is None:
-        local = not is_server(mlflow.get_tracking_uri())
-        return client.create_experiment(name, artifact_location=_artifact_folder().as_uri() if local else None)
+        return _create_experiment(name)
     if chosen and found.name != chosen:
         raise UserError(
             f"MLFLOW_EXPERIMENT_ID: found {chosen_id}, the experiment {found.name}, but MLFLOW_EXPERIMENT_NAME is "
@@ -638,6 +644,17 @@ def _experiment_id(name: str) -> str:
             "brings it back, MLFLOW_EXPERIMENT_NAME=… takes another"
         )
     return str(found.experiment_id)
+
+
+def _create_experiment(name: str) -> str:
+    client = MlflowClient()
+    location = None if is_server(mlflow.get_tracking_uri()) else artifact_folder(project_folder()).as_uri()
+    try:
+        return client.create_experiment(name, artifact_location=location)
+    except MlflowException:
+        if found := client.get_experiment_by_name(name):  # another process has made it meanwhile
+            return str(found.experiment_id)
+        raise
 
 
 def _experiment_of_id(experiment_id: str) -> mlflow.entities.Experiment:
@@ -652,6 +669,13 @@ def _experiment_of_id(experiment_id: str) -> mlflow.entities.Experiment:
         ) from None
 
 
+def _log_dataset(recorded: MetaDataset) -> None:
+    try:
+        mlflow.log_input(recorded, context="training")
+    except MlflowException:  # of two runs that start at once, one adds the row of a new data set, which the other finds
+        mlflow.log_input(recorded, context="training")
+
+
 def dataset(name: str, *, source: str | None, digest: str) -> MetaDataset:
     """What MLflow shows of the data: `source` is a URL or a folder, None for data that a package brings."""
     with warnings.catch_warnings():  # MLflow finds two names for the same kind of folder
@@ -660,21 +684,36 @@ def dataset(name: str, *, source: str | None, digest: str) -> MetaDataset:
     return MetaDataset(origin, name=name, digest=digest)  # type: ignore[abstract]
 
 
-def _origin(difference: bytes) -> dict[str, str]:
+def _code_state() -> CodeState:
+    """The code of this project; a warning is printed where git cannot tell."""
+    found = code_state(Path.cwd(), tracked=str(PARAMS_FILE))
+    if found.problem:
+        print(f"warning: the run is recorded with unknown code, and cannot be reproduced: {found.problem}", flush=True)
+    return found
+
+
+def _origin(code: CodeState) -> dict[str, str]:
     """Tags that lead from a run to its code, its experiment, its flow run and its process."""
     flow_run_id, link = (os.environ.get(f"PIPELINE_FLOW_RUN_{name}", "") for name in ("ID", "LINK"))
     tags = {
         "mlflow.source.name": "python -m pipeline.train",
-        COMMIT: _git("rev-parse", "HEAD"),
-        "git.dirty": str(bool(difference)).lower(),
+        COMMIT: code.commit or UNKNOWN,
+        "git.dirty": code.dirty,
         "code.md5": code_md5(),
-        "dvc.experiment": os.environ.get("DVC_EXP_NAME") or os.environ.get("PIPELINE_EXPERIMENT", ""),
+        "dvc.experiment": _experiment_name(),
         "prefect.flow_run_id": flow_run_id,
         "prefect.flow_run_name": os.environ.get("PIPELINE_FLOW_RUN_NAME", ""),
         "mlflow.note.content": f"[Prefect flow run]({link})" if link else "",
         REPRODUCES: os.environ.get("PIPELINE_REPRODUCES", ""),
     }
     return {name: value for name, value in tags.items() if value} | _flow_run() | this_process()
+
+
+def _experiment_name() -> str:
+    """The DVC experiment that is being made, by a flow run or by `dvc exp run`; empty where none is."""
+    if "PIPELINE_EXPERIMENT" in os.environ:
+        return os.environ["PIPELINE_EXPERIMENT"]
+    return os.environ.get("DVC_EXP_NAME", "")
 
 
 def _flow_run() -> dict[str, str]:
@@ -688,10 +727,14 @@ def _inputs(params: Mapping[str, Any]) -> dict[str, str]:
     tags = {"params.md5": bytes_md5(text.encode())}
     if params.get("train.weights_md5"):
         tags["weights.md5"] = params["train.weights_md5"]
-    stages = read_yaml(LOCK_FILE).get("stages", {}) if LOCK_FILE.exists() else {}
-    made = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
-    data = {f"dvc.{folder.name}": made.get(str(folder)) for folder in (DOWNLOAD, NORMALIZE)}
-    return tags | {name: md5 for name, md5 in data.items() if md5}
+    names = {f"dvc.{folder.name}": str(folder) for folder in (DOWNLOAD, NORMALIZE)}
+    try:
+        stages = read_yaml(LOCK_FILE).get("stages", {}) if LOCK_FILE.exists() else {}
+        made = {out["path"]: out.get("md5") for stage in stages.values() for out in stage.get("outs", [])}
+    except (UserError, AttributeError, KeyError, TypeError) as error:
+        print(f"warning: the run is recorded without DVC's hashes of the data: {first_line(error)}", flush=True)
+        return tags | dict.fromkeys(names, UNKNOWN)
+    return tags | {name: made[path] for name, path in names.items() if made.get(path)}
 
 
 def outputs_tag(folder: Path, *, names: Sequence[str] = ()) -> dict[str, str]:
@@ -707,38 +750,10 @@ def _kept_epoch(folder: Path) -> dict[str, str]:
     return {"kept.epoch": kept[0]["epoch"], "kept.reason": kept[0][KEPT]} if kept else {}
 
 
-DIFF = (
-    "diff",
-    "--binary",
-    "--no-ext-diff",
-    "--no-textconv",
-    "--no-color",
-    "--src-prefix=a/",
-    "--dst-prefix=b/",
-    "--no-relative",
-    "HEAD",
-    "--",
-    ".",
-)
-"""What `git apply` can take, whatever the user's settings for diffs; of a larger repository, the project alone."""
-
-
 def code_md5() -> str:
     """One hash of the modules of this package."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return bytes_md5("".join(map(file_md5, files)).encode())
-
-
-def _git(*arguments: str) -> str:
-    """What git prints, without the last line's end; empty where there is no git or no repository."""
-    return _git_bytes(*arguments).decode(errors="replace").rstrip("\n")
-
-
-def _git_bytes(*arguments: str) -> bytes:
-    try:
-        return subprocess.run(["git", *arguments], capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return b""
 
 
 def _log_surroundings(run: Run, difference: bytes) -> None:
@@ -754,7 +769,8 @@ def _log_surroundings(run: Run, difference: bytes) -> None:
 
 
 def _packages() -> list[str]:
-    return sorted({f"{found.name}=={found.version}" for found in importlib.metadata.distributions()}, key=str.lower)
+    found = [(each.metadata["Name"], each.metadata["Version"]) for each in importlib.metadata.distributions()]
+    return sorted({f"{name}=={version or UNKNOWN}" for name, version in found if name}, key=str.lower)
 
 
 def log_model(folder: Path) -> None:

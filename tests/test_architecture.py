@@ -12,9 +12,12 @@ from pipeline.params import read_yaml
 from tests.conftest import PROJECT
 
 ORDER = [
+    "project",
     "errors",
-    "settings",
     "sqlite",
+    "settings",
+    "git",
+    "relocation",
     "processes",
     "artifacts",
     "archives",

@@ -20,6 +20,7 @@ from flows import train_classifier, workspace
 from flows.workspace import StepError, Workspace, open_workspace
 from pipeline.errors import UserError
 from pipeline.params import read_yaml
+from pipeline.settings import tracking_uri
 from tests.conftest import PROJECT, free_port, heed_interrupts, start_repository
 
 TOY = """
@@ -74,7 +75,8 @@ def make_project(parent: Path) -> Path:
     """A committed project with this one's flows and toy stages, an uncommitted change and an image of the user's."""
     folder = parent / "project"
     (folder / "pipeline").mkdir(parents=True)
-    for name in ("__init__", "errors", "artifacts", "params", "processes", "settings"):
+    modules = "__init__ project errors git relocation sqlite sqlite_store settings artifacts params processes"
+    for name in modules.split():
         shutil.copy(PROJECT / "pipeline" / f"{name}.py", folder / "pipeline")
     for name in ("flows", ".dvc", "data/images", "params.yaml", ".gitignore"):
         source, target = PROJECT / name, folder / name
@@ -369,8 +371,8 @@ def test_experiment_names_are_valid_and_unique(project: Path) -> None:
 def test_the_tracking_store_is_the_projects_unless_the_user_names_one(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert workspace.tracking_uri(project) == f"sqlite:///{project}/mlflow.db"
+    assert tracking_uri(project) == f"sqlite:///{project}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
-    assert workspace.tracking_uri(project) == f"sqlite:///{project}/other.db"
+    assert tracking_uri(project) == f"sqlite:///{project}/other.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert workspace.tracking_uri(project) == "http://127.0.0.1:5000"
+    assert tracking_uri(project) == "http://127.0.0.1:5000"

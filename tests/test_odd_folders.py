@@ -16,7 +16,9 @@ from flows.identity import Sources
 from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD
 from pipeline.errors import UserError, shown
+from pipeline.git import code_state
 from pipeline.params import dump_yaml, read_yaml
+from pipeline.settings import tracking_uri
 from pipeline.sqlite import sqlite_path, sqlite_uri
 from tests.conftest import PROJECT, copy_project, start_repository
 
@@ -62,12 +64,12 @@ def test_runs_are_recorded_in_the_project(odd: Path, stores: Path) -> None:
 
 
 def test_the_store_is_the_projects(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sqlite_path(workspace.tracking_uri(odd)) == odd / "mlflow.db"
+    assert sqlite_path(tracking_uri(odd)) == odd / "mlflow.db"
     assert workspace.made_store(odd) is None
     (odd / "mlflow.db").touch()
-    assert workspace.made_store(odd) == workspace.tracking_uri(odd)
+    assert workspace.made_store(odd) == tracking_uri(odd)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db?timeout=5")
-    assert workspace.tracking_uri(odd) == sqlite_uri(odd / "other.db") + "?timeout=5"
+    assert tracking_uri(odd) == sqlite_uri(odd / "other.db") + "?timeout=5"
 
 
 def test_a_workspace_gets_the_projects_cache_and_remotes(odd: Path) -> None:
@@ -120,16 +122,19 @@ def test_a_project_that_the_larger_repository_does_not_track_is_refused_in_one_l
     assert "\n" not in str(error.value)
 
 
-def test_what_is_recorded_as_uncommitted_is_the_projects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_recorded_as_uncommitted_is_the_projects(tmp_path: Path) -> None:
     (tmp_path / "ml").mkdir()
     for path in ("other.txt", "ml/own.txt"):
         (tmp_path / path).write_text("1\n")
     start_repository(tmp_path)
     for path in ("other.txt", "ml/own.txt"):
         (tmp_path / path).write_text("2\n")
-    monkeypatch.chdir(tmp_path / "ml")
-    difference = tracking._git_bytes(*tracking.DIFF)
+    (tmp_path / "ml" / "pipeline").mkdir()
+    (tmp_path / "ml" / "pipeline" / "new.py").write_text("3\n")
+    difference = code_state(tmp_path / "ml", tracked="own.txt").difference
+    assert difference
     assert b"b/ml/own.txt" in difference
+    assert b"b/ml/pipeline/new.py" in difference
     assert b"other.txt" not in difference
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from flows import reproduce, workspace
 from flows.dvc_state import cache_folder
-from flows.workspace import git
 from pipeline import tracking
 from pipeline.artifacts import file_md5
 from pipeline.errors import UserError
+from pipeline.git import git
 from pipeline.tracking import Record, connect, find_run, find_runs
 
 DIFFERENCE = b"""diff --git a/params.yaml b/params.yaml

@@ -10,10 +10,9 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from flows import workspace as clone
 from pipeline import tracking
 from pipeline.errors import TemporaryError, UserError
-from pipeline.settings import check_recording, check_tracking_uri, missing_package, unreachable
+from pipeline.settings import check_recording, check_tracking_uri, missing_package, tracking_uri, unreachable
 
 GOOD = [
     "sqlite:///mlflow.db",
@@ -79,7 +78,7 @@ def test_a_file_store_with_runs_is_refused_with_the_command_that_copies_them(tmp
 def test_the_flow_refuses_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
     with pytest.raises(UserError, match="a file store"):
-        clone.tracking_uri(tmp_path)
+        tracking_uri(tmp_path)
 
 
 def test_advice_fits_the_kind_of_store() -> None:

@@ -1,0 +1,113 @@
+"""The DVC experiments in a table as wide as the terminal: name, time, metrics, and the parameters that differ.
+
+`python -m flows.experiments [--all-commits]`, or `make experiments`. `dvc exp show` has a column for each parameter,
+metric and dependency that differs anywhere.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from flows import PROJECT
+from flows.summary import changed_params
+from pipeline.errors import UserError, report_errors
+
+METRICS = ("accuracy", "macro_f1", "loss")
+HEADER = ("experiment", "created", *METRICS, "parameters that differ from its commit's")
+MIN_WIDTH = 24
+"""Of the last column, in a terminal that is too narrow."""
+GAP = "  "
+
+
+@dataclass(frozen=True)
+class Row:
+    """An experiment, or the commit that it began with; `metrics` is empty where it made none."""
+
+    name: str
+    created: str
+    state: str
+    metrics: Mapping[str, float]
+    changed: Mapping[str, tuple[Any, Any]]
+
+    def cells(self) -> list[str]:
+        """One text a column."""
+        values = [f"{self.metrics[name]:.4f}" if name in self.metrics else "" for name in METRICS]
+        if not self.metrics:
+            values[0] = self.state
+        changes = ", ".join(f"{name}={'null' if new is None else new}" for name, (_, new) in self.changed.items())
+        return [self.name, self.created, *values, changes]
+
+
+def read_rows(*options: str) -> list[Row]:
+    """What `dvc exp show` lists in the current folder; raises UserError where DVC fails."""
+    command = [sys.executable, "-m", "dvc", "exp", "show", "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+        raise UserError(f"dvc exp show: {reason.removeprefix('ERROR: ')}")
+    return [row for commit in json.loads(done.stdout) if commit["rev"] != "workspace" for row in _rows(commit)]
+
+
+def _rows(commit: Mapping[str, Any]) -> Iterator[Row]:
+    baseline = commit["data"] or {}
+    yield _row(commit["name"] or commit["rev"][:7], baseline, baseline=baseline, state="no metrics")
+    for experiment in commit["experiments"] or []:
+        newest = experiment["revs"][0]
+        state = (experiment["executor"] or {}).get("state", "success")
+        state = "failed" if newest["error"] else state
+        name = f"- {experiment['name'] or newest['rev'][:7]}"
+        yield _row(name, newest["data"] or {}, baseline=baseline, state=state)
+
+
+def _row(name: str, data: Mapping[str, Any], *, baseline: Mapping[str, Any], state: str) -> Row:
+    """Of what failed or has not run, DVC shows the metrics of the commit; they are left out."""
+    made = state in ("success", "no metrics")
+    metrics = [file.get("data") for file in (data.get("metrics") or {}).values()] if made else []
+    created = data.get("timestamp")
+    return Row(
+        name=name,
+        created=f"{datetime.fromisoformat(created):%Y-%m-%d %H:%M}" if created else "",
+        state=state,
+        metrics=next((values for values in metrics if values), {}),
+        changed=changed_params(_params(baseline), _params(data)),
+    )
+
+
+def _params(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    return (data.get("params") or {}).get("params.yaml", {}).get("data") or {}
+
+
+def as_table(rows: Sequence[Row], *, width: int) -> str:
+    """Lines of at most `width` characters, unless the first columns alone need more."""
+    lines = [list(HEADER), *(row.cells() for row in rows)]
+    widths = [max(len(cells[column]) for cells in lines) for column in range(len(HEADER) - 1)]
+    rest = max(width - sum(widths) - len(GAP) * len(widths), MIN_WIDTH)
+    return "\n".join(line for cells in lines for line in _wrapped(cells, widths=widths, rest=rest))
+
+
+def _wrapped(cells: Sequence[str], *, widths: Sequence[int], rest: int) -> Iterator[str]:
+    for number, text in enumerate(textwrap.wrap(cells[-1], rest, break_on_hyphens=False) or [""]):
+        first = cells[:-1] if number == 0 else [""] * len(widths)
+        yield GAP.join([*(f"{cell:<{size}}" for cell, size in zip(first, widths, strict=True)), text]).rstrip()
+
+
+def main() -> None:
+    """Ask DVC, print the table."""
+    parser = argparse.ArgumentParser(prog="python -m flows.experiments", description=__doc__)
+    parser.add_argument("-A", "--all-commits", action="store_true", help="those of all commits, not only the last")
+    arguments = parser.parse_args()
+    with report_errors(), chdir(PROJECT):
+        rows = read_rows(*(["--all-commits"] if arguments.all_commits else []))
+        print(as_table(rows, width=shutil.get_terminal_size().columns))
+
+
+if __name__ == "__main__":
+    main()

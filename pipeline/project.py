@@ -1,0 +1,46 @@
+"""Which project a process works for: to that folder belong the MLflow store, its artifacts and what is kept for later.
+
+A flow run trains in a clone of the project, and `dvc exp run --temp` and `--queue` in a copy that DVC deletes.
+"""
+
+import os
+from pathlib import Path
+
+EXPERIMENTS = Path(".dvc/tmp/exps")
+"""Where DVC makes the temporary folders of queued experiments, in the project."""
+
+
+def project_folder() -> Path:
+    """The project of which the current folder is a clone or a temporary copy, else the current folder; resolved.
+
+    PIPELINE_PROJECT names it in a flow run's clone, DVC_ROOT in a temporary folder of DVC.
+    """
+    if project := os.environ.get("PIPELINE_PROJECT"):
+        return Path(project).resolve()
+    return temporary_folder_owner() or Path.cwd().resolve()
+
+
+def temporary_folder_owner() -> Path | None:
+    """The project in whose `.dvc/tmp/exps/` the current folder lies, or None where it is no such copy.
+
+    DVC_ROOT alone says nothing: DVC sets it in all stages, and a project inside a stage of another one inherits it.
+    """
+    root = os.environ.get("DVC_ROOT")
+    if root and Path.cwd().resolve().is_relative_to((Path(root) / EXPERIMENTS).resolve()):
+        return Path(root).resolve()
+    return None
+
+
+def artifact_folder(project: Path) -> Path:
+    """Where MLflow's artifacts lie, but for those of a server's."""
+    return project / "mlartifacts"
+
+
+def copy_hint(path: Path) -> str:
+    """What to do where a file that git does not track is missing in a temporary copy; empty elsewhere."""
+    if path.is_absolute() or temporary_folder_owner() is None:
+        return ""
+    return (
+        f"; this is a temporary copy, in which DVC puts what git tracks: add `--copy-paths {path}` to `dvc exp run`, "
+        "or name an absolute path"
+    )

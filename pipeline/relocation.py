@@ -1,0 +1,93 @@
+"""A project that was moved, renamed or copied: the absolute paths of artifacts in MLflow's sqlite store are corrected.
+
+A path ends in `mlartifacts/…`; what stands before that is the folder in which the project was when it was written.
+"""
+
+import re
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from pipeline.errors import UserError
+from pipeline.project import artifact_folder
+from pipeline.sqlite import sqlite_path
+
+LOCATIONS = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("logged_models", "artifact_location"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Tables and their columns with a path or a `file://` URI."""
+BUSY_SECONDS = 60
+_LOCATION = re.compile(r"(?P<root>(file:|/).*/mlartifacts)(?P<rest>/.*)?")
+
+
+@dataclass(frozen=True)
+class _Change:
+    table: str
+    column: str
+    row: int
+    old: str
+    new: str
+
+
+def relocate(uri: str, project: Path) -> str | None:
+    """Let the paths in the project's own sqlite store lead to its folder of artifacts; returns a line about it, if any.
+
+    Artifacts that exist in the other place and not here stay where they are. All rows are changed or none. Raises
+    UserError where the store cannot be changed. Another store than a sqlite file in the project is left alone.
+    """
+    path = sqlite_path(uri)
+    if path is None or not path.is_file() or not path.resolve().is_relative_to(project):
+        return None
+    with closing(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)) as store:
+        try:
+            if not any(_changes(store, artifact_folder(project))):
+                return None
+        except sqlite3.Error:
+            return None  # it is damaged, which MLflow, about to open it, reports
+        try:
+            number = _correct(store, artifact_folder(project))
+        except sqlite3.Error as error:
+            raise UserError(
+                f"{path}: holds paths of another folder, since the project was moved or copied, and cannot be changed "
+                f"({error}); make it writable, and end what else uses it"
+            ) from None
+    return f"{path.name}: {number} paths of artifacts were corrected, since the project is in {project} now"
+
+
+def _correct(store: sqlite3.Connection, folder: Path) -> int:
+    """Returns how many paths were changed."""
+    store.execute("BEGIN IMMEDIATE")  # of two processes, the second finds nothing left to change
+    changes = list(_changes(store, folder))
+    for change in changes:
+        update = f"UPDATE {change.table} SET {change.column} = ? WHERE rowid = ?"  # noqa: S608  # our own names
+        store.execute(update, (change.new, change.row))
+    store.execute("COMMIT")
+    return len(changes)
+
+
+def _changes(store: sqlite3.Connection, folder: Path) -> Iterator[_Change]:
+    """A run's or model's location is left where its files are there and not here: another project may own them."""
+    for table, column in LOCATIONS:
+        if column not in {name for _, name, *_ in store.execute(f"PRAGMA table_info({table})")}:
+            continue
+        query = f"SELECT rowid, {column} FROM {table} WHERE {column} LIKE '%/mlartifacts%'"  # noqa: S608  # our own names
+        for row, old in store.execute(query):
+            found = _LOCATION.fullmatch(old)
+            if found is None or _path(found["root"]) == folder:
+                continue
+            new = folder.as_uri() + (found["rest"] or "")
+            if table == "experiments" or not _path(old).exists() or _path(new).exists():
+                yield _Change(table, column, row, old, new)
+
+
+def _path(location: str) -> Path:
+    """The path of a `file:` URI or of a path."""
+    return Path(url2pathname(urlsplit(location).path) if location.startswith("file:") else location)

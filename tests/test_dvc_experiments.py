@@ -1,0 +1,120 @@
+"""Experiments of `dvc exp run --queue`, and a second machine, with real trainings on a small data set."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import tracking
+from pipeline.artifacts import file_md5
+from pipeline.params import read_yaml
+from pipeline.tracking import find_runs
+from tests.conftest import copy_project, start_repository, write_normalized
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+NEXT_TO_NOTHING = {
+    "  epochs: 20": "  epochs: 1",
+    "  log_every_steps: 20": "  log_every_steps: 1",
+}
+
+
+def command(*words: str, folder: Path, status: int = 0) -> str:
+    """What a command prints there, in a shell in which our own store is not named."""
+    environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
+    """A committed project of which train and evaluate are stages; the data set is in git, and tiny."""
+    folder = copy_project(tmp_path_factory.mktemp("first") / "project")
+    shutil.rmtree(folder / ".git")
+    for name in ("dvc.lock", "artifacts"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    (folder / "dvc.lock").unlink(missing_ok=True)
+    text = (folder / "params.yaml").read_text()
+    for old, new in NEXT_TO_NOTHING.items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "params.yaml").write_text(text)
+    write_normalized(folder)
+    (folder / "source").mkdir()
+    for path in (folder / "artifacts/normalize").iterdir():
+        path.rename(folder / "source" / path.name)
+    shutil.rmtree(folder / "artifacts/normalize")
+    stages = json.loads(json.dumps(read_yaml(folder / "dvc.yaml")))
+    stages["stages"]["download"] |= {"cmd": "mkdir -p artifacts/download && echo x > artifacts/download/raw"}
+    stages["stages"]["normalize"] |= {"cmd": "mkdir -p artifacts/normalize && cp source/* artifacts/normalize/"}
+    (folder / "dvc.yaml").write_text(json.dumps(stages))
+    start_repository(folder)
+    for name in ("user.name", "user.email"):
+        command("git", "config", name, "t", folder=folder)
+    shutil.copy(stores / "mlflow.db", folder)
+    command("dvc", "repro", folder=folder)
+    command("git", "add", "dvc.lock", "artifacts/evaluate/metrics.json", folder=folder)
+    command("git", "commit", "-qm", "Train", folder=folder)
+    return folder
+
+
+@pytest.fixture
+def store(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
+    tracking.connect()
+
+
+@pytest.mark.timeout(900)
+def test_queued_experiments_are_recorded_in_the_project_under_their_names(project: Path, store: None) -> None:
+    command("dvc", "exp", "run", "--queue", "-S", "train.seed=range(1,3)", folder=project)
+    command("dvc", "queue", "start", "-j", "2", folder=project)
+    while "Running" in (listing := command("dvc", "queue", "status", folder=project)) or "Queued" in listing:
+        time.sleep(1)
+    assert listing.count("Success") == 2, listing
+    listed = json.loads(command("dvc", "exp", "show", "--json", folder=project).partition("\n")[0])
+    names = {experiment["name"] for experiment in listed[1]["experiments"]}
+    runs = [run for run in find_runs({"dvc.experiment": "%"}) if run.name in names]
+    assert {run.name for run in runs} == {run.tags["dvc.experiment"] for run in runs} == names
+    assert {(run.status, run.params["train.seed"]) for run in runs} == {("FINISHED", "1"), ("FINISHED", "2")}
+    for run in runs:
+        assert "test_accuracy" in run.metrics
+        assert tracking.recorded_model(run) == run.tags["model.md5"]
+        assert run.tags["mlflow.source.git.commit"] == command("git", "rev-parse", "HEAD", folder=project).strip()
+    assert [path.name for path in (project / ".dvc/tmp/exps").iterdir() if path.name.startswith("tmp")] == []
+
+
+def test_a_second_machine_pulls_predicts_and_reproduces_without_the_first_ones_store(
+    project: Path, tmp_path: Path
+) -> None:
+    remote, second = tmp_path / "remote", tmp_path / "second"
+    command("dvc", "remote", "add", "--local", "--default", "own", str(remote), folder=project)
+    command("dvc", "push", folder=project)
+    command("git", "clone", "-q", str(project), str(second), folder=tmp_path)
+    for name in ("user.name", "user.email"):
+        command("git", "config", name, "t", folder=second)
+    command("dvc", "remote", "add", "--local", "--default", "own", str(remote), folder=second)
+    command("dvc", "pull", folder=second)
+    model = Path("artifacts/train/best.safetensors")
+    assert file_md5(second / model) == file_md5(project / model)
+    picture = project / "artifacts/evaluate/confusion_matrix.png"
+    assert "class " in command(sys.executable, "-m", "pipeline.predict", str(picture), folder=second)
+    assert "Data and pipelines are up to date" in command("dvc", "repro", folder=second)
+    said = command(sys.executable, "-m", "flows.reproduce", "HEAD", folder=second)
+    assert said.splitlines()[-1] == "identical", said
+    assert f"{'train':<11} identical" in said
+    assert "surroundings not compared: MLflow has no run that recorded them" in said
+    assert command("git", "status", "--porcelain", folder=second) == ""
+
+
+def test_a_commit_without_results_and_an_unknown_name_are_refused(project: Path) -> None:
+    said = command(sys.executable, "-m", "flows.reproduce", "HEAD~1", folder=project, status=2)
+    assert "its dvc.lock has no artifacts/normalize; name a commit made after `dvc repro`" in said
+    said = command(sys.executable, "-m", "flows.reproduce", "nothing", folder=project, status=2)
+    assert "nothing: no MLflow run, commit or experiment of this name here" in said

@@ -1,0 +1,81 @@
+"""The table of experiments is as wide as the terminal, and shows what differs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from dvc.repo import Repo
+
+from flows.experiments import METRICS, Row, as_table
+from pipeline.params import compose, dump_yaml
+from tests.conftest import PROJECT, start_repository
+
+STAGES = {
+    "evaluate": {
+        "cmd": "true",
+        "deps": ["array.npy"],
+        "params": ["download", "normalize", "train", "evaluate"],
+        "metrics": [{"artifacts/evaluate/metrics.json": {"cache": False}}],
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with five experiments of five recipes, each with metrics of its own."""
+    folder = tmp_path_factory.mktemp("experiments")
+    shutil.copytree(PROJECT / "flows", folder / "flows")
+    shutil.copytree(PROJECT / "pipeline", folder / "pipeline")
+    shutil.copytree(PROJECT / "recipes", folder / "recipes")
+    shutil.copy(PROJECT / "params.yaml", folder)
+    (folder / "dvc.yaml").write_text(json.dumps({"stages": STAGES}))
+    (folder / "array.npy").write_text("")
+    metrics = folder / "artifacts/evaluate/metrics.json"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps(dict.fromkeys((*METRICS, "accuracy_low", "top_5_accuracy"), 0.5)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for who in ("AUTHOR", "COMMITTER"):
+            patch.setenv(f"GIT_{who}_NAME", "t")
+            patch.setenv(f"GIT_{who}_EMAIL", "t@t")
+        subprocess.run(["git", "init", "-q"], check=True)
+        Repo.init(str(folder)).close()
+        start_repository(folder)
+        committed = Path("params.yaml").read_text()
+        with Repo(str(folder)) as repo:
+            for number, recipe in enumerate(("digits", "cifar10_lenet", "cifar10_resnet18", "my_images", "digits")):
+                Path("params.yaml").write_text(committed)
+                Path("params.yaml").write_text(dump_yaml(compose(recipe, {"train.seed": number})))
+                metrics.write_text(json.dumps(dict.fromkeys(METRICS, number / 10)))
+                Path("array.npy").write_text(recipe)
+                repo.experiments.save(name=f"{recipe.replace('_', '-')}-{number}", force=True)
+    return folder
+
+
+def test_five_experiments_fit_160_columns_with_metrics_and_changed_parameters(project: Path) -> None:
+    environment = os.environ | {"COLUMNS": "160", "DVC_NO_ANALYTICS": "1"}
+    command = [sys.executable, "-m", "flows.experiments"]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 160
+    [digits] = [line for line in lines if line.startswith("- digits-4")]
+    assert digits.split()[4:] == ["0.4000"] * 3 + ["train.seed=4"]
+    text = " ".join(" ".join(line.split()) for line in lines)
+    for change in ("train.model=resnet18", "train.weights=DEFAULT", "download.dataset=imagefolder", "train.seed=3"):
+        assert change in text
+
+
+def test_what_failed_or_waits_shows_its_state_and_not_the_metrics_of_its_commit() -> None:
+    rows = [Row("- bold-name", "2026-11-25 21:12", "failed", {}, {"train.weights": ("DEFAULT", None)})]
+    assert as_table(rows, width=120).splitlines()[1].split() == [
+        "-",
+        "bold-name",
+        "2026-11-25",
+        "21:12",
+        "failed",
+        "train.weights=null",
+    ]

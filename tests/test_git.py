@@ -1,0 +1,170 @@
+"""A question that git cannot answer is recorded as unknown, and told; it is never taken for "no"."""
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pynvml
+import pytest
+
+from flows.gpu import visible_gpu
+from flows.workspace import git_identity, take_snapshot
+from pipeline.errors import UserError
+from pipeline.git import UNKNOWN, code_state, find_commit, git, read_committed, setting
+from pipeline.tracking import COMMIT, find_run, run_of_model
+from tests.conftest import start_repository
+
+REFUSE = "GIT_TEST_ASSUME_DIFFERENT_OWNER"
+"""Lets git take every folder for another user's."""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with a committed params.yaml and module."""
+    folder = tmp_path / "project"
+    (folder / "pipeline").mkdir(parents=True)
+    (folder / "params.yaml").write_text("train: {}\n")
+    (folder / "pipeline/loop.py").write_text("")
+    start_repository(folder)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return folder
+
+
+def without_git(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(project))
+
+
+def of_another_user(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(REFUSE, "1")
+
+
+def without_repository(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project / ".git").rename(project / "git")
+
+
+def without_commit(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_repository(project, monkeypatch)
+    git(project, "init", "-q")
+    git(project, "add", "params.yaml")
+
+
+def in_another_repository(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a home folder that is a repository, with the project unpacked in it from an archive."""
+    without_repository(project, monkeypatch)
+    (project.parent / "notes.txt").write_text("")
+    start_repository(project.parent, "notes.txt")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(project.parent.parent))
+
+
+TROUBLES: dict[Callable[[Path, pytest.MonkeyPatch], None], str] = {
+    without_git: "git: not found; install it",
+    of_another_user: "which belongs to another user; if you trust it, run `git config --global --add safe.directory",
+    without_repository: "not in a git repository; run `git init`, then commit",
+    without_commit: "no git commit yet; run `git add . && git commit -m Start`",
+    in_another_repository: "git does not track its params.yaml; run `git init` there, then commit",
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES, ids=[trouble.__name__ for trouble in TROUBLES])
+def test_code_that_git_does_not_know_is_unknown_and_the_reason_is_kept(
+    project: Path, monkeypatch: pytest.MonkeyPatch, trouble: Callable[[Path, pytest.MonkeyPatch], None]
+) -> None:
+    trouble(project, monkeypatch)
+    found = code_state(project, tracked="params.yaml")
+    assert (found.commit, found.difference, found.dirty) == (None, None, UNKNOWN)
+    assert TROUBLES[trouble] in found.problem
+    assert "\n" not in found.problem
+
+
+def test_a_difference_that_cannot_be_read_is_unknown_though_the_commit_is_known(project: Path) -> None:
+    (project / ".git/index").write_bytes(b"damaged")
+    assert code_state(project, tracked="params.yaml").dirty == UNKNOWN
+    git(project, "read-tree", "HEAD")
+    blob = git(project, "rev-parse", "HEAD:params.yaml")
+    (project / ".git/objects" / blob[:2] / blob[2:]).unlink()
+    (project / "params.yaml").write_text("train: {seed: 1}\n")
+    found = code_state(project, tracked="params.yaml")
+    assert (found.commit, found.dirty) == (git(project, "rev-parse", "HEAD"), UNKNOWN)
+
+
+def test_changed_and_untracked_code_makes_a_patch_that_applies(project: Path, tmp_path: Path) -> None:
+    assert code_state(project, tracked="params.yaml").dirty == "false"
+    (project / "pipeline/notes.txt").write_text("no code")
+    assert code_state(project, tracked="params.yaml").dirty == "false"
+    (project / "pipeline/new.py").write_text("x = 1\n")
+    (project / "params.yaml").write_text("train: {seed: 1}\n")
+    found = code_state(project, tracked="params.yaml")
+    assert (found.dirty, found.problem) == ("true", "")
+    git(tmp_path, "clone", "-q", str(project), "clone")
+    subprocess.run(["git", "apply", "-"], cwd=tmp_path / "clone", input=found.difference, check=True)
+    assert (tmp_path / "clone/pipeline/new.py").read_text() == "x = 1\n"
+    assert (tmp_path / "clone/params.yaml").read_text() == "train: {seed: 1}\n"
+
+
+def test_a_run_without_a_repository_says_that_its_code_is_unknown(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(workspace.parent))
+    run, _ = run_of_model("0" * 32, experiment="digits")
+    found = find_run(run.run_id)
+    assert found
+    assert (found.tags[COMMIT], found.tags["git.dirty"]) == (UNKNOWN, UNKNOWN)
+    assert "warning: the run is recorded with unknown code" in capsys.readouterr().out
+
+
+def test_a_missing_commit_file_or_setting_is_none_and_a_refusal_an_error(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_commit(project, "1" * 40) is None
+    assert find_commit(project, "HEAD:pipeline") is None
+    assert read_committed(project, "HEAD", "dvc.lock") is None
+    assert read_committed(project, "HEAD", "params.yaml") == "train: {}\n"
+    assert setting(project, "user.name") is None
+    assert git_identity(project)["GIT_AUTHOR_NAME"] == "flow"
+    (project.parent / ".gitconfig").write_text("[damaged")
+    with pytest.raises(UserError, match=r"git config in .*bad config"):
+        setting(project, "user.name")
+    (project.parent / ".gitconfig").unlink()
+    monkeypatch.setenv(REFUSE, "1")
+    with pytest.raises(UserError, match="belongs to another user"):
+        find_commit(project, "1" * 40)
+    with pytest.raises(UserError, match="belongs to another user"):
+        read_committed(project, "HEAD", "dvc.lock")
+
+
+def test_a_flow_run_in_a_checkout_of_another_user_is_refused_with_gits_own_remedy(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / ".dvc").mkdir()
+    (project / ".dvc/config").write_text("")
+    monkeypatch.setenv(REFUSE, "1")
+    with pytest.raises(UserError) as error:
+        take_snapshot(project)
+    assert f"`git config --global --add safe.directory {project}`" in str(error.value)
+
+
+def test_what_a_git_hook_sets_points_git_to_no_other_repository(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_DIR", os.devnull)
+    assert code_state(project, tracked="params.yaml").dirty == "false"
+
+
+def test_a_driver_that_does_not_list_its_gpus_makes_trainings_wait_for_one_another(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error: type[Exception] = pynvml.NVMLError_LibRmVersionMismatch
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert visible_gpu() == f"of-{socket.gethostname()}"
+    assert "one training at a time on this host" in capsys.readouterr().out
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert visible_gpu() is None
+    error = pynvml.NVMLError_DriverNotLoaded
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert visible_gpu() is None

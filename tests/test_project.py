@@ -1,0 +1,206 @@
+"""Where a run is recorded: in the project, also from a temporary folder of DVC, and after the project was moved."""
+
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import requests
+from mlflow import MlflowClient
+
+from flows.ui import mlflow_server
+from pipeline import tracking
+from pipeline.artifacts import kept_folder
+from pipeline.download import download
+from pipeline.errors import UserError
+from pipeline.project import EXPERIMENTS, project_folder
+from pipeline.relocation import LOCATIONS, relocate
+from pipeline.settings import tracking_uri
+from pipeline.tracking import connect, find_run, read_file, run_of_model
+from tests.conftest import free_port, params
+
+VARIABLES = ("PIPELINE_PROJECT", "DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "PIPELINE_CACHE_DIR")
+
+
+@pytest.fixture
+def project(workspace: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with an MLflow store, alone in a folder, as the current folder."""
+    folder = Path(shutil.move(workspace, tmp_path_factory.mktemp("place") / "project"))
+    workspace.mkdir()
+    monkeypatch.chdir(folder)
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.fixture
+def temporary(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which DVC runs the experiment bold-name of that project, as the current folder."""
+    folder = project / EXPERIMENTS / "tmpabcdef"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DVC_ROOT", str(project))
+    monkeypatch.setenv("DVC_EXP_NAME", "bold-name")
+    return folder
+
+
+def make_run(name: str = "0", *, text: str = "x") -> str:
+    """An MLflow run of its own with a file; gives its id."""
+    run, _ = run_of_model(name * 32, experiment="digits")
+    Path("note.txt").write_text(text)
+    run.log_file(Path("note.txt"))
+    return run.run_id
+
+
+def go_to(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """As a new process there: in this one, MLflow has set the variable."""
+    patch.chdir(folder)
+    patch.delenv("MLFLOW_TRACKING_URI")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_temporary_folder_of_dvc_belongs_to_the_project(temporary: Path, project: Path) -> None:
+    run_id = make_run()
+    assert [path.name for path in temporary.iterdir()] == ["note.txt"]
+    assert list((project / "mlartifacts" / run_id).rglob("note.txt"))
+    run = find_run(run_id)
+    assert run
+    assert (run.tags["dvc.experiment"], tracking_uri(project_folder())) == (
+        "bold-name",
+        f"sqlite:///{project}/mlflow.db",
+    )
+    assert kept_folder("checkpoints") == project / ".cache/checkpoints"
+
+
+def test_a_new_training_in_it_has_the_name_of_the_experiment(temporary: Path) -> None:
+    connect()
+    run = find_run(tracking._create_run("digits", training="t").run_id)
+    assert run
+    assert run.name == "bold-name"
+
+
+def test_relative_settings_are_the_projects(temporary: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    monkeypatch.setenv("PIPELINE_CACHE_DIR", "kept")
+    assert find_run(make_run())
+    assert not (temporary / "mlflow.db").exists()
+    assert kept_folder("checkpoints") == project / "kept/checkpoints"
+
+
+def test_a_project_inside_a_stage_of_another_one_is_its_own(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(project.parent))
+    assert project_folder() == project
+    assert kept_folder("checkpoints") == Path(".cache/checkpoints")
+
+
+def test_a_clone_of_a_flow_run_belongs_to_the_project_that_the_flow_names(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_PROJECT", "/somewhere")
+    assert project_folder() == Path("/somewhere")
+
+
+def test_untracked_images_that_are_missing_there_are_told_with_the_option_that_copies_them(temporary: Path) -> None:
+    Path("data/images").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"`--copy-paths data/images` to `dvc exp run`, or name an absolute path$"):
+        download(params(download__dataset="imagefolder").download)
+    with pytest.raises(UserError, match=r"no such file; .*`--copy-paths archive.tar.gz` to `dvc exp run`"):
+        download(params(download__dataset="cifar10", download__urls=["archive.tar.gz"]).download)
+
+
+def move(project: Path) -> Path:
+    """A renamed project, whose new name has characters that a URI escapes."""
+    return project.rename(project.with_name("new näme #1"))
+
+
+def copy(project: Path) -> Path:
+    return shutil.copytree(project, project.with_name("copy"))
+
+
+def link(project: Path) -> Path:
+    """The project was used by a symbolic link, which has gone."""
+    (project.parent / "link").symlink_to(project)
+    old, new = f"file://{project}/", f"file://{project.parent}/link/"
+    with sqlite3.connect(project / "mlflow.db") as store:
+        for table, column in LOCATIONS:
+            store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (old, new))
+    store.close()
+    (project.parent / "link").unlink()
+    return project
+
+
+@pytest.mark.parametrize("change", [move, copy, link])
+def test_after_a_change_of_place_old_artifacts_are_found_and_nothing_is_written_to_the_old_place(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: Callable[[Path], Path]
+) -> None:
+    run_id = make_run()
+    other, _ = run_of_model("1" * 32, experiment="digits")  # without artifacts so far
+    MlflowClient().create_registered_model("net")
+    MlflowClient().create_model_version("net", f"{(project / 'mlartifacts').as_uri()}/models/m-1/artifacts")
+    here = change(project)
+    before = contents(project) if here != project and project.exists() else {}
+    go_to(here, monkeypatch)
+    capsys.readouterr()
+    connect()
+    assert "paths of artifacts were corrected" in capsys.readouterr().err
+    found = find_run(run_id)
+    assert found
+    assert read_file(found, "note.txt") == b"x"
+    tracking.Run(other.run_id).log_file(Path("params.yaml"))
+    run = find_run(other.run_id)
+    assert run
+    assert list((here / "mlartifacts" / other.run_id).rglob("params.yaml"))
+    assert list((here / "mlartifacts" / make_run("2")).rglob("note.txt"))
+    [version] = MlflowClient().search_model_versions("name = 'net'")
+    assert version.source == f"{(here / 'mlartifacts').as_uri()}/models/m-1/artifacts"
+    connect()
+    assert capsys.readouterr().err == ""
+    if here != project:
+        assert (contents(project) if project.exists() else {}) == before
+
+
+def test_artifacts_that_are_in_another_project_only_stay_there(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a project that records into the store of this one."""
+    other = project.with_name("other")
+    other.mkdir()
+    monkeypatch.chdir(other)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
+    run_id = make_run()
+    go_to(project, monkeypatch)
+    connect()
+    found = find_run(run_id)
+    assert found
+    assert read_file(found, "note.txt") == b"x"
+
+
+def test_a_store_that_cannot_be_corrected_is_told_in_one_line_and_left_as_it_is(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run()
+    here = move(project)
+    go_to(here, monkeypatch)
+    monkeypatch.setattr("pipeline.relocation.BUSY_SECONDS", 0.1)
+    with sqlite3.connect(here / "mlflow.db", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(UserError, match=r"holds paths of another folder.*database is locked"):
+            relocate(tracking_uri(here), here)
+        other.execute("ROLLBACK")
+    other.close()
+    assert relocate(tracking_uri(here), here)
+    assert relocate(tracking_uri(here), here) is None
+
+
+@pytest.mark.slow
+def test_the_pages_of_a_moved_project_show_old_artifacts(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = make_run()
+    here = move(project)
+    go_to(here, monkeypatch)
+    with mlflow_server(here, port=free_port()) as address:
+        content = requests.get(
+            f"{address}/get-artifact", params={"path": "note.txt", "run_uuid": run_id}, timeout=30
+        ).content
+    assert content == b"x"
