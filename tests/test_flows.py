@@ -74,7 +74,7 @@ def make_project(parent: Path) -> Path:
     """A committed project with this one's flows and toy stages, an uncommitted change and an image of the user's."""
     folder = parent / "project"
     (folder / "pipeline").mkdir(parents=True)
-    for name in ("__init__", "errors", "artifacts", "params", "processes"):
+    for name in ("__init__", "errors", "sqlite", "artifacts", "params", "processes"):
         shutil.copy(PROJECT / "pipeline" / f"{name}.py", folder / "pipeline")
     for name in ("flows", ".dvc", "data/images", "params.yaml", ".gitignore"):
         source, target = PROJECT / name, folder / name
@@ -353,7 +353,7 @@ def test_a_prefect_server_that_does_not_answer_is_one_line(project: Path) -> Non
 
 def test_a_checkout_without_a_commit_is_refused(project: Path) -> None:
     shutil.rmtree(project / ".git")
-    with pytest.raises(UserError, match="not the top folder of a git repository"):
+    with pytest.raises(UserError, match="not in a git repository"):
         workspace.take_snapshot(project)
     output(project, "git", "init", "-q")
     with pytest.raises(UserError, match="no git commit yet"):
