@@ -355,7 +355,7 @@ def test_a_prefect_server_that_does_not_answer_is_one_line(project: Path) -> Non
 
 def test_a_checkout_without_a_commit_is_refused(project: Path) -> None:
     shutil.rmtree(project / ".git")
-    with pytest.raises(UserError, match="not the top folder of a git repository"):
+    with pytest.raises(UserError, match="not in a git repository"):
         workspace.take_snapshot(project)
     output(project, "git", "init", "-q")
     with pytest.raises(UserError, match="no git commit yet"):

@@ -1,0 +1,62 @@
+"""A folder of one's own images named on the command line, and what is checked before any server is started."""
+
+from pathlib import Path
+
+import pytest
+
+from flows import PROJECT, train_classifier
+from flows.train_classifier import parse_arguments, read_overrides
+from pipeline.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+
+
+def folder_of(*arguments: str) -> str:
+    return str(read_overrides(parse_arguments(list(arguments)))["download.folder"])
+
+
+def test_a_folder_anywhere_is_taken_as_it_is(tmp_path: Path) -> None:
+    odd = tmp_path / "my photos #1 é: 'x' $HOME"
+    odd.mkdir()
+    assert folder_of("--images", str(odd)) == str(odd)
+    assert parse_arguments(["--images", str(odd)]).recipe == "my_images"
+    assert parse_arguments([]).recipe == "digits"
+
+
+def test_a_home_folder_and_one_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "photos").mkdir()
+    assert folder_of("--images", "~/photos") == str(tmp_path / "photos")
+    assert folder_of("--images", "data/../data/images") == folder_of("--images", f"{PROJECT}/data/images")
+    assert folder_of("--images", "data/images") == "data/images"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--images", "/no/such folder"], "download.folder: '/no/such folder' is not a folder"),
+        (["--images", "data/images", "--recipe", "digits"], "recipe digits has download.dataset digits"),
+        (["--images", "data/images", "--set", "download.folder=x"], "--set download.folder and --images: found both"),
+        (["--set", "download.folder=no/such"], "is not a folder"),
+        (["--recipe", "nothing"], "recipe: found 'nothing'"),
+    ],
+)
+def test_a_mistake_is_one_line_before_a_server_starts(
+    arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train_classifier", *arguments])
+    with pytest.raises(SystemExit) as status:
+        train_classifier.main()
+    assert status.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+def test_another_checkout_is_checked_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(train_classifier, "PROJECT", tmp_path)
+    with pytest.raises(UserError, match="not in a git repository"):
+        read_overrides(parse_arguments([]))
