@@ -125,7 +125,7 @@ def test_a_model_changed_by_hand_in_dvcs_cache_is_told_though_dvc_mends_it(proje
 
 
 def test_an_unknown_run_is_refused(project: Path) -> None:
-    with pytest.raises(UserError, match="no MLflow run " + "0" * 32):
+    with pytest.raises(UserError, match="0" * 32 + ": no MLflow run, commit or experiment"):
         reproduce.find(project, "0" * 32)
 
 
