@@ -44,6 +44,7 @@ def killed_at(line: str | None, project: Path, *command: str) -> tuple[int, str]
         cwd=project,
         env=os.environ
         | {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
+        | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         | (hold_at(line, folder=project.parent) if line else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
