@@ -26,7 +26,8 @@ export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help run test faults bench check lint format types experiments ui worker prefect-env stop install lock audit clean
+.PHONY: help run test test-quick faults bench check lint format types experiments ui worker prefect-env stop install lock \
+    audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,8 +43,11 @@ run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epoc
 	@$(BIN)/python -m flows.train_classifier $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER") \
 	    $(foreach value,$(SET),--set "$(value)")
 
-test: $(INSTALLED_DEV) ## run the tests
+test: $(INSTALLED_DEV) ## run all tests (less than 8 minutes on 2 cores)
 	$(BIN)/python -m pytest $(PYTEST)
+
+test-quick: $(INSTALLED_DEV) ## run the tests without servers and trainings in processes of their own (a minute)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
 
 faults: $(INSTALLED_DEV) ## kill trainings 200 times, all over their lives, and compare what comes out (10 minutes)
 	@$(BIN)/python -m tests.faults.harness --kills 200

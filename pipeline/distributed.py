@@ -25,6 +25,8 @@ MEETING = "PIPELINE_MEETING_FILE"
 """Names the file by which the processes of one machine meet; without it they meet as torchrun has it."""
 GRACE_SECONDS = 5
 """So long the other processes outlive SIGTERM, in which the first one writes its checkpoint."""
+REPORT_SECONDS = 60
+"""So long they leave it to rank 0 to report what failed in all; on a busy machine, it may take seconds to do so."""
 
 
 def is_launched() -> bool:
@@ -153,7 +155,7 @@ def _let_the_first_tell() -> None:
     """The launcher ends all processes as soon as one has failed; where it does not, this one alone has."""
     if rank() > 0:
         signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_TEMPORARY))
-        time.sleep(GRACE_SECONDS)
+        time.sleep(REPORT_SECONDS)
 
 
 def averaged(network: nn.Module) -> Any:

@@ -20,12 +20,16 @@ from xdist.scheduler import LoadFileScheduling
 from flows import ports, server
 from pipeline.artifacts import replace_folder
 from pipeline.params import Params, TrainParams, check_params, read_yaml
+from tests.forked import Process
 
+server.START_SECONDS = 1200  # on a busy machine; pytest's timeout comes first
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more cost time: networks are small, and the cores are taken
 # threads that spin while they wait for one another make tests side by side many times as slow
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 PROJECT = Path(__file__).parents[1]
 DEFAULTS = read_yaml(PROJECT / "params.yaml")
+HOLD = ".hold"
 TOGETHER = {"test_reproduce": "recorded", "test_trace": "recorded", "test_flows": "api_url", "test_doctor": "api_url"}
 """Files, by the costly fixture that one worker makes for all of them."""
 
@@ -36,6 +40,16 @@ class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # it ships no types
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         return TOGETHER.get(Path(file).stem, file)
+
+
+SLOW = {"api_url", "recorded", "site", "reproduced", "trained", "mlflow_server", "whole", "tree"}
+"""Fixtures that start servers or trainings."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    for item in items:
+        if SLOW & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -109,19 +123,33 @@ def made_once(name: str, make: Callable[[Path], None], *, factory: pytest.TempPa
     return folder
 
 
-def make_stores(folder: Path) -> None:
+def make_mlflow_store(folder: Path) -> None:
     store = "import sys; from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as S; S(*sys.argv[1:])"
     command = [sys.executable, "-c", store, f"sqlite:///{folder}/mlflow.db", str(folder)]
     subprocess.run(command, check=True, capture_output=True)
+
+
+def make_prefect_store(folder: Path) -> None:
     environment = {**os.environ, "PREFECT_HOME": str(folder), "PREFECT_API_URL": ""}
     command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
     subprocess.run(command, check=True, capture_output=True, env=environment)
 
 
 @pytest.fixture(scope="session")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of `mlflow.db` and `prefect.db` without a run, to be copied: to make them takes seconds."""
-    return made_once("stores", make_stores, factory=tmp_path_factory)
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an `mlflow.db` without a run, to be copied: to make one takes seconds."""
+    return made_once("mlflow_store", make_mlflow_store, factory=tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Path:
+    """Folder of `mlflow.db` and `prefect.db` without a run, to be copied."""
+
+    def make(folder: Path) -> None:
+        make_prefect_store(folder)
+        shutil.copy(mlflow_store / "mlflow.db", folder)
+
+    return made_once("stores", make, factory=tmp_path_factory)
 
 
 def start_server(project: Path, stores: Path) -> str:
@@ -142,9 +170,9 @@ def api_url(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Iterator[
 
 
 @pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stores: Path) -> Path:
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_store: Path) -> Path:
     """An empty current folder with the committed parameters and recipes, and an MLflow store of its own."""
-    shutil.copy(stores / "mlflow.db", tmp_path)
+    shutil.copy(mlflow_store / "mlflow.db", tmp_path)
     for name in ("params.yaml", "recipes"):
         source = PROJECT / name
         if source.is_dir():
@@ -161,27 +189,49 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stores: Path) -> 
 def run_step(
     step: str, *, folder: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> subprocess.CompletedProcess[str]:
-    """Run a step as DVC runs it, in `folder` or the current one."""
-    return subprocess.run(
-        [sys.executable, "-m", f"pipeline.{step}"],
-        cwd=folder,
-        env={**environment, "PYTHONPATH": str(PROJECT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    """Run a step as DVC runs it, but for the imports, in `folder` or the current one."""
+    process = start_step(step, folder=folder, environment=environment)
+    stdout, stderr = process.communicate()
+    return subprocess.CompletedProcess([step], process.wait(), stdout, stderr)
 
 
-def start_step(step: str) -> subprocess.Popen[str]:
-    """Start a step in the current folder; what it prints comes unbuffered."""
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", f"pipeline.{step}"],
-        env=os.environ | {"PYTHONPATH": str(PROJECT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interrupts,  # noqa: PLW1509
-    )
+def start_step(
+    step: str,
+    *,
+    folder: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+    hold: str | None = None,
+    joined: bool = False,
+) -> Process:
+    """Start a step in `folder` or the current one; each line that it prints comes at once.
+
+    With `hold` it waits, once it has printed a line that begins so, until it is ended or `release` is called.
+    """
+    folder, environment = folder or Path.cwd(), {**environment, "PYTHONPATH": str(PROJECT)}
+    if hold is not None:
+        environment |= hold_at(hold, folder=folder)
+        environment["PYTHONPATH"] += f"{os.pathsep}{PROJECT}"
+    return Process(step, folder=folder, environment=environment, joined=joined)
+
+
+def hold_at(line: str, *, folder: Path) -> dict[str, str]:
+    """The variables of a command below which the first training to print such a line waits there."""
+    (folder / HOLD).write_text(line, encoding="utf-8")
+    return {"HOLD": str(folder / HOLD), "PYTHONPATH": str(PROJECT / "tests/hold")}
+
+
+def release(folder: Path) -> None:
+    """Let a training that waits at its line go on."""
+    (folder / f"{HOLD}.reached").unlink()
+
+
+def read_until(beginning: str, process: Process) -> str:
+    """What a process prints, up to a line that begins so."""
+    read = ""
+    while not (line := process.stdout.readline()).startswith(beginning):
+        read += line
+        assert line, read
+    return read + line
 
 
 def heed_interrupts() -> None:

@@ -141,6 +141,7 @@ MAY_LOAD = {
 """What of the heavy packages each step may load at its start; each costs up to seconds."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", MAY_LOAD)
 def test_a_step_starts_without_packages_that_it_does_not_need(step: str) -> None:
     code = f"import sys, pipeline.{step}; print(*sys.modules)"
@@ -148,6 +149,7 @@ def test_a_step_starts_without_packages_that_it_does_not_need(step: str) -> None
     assert HEAVY & set(done.stdout.split()) <= MAY_LOAD[step]
 
 
+@pytest.mark.slow
 def test_a_training_starts_without_the_compiler() -> None:
     code = "from tests.test_train import QUICK, run, train_params; import sys; "
     code += "run(train_params(**QUICK)); run(train_params(**QUICK, optimizer='muon')); print(*sys.modules)"

@@ -2,10 +2,10 @@
 
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -142,14 +142,20 @@ with checkpoints_of("one"):
 
 
 @pytest.fixture
-def another(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
-    """A process at the same training, which in a second fails or finishes."""
+def another(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
+    """A process at the same training, which fails or finishes once this one prints that it waits."""
     command = [sys.executable, "-c", HOLD, request.param]
     with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout
         assert process.stdout.readline() == "held\n"
-        threading.Timer(1, process.stdin.close).start()
+        end = process.stdin.close
+
+        def print_and_end(*values: object, **options: Any) -> None:
+            print(*values, **options)
+            end()
+
+        monkeypatch.setattr("pipeline.checkpoint.print", print_and_end, raising=False)
         yield process
 
 
@@ -158,7 +164,7 @@ def test_of_two_processes_one_waits_and_takes_over_where_the_other_failed(
     another: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with checkpoints_of("one"):
-        assert another.wait(10) == 1
+        assert another.wait() == 1
     assert "another process is at this very training: waiting" in capsys.readouterr().out
 
 
@@ -167,4 +173,4 @@ def test_of_two_processes_the_second_is_told_that_the_first_has_finished(another
     finished = "another process has just finished this very training"
     with pytest.raises(TemporaryError, match=finished), checkpoints_of("one"):
         pass
-    assert another.wait(10) == 0
+    assert another.wait() == 0

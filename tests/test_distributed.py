@@ -16,9 +16,10 @@ from safetensors.torch import load
 from pipeline.distributed import launch
 from pipeline.errors import UserError
 from pipeline.params import dump_yaml
-from tests.conftest import DEFAULTS, PROJECT, run_step, start_step, write_normalized
+from tests.conftest import DEFAULTS, PROJECT, read_until, run_step, start_step, write_normalized
 
-VALUES = {"epochs": 8, "batch_size": 16, "learning_rate": 0.01, "cpu_threads": 1, "flip": True, "log_every_steps": 1}
+pytestmark = pytest.mark.slow
+VALUES = {"epochs": 4, "batch_size": 16, "learning_rate": 0.01, "cpu_threads": 1, "flip": True, "log_every_steps": 1}
 
 
 def configure(folder: Path, **changes: object) -> None:
@@ -35,7 +36,7 @@ def losses(folder: Path) -> list[list[float]]:
     found = []
     for run in runs:
         history = client.get_metric_history(run.info.run_id, "loss")
-        assert [point.step for point in history] == list(range(1, 49))
+        assert [point.step for point in history] == list(range(1, 25))
         found.append([point.value for point in history])
     return found
 
@@ -45,7 +46,7 @@ def train(workspace: Path, *, processes: int) -> bytes:
     configure(workspace, processes=processes)
     done = run_step("train", folder=workspace)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert done.stdout.count("epoch 8/8") == 1  # the others say nothing
+    assert done.stdout.count("epoch 4/4") == 1  # the others say nothing
     return (workspace / "artifacts/train/last.safetensors").read_bytes()
 
 
@@ -56,30 +57,22 @@ def test_two_processes_have_the_losses_of_one_with_the_joined_batch_killed_and_i
     one, two = (train(workspace, processes=processes) for processes in (1, 2))
     for name, values in load(one).items():
         assert values.numpy() == pytest.approx(load(two)[name].numpy(), rel=1e-2, abs=1e-4)
-    killed = start_step("train")
-    read_until("epoch 1/8", killed)
-    second = child_of_rank(killed.pid, "1")
+    killed = start_step("train", hold="epoch 1/4")
+    read_until("epoch 1/4", killed)
     assert set(listening(killed.pid)) == {"127.0.0.1"}
-    read_until("epoch 2/8", killed)
-    os.kill(second, signal.SIGKILL)
-    _, stderr = killed.communicate(timeout=60)
+    os.kill(child_of_rank(killed.pid, "1"), signal.SIGKILL)
+    _, stderr = killed.communicate()
     assert killed.returncode == 75, stderr
     assert "the same command goes on" in stderr
-    interrupted = start_step("train")
-    read_until("goes on from its checkpoint", interrupted)
-    read_until("epoch 5/8", interrupted)
+    interrupted = start_step("train", hold="epoch 3/4")
+    assert "goes on from its checkpoint" in read_until("epoch 3/4", interrupted)
     interrupted.terminate()
-    _, stderr = interrupted.communicate(timeout=60)
+    _, stderr = interrupted.communicate()
     assert (interrupted.returncode, len(stderr.splitlines())) == (128 + signal.SIGTERM, 1), stderr
     assert "the same command goes on from epoch" in stderr
     assert train(workspace, processes=2) == two
     again, by_two, by_one = losses(workspace)
     assert again == by_two == pytest.approx(by_one, rel=1e-3)
-
-
-def read_until(text: str, process: subprocess.Popen[str]) -> None:
-    assert process.stdout
-    next(line for line in process.stdout if text in line)
 
 
 def listening(pid: int) -> list[str]:
@@ -97,7 +90,7 @@ def child_of_rank(pid: int, rank: str) -> int:
 
 def test_running_statistics_and_dropout_of_two_processes_outlive_a_stop(workspace: Path) -> None:
     write_normalized(workspace)
-    configure(workspace, processes=2, epochs=3, model="mobilenet_v3_small")
+    configure(workspace, processes=2, epochs=2, model="mobilenet_v3_small")
 
     def train_on() -> list[bytes]:
         done = run_step("train", folder=workspace)
@@ -105,24 +98,23 @@ def test_running_statistics_and_dropout_of_two_processes_outlive_a_stop(workspac
         return [(workspace / "artifacts/train" / name).read_bytes() for name in ("last.safetensors", "history.csv")]
 
     whole = train_on()
-    stopped = start_step("train")
-    read_until("epoch 1/3", stopped)
+    stopped = start_step("train", hold="epoch 1/2")
+    read_until("epoch 1/2", stopped)
     stopped.terminate()
-    stopped.communicate(timeout=60)
+    stopped.communicate()
     assert stopped.returncode == 128 + signal.SIGTERM
     assert train_on() == whole
 
 
 def test_processes_end_when_their_launcher_was_killed(workspace: Path) -> None:
     write_normalized(workspace)
-    configure(workspace, processes=2, epochs=1000)
+    configure(workspace, processes=2, epochs=100_000)
     launcher = start_step("train")
-    read_until("epoch    1/1000", launcher)
+    read_until("epoch      1/100000", launcher)
     ranks = psutil.Process(launcher.pid).children()
     assert len(ranks) >= 2
     launcher.kill()
-    _, alive = psutil.wait_procs(ranks, timeout=20)
-    assert alive == []
+    psutil.wait_procs(ranks)
 
 
 def test_more_processes_than_devices_are_refused() -> None:

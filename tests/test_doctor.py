@@ -36,14 +36,14 @@ if stage == "train":
     dataset = tracking.dataset("toy", source=None, digest="0")
     with tracking.training_run(experiment="toy", params={}, dataset=dataset, training=str(os.getpid())):
         print("training begins")
-        if (told / "train.long").exists():
-            time.sleep(60)
+        while (told / "train.long").exists():
+            time.sleep(0.05)
 """
 
 
 @pytest.fixture
 def tracked(project: Path, stores: Path) -> Path:
-    """The toy project with a training that MLflow records; it lasts a minute while `train.long` exists."""
+    """The toy project with a training that MLflow records; it lasts as long as `train.long` exists."""
     toy = project / "toy.py"
     toy.write_text(toy.read_text() + TRAIN)
     for name in ("tracking", "model_code", "served_model"):
@@ -71,7 +71,7 @@ def kill_all(process: subprocess.Popen[str]) -> None:
     for victim in victims:
         victim.kill()
     process.communicate()
-    psutil.wait_procs(victims, timeout=10)
+    psutil.wait_procs(victims)
 
 
 def examine(project: Path, *arguments: str, api_url: str) -> tuple[int, str]:
@@ -148,7 +148,7 @@ def test_a_training_that_was_killed_is_marked_so_by_the_next_try(tracked: Path, 
     [training] = [p for p in psutil.Process(process.pid).children(recursive=True) if p.cmdline()[-1:] == ["train"]]
     (tracked.parent / "train.long").unlink()
     training.send_signal(signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     assert "SIGKILL (out of memory?)" in output
     assert "was left RUNNING by a dead process: marked KILLED" in output
     assert (process.returncode, mlflow_statuses(tracked)) == (0, ["KILLED", "FINISHED"])
@@ -308,7 +308,7 @@ def test_a_taken_workspace_is_no_leftover(project: Path) -> None:
         (folder.parent / "two").mkdir()
         assert settle(doctor.workspaces, project) == [True]
         assert folder.exists()
-    wait_until(lambda: not workspace.is_held(project, "one"), seconds=1)
+    wait_until(lambda: not workspace.is_held(project, "one"))
 
 
 def test_a_flow_run_ends_when_its_worker_was_killed() -> None:
@@ -326,8 +326,7 @@ def test_a_flow_run_ends_when_its_worker_was_killed() -> None:
     process = psutil.Process(int(worker.stdout.readline()))
     worker.kill()
     worker.communicate()
-    _, living = psutil.wait_procs([process], timeout=10)
-    assert not living
+    psutil.wait_procs([process])
 
 
 def test_checkpoints_that_nobody_took_up_for_long_are_removed(project: Path) -> None:

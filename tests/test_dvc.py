@@ -37,10 +37,10 @@ def stages_run(output: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def reproduced(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
+def reproduced(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Path:
     """A clone whose default trains for two epochs, reproduced once."""
     folder = copy_project(tmp_path_factory.mktemp("dvc") / "project")
-    shutil.copy(stores / "mlflow.db", folder)
+    shutil.copy(mlflow_store / "mlflow.db", folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -69,6 +69,7 @@ def test_the_interval_is_wilsons(hits: int, trials: int, low: float, high: float
     assert wilson_interval(hits, trials) == pytest.approx((low, high), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_step_writes_metrics_tables_and_matrix(workspace: Path) -> None:
     write_normalized(workspace)
     names = tuple(f"class {index}" for index in range(3))

@@ -5,7 +5,6 @@ import io
 import os
 import struct
 import subprocess
-import sys
 import tarfile
 import tracemalloc
 import zlib
@@ -24,7 +23,7 @@ from pipeline.images import UnreadableImage, decode
 from pipeline.params import compose, dump_yaml
 from pipeline.plots import confusion_matrix
 from pipeline.raw import open_source
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, run_step
 from tests.raw_folders import checksum, cifar_folder, encoded, image_folder, noise, params, plain_files
 
 HOSTILE = [
@@ -129,6 +128,7 @@ def test_names_of_classes_are_text_in_a_plot() -> None:
     assert picture.getcolors(maxcolors=1 << 20)
 
 
+@pytest.mark.slow
 def test_hostile_names_and_secrets_stay_out_of_what_a_run_writes(workspace: Path) -> None:
     for position, name in enumerate(HOSTILE):
         (workspace / "images" / name).mkdir(parents=True)
@@ -139,10 +139,9 @@ def test_hostile_names_and_secrets_stay_out_of_what_a_run_writes(workspace: Path
     (workspace / "params.yaml").write_text(dump_yaml(compose(None, chosen)))
     secret = "53cr3t-of-the-environment"
     variables = ("AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD", "GITHUB_TOKEN", "PREFECT_API_KEY")
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), **dict.fromkeys(variables, secret)}
+    environment = {**os.environ, **dict.fromkeys(variables, secret)}
     for step in ("download", "normalize", "train", "evaluate"):
-        command = [sys.executable, "-m", f"pipeline.{step}"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        done = run_step(step, environment=environment)
         assert (done.returncode, secret in done.stdout + done.stderr) == (0, False), done.stderr
         assert all(line.isprintable() for line in done.stdout.splitlines())
     assert not list(workspace.rglob("run"))

@@ -2,8 +2,6 @@ import itertools
 import json
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from pipeline.model import build
 from pipeline.optimizer import Lookahead, learning_rate, loss_function, make_optimizers, set_learning_rate, update
 from pipeline.params import TrainParams, dump_yaml
 from pipeline.train import main
-from tests.conftest import DEFAULTS, coloured_images, run_step, start_step, train_params, write_normalized
+from tests.conftest import DEFAULTS, coloured_images, read_until, run_step, start_step, train_params, write_normalized
 from tests.test_model import config
 
 OPTIMIZERS = {
@@ -308,12 +306,10 @@ def test_a_model_spoilt_by_the_last_step_of_an_epoch_is_refused() -> None:
         run(train_params(**QUICK, optimizer="sgd", momentum=0.0, nesterov=False, learning_rate=1e30), images=16)
 
 
-def step(workspace: Path, **changes: object) -> subprocess.CompletedProcess[str]:
-    """Run the step as DVC runs it."""
+def configure(workspace: Path, **changes: object) -> None:
     values = json.loads(json.dumps(DEFAULTS))
     values["train"] |= {"epochs": 2, "batch_size": 16} | changes
     (workspace / "params.yaml").write_text(dump_yaml(values))
-    return run_step("train", folder=workspace)
 
 
 def runs() -> list[mlflow.entities.Run]:
@@ -343,48 +339,51 @@ def runs() -> list[mlflow.entities.Run]:
     ],
 )
 def test_a_mistake_ends_in_one_line_and_the_last_model_stays(
-    workspace: Path, changes: dict[str, object], told: str
+    workspace: Path, changes: dict[str, object], told: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_normalized(workspace)
     model = workspace / "artifacts" / "train" / "best.safetensors"
     model.parent.mkdir()
     model.write_text("the last good model")
-    done = step(workspace, **changes)
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert done.stderr.startswith(told)
+    configure(workspace, **changes)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    stderr = capfd.readouterr().err
+    assert len(stderr.splitlines()) == 1, stderr
+    assert stderr.startswith(told)
     assert model.read_text() == "the last good model"
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_marked_failed_and_leaves_the_last_model(workspace: Path) -> None:
     write_normalized(workspace)
-    done = step(workspace, optimizer="sgd", momentum=0.0, nesterov=False, learning_rate=1.0e30, schedule="constant")
+    configure(workspace, optimizer="sgd", momentum=0.0, nesterov=False, learning_rate=1.0e30, schedule="constant")
+    done = run_step("train")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert "step 2: the loss is" in done.stderr
     assert [run.info.status for run in runs()] == ["FAILED"]
     assert not (workspace / "artifacts" / "train").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_an_interrupted_run_is_marked_killed(workspace: Path, sent: signal.Signals, status: int) -> None:
     write_normalized(workspace)
-    values = json.loads(json.dumps(DEFAULTS))
-    values["train"] |= {"epochs": 100_000, "batch_size": 16}
-    (workspace / "params.yaml").write_text(dump_yaml(values))
+    configure(workspace, epochs=100_000)
     process = start_step("train")
-    assert process.stdout is not None
-    while not process.stdout.readline().startswith("epoch"):
-        assert process.poll() is None
-    time.sleep(0.2)
+    read_until("epoch", process)
     process.send_signal(sent)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate()
     assert process.returncode == status
     assert len(stderr.splitlines()) == 1, stderr
     assert [run.info.status for run in runs()] == ["KILLED"]
 
 
+@pytest.mark.slow
 def test_the_step_writes_models_history_and_curves(workspace: Path) -> None:
     write_normalized(workspace)
-    done = step(workspace)
+    configure(workspace)
+    done = run_step("train")
     assert (done.returncode, done.stderr) == (0, "")
     names = sorted(path.name for path in (workspace / "artifacts" / "train").iterdir())
     assert names == ["best.safetensors", "checksums.md5", "curves.png", "history.csv", "last.safetensors", "model.json"]

@@ -45,6 +45,7 @@ def open_ui(folder: Path, *, mlflow_port: int, prefect_port: int) -> Iterator[su
 def test_both_pages_answer_and_ctrl_c_leaves_no_process(tmp_path: Path, stores: Path) -> None:
     (tmp_path / ".prefect").mkdir()
     shutil.copy(stores / "prefect.db", tmp_path / ".prefect")
+    shutil.copy(stores / "mlflow.db", tmp_path)
     mlflow_port, prefect_port = free_port(), free_port()
     with open_ui(tmp_path, mlflow_port=mlflow_port, prefect_port=prefect_port) as process:
         assert process.stdout
@@ -55,7 +56,7 @@ def test_both_pages_answer_and_ctrl_c_leaves_no_process(tmp_path: Path, stores: 
         assert server.answers(f"http://127.0.0.1:{prefect_port}/")
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        assert process.wait() == 0
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert ports.is_free(mlflow_port)
     assert ports.is_free(prefect_port)
@@ -92,7 +93,9 @@ def test_a_port_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-def test_stop_ends_the_server_and_a_second_start_reuses_it(tmp_path: Path) -> None:
+def test_stop_ends_the_server_and_a_second_start_reuses_it(tmp_path: Path, stores: Path) -> None:
+    (tmp_path / ".prefect").mkdir()
+    shutil.copy(stores / "prefect.db", tmp_path / ".prefect")
     first, new = server.start(tmp_path, port=free_port())
     assert (server.start(tmp_path), new) == ((first, False), True)
     assert server.stop(tmp_path) == first

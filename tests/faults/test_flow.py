@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import pytest
 
 from flows import server
 from pipeline.artifacts import file_md5
-from tests.conftest import copy_project, start_server
+from tests.conftest import copy_project, hold_at, run_step, start_server
 
-EPOCHS = 20
+pytestmark = pytest.mark.slow
+EPOCHS = 4
 
 
 @pytest.fixture
@@ -26,7 +27,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stores: Path) -> It
     for name in ("user.name", "user.email"):
         subprocess.run(["git", "config", name, "t"], cwd=folder, check=True)
     text = (folder / "params.yaml").read_text()
-    (folder / "params.yaml").write_text(text.replace("cpu_threads: 2", "cpu_threads: 1"))
+    text = text.replace("cpu_threads: 2", "cpu_threads: 1").replace("  epochs: 20\n", f"  epochs: {EPOCHS}\n")
+    (folder / "params.yaml").write_text(text)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(stores / "mlflow.db", folder)
     monkeypatch.setenv("PREFECT_API_URL", start_server(folder, stores))
@@ -35,24 +37,27 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stores: Path) -> It
     server.stop(folder)
 
 
-def killed_at(lines: Sequence[str], project: Path, *command: str) -> tuple[int, str]:
-    """Status and output of a command whose training is killed each time when one of the lines shows, in turn."""
+def killed_at(line: str | None, project: Path, *command: str) -> tuple[int, str]:
+    """Status and output of a command whose training waits at a line and is killed there."""
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", *command],
         cwd=project,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"},
+        env=os.environ
+        | {"PYTHONUNBUFFERED": "1", "DVC_NO_ANALYTICS": "1"}
+        | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        | (hold_at(line, folder=project.parent) if line else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     assert process.stdout
-    waiting, output = list(lines), ""
-    for line in process.stdout:
-        output += line
-        if waiting and waiting[0] in line:
-            del waiting[0]
+    output, killed = "", False
+    for printed in process.stdout:
+        output += printed
+        if line and not killed and line in printed:
             training_below(process.pid).kill()
-    assert not waiting, output
+            killed = True
+    assert killed == bool(line), output
     return process.wait(), output
 
 
@@ -73,7 +78,7 @@ def only_run(project: Path) -> Any:
 
 
 def test_a_killed_training_goes_on_in_the_flow_run_and_in_dvc_repro(project: Path, stores: Path) -> None:
-    status, output = killed_at(["epoch  3/20"], project, "flows.train_classifier")
+    status, output = killed_at("epoch 2/4", project, "flows.train_classifier")
     assert status == 0, output
     assert output.count("goes on from its checkpoint") == 1
     by_flow = only_run(project)
@@ -82,11 +87,11 @@ def test_a_killed_training_goes_on_in_the_flow_run_and_in_dvc_repro(project: Pat
     for name in ("mlflow.db", "other.db"):
         shutil.copy(stores / "mlflow.db", project / name)
 
-    status, output = killed_at(["epoch  5/20"], project, "dvc", "repro", "train")
+    status, output = killed_at("epoch 2/4", project, "dvc", "repro", "train")
     assert status != 0
     # as DVC's shell has it: one that runs the command in its own place (dash), or one that waits for it (bash)
     assert any(f"exited with {code}" in output for code in (-signal.SIGKILL, 128 + signal.SIGKILL)), output
-    status, output = killed_at([], project, "dvc", "repro", "train")
+    status, output = killed_at(None, project, "dvc", "repro", "train")
     assert status == 0, output
     assert "goes on from its checkpoint" in output
     by_dvc = only_run(project)
@@ -94,6 +99,6 @@ def test_a_killed_training_goes_on_in_the_flow_run_and_in_dvc_repro(project: Pat
     model = file_md5(project / "artifacts/train/best.safetensors")
     assert by_flow.data.tags["model.md5"] == by_dvc.data.tags["model.md5"] == model
     environment = os.environ | {"PIPELINE_CACHE_DIR": "other", "MLFLOW_TRACKING_URI": f"sqlite:///{project}/other.db"}
-    command = [sys.executable, "-m", "pipeline.train"]  # which nothing interrupts
-    subprocess.run(command, cwd=project, env=environment, check=True, capture_output=True)
+    done = run_step("train", folder=project, environment=environment)  # which nothing interrupts
+    assert done.returncode == 0, done.stderr
     assert file_md5(project / "artifacts/train/best.safetensors") == model

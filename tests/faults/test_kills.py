@@ -42,7 +42,8 @@ def test_a_training_killed_at_any_point_ends_as_if_it_had_not_been(site: Site, w
         if number >= len(DIRECTED) and killed >= KILLS:
             break
         found, points = train_with_kills(site, plan)
-        assert points, f"no kill at {plan}"
+        # how many events there are depends on the speed: a number may lie beyond the end
+        assert points or isinstance(plan[0], int), f"no kill at {plan}"
         assert found == expected, f"killed at {points}: {differences(found, expected)}"
         killed += len(points)
 
