@@ -135,15 +135,17 @@ COMPILE = $(BIN)/uv pip compile --universal --generate-hashes --no-header --no-e
 lock: $(INSTALLED) ## resolve the locks in requirements/ anew from pyproject.toml
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
 	@$(PIP_INSTALL) -r requirements/uv.lock
-	@everything=$$(mktemp) && trap 'rm -f "$$everything"' EXIT && set -e; \
-	cat requirements/base.lock requirements/dev.lock > "$$everything"; \
-	$(COMPILE) pyproject.toml --all-extras --group dev --output-file "$$everything"; \
-	$(COMPILE) pyproject.toml --constraint "$$everything" --output-file requirements/base.lock; \
+	@set -e; everything=.venv/everything.lock; \
+	cat requirements/base.lock $(ALL_EXTRAS:%=requirements/%.lock) requirements/dev.lock > $$everything; \
+	$(COMPILE) pyproject.toml --all-extras --group dev --output-file $$everything; \
+	$(COMPILE) pyproject.toml --constraint $$everything --output-file requirements/base.lock; \
 	base=$$(sed -n 's/^\([a-z0-9.-]*\)==.*/--no-emit-package \1/p' requirements/base.lock); \
 	for name in dev $(ALL_EXTRAS); do \
 	    case $$name in dev) part="--group dev";; *) part="--extra $$name";; esac; \
-	    $(COMPILE) pyproject.toml --constraint "$$everything" $$part $$base --output-file requirements/$$name.lock; \
-	    sed -i.old '/^#/d' requirements/$$name.lock && rm requirements/$$name.lock.old; \
+	    $(COMPILE) pyproject.toml --constraint $$everything $$part $$base --output-file requirements/$$name.lock; \
+	done; \
+	for name in base dev $(ALL_EXTRAS); do \
+	    sed -i.old -e '/^#/d' -e '/^    #\( via\|  \) -c /d' requirements/$$name.lock; rm requirements/$$name.lock.old; \
 	done
 	$(COMPILE) --group pyproject.toml:audit --output-file requirements/audit.lock
 
