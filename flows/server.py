@@ -47,6 +47,12 @@ class Server:
     pid: int
     started: str
     port: int
+    folder: str = ""
+    """The folder of its database and of its record when it was started."""
+
+    def is_of(self, record: Path) -> bool:
+        """Whether its record has not been moved or copied since."""
+        return self.folder in ("", str(record.parent.resolve()))
 
     @property
     def address(self) -> str:
@@ -63,6 +69,8 @@ def running(project: Path = PROJECT) -> Server | None:
     Raises TemporaryError where something answers there, and the system does not say whether it is that process.
     """
     server = _recorded(project)
+    if server and not server.is_of(_record(project)):
+        return None  # it was started before the project was moved, and has lost its database
     deadline = time.monotonic() + ANSWER_SECONDS
     while server and (ours := ports.listens(server.pid, server.port)) is not False:
         if not answers(f"{server.api_url}/health"):
@@ -111,7 +119,7 @@ def stop(project: Path = PROJECT) -> Server | None:
     server = _recorded(project)
     if server:
         end_group(server.pid)
-    (project / ".prefect" / "server.json").unlink(missing_ok=True)
+    _record(project).unlink(missing_ok=True)
     return server
 
 
@@ -128,15 +136,21 @@ def forget_dead(project: Path = PROJECT, *, remove: bool = True) -> bool:
         return dead
 
 
+def _record(project: Path) -> Path:
+    return project / ".prefect" / "server.json"
+
+
 def _recorded(project: Path) -> Server | None:
     """The Prefect server on record if that very process lives."""
-    return read_record(project / ".prefect" / "server.json")
+    return read_record(_record(project))
 
 
 def read_record(path: Path) -> Server | None:
-    """The server that the file names, if that very process lives."""
+    """The server that the file names, if that very process lives and is not the one of a project that was copied."""
     try:
         server = Server(**json.loads(path.read_text(encoding="utf-8")))
+        if not server.is_of(path) and Path(server.folder, path.name).exists():
+            return None
         return server if lives(server.pid, started=str(server.started)) else None  # once it was a number
     except (OSError, ValueError, TypeError):
         return None
@@ -150,8 +164,8 @@ def _launch(project: Path, port: int, *, variable: str) -> Server:
     environment |= own_server_environment(port, home=project / ".prefect")
     ensure_database(environment)
     process = launch(["prefect", "server", "start", "--host", "127.0.0.1"], log=log, environment=environment)
-    server = Server(process.pid, start_of(process.pid), port)
-    write_json(project / ".prefect" / "server.json", asdict(server))
+    server = Server(process.pid, start_of(process.pid), port, str((project / ".prefect").resolve()))
+    write_json(_record(project), asdict(server))
     wait_for(f"{server.api_url}/health", process, name="the Prefect server", log=log, variable=variable)
     return server
 

@@ -84,8 +84,9 @@ def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
             start, named=port or _named_port(), default=MLFLOW_PORT, variable="MLFLOW_PORT"
         )
         try:
-            record = server.Server(process.pid, start_of(process.pid), port)
-            write_json(_mlflow_record(project), asdict(record))
+            path = _mlflow_record(project)
+            record = server.Server(process.pid, start_of(process.pid), port, str(path.parent.resolve()))
+            write_json(path, asdict(record))
             yield record.address
         finally:
             server.end_group(process.pid)

@@ -19,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from pipeline.artifacts import CHECKSUMS, TRAIN, verify
 from pipeline.errors import PartialError, UserError, printable, report_errors
 from pipeline.images import UnreadableImage, check_suffix, decode
 from pipeline.model import ModelConfig, class_probabilities, load_model
+from pipeline.processes import num_cores
 from pipeline.raw import MAX_FILE_BYTES
 
 BATCH_SIZE = 32
@@ -106,6 +108,7 @@ def main() -> None:
     with report_errors():
         if arguments.top < 1:
             raise UserError(f"--top is {arguments.top}; allowed: 1 or more")
+        torch.set_num_threads(num_cores())  # PyTorch's own default knows no container's quota
         folder = _model_folder(arguments.model)
         _verify_model(folder)
         unreadable = 0

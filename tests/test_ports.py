@@ -108,6 +108,22 @@ def test_a_server_at_the_recorded_port_that_is_not_ours_is_not_running(tmp_path:
         assert server.running(tmp_path)
 
 
+def test_the_server_of_a_project_is_not_that_of_its_copy(tmp_path: Path) -> None:
+    original = tmp_path / "original" / ".prefect"
+    original.mkdir(parents=True)
+    with sleeper() as process:
+        record = {"pid": process.pid, "started": start_of(process.pid), "port": free_port(), "folder": str(original)}
+        write_json(original / "server.json", record)
+        shutil.copytree(tmp_path / "original", tmp_path / "copy")
+        assert server.running(tmp_path / "copy") is None
+        assert server.stop(tmp_path / "copy") is None
+        assert process.poll() is None
+        (tmp_path / "original").rename(tmp_path / "moved")
+        assert server.running(tmp_path / "moved") is None
+        assert server.stop(tmp_path / "moved") == server.Server(**record)  # type: ignore[arg-type]
+        assert process.poll() is not None
+
+
 BUSY = """
 import socket
 print(flush=True)
