@@ -1,5 +1,6 @@
 """Steps of the pipeline in processes forked from one that has imported what takes seconds to import."""
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -31,7 +32,7 @@ class Process:
         out, to_out = context.Pipe(duplex=False)
         err, to_err = context.Pipe(duplex=False)
         arguments = (step, str(folder), dict(environment), to_out, to_out if joined else to_err)
-        self._process = context.Process(target=_run, args=arguments, daemon=True)
+        self._process = context.Process(target=_run, args=arguments)  # no daemon, so that it may have children
         self._process.start()
         to_out.close()
         to_err.close()
@@ -73,8 +74,15 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
+def _kill_all() -> None:
+    """Kill what a failed test left: the interpreter would wait for it at its end."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
 @cache
 def _context() -> ForkServerContext:
+    atexit.register(_kill_all)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with chdir(PROJECT):  # from where it imports the pipeline

@@ -77,4 +77,5 @@ def test_a_lock_holds_what_is_declared(lock: str, declared: set[str]) -> None:
 
 def test_development_packages_are_not_in_the_base_lock() -> None:
     base = (PROJECT / "requirements" / "base.lock").read_text()
-    assert not [name for name in DEV if re.search(rf"^{re.escape(name)}==", base, re.MULTILINE)]
+    brought = {"alembic", "anyio", "websockets"}  # by MLflow and Prefect
+    assert not [name for name in DEV - brought if re.search(rf"^{re.escape(name)}==", base, re.MULTILINE)]

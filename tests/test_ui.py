@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import ports, server, ui
 from pipeline.artifacts import write_json
@@ -82,8 +83,9 @@ def test_a_port_in_use_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def open_page(name: str, folder: Path) -> None:
-    with ui.mlflow_server(folder) if name == "MLFLOW_PORT" else ui.prefect_server(folder):
-        pass
+    with temporary_settings(restore_defaults=[PREFECT_API_URL]):  # other tests of this process may have a server
+        with ui.mlflow_server(folder) if name == "MLFLOW_PORT" else ui.prefect_server(folder):
+            pass
 
 
 def test_a_port_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
