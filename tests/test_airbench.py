@@ -76,6 +76,7 @@ def run(**changes: object) -> tuple[Classifier, Trained]:
     return classifier, train(classifier, params=params, train_split=split, validation_split=split_of(24, seed=2))
 
 
+@pytest.mark.slow
 def test_it_learns_and_two_runs_are_bit_identical() -> None:
     (_, first), (_, second) = run(), run()
     assert first.history[-1].validation_accuracy > 0.9

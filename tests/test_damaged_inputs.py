@@ -107,6 +107,7 @@ ODD = st.one_of(
 FIELDS = [(section, field) for section in Params.model_fields for field in DEFAULTS[section]]
 
 
+@pytest.mark.slow
 @examples(1500)
 @given(where=st.sampled_from(FIELDS), value=ODD)
 def test_any_value_of_a_parameter_is_taken_as_it_is_or_refused(where: tuple[str, str], value: Any) -> None:

@@ -49,8 +49,8 @@ def test_an_address_without_special_characters_is_as_everybody_writes_it(path: s
     assert sqlite_path(f"sqlite:///{path}?timeout=5") == Path(path)
 
 
-def test_runs_are_recorded_in_the_project(odd: Path, stores: Path) -> None:
-    (odd / "mlflow.db").write_bytes((stores / "mlflow.db").read_bytes())
+def test_runs_are_recorded_in_the_project(odd: Path, mlflow_store: Path) -> None:
+    (odd / "mlflow.db").write_bytes((mlflow_store / "mlflow.db").read_bytes())
     tracking.connect()
     experiment = tracking._experiment_id("odd")
     run = tracking.Run(mlflow.MlflowClient().create_run(experiment).info.run_id)

@@ -84,7 +84,11 @@ def stopped(params: TrainParams, *steps: int) -> Trained | Checkpoint:
 
 @pytest.mark.parametrize(
     ("model", "optimizer"),
-    [*(("lenet", name) for name in OPTIMIZERS), ("resnet18", "nesterov"), ("mobilenet_v3_small", "adamw")],
+    [
+        *(("lenet", name) for name in OPTIMIZERS),
+        pytest.param("resnet18", "nesterov", marks=pytest.mark.slow),
+        ("mobilenet_v3_small", "adamw"),
+    ],
 )
 def test_a_stop_in_the_midst_of_an_epoch_changes_nothing(model: str, optimizer: str) -> None:
     changes = {"flip": True, "crop_padding": 3, "cutout_size": 8, "log_every_steps": 1, "early_stopping_epochs": 5}

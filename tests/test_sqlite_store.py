@@ -66,9 +66,9 @@ def names(file: Path) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def older(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
+def older(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Path:
     """An MLflow store with a run in it, as an older MLflow left it."""
-    file = Path(shutil.copy(stores / "mlflow.db", tmp_path_factory.mktemp("older")))
+    file = Path(shutil.copy(mlflow_store / "mlflow.db", tmp_path_factory.mktemp("older")))
     execute(file, RUN)
     config = mlflow.store.db.utils._get_alembic_config(f"sqlite:///{file}")  # type: ignore[no-untyped-call]
     engine = mlflow.store.db.utils.create_sqlalchemy_engine(f"sqlite:///{file}")  # type: ignore[no-untyped-call]
@@ -148,22 +148,22 @@ def test_an_older_store_is_migrated_with_what_its_log_holds_and_keeps_its_permis
 
 @pytest.mark.parametrize("content", [None, b""])
 def test_a_store_is_made_where_there_is_none_or_an_empty_file(
-    tmp_path: Path, stores: Path, content: bytes | None
+    tmp_path: Path, mlflow_store: Path, content: bytes | None
 ) -> None:
     file = tmp_path / "new" / "other.db"
     if content is not None:
         file.parent.mkdir()
         file.write_bytes(content)
-    ensure_store(file, tool=MLFLOW, migrate=partial(take, stores / "mlflow.db"))
+    ensure_store(file, tool=MLFLOW, migrate=partial(take, mlflow_store / "mlflow.db"))
     assert is_current(file, tool=MLFLOW)
     assert not left_over(file)
 
 
-def test_what_a_deleted_database_left_is_no_part_of_a_new_one(tmp_path: Path, stores: Path) -> None:
+def test_what_a_deleted_database_left_is_no_part_of_a_new_one(tmp_path: Path, mlflow_store: Path) -> None:
     file = tmp_path / "mlflow.db"
     for suffix in ("-journal", "-wal", "-shm"):
         file.with_name(file.name + suffix).write_bytes(b"old")
-    ensure_store(file, tool=MLFLOW, migrate=partial(take, stores / "mlflow.db"))
+    ensure_store(file, tool=MLFLOW, migrate=partial(take, mlflow_store / "mlflow.db"))
     assert not left_over(file)
 
 

@@ -53,7 +53,8 @@ DEEP = [("cross_entropy", "nesterov"), ("mse", "adamw")]
     ("model", "loss", "optimizer"),
     [
         *itertools.product(["lenet"], ["cross_entropy", "mse"], OPTIMIZERS),
-        *((model, *pair) for model in ("resnet18", "mobilenet_v3_small") for pair in DEEP),
+        *(pytest.param("resnet18", *pair, marks=pytest.mark.slow) for pair in DEEP),
+        *(("mobilenet_v3_small", *pair) for pair in DEEP),
     ],
 )
 def test_every_model_loss_and_optimizer_trains(model: str, loss: str, optimizer: str) -> None:
@@ -65,6 +66,7 @@ def test_every_model_loss_and_optimizer_trains(model: str, loss: str, optimizer:
     assert any(not torch.equal(trained.last[name], before[name]) for name in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_lenet_learns_with_every_optimizer(optimizer: str) -> None:
     rate = {} if "learning_rate" in OPTIMIZERS[optimizer] else {"learning_rate": 0.1 if optimizer == "sgd" else 0.01}
