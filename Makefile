@@ -5,7 +5,8 @@ RECIPE ?=
 SET ?=
 IMAGES ?=
 # pytest's own options, as in: make test PYTEST="-k train"
-PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST ?=
+WORKERS := --dist loadfile --no-loadscope-reorder -n
 
 .DEFAULT_GOAL := help
 SHELL := /bin/sh
@@ -44,10 +45,10 @@ run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epoc
 	    $(foreach value,$(SET),--set "$(value)")
 
 test: $(INSTALLED_DEV) ## run all tests (less than 8 minutes on 2 cores)
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest $(or $(PYTEST),$(WORKERS) 3) # many tests wait for servers: one more than two cores
 
 test-quick: $(INSTALLED_DEV) ## run the tests without servers and trainings in processes of their own (a minute)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST)
+	$(BIN)/python -m pytest -m "not slow" $(or $(PYTEST),$(WORKERS) 2)
 
 faults: $(INSTALLED_DEV) ## kill trainings 200 times, all over their lives, and compare what comes out (10 minutes)
 	@$(BIN)/python -m tests.faults.harness --kills 200
