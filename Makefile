@@ -6,6 +6,7 @@ SET ?=
 IMAGES ?=
 # pytest's own options, as in: make test PYTEST="-k train"
 PYTEST ?=
+# the slow tests often wait for servers: one worker more than two cores
 WORKERS := --dist loadfile --no-loadscope-reorder -n
 
 .DEFAULT_GOAL := help
@@ -45,7 +46,7 @@ run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epoc
 	    $(foreach value,$(SET),--set "$(value)")
 
 test: $(INSTALLED_DEV) ## run all tests (less than 8 minutes on 2 cores)
-	$(BIN)/python -m pytest $(or $(PYTEST),$(WORKERS) 3) # many tests wait for servers: one more than two cores
+	$(BIN)/python -m pytest $(or $(PYTEST),$(WORKERS) 3)
 
 test-quick: $(INSTALLED_DEV) ## run the tests without servers and trainings in processes of their own (a minute)
 	$(BIN)/python -m pytest -m "not slow" $(or $(PYTEST),$(WORKERS) 2)

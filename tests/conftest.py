@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
         if SLOW & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)  # quick files last, so that all workers end at about the same time
+    items.sort(key=lambda item: item.path not in slow)  # quick files last: all workers end together
 
 
 @pytest.hookimpl(optionalhook=True)
