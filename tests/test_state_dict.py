@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
             for who in ("student", "teacher")
             for name, tensor in weights().items()
         },
-        r"found 2 sets of weights that fit .*: student\.\*, teacher\.\*; allowed: one; extract the .* python -c .*student\.",
+        r"found 2 sets of weights that fit .*: student\.\*, teacher\.\*; allowed: one; .* python -c .*student\.",
     ),
     "a list of two": (
         "lenet",
@@ -221,9 +221,7 @@ def test_which_of_several_sets_is_taken_is_printed(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.parametrize("name", ["it's.pth", "weights.safetensors"])
-def test_the_command_in_the_message_extracts_one_set(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_in_the_message_extracts_a_set(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     content = REFUSED["two networks"][1]()
     if name.endswith(".safetensors"):
@@ -235,7 +233,7 @@ def test_the_command_in_the_message_extracts_one_set(
             load(content, Path(name))
     *_, program, option, code = shlex.split(str(error.value).rpartition("as in: ")[2])
     assert (program, option) == ("python", "-c")
-    exec(code, {})  # noqa: S102  # what the user is asked to run
+    exec(code, {})  # what the user is asked to run
     found, drawn = load(torch.load("extracted.pth"), Path("again.pth"))
     assert drawn == []
     assert all(torch.equal(found[each], tensor + 1) for each, tensor in weights().items())
