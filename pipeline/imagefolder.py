@@ -23,7 +23,6 @@ from pipeline.progress import progress
 
 MAX_LOOSE_FRACTION = 0.01
 """Most images that may lie beside the class folders, as a fraction of those in them: more may be a mistake."""
-
 MAX_MERGED_SHOWN = 5
 
 IMAGE = "images"

@@ -321,7 +321,7 @@ def _check_not_misread(classes: Mapping[str, Path]) -> None:
     called `images`, beside masks for instance.
     """
     for name, path in classes.items():
-        if re.sub(r"[\W\d_]+", "", name.casefold()) in IMAGES_WORDS:
+        if re.sub(r"[\W_]+", "", name.casefold()) in IMAGES_WORDS:
             beside = listed([other for other in classes if other != name])
             raise bad_folder(
                 f"{str(path)!r} is hardly a class, and beside it lies {beside}",
@@ -342,7 +342,7 @@ def _check_not_misread(classes: Mapping[str, Path]) -> None:
         raise bad_folder(
             f"{both} both have the folders {listed(same)} in them, so they may be no classes",
             f"set download.folder to one of the two if its folders are the classes; if {first} and {second} are, "
-            "move the images out of the folders inside them",
+            "move the images that are meant into them, and those folders away",
         )
 
 
