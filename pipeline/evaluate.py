@@ -1,4 +1,4 @@
-"""Judge the model on the test split, which no other step reads."""
+"""Evaluate the model on the test split, which no other step reads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -18,11 +18,12 @@ from pipeline.images import (
     check_suffix,
     is_image_content,
 )
-from pipeline.layout import ClassFolder, bad_folder, entries, find_layout, is_hidden, suffix
+from pipeline.layout import ClassFolder, bad_folder, entries, find_layout, is_hidden, listed, suffix
 from pipeline.progress import progress
 
 MAX_LOOSE_FRACTION = 0.01
 """Most images that may lie beside the class folders, as a fraction of those in them: more may be a mistake."""
+MAX_MERGED_SHOWN = 5
 
 IMAGE = "images"
 UNDECODABLE = "images in formats that cannot be decoded"
@@ -52,6 +53,8 @@ class Scan:
     """The first file of each reason."""
     splits: dict[str, Path]
     """The folder of the class folders of each split."""
+    merged: dict[str, list[str]]
+    """The folders whose images make up one class, for each `<split>/<class>` that has several; "." is its own."""
     classes: list[ClassFolder]
 
     @property
@@ -66,6 +69,7 @@ class _Tally:
     undecodable: list[tuple[str, str]] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     not_used: Counter[str] = field(default_factory=Counter)
+    merged: dict[str, list[str]] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
 
     def leave_out(self, name: str, reason: str) -> None:
@@ -96,18 +100,26 @@ def scan(root: Path) -> Scan:
         not_used=dict(sorted(tally.not_used.items())),
         examples=tally.examples,
         splits=layout.splits,
+        merged=tally.merged,
         classes=layout.classes,
     )
 
 
 def describe(found: Scan) -> list[str]:
-    """Lines that account for every file: where the classes are, how many files were found, used and not used."""
+    """Lines that account for every file: where the classes are, which have folders inside, how many files are used."""
     where = ", ".join(f"{split} {str(path)!r}" for split, path in found.splits.items())
     not_used = sum(found.not_used.values())
     lines = [
         f"class folders: {where}",
         f"{found.total + not_used:,} files: {found.total:,} used, {not_used:,} not used",
     ]
+    lines += [
+        f"{member} takes the images of {len(folders):,} folders in it: {listed(folders)}; "
+        "if those are classes or other kinds of image, move them out of it"
+        for member, folders in list(found.merged.items())[:MAX_MERGED_SHOWN]
+    ]
+    if (more := len(found.merged) - MAX_MERGED_SHOWN) > 0:
+        lines.append(f"so do {more:,} more of the {len(found.classes):,} class folders")
     for reason, number in found.not_used.items():
         example = f", such as {found.examples[reason]}" if reason in found.examples else ""
         lines.append(f"not used: {number:,} {reason}{example}")
@@ -151,15 +163,19 @@ def _count(classes: list[ClassFolder], class_names: list[str], tally: _Tally) ->
     }
     for each in classes:
         kinds: Counter[str] = Counter()
+        folders: dict[str, None] = {}
         for name, path, kind in _files(each.path, each.member):
             kinds[kind] += 1
             if kind == IMAGE:
+                folders[name.rpartition("/")[0]] = None
                 continue
             tally.leave_out(name, kind)
             if kind == UNDECODABLE:
                 tally.undecodable.append((name, _reason(path)))
             else:
                 tally.ignored.append(name)
+        if len(folders) > 1:
+            tally.merged[each.member] = sorted(folder.removeprefix(each.member)[1:] or "." for folder in folders)
         counts[each.split][each.name] = kinds.pop(IMAGE, 0)
         if not counts[each.split][each.name]:
             others = "".join(f", but {number} {kind}" for kind, number in sorted(kinds.items()))
@@ -180,7 +196,7 @@ def _tally_outside(root: Path, classes: Set[Path], unlabeled: Set[Path], tally: 
     for name, _, kind in _files(root, "", skip=classes | unlabeled):
         tally.leave_out(name, LOOSE if _is_photograph(name, kind) else OUTSIDE)
     for folder in sorted(unlabeled):
-        for name, _, kind in _files(folder, folder.name):
+        for name, _, kind in _files(folder, folder.relative_to(root).as_posix()):
             tally.leave_out(name, UNLABELED if _is_photograph(name, kind) else OUTSIDE)
 
 

@@ -18,9 +18,14 @@ SPLIT_WORDS = {
 }
 """Words that name a split, in any case, and the split. What is evaluated on is `test`, as in the step `evaluate`."""
 UNLABELED_WORDS = frozenset(
-    {"pred", "predict", "prediction", "predictions", "unlabeled", "unlabelled", "unsupervised", "inference"}
+    {
+        *("pred", "predict", "prediction", "predictions", "inference", "unsupervised"),
+        *("unlabeled", "unlabelled", "unannotated", "unclassified", "unsorted"),
+    }
 )
-"""Words that name a folder of images without classes, where it lies beside split folders."""
+"""Words that name a folder of images without classes, beside split folders or, with no other word, beside classes."""
+IMAGES_WORDS = frozenset({"image", "images", "img", "imgs", "jpegimages"})
+"""Names that say what every folder holds, so that they are hardly those of classes."""
 FILLER_WORDS = frozenset({"set", "data", "dataset", "image", "images", "img", "imgs", "folder", "split", "sample"})
 PASSED_OVER = frozenset(
     {
@@ -61,7 +66,7 @@ class Layout:
     splits: dict[str, Path]
     """The folder whose sub-folders are the classes, for each split."""
     unlabeled: list[Path]
-    """Folders of images without classes, beside the splits."""
+    """Folders of images without classes, beside the splits or beside the classes."""
 
 
 def find_layout(root: Path) -> Layout:
@@ -82,11 +87,16 @@ def find_layout(root: Path) -> Layout:
     if _has_splits(folders):
         unlabeled = [path for name, path in folders.items() if _is_unlabeled(name)]
         splits = _split_folders(root, {name: path for name, path in folders.items() if not _is_unlabeled(name)})
-    classes = [
-        ClassFolder(split, name, path)
-        for split, split_path in splits.items()
-        for name, path in subfolders(split_path).items()
-    ]
+    else:
+        _check_no_split_in_names(folders)
+    classes = list[ClassFolder]()
+    for split, split_path in splits.items():
+        for name, path in subfolders(split_path).items():
+            if _is_unlabeled_alone(name):
+                unlabeled.append(path)
+            else:
+                classes.append(ClassFolder(split, name, path))
+    splits = {split: path for split, path in splits.items() if any(each.split == split for each in classes)}
     _check_names(root, classes, splits)
     for split in splits:
         _check_not_misread({each.name: each.path for each in classes if each.split == split})
@@ -181,6 +191,12 @@ def _is_unlabeled(name: str) -> bool:
     return not UNLABELED_WORDS.isdisjoint(_words(name))
 
 
+def _is_unlabeled_alone(name: str) -> bool:
+    """Whether the name says nothing else, so that it is hardly a class such as `prediction error`."""
+    words = _words(name)
+    return bool(words) and UNLABELED_WORDS.issuperset(words)
+
+
 def _is_split_alone(name: str) -> bool:
     """Whether the name says nothing but the split, so that it is hardly a class such as `train station`."""
     return split_of(name) is not None and all(word in SPLIT_WORDS for word in _words(name))
@@ -198,6 +214,19 @@ def _has_splits(folders: Mapping[str, Path]) -> bool:
     if not labeled or not all(split_of(name) for name in labeled):
         return False
     return len(alone) == len(labeled) or any(subfolders(path) for path in labeled.values())
+
+
+def _check_no_split_in_names(folders: Mapping[str, Path]) -> None:
+    """Raises UserError for names that hold class and split in one, as in `cats_train` beside `cats_test`."""
+    named: dict[tuple[str, ...], str] = {}
+    for name, path in folders.items():
+        if (split := split_of(name)) and not subfolders(path):
+            other = named.setdefault(tuple(word for word in _words(name) if word not in SPLIT_WORDS), name)
+            if split_of(other) != split:
+                raise bad_folder(
+                    f"{str(folders[other])!r} and {str(path)!r} seem to have the class and the split in one name",
+                    "make a folder for each split, with a folder for each class in it",
+                )
 
 
 def _unwrapped(folder: Path, *, known: Iterable[str] = (), splits: bool = True) -> Path:
@@ -274,6 +303,8 @@ def _check_names(root: Path, classes: list[ClassFolder], splits: Mapping[str, Pa
                 f"rename it to {like.name!r}" if like else "sort its images into the classes of train, or move it away"
             )
             raise bad_folder(f"{str(each.path)!r} is a class that train does not have", hint)
+    if not known:
+        raise bad_folder(f"{str(splits.get('train', root))!r} has no class folders in it", "add two classes at least")
     if len(known) < 2:
         inside = next((each.path for each in classes if len(subfolders(each.path)) > 1), None)
         hint = (
@@ -286,40 +317,63 @@ def _check_not_misread(classes: Mapping[str, Path]) -> None:
     """Raises UserError where the folders inside the classes say that these are no classes.
 
     That is: splits inside a class; a class inside another one, or a copy of all of them; sub-folders of the same names
-    in several (color and grayscale above the classes, images and masks below them).
+    in several (color and grayscale above the classes, masks below them beside images or a folder of images); a folder
+    called `images`, beside masks for instance.
     """
+    for name, path in classes.items():
+        if re.sub(r"[\W_]+", "", name.casefold()) in IMAGES_WORDS:
+            beside = listed([other for other in classes if other != name])
+            raise bad_folder(
+                f"{str(path)!r} is hardly a class, and beside it lies {beside}",
+                "set download.folder to it if its folders are the classes, else rename it",
+            )
     inside = {name: sorted(subfolders(_unwrapped(path, splits=False))) for name, path in classes.items()}
     for name, names in inside.items():
-        where = f"{str(classes[name])!r} has the folders {_listed(names)} in it"
+        where = f"{str(classes[name])!r} has the folders {listed(names)} in it"
         if len({split_of(each) for each in names if _is_split_alone(each)}) > 1:
             raise bad_folder(f"{where}: splits inside a class", "put the splits above the classes")
         if same := sorted(set(names) & (set(classes) - {name})):
             raise bad_folder(
-                f"{where}, and beside it lies {_listed(same)}", "move one of the two away, or rename the one inside"
+                f"{where}, and beside it lies {listed(same)}", "move one of the two away, or rename the one inside"
             )
     for first, second in _alike(classes, inside):
         both = f"{str(classes[first])!r} and {str(classes[second])!r}"
-        same = sorted(set(inside[first]) & set(inside[second]))
+        same = _shared(inside[first], inside[second])
         raise bad_folder(
-            f"{both} both have the folders {_listed(same)} in them, so they may be no classes",
+            f"{both} both have the folders {listed(same)} in them, so they may be no classes",
             f"set download.folder to one of the two if its folders are the classes; if {first} and {second} are, "
-            "move the images out of the folders inside them",
+            "move the images that are meant into them, and those folders away",
         )
 
 
 def _alike(classes: Mapping[str, Path], inside: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
-    """Pairs of classes with several sub-folders of the same names; one will do where they hold nothing else."""
+    """Pairs of classes with sub-folders of the same names: several, or one beside other folders or beside images.
+
+    Beside images, one does not count if it holds no images or its name has no letters, as that of a date.
+    """
     holders: dict[str, str] = {}
     shared: Counter[tuple[str, str]] = Counter()
     for name, names in inside.items():
         for each in names:
-            if (holder := holders.setdefault(each, name)) != name:
+            if (holder := holders.setdefault(each.casefold(), name)) != name:
                 shared[holder, name] += 1
     for (first, second), number in shared.items():
-        only_folders = not any(_holds_images(classes[name], deep=False) for name in (first, second))
-        if number > 1 or (only_folders and len(inside[first]) + len(inside[second]) > 2):
+        with_images = [name for name in (first, second) if _holds_images(classes[name], deep=False)]
+        if with_images:
+            folders = subfolders(classes[with_images[0]])
+            same = _shared(folders, inside[first if with_images[0] == second else second])
+            counts = any(re.search(r"[^\W\d_]", name) and _holds_images(folders[name]) for name in same)
+        else:
+            counts = len(inside[first]) + len(inside[second]) > 2
+        if number > 1 or counts:
             yield first, second
 
 
-def _listed(names: list[str]) -> str:
+def _shared(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Return those of the names that are also among the others, in upper or lower case."""
+    known = {other.casefold() for other in others}
+    return sorted(name for name in names if name.casefold() in known)
+
+
+def listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

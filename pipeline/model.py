@@ -217,7 +217,7 @@ def load_pretrained(classifier: Classifier, *, config: ModelConfig, md5: str | N
         _read_weights(config, md5=md5),
         target=target,
         head=_head(config),
-        file=f"train.weights {config.weights}",
+        file=config.weights,
         network=f"train.model {config.model}",
         image_size=config.network_size,
     )

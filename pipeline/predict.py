@@ -4,7 +4,7 @@
 `python -m pipeline.predict --model runs:/<run id>/model photo.jpg`
 
 The answers come as they are found, a batch at a time, in the order of the files. A file that cannot be read is named on
-stderr with the reason; the others are classified, and the exit status is EXIT_PARTIAL.
+stderr with the reason; the others, if there are any, are classified, and the exit status is EXIT_PARTIAL.
 """
 
 import argparse
@@ -119,9 +119,10 @@ def main() -> None:
             else:
                 print(_as_json(prediction) if arguments.json else _as_text(prediction, top=arguments.top), flush=True)
         if unreadable:
+            others = "the others are classified" if unreadable < len(arguments.images) else "none is classified"
             raise PartialError(
                 f"{unreadable} of {len(arguments.images)} files cannot be read (named above); "
-                "the others are classified; replace or leave out those"
+                f"{others}; replace or leave out those"
             )
 
 

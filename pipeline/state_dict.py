@@ -6,7 +6,9 @@ carry what the network was wrapped in: `module.` (DataParallel, DistributedDataP
 tensors of the network in their shapes, and no others.
 """
 
+import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +19,8 @@ from pipeline.errors import UserError
 
 COUNTER = ".num_batches_tracked"
 """Batches that batch normalization has seen: no weight; files of before PyTorch 0.4.1 lack it."""
-CONVENTIONAL = "state_dict."
-"""The key that is preferred where a checkpoint has other sets too, such as `state_dict_ema`."""
+PREFERRED_KEYS = ("state_dict.", "model_state_dict.", "model.")
+"""The first of these is taken where a checkpoint has other sets beside it, such as `state_dict_ema` or `model_ema`."""
 MAX_DEPTH = 6
 NAMES_SHOWN = 3
 _WRAPPER = r"(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -46,7 +48,7 @@ class _Candidate:
 def flatten(content: object) -> dict[str, Tensor]:
     """Return the tensors in nested mappings by their dotted names: `model_state_dict.fc.weight`.
 
-    A mapping that comes more than once is read the first time only.
+    Mappings in a list go by their index: `models.0.fc.weight`. What comes more than once is read the first time only.
     """
     seen: set[int] = set()
 
@@ -57,6 +59,11 @@ def flatten(content: object) -> dict[str, Tensor]:
             seen.add(id(value))
             for key, each in value.items():
                 yield from walk(each, f"{name}.{key}" if name else str(key), depth + 1)
+        elif isinstance(value, list | tuple) and depth <= MAX_DEPTH and id(value) not in seen:
+            seen.add(id(value))
+            for index, each in enumerate(value):
+                if isinstance(each, Mapping):  # a list of tensors has no names
+                    yield from walk(each, f"{name}.{index}" if name else str(index), depth + 1)
 
     return {name: tensor for name, tensor in walk(content, "", 0) if name}
 
@@ -72,26 +79,53 @@ def select_weights(
 ) -> dict[str, Tensor]:
     """Return the one set of weights in `found` that has the tensors of `target`, by its names.
 
-    Tensors of the head, whose shape follows from the number of classes, may be missing or differ. `file` and
-    `network` name both in messages. Raises UserError where no set fits, or several do that differ.
+    Of several sets that differ, that below one of PREFERRED_KEYS is taken, and a line on stdout says so. Tensors of
+    the head, whose shape follows from the number of classes, may be missing or differ. `file` is the path, `network`
+    the name in messages. Raises UserError where no set fits, or where several do and none is preferred.
     """
     candidates, taken = [], set[str]()
-    for prefix in sorted(_prefixes(found, target=target, head=head), key=len, reverse=True):
+    for prefix in sorted(_prefixes(found, target=target, head=head), key=lambda each: (-len(each), each)):
         below = {name.removeprefix(prefix): found[name] for name in found.keys() - taken if name.startswith(prefix)}
         candidates.append(_candidate(prefix, below, target=target, head=head))
         if candidates[-1].fits:  # else it would be unknown below a shorter prefix
             taken |= {prefix + name for name in below}
     fitting = [each for each in candidates if each.fits]
-    preferred = [each for each in fitting if each.prefix.startswith(CONVENTIONAL)] or fitting
-    if not preferred:
+    if not fitting:
         raise UserError(_explain(candidates, target=target, file=file, network=network, image_size=image_size))
+    preferred = _preferred(fitting)
     if not all(_are_equal(each, preferred[0]) for each in preferred):
-        sets = ", ".join(f"{each.prefix}*" for each in preferred)
         raise UserError(
-            f"{file}: found {len(preferred)} sets of weights that fit {network}: {sets}; "
-            "save the one that you mean in a file of its own"
+            f"train.weights {file}: found {len(preferred)} sets of weights that fit {network}: {_listed(preferred)}; "
+            "allowed: one; extract the one that you mean and name that file in train.weights, as in: "
+            + _extraction(file, prefix=preferred[0].prefix)
         )
+    if others := [each for each in fitting if not _are_equal(each, preferred[0])]:
+        print(f"train.weights {file}: took the weights {preferred[0].prefix}*, not {_listed(others)}", flush=True)
     return dict(preferred[0].tensors)
+
+
+def _preferred(fitting: Sequence[_Candidate]) -> Sequence[_Candidate]:
+    """Return the sets below the first of PREFERRED_KEYS, after what all prefixes have in common."""
+    common = os.path.commonprefix([each.prefix for each in fitting])  # noqa: RUF071  # no paths; cut at a dot below
+    length = common.rfind(".") + 1
+    for key in PREFERRED_KEYS:
+        if chosen := [each for each in fitting if each.prefix.startswith(key, length)]:
+            return _preferred(chosen)
+    return fitting
+
+
+def _listed(candidates: Iterable[_Candidate]) -> str:
+    return ", ".join(f"{each.prefix}*" for each in candidates)
+
+
+def _extraction(file: str, *, prefix: str) -> str:
+    """Return a shell command that writes the tensors below `prefix` to a file of their own."""
+    load = "safetensors.torch.load_file(f)" if file.endswith(".safetensors") else "torch.load(f, map_location='cpu')"
+    code = (
+        f"import safetensors.torch, torch; from pipeline.state_dict import flatten; f, p = {file!r}, {prefix!r}; "
+        f"w = flatten({load}); torch.save({{n[len(p):]: t for n, t in w.items() if n.startswith(p)}}, 'extracted.pth')"
+    )
+    return f"python -c {shlex.quote(code)}"
 
 
 def _prefixes(found: Iterable[str], *, target: Iterable[str], head: set[str]) -> set[str]:
@@ -139,17 +173,20 @@ def _are_equal(one: _Candidate, other: _Candidate) -> bool:
 def _explain(
     candidates: Sequence[_Candidate], *, target: Mapping[str, Tensor], file: str, network: str, image_size: int
 ) -> str:
-    """Say, of the candidate that differs least, which names differ first."""
+    """Return a message about the candidate that differs least: which of its names differ first."""
     nearest = min(candidates, key=lambda each: len(each.wrong) + len(each.unknown))
     prefix, unknown = nearest.prefix, [nearest.prefix + name for name in nearest.unknown]
     if not nearest.wrong:
-        return f"{file}: found {_first(unknown)}, which {network} does not have; use weights of the same network"
+        return (
+            f"train.weights {file}: found {_first(unknown)}, which {network} does not have; "
+            "use weights of the same network"
+        )
     name = nearest.wrong[0]
     tensor = nearest.tensors.get(name)
     found = f"no {name}" if tensor is None else f"{prefix}{name} of shape {tuple(tensor.shape)}"
     instead = f", and instead the file has {_first(unknown)}" if tensor is None and unknown else ""
     return (
-        f"{file}: found {found}, but {network} has it of shape {tuple(target[name].shape)} for images of "
+        f"train.weights {file}: found {found}, but {network} has it of shape {tuple(target[name].shape)} for images of "
         f"{image_size} pixels; what differs: {_first(nearest.wrong)}{instead}; use weights of the same network"
     )
 

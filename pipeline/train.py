@@ -1,4 +1,4 @@
-"""Train the network on the train split, judge each epoch on the validation split, keep the best and the last model.
+"""Train the network on the train split, validate after each epoch, keep the best and the last model.
 
 Which epoch is the best is decided in `pipeline.loop.best_epochs`.
 """

@@ -119,7 +119,19 @@ READ: dict[str, tuple[list[str], dict[str, dict[str, int]]]] = {
         ["{a,b}/*3", "a/@eaDir/0.jpg/thumb.jpg", "#recycle/c/*2", "b/.ipynb_checkpoints/0.jpg"],
         {"train": {"a": 3, "b": 3}},
     ),
-    "unlike sub-folders of classes": (["{a,b}/*2", "a/{x,y}/*1", "b/{x,z}/*1"], {"train": {"a": 4, "b": 4}}),
+    "unlike sub-folders of classes": (["{a,b}/*2", "a/{x,y}/*1", "b/{v,z}/*1"], {"train": {"a": 4, "b": 4}}),
+    "annotations beside images": (
+        ["{a,b}/*3", "{a,b}/boxes/{1,2}.xml"], {"train": {"a": 3, "b": 3}},
+    ),
+    "dates": (["{a,b}/*2", "{a,b}/2024-05/*1"], {"train": {"a": 3, "b": 3}}),
+    "people": (["a/{ann,bob}/*2", "b/{cyd,dan}/*2"], {"train": {"a": 4, "b": 4}}),
+    "unlabeled images beside classes": (["{cat,dog}/*3", "Unlabeled_Images/*9"], {"train": {"cat": 3, "dog": 3}}),
+    "unlabeled images in a split": (
+        ["train/{cat,dog,unlabelled}/*3", "test/pred/*3"], {"train": {"cat": 3, "dog": 3}},
+    ),
+    "a class with a word of the unlabeled": (
+        ["{prediction error,unlabeled bottle}/*3"], {"train": {"prediction error": 3, "unlabeled bottle": 3}},
+    ),
 }  # fmt: skip
 
 
@@ -180,6 +192,30 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["{cat,dog}/*3", "IMG_{1,2}.jpg"], ["2 images lie outside the class folders, such as 'IMG_1.jpg'", "6 in them"],
     ),
     "images in a split": (["train/{cat,dog}/*3", "train/*3"], ["such as 'train/0.jpg'", "sort them into"]),
+    "cyclegan": (
+        ["horse2zebra/{trainA,trainB,testA,testB}/*3"],
+        ["'data/horse2zebra/testA' and 'data/horse2zebra/trainA' seem to have the class and the split in one name"],
+    ),
+    "class and split in one name": (
+        ["{cats,dogs}_{train,test}/*3"], ["'data/cats_test' and 'data/cats_train' seem to", "a folder for each split"],
+    ),
+    "split and class in one name": (["{train,test}-{cats,dogs}/*3"], ["'data/test-cats' and 'data/train-cats' seem"]),
+    "split and class in one name, beside others": (
+        ["{Train,Valid} cats/*3", "more/*3"], ["'data/Train cats' and 'data/Valid cats' seem"],
+    ),
+    "masks below images": (["{cat,dog}/*3", "{cat,dog}/mask/*3"], ["and 'data/dog' both have the folders mask"]),
+    "thumbnails below images, in another case": (
+        ["{cat,dog}/*3", "cat/Thumbnails/*3", "dog/thumbnails/*3"], ["both have the folders Thumbnails in them"],
+    ),
+    "crops below the images of a split": (
+        ["{train,test}/{cat,dog}/*3", "train/{cat,dog}/crops/*3"], ["'data/train/cat' and 'data/train/dog' both have"],
+    ),
+    "masks beside classes": (
+        ["images/{cat,dog}/*3", "masks/*6"], ["'data/images' is hardly a class, and beside it lies masks", "to it"],
+    ),
+    "masks beside images": (["JPEGImages/*3", "Annotations/*3"], ["'data/JPEGImages' is hardly a class"]),
+    "one class and unlabeled images": (["cat/*3", "unlabeled/*3"], ["'data' has one class only, 'cat'"]),
+    "only unlabeled images": (["{unlabeled,pred}/*3"], ["'data' has no class folders in it"]),
     "only raw files in a class": (
         ["{cat,dog}/*3", "bird/IMG_{1,2}.CR2"],
         ["'data/bird' has no images in it, but 2 images in formats that cannot be decoded"],
@@ -190,14 +226,14 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_layout_that_may_be_misunderstood_is_refused_in_one_line(case: str) -> None:
-    names, told = REFUSED[case]
+    names, parts = REFUSED[case]
     with pytest.raises(UserError) as refused:
         scan(tree(*names))
     message = str(refused.value)
     assert message.startswith("download.folder: ")
     assert "; allowed: <class>/… or <split>/<class>/…" in message
     assert "\n" not in message
-    assert [part for part in told if part not in message] == []
+    assert [part for part in parts if part not in message] == []
 
 
 @pytest.mark.parametrize(
@@ -219,20 +255,37 @@ def test_every_file_is_accounted_for_and_printed(capsys: pytest.CaptureFixture[s
     tree("seg_train/0.jpg", "seg_train/cat/IMG.{HEIC,MOV,AAE}", "seg_train/dog/{0.CR2,1.MP4,x.mp4,y.NEF,notes.txt}")
     tree(".DS_Store", "seg_train/dog/._0.jpg", ".git/objects/ab/{c,d}", "__MACOSX/x.jpg")
     download(imagefolder_params("data"))
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     not_used = {
         UNLABELED: 7, LOOSE: 1, OUTSIDE: 2, COMPANION: 3, UNDECODABLE: 1, VIDEO: 1, OTHER: 2,
     }  # fmt: skip
     assert source()["files"] == {"found": 207 + 17, "used": 207, "not_used": not_used}
-    assert "229 files: 207 used, 22 not used" in told
-    assert all(f"not used: {number} {reason}, such as " in told for reason, number in not_used.items())
-    assert f"not used: 5 {HIDDEN}" in told
-    assert f"{UNLABELED}, such as seg_pred/0.jpg" in told
-    assert "class folders: train 'data/seg_train', test 'data/seg_test'" in told
+    assert "229 files: 207 used, 22 not used" in printed
+    assert all(f"not used: {number} {reason}, such as " in printed for reason, number in not_used.items())
+    assert f"not used: 5 {HIDDEN}" in printed
+    assert f"{UNLABELED}, such as seg_pred/0.jpg" in printed
+    assert "class folders: train 'data/seg_train', test 'data/seg_test'" in printed
     assert source()["undecodable_files"] == [
         {"file": "train/dog/y.NEF", "reason": ".nef files cannot be decoded here; export it as JPEG, PNG or TIFF"}
     ]
     assert len(packed()) == 207
+
+
+def test_folders_that_are_merged_into_one_class_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    tree("{cats,dogs}/*4", "other/{birds,fish}/*3", "dogs/old/*1")
+    download(imagefolder_params("data"))
+    printed = capsys.readouterr().out
+    assert "train/other takes the images of 2 folders in it: birds, fish; if those are classes" in printed
+    assert "train/dogs takes the images of 2 folders in it: ., old; if" in printed
+    assert "train/cats takes" not in printed
+
+
+def test_of_many_classes_with_folders_some_are_printed_and_all_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    tree(*(f"class{number}/{{x{number},y{number}}}/*2" for number in range(7)))
+    download(imagefolder_params("data"))
+    printed = capsys.readouterr().out
+    assert printed.count("takes the images of") == 5
+    assert "so do 2 more of the 7 class folders" in printed
 
 
 def test_hidden_files_do_not_change_what_is_recorded() -> None:
@@ -300,7 +353,7 @@ def test_dvc_sees_changes_in_a_linked_file_and_behind_a_linked_root(tmp_path: Pa
     assert repo.status()
 
 
-def test_a_folder_that_changes_while_it_is_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_changes_while_it_is_read_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     root, original = tree("{cat,dog}/*3"), imagefolder._tally_outside
 
     def tally_then_add(*arguments: Any) -> None:

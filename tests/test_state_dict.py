@@ -2,12 +2,14 @@
 
 import copy
 import functools
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.artifacts import file_md5
@@ -35,9 +37,13 @@ def prefixed(prefix: str, model: str = "lenet") -> Weights:
 def load(content: Any, path: Path, *, model: str = "lenet", classes: int = 10) -> tuple[Weights, list[str]]:
     """The network's weights after the file was read, and which were left as drawn."""
     torch.save(content, path)
+    return load_file_as_weights(path, model=model, classes=classes)
+
+
+def load_file_as_weights(path: Path | str, *, model: str = "lenet", classes: int = 10) -> tuple[Weights, list[str]]:
     chosen = config(model, classes=classes, weights=str(path))
     classifier = build(chosen)
-    drawn = load_pretrained(classifier, config=chosen, md5=file_md5(path))
+    drawn = load_pretrained(classifier, config=chosen, md5=file_md5(Path(path)))
     return classifier.network.state_dict(), drawn
 
 
@@ -88,6 +94,15 @@ FORMS: dict[str, Callable[[], Any]] = {
         "state_dict": weights(),
         "state_dict_ema": {n: t + 1 for n, t in weights().items()},
     },
+    "an average beside the model": lambda: {
+        "model_ema": {n: t + 1 for n, t in prefixed("module.").items()},
+        "model": weights(),
+    },
+    "an average in Lightning": lambda: {
+        "state_dict": {**prefixed("model."), **{n: t + 1 for n, t in prefixed("model_ema.").items()}},
+    },
+    "a list of one": lambda: {"models": [weights()]},
+    "a list of checkpoints": lambda: [{"epoch": 3}, {"model": weights(), "sizes": [torch.zeros(3)]}],
     "twice the same": lambda: {
         "model": weights(),
         "best": {name: tensor.clone() for name, tensor in weights().items()},
@@ -157,7 +172,20 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
             for who in ("student", "teacher")
             for name, tensor in weights().items()
         },
-        r"found 2 sets of weights that fit .*: student\.\*, teacher\.\*; save the one that you mean",
+        r"found 2 sets of weights that fit .*: student\.\*, teacher\.\*; allowed: one; .* python -c .*student\.",
+    ),
+    "a list of two": (
+        "lenet",
+        lambda: {"models": [weights(), {name: tensor + 1 for name, tensor in weights().items()}]},
+        r"found 2 sets of weights that fit .*: models\.0\.\*, models\.1\.\*; allowed: one",
+    ),
+    "a preferred key inside others": (
+        "lenet",
+        lambda: {
+            "teacher": {"state_dict": weights()},
+            "student": {"model": {name: tensor + 1 for name, tensor in weights().items()}},
+        },
+        r"found 2 sets of weights that fit .*: teacher\.state_dict\.\*, student\.model\.\*; allowed: one",
     ),
     "with and without a wrapper": (
         "lenet",
@@ -182,3 +210,30 @@ def test_a_mapping_that_holds_itself_is_read_once(tmp_path: Path) -> None:
     content: dict[str, Any] = {"model": weights()}
     content["again"] = content
     assert load(content, tmp_path / "weights.pth")[1] == []
+
+
+def test_which_of_several_sets_is_taken_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    load(FORMS["an average beside the model"](), tmp_path / "weights.pth")
+    expected = f"train.weights {tmp_path / 'weights.pth'}: took the weights model.*, not model_ema.module.*\n"
+    assert capsys.readouterr().out == expected
+    load(FORMS["twice the same"](), tmp_path / "weights.pth")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["it's.pth", "weights.safetensors"])
+def test_the_command_in_the_message_extracts_a_set(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = REFUSED["two networks"][1]()
+    if name.endswith(".safetensors"):
+        save_file(content, name)
+        with pytest.raises(UserError) as error:
+            load_file_as_weights(name)
+    else:
+        with pytest.raises(UserError) as error:
+            load(content, Path(name))
+    *_, program, option, code = shlex.split(str(error.value).rpartition("as in: ")[2])
+    assert (program, option) == ("python", "-c")
+    exec(code, {})  # what the user is asked to run
+    found, drawn = load(torch.load("extracted.pth"), Path("again.pth"))
+    assert drawn == []
+    assert all(torch.equal(found[each], tensor + 1) for each, tensor in weights().items())
