@@ -23,6 +23,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows import FLOW_NAME, PROJECT, server
 from flows.prefect_server import ensure_server, server_in_force
 from flows.settings import OWN_NAME, PrefectServer
+from flows.workspace import check_checkout
 from pipeline.errors import TemporaryError, UserError, report_errors
 
 POOL = "local"
@@ -113,6 +114,7 @@ def _print_environment() -> None:
 
 
 def _serve() -> int:
+    check_checkout(PROJECT)
     used = ensure_server()
     with temporary_settings({PREFECT_API_URL: used.api_url}):
         see_to_pool()
