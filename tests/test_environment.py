@@ -55,18 +55,25 @@ def test_stages_run_in_the_projects_environment_without_activation(tmp_path: Pat
     assert run_python(project) == "own -m x a b"
 
 
-def test_stages_run_in_the_activated_environment(tmp_path: Path) -> None:
+def test_another_activated_environment_does_not_go_before_the_projects(tmp_path: Path) -> None:
+    active = environment_of(tmp_path / "active", name="active")
     environment_of(tmp_path / ".venv", name="own")
+    assert run_python(tmp_path, VIRTUAL_ENV=str(active)) == "own -m x a b"
+
+
+def test_without_venv_stages_run_in_the_activated_environment(tmp_path: Path) -> None:
     active = environment_of(tmp_path / "active", name="active")
     assert run_python(tmp_path, VIRTUAL_ENV=str(active)) == "active -m x a b"
     (active / "bin" / "dvc").unlink()  # one that is for something else
-    assert run_python(tmp_path, VIRTUAL_ENV=str(active)) == "own -m x a b"
+    assert run_python(tmp_path, VIRTUAL_ENV=str(active)) == "path -m x a b"
 
 
 def test_an_experiment_in_a_temporary_folder_runs_in_the_projects_environment(tmp_path: Path) -> None:
     environment_of(tmp_path / "project" / ".venv", name="own")
+    active = environment_of(tmp_path / "active", name="active")
     (tmp_path / "temporary").mkdir()
-    assert run_python(tmp_path / "temporary", DVC_ROOT=str(tmp_path / "project")) == "own -m x a b"
+    variables = {"DVC_ROOT": str(tmp_path / "project"), "VIRTUAL_ENV": str(active)}
+    assert run_python(tmp_path / "temporary", **variables) == "own -m x a b"
 
 
 def test_stages_of_a_flow_run_have_its_python(tmp_path: Path) -> None:
