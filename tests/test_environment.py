@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifacts import file_md5
-from pipeline.errors import TemporaryError
-from pipeline.fetch import find_archive
+from pipeline.errors import TemporaryError, UserError
+from pipeline.fetch import CERTIFICATES, find_archive
 from pipeline.params import read_yaml
 from tests.conftest import PROJECT, params
 
 ODD = "/no/my photos #1 é'\"$HOME%20?;&"
-CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 def script(path: Path, code: str) -> Path:
@@ -179,7 +178,10 @@ def openssl(folder: Path, command: str) -> None:
 
 @pytest.fixture(scope="module")
 def company(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `ca.pem`, whom nobody trusts, and `server.pem` for localhost, which it signed."""
+    """A folder with `ca.pem`, whom nobody trusts, and `server.pem` for localhost, which it signed.
+
+    `ca` is `ca.pem` as a folder in which OpenSSL finds it.
+    """
     folder = tmp_path_factory.mktemp("company")
     key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
     openssl(folder, f"req -x509 {key} -keyout ca.key -out ca.pem -days 2 -subj /CN=Company")
@@ -187,6 +189,9 @@ def company(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "extensions").write_text("subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
     sign = "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions"
     openssl(folder, f"{sign} -out server.crt")
+    (folder / "ca").mkdir()
+    (folder / "ca" / "ca.pem").write_bytes((folder / "ca.pem").read_bytes())
+    openssl(folder, "rehash ca")
     (folder / "server.pem").write_bytes((folder / "server.crt").read_bytes() + (folder / "server.key").read_bytes())
     return folder
 
@@ -194,7 +199,7 @@ def company(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inspected(company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of `tmp_path`, served over TLS by a certificate of the company's; nothing says whom to trust."""
-    for name in CERTIFICATE_VARIABLES:
+    for name in CERTIFICATES:
         monkeypatch.delenv(name, raising=False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Index, directory=tmp_path))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -209,7 +214,11 @@ def inspected(company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     thread.join()
 
 
-@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
+def named(variable: str, company: Path) -> str:
+    return str(company / ("ca" if variable == "SSL_CERT_DIR" else "ca.pem"))
+
+
+@pytest.mark.parametrize("variable", CERTIFICATES)
 def test_the_downloader_trusts_whom_the_company_names(
     variable: str, inspected: str, company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,8 +227,30 @@ def test_the_downloader_trusts_whom_the_company_names(
     values = {"download__urls": [f"{inspected}/archive"], "download__md5": file_md5(tmp_path / "archive")}
     with pytest.raises(TemporaryError, match=r"TLS: .*CERTIFICATE_VERIFY_FAILED"):
         find_archive(params(**values).download)
-    monkeypatch.setenv(variable, str(company / "ca.pem"))
+    monkeypatch.setenv(variable, named(variable, company))
     assert find_archive(params(**values).download).read_bytes() == b"x"
+
+
+def test_the_downloader_trusts_a_system_that_has_a_folder_of_certificates_alone(
+    inspected: str, company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "archive").write_bytes(b"x")
+    values = {"download__urls": [f"{inspected}/archive"], "download__md5": file_md5(tmp_path / "archive")}
+    paths = ssl.get_default_verify_paths()
+    monkeypatch.setattr(
+        ssl, "get_default_verify_paths", lambda: paths._replace(cafile=None, capath=str(company / "ca"))
+    )
+    assert find_archive(params(**values).download).read_bytes() == b"x"
+
+
+def test_certificates_that_are_not_there_are_one_line(
+    inspected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_CERT", "/no/ca.pem")
+    with pytest.raises(UserError, match=r"PIP_CERT: no such file /no/ca.pem; allowed: a file or folder of cert"):
+        find_archive(params(download__urls=[f"{inspected}/archive"], download__md5="0" * 32).download)
 
 
 def write_package(folder: Path) -> str:
@@ -236,7 +267,7 @@ def write_package(folder: Path) -> str:
     return f"tiny==1 --hash=sha256:{sha256(wheel.read_bytes()).hexdigest()}\n"
 
 
-@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE"])
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "PIP_CERT", "CURL_CA_BUNDLE", "SSL_CERT_DIR"])
 def test_make_installs_through_a_companys_inspection(  # noqa: PLR0917
     variable: str, inspected: str, company: Path, tmp_path: Path, installed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +282,7 @@ def test_make_installs_through_a_companys_inspection(  # noqa: PLR0917
     monkeypatch.setenv("UV_NO_CACHE", "true")
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     assert make("install", "EXTRAS=s3", folder=installed).returncode != 0
-    monkeypatch.setenv(variable, str(company / "ca.pem"))
+    monkeypatch.setenv(variable, named(variable, company))
     done = make("install", "EXTRAS=s3", folder=installed)
     assert done.returncode == 0, done.stderr
     assert list((installed / ".venv" / "lib").glob("python*/site-packages/tiny.py"))
