@@ -18,7 +18,8 @@ from tests.conftest import free_port
 
 
 def composed(**changes: Any) -> Mapping[str, Any]:
-    return compose("digits", {name.replace("__", "."): value for name, value in changes.items()})
+    values: Mapping[str, Any] = compose("digits", {name.replace("__", "."): value for name, value in changes.items()})
+    return values
 
 
 @pytest.fixture(autouse=True)

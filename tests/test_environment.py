@@ -238,9 +238,7 @@ def test_the_downloader_trusts_a_system_that_has_a_folder_of_certificates_alone(
     (tmp_path / "archive").write_bytes(b"x")
     values = {"download__urls": [f"{inspected}/archive"], "download__md5": file_md5(tmp_path / "archive")}
     paths = ssl.get_default_verify_paths()
-    monkeypatch.setattr(
-        ssl, "get_default_verify_paths", lambda: paths._replace(cafile=None, capath=str(company / "ca"))
-    )
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: paths._replace(cafile="", capath=str(company / "ca")))
     assert find_archive(params(**values).download).read_bytes() == b"x"
 
 
