@@ -1,9 +1,12 @@
 # `make help` lists the targets.
 
 PYTHON ?= python3.11
-RECIPE ?=
-SET ?=
-IMAGES ?=
+# These four are taken from the command line alone, as in `make run IMAGES=…`: an environment, of a CI above all, may have
+# variables of such common names for something else.
+RECIPE :=
+SET :=
+IMAGES :=
+EXTRAS :=
 # pytest's own options, as in: make test PYTEST="-k train"
 PYTEST ?= -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -12,7 +15,6 @@ SHELL := /bin/sh
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 ALL_EXTRAS := s3 gs azure ssh postgresql
-EXTRAS ?=
 ifneq ($(filter-out $(ALL_EXTRAS),$(EXTRAS)),)
 $(error EXTRAS: found $(filter-out $(ALL_EXTRAS),$(EXTRAS)); allowed: $(ALL_EXTRAS))
 endif
@@ -61,7 +63,7 @@ lint: $(INSTALLED_DEV) ## find mistakes and unformatted code; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(INSTALLED_DEV) ## format the code and mend what can be mended
+format: $(INSTALLED_DEV) ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

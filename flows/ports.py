@@ -42,7 +42,9 @@ def port_variable(name: str, default: int) -> int:
 
 
 def taken(port: int, *, variable: str) -> PortTakenError:
-    return PortTakenError(f"port {port} is in use; stop what uses it, or choose another one with {variable}=…")
+    return PortTakenError(
+        f"port {port} is in use; allowed: a free one; stop what uses it, or choose one with {variable}=…"
+    )
 
 
 def start_on_port(start: Callable[[int], T], *, named: int | None, default: int, variable: str) -> T:
@@ -58,7 +60,9 @@ def start_on_port(start: Callable[[int], T], *, named: int | None, default: int,
     for port in filter(is_free, range(default, default + PORTS_TRIED)):
         with suppress(PortTakenError):
             return start(port)
-    raise UserError(f"ports {default} to {default + PORTS_TRIED - 1} are in use; choose another one with {variable}=…")
+    raise UserError(
+        f"ports {default} to {default + PORTS_TRIED - 1} are in use; allowed: a free one; choose one with {variable}=…"
+    )
 
 
 def listens(pid: int, port: int) -> bool | None:

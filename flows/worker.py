@@ -1,6 +1,6 @@
 """A worker for the deployments of prefect.yaml, in the foreground until Ctrl-C: `make worker`.
 
-`python -m flows.worker` sees to a Prefect server and the work pool, deploys, and starts the worker.
+`python -m flows.worker` ensures a Prefect server and the work pool, deploys, and starts the worker.
 `python -m flows.worker --env` prints what a shell needs for the `prefect` command to reach the same server.
 """
 
@@ -38,7 +38,7 @@ def environment(api_url: str) -> dict[str, str]:
     return {"PREFECT_API_URL": api_url, "PREFECT_HOME": os.environ["PREFECT_HOME"]}
 
 
-def see_to_pool(name: str = POOL) -> None:
+def ensure_work_pool(name: str = POOL) -> None:
     """Make the work pool unless it is there."""
     with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
         client.create_work_pool(WorkPoolCreate(name=name, type="process"))
@@ -117,7 +117,7 @@ def _serve() -> int:
     check_checkout(PROJECT)
     used = ensure_server()
     with temporary_settings({PREFECT_API_URL: used.api_url}):
-        see_to_pool()
+        ensure_work_pool()
         names = deploy(used.api_url)
     print(f"Deployments: {', '.join(names)}\nForm:        {used.page}/deployments")
     print('Commands:    eval "$(make prefect-env)"; prefect deployment run train-classifier/on-demand -p recipe=digits')

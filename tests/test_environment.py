@@ -98,7 +98,7 @@ def make(
     return subprocess.run(
         ["make", "--no-print-directory", *arguments],
         cwd=folder,
-        env={name: value for name, value in environment.items() if name not in ("MAKEFLAGS", "RECIPE", "IMAGES")},
+        env={name: value for name, value in environment.items() if name != "MAKEFLAGS"},
         capture_output=True,
         text=True,
         check=False,
@@ -123,6 +123,16 @@ def test_a_path_given_to_make_arrives_as_it_was_written(installed: Path) -> None
     expected = ["-m", "flows.train_classifier", "--images", ODD, "--set", "train.epochs=1", "--set", "train.seed=2"]
     assert done.stdout.splitlines() == expected
     assert make("run", "RECIPE=digits", folder=installed).stdout.splitlines()[2:] == ["--recipe", "digits"]
+
+
+def test_variables_of_the_environment_do_not_choose_what_is_run_or_installed(installed: Path) -> None:
+    names = ("IMAGES", "RECIPE", "SET", "EXTRAS", "IMAGES_FOLDER")
+    environment = os.environ | dict.fromkeys(names, "nightly")
+    done = make("run", folder=installed, environment=environment)
+    assert done.stdout.splitlines() == ["-m", "flows.train_classifier"], done.stderr
+    done = make("run", "RECIPE=digits", "IMAGES=", folder=installed, environment=environment)
+    assert done.stdout.splitlines()[2:] == ["--recipe", "digits"]
+    assert "lock" not in make("install", folder=installed, environment=environment).stdout
 
 
 def test_chosen_extras_stay_chosen(installed: Path) -> None:
