@@ -1,7 +1,8 @@
 """Ports on loopback: which is free, and the proof that the server that answers at one is the process that we started.
 
 A port that was free a moment ago may be bound by somebody else before our server binds it. The other server answers the
-same requests, so an answer proves nothing; the owner of the listening socket does.
+same requests, so an answer proves nothing; the owner of the listening socket does. Where the system hides that one, a
+Prefect server of ours is known by a token that it was started with; MLflow's has nothing alike to show.
 """
 
 import os

@@ -83,9 +83,11 @@ def test_a_port_in_use_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def open_page(name: str, folder: Path) -> None:
-    with temporary_settings(restore_defaults=[PREFECT_API_URL]):  # other tests of this process may have a server
-        with ui.mlflow_server(folder) if name == "MLFLOW_PORT" else ui.prefect_server(folder):
-            pass
+    with (
+        temporary_settings(restore_defaults=[PREFECT_API_URL]),  # other tests of this process may have a server
+        ui.mlflow_server(folder) if name == "MLFLOW_PORT" else ui.prefect_server(folder),
+    ):
+        pass
 
 
 def test_a_port_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
