@@ -153,20 +153,30 @@ def announced() -> Iterator[None]:
     try:
         yield
     except Exception:
-        _leave_if_another_tells()
+        if _another_tells():
+            _leave_when_ended()
         if rank() == 0 and _store is not None:
             with suppress(dist.DistError):  # torchrun, which may keep the store, has ended
                 _store.set(_FAILED, "")
         raise
     except KeyboardInterrupt:  # by the launcher, it may be, since another one has failed
-        _leave_if_another_tells()
+        if _another_tells():
+            sys.exit(EXIT_TEMPORARY)
         raise
 
 
-def _leave_if_another_tells() -> None:
+def _another_tells() -> bool:
+    """Whether this is the first process, and another one has failed alone."""
     with suppress(dist.DistError):
-        if rank() == 0 and _store is not None and _store.check([f"{_FAILED}/others"]):
-            sys.exit(EXIT_TEMPORARY)
+        return rank() == 0 and _store is not None and bool(_store.check([f"{_FAILED}/others"]))
+    return False
+
+
+def _leave_when_ended() -> None:
+    """Leave in silence when the launcher ends this process, which it does when the one that tells has ended."""
+    with suppress(KeyboardInterrupt):  # which SIGTERM is here
+        time.sleep(REPORT_SECONDS)
+    sys.exit(EXIT_TEMPORARY)
 
 
 def _follow() -> None:
