@@ -1,9 +1,12 @@
 # `make help` lists the targets.
 
 PYTHON ?= python3.11
-RECIPE ?=
-SET ?=
-IMAGES ?=
+# These four are taken from the command line alone, as in `make run IMAGES=…`: an environment, of a CI above all, may have
+# variables of such common names for something else.
+RECIPE :=
+SET :=
+IMAGES :=
+EXTRAS :=
 # pytest's own options, as in: make test PYTEST="-k train"
 PYTEST ?=
 # the slow tests often wait for servers: one worker more than two cores
@@ -14,7 +17,6 @@ SHELL := /bin/sh
 INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 ALL_EXTRAS := s3 gs azure ssh postgresql
-EXTRAS ?=
 ifneq ($(filter-out $(ALL_EXTRAS),$(EXTRAS)),)
 $(error EXTRAS: found $(filter-out $(ALL_EXTRAS),$(EXTRAS)); allowed: $(ALL_EXTRAS))
 endif
@@ -63,7 +65,7 @@ lint: $(INSTALLED_DEV) ## find mistakes and unformatted code; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(INSTALLED_DEV) ## format the code and mend what can be mended
+format: $(INSTALLED_DEV) ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -114,11 +116,16 @@ $(INSTALLED_DEV): $(INSTALLED) requirements/dev.lock
 	@touch .venv/.with-dev && $(SYNC)
 	@touch $@
 
-# pip and uv are to trust the certificates that the user names, else the system's, which a company's TLS inspection
-# needs, where the system has any; pip does so by itself from 24.2 on, which Python 3.11 does not bring.
-PIP_INSTALL = certificates=$$($(BIN)/python -c 'import ssl; print(ssl.get_default_verify_paths().cafile or "")'); \
-	if [ "$$(uname)" = Linux ] && [ "$$certificates" ]; then \
-	    export PIP_CERT="$${PIP_CERT:-$${REQUESTS_CA_BUNDLE:-$$certificates}}"; fi; \
+# pip, uv and the downloads (pipeline/fetch.py) are to trust the certificates, a file or a folder, that the user names,
+# else the system's, which a company's TLS inspection needs, where the system has any; pip does so by itself from 24.2 on,
+# which Python 3.11 does not bring.
+CERTIFICATES = certificates=$$($(BIN)/python -c 'import os, pathlib, ssl, sys; \
+    names = "SSL_CERT_FILE PIP_CERT REQUESTS_CA_BUNDLE CURL_CA_BUNDLE SSL_CERT_DIR".split(); \
+    system = ssl.get_default_verify_paths(); folder = system.capath or ""; \
+    found = system.cafile or (folder if folder and any(pathlib.Path(folder).glob("*.0")) else ""); \
+    print(next(filter(None, map(os.environ.get, names)), found if sys.platform == "linux" else ""))')
+
+PIP_INSTALL = $(CERTIFICATES); [ -z "$$certificates" ] || export PIP_CERT="$$certificates"; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes
 
 # Install exactly the packages of base.lock and of the locks that `.venv/.with-*` name. Where there is no home that can
@@ -126,7 +133,8 @@ PIP_INSTALL = certificates=$$($(BIN)/python -c 'import ssl; print(ssl.get_defaul
 SYNC = locks=; for chosen in .venv/.with-*; do lock="requirements/$${chosen\#\#*.with-}.lock"; \
 	    if [ -e "$$lock" ]; then locks="$$locks $$lock"; fi; done; \
 	[ -w "$${HOME:-/nonexistent}" ] || export UV_NO_CACHE=true; \
-	chosen="$${SSL_CERT_FILE:-$${PIP_CERT:-$${REQUESTS_CA_BUNDLE-}}}"; [ -z "$$chosen" ] || export SSL_CERT_FILE="$$chosen"; \
+	$(CERTIFICATES); if [ -d "$$certificates" ]; then export SSL_CERT_DIR="$$certificates"; \
+	elif [ "$$certificates" ]; then export SSL_CERT_FILE="$$certificates"; fi; \
 	: "$${UV_SYSTEM_CERTS:=$$($(BIN)/python -c 'import ssl; print(bool(ssl.create_default_context().get_ca_certs()))')}"; \
 	VIRTUAL_ENV="$$PWD/.venv" UV_SYSTEM_CERTS="$$UV_SYSTEM_CERTS" \
 	    $(BIN)/uv pip sync --quiet --require-hashes requirements/base.lock $$locks

@@ -59,5 +59,5 @@ def _report_bad_settings(kind: type[BaseException], error: BaseException, trace:
 
 _set_defaults()
 sys.excepthook = _report_bad_settings
-# of a folder that cannot be written, what needs it tells in one line
+# a command that needs the folder reports in one line where it cannot be written
 warnings.filterwarnings("ignore", message="Failed to create the Prefect home directory")

@@ -19,7 +19,7 @@ from prefect.utilities.callables import parameter_schema
 from flows import FLOW_NAME, PROJECT
 from flows.prefect_server import ensure_server
 from flows.train_classifier import train_classifier
-from flows.worker import see_to_pool
+from flows.worker import ensure_work_pool
 from flows.workspace import find_repository
 from pipeline.errors import UserError, report_errors, shown
 from pipeline.git import git
@@ -46,7 +46,7 @@ def find_commit(url: str, revision: str) -> str:
 
 def deploy_from_git(url: str, commit: str) -> UUID:
     """Register the deployment; the form is that of this checkout."""
-    see_to_pool(POOL)
+    ensure_work_pool(POOL)
     steps: list[dict[str, Any]] = [
         {"prefect.deployments.steps.git_clone": {"id": "clone", "repository": url, "commit_sha": commit}}
     ]

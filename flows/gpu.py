@@ -26,7 +26,7 @@ def visible_gpu() -> str | None:
     """The UUID of the GPU that a training here would use, as `nvidia-smi -L` lists it; None if there is none.
 
     That is the first of CUDA_VISIBLE_DEVICES (a number, or a UUID or the beginning of one), else the machine's first.
-    Where the driver cannot tell, all GPUs of this host count as one, so that no two trainings share one.
+    Where the driver does not list them, all GPUs of this host count as one, so that no two trainings share one.
     """
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
     try:
@@ -61,14 +61,14 @@ def gpu_slot(clone: Path) -> Iterator[None]:
     """Wait until no other flow run trains on the GPU that the clone's step `train` would use, if it would use one."""
     if gpu := needed_gpu(clone):
         name = f"gpu-{gpu.removeprefix('GPU-')}"
-        _see_to_limit(name)
+        _ensure_limit(name)
         with concurrency(name, lease_duration=LEASE_SECONDS, strict=True, raise_on_lease_renewal_failure=False):
             yield
     else:
         yield
 
 
-def _see_to_limit(name: str) -> None:
+def _ensure_limit(name: str) -> None:
     """Make the limit unless it is there: whoever changed it (`prefect gcl update`) had a reason."""
     with get_client(sync_client=True) as client:
         try:

@@ -1,7 +1,8 @@
 """Ports on loopback: which is free, and the proof that the server that answers at one is the process that we started.
 
 A port that was free a moment ago may be bound by somebody else before our server binds it. The other server answers the
-same requests, so an answer proves nothing; the owner of the listening socket does.
+same requests, so an answer proves nothing; the owner of the listening socket does. Where the system hides that one, a
+Prefect server of ours is known by a token that it was started with; MLflow's has nothing alike to show.
 """
 
 import os
@@ -42,7 +43,9 @@ def port_variable(name: str, default: int) -> int:
 
 
 def taken(port: int, *, variable: str) -> PortTakenError:
-    return PortTakenError(f"port {port} is in use; stop what uses it, or choose another one with {variable}=…")
+    return PortTakenError(
+        f"port {port} is in use; allowed: a free one; stop what uses it, or choose one with {variable}=…"
+    )
 
 
 def start_on_port(start: Callable[[int], T], *, named: int | None, default: int, variable: str) -> T:
@@ -58,7 +61,9 @@ def start_on_port(start: Callable[[int], T], *, named: int | None, default: int,
     for port in filter(is_free, range(default, default + PORTS_TRIED)):
         with suppress(PortTakenError):
             return start(port)
-    raise UserError(f"ports {default} to {default + PORTS_TRIED - 1} are in use; choose another one with {variable}=…")
+    raise UserError(
+        f"ports {default} to {default + PORTS_TRIED - 1} are in use; allowed: a free one; choose one with {variable}=…"
+    )
 
 
 def listens(pid: int, port: int) -> bool | None:

@@ -8,13 +8,14 @@ import argparse
 import fcntl
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,6 +35,8 @@ START_SECONDS = 90
 """A slow machine's first start, which makes the database, stays below this."""
 ANSWER_SECONDS = 20
 """A server that has more to do than the machine can bear answers within this."""
+SHOWN_VARIABLE = "PREFECT_DEPLOYMENTS_DEFAULT_DOCKER_BUILD_NAMESPACE"
+"""A setting that a server does not use, and shows as it is."""
 USERS = {"flows.worker": "make worker", "flows.ui": "make ui"}
 USERS_SECONDS = 50
 """A worker that ends lets its flow runs end."""
@@ -49,6 +52,8 @@ class Server:
     port: int
     folder: str = ""
     """The folder of its database and of its record when it was started."""
+    token: str = ""
+    """Drawn when it was started; its API shows it among its settings. MLflow's server has none."""
 
     def is_of(self, record: Path) -> bool:
         """Whether its record has not been moved or copied since."""
@@ -66,7 +71,8 @@ class Server:
 def running(project: Path = PROJECT) -> Server | None:
     """The project's server if its process lives, listens on its port and answers; a busy one is given time for that.
 
-    Raises TemporaryError where something answers there, and the system does not say whether it is that process.
+    Raises TemporaryError where something answers there, and neither the system says that it is that process nor does
+    it know the server's token.
     """
     server = _recorded(project)
     if server and not server.is_of(_record(project)):
@@ -77,7 +83,7 @@ def running(project: Path = PROJECT) -> Server | None:
             if ours is None or time.monotonic() > deadline:
                 return None
             time.sleep(0.1)
-        elif ours is None:
+        elif ours is None and not _shows_token(server.api_url, server.token):
             remedy = f"if it is yours: PREFECT_API_URL={server.api_url}"
             raise _unproven("a Prefect server", server.address, remedy=remedy)
         else:
@@ -161,12 +167,14 @@ def _launch(project: Path, port: int, *, variable: str) -> Server:
 
     log = project / ".prefect" / "server.log"
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_KEY"}
-    environment |= own_server_environment(port, home=project / ".prefect")
+    token = secrets.token_hex()
+    environment |= {**own_server_environment(port, home=project / ".prefect"), SHOWN_VARIABLE: token}
     ensure_database(environment)
     process = launch(["prefect", "server", "start", "--host", "127.0.0.1"], log=log, environment=environment)
-    server = Server(process.pid, start_of(process.pid), port, str((project / ".prefect").resolve()))
+    server = Server(process.pid, start_of(process.pid), port, str((project / ".prefect").resolve()), token)
     write_json(_record(project), asdict(server))
-    wait_for(f"{server.api_url}/health", process, name="the Prefect server", log=log, variable=variable)
+    knows = partial(_shows_token, server.api_url, token)
+    wait_for(f"{server.api_url}/health", process, name="the Prefect server", log=log, variable=variable, proof=knows)
     return server
 
 
@@ -184,17 +192,24 @@ def launch(module: list[str], *, log: Path, environment: dict[str, str]) -> subp
 
 
 def wait_for(
-    url: str, process: subprocess.Popen[bytes], *, name: str, log: Path, variable: str = "PREFECT_PORT"
+    url: str,
+    process: subprocess.Popen[bytes],
+    *,
+    name: str,
+    log: Path,
+    variable: str = "PREFECT_PORT",
+    proof: Callable[[], bool] = lambda: False,
 ) -> None:
     """Return once `process` answers at `url`; on any exception it is ended.
 
     Raises PortTakenError where another process got the port, TemporaryError where the server does not come up or it
-    cannot be proven that the answer is its own. `variable` chooses the port.
+    cannot be proven that the answer is its own: `proof` is asked where the system does not say who listens. `variable`
+    chooses the port.
     """
     deadline = time.monotonic() + START_SECONDS
     port = int(urlsplit(url).port or 80)
     try:
-        while not _answers_itself(url, process, port=port, name=name, variable=variable):
+        while not _answers_itself(url, process, port=port, name=name, variable=variable, proof=proof):
             if process.poll() is not None and not ports.is_free(port):
                 raise ports.taken(port, variable=variable)
             if process.poll() is not None or time.monotonic() > deadline:
@@ -205,16 +220,27 @@ def wait_for(
         raise
 
 
-def _answers_itself(url: str, process: subprocess.Popen[bytes], *, port: int, name: str, variable: str) -> bool:
+def _answers_itself(
+    url: str, process: subprocess.Popen[bytes], *, port: int, name: str, variable: str, proof: Callable[[], bool]
+) -> bool:
     """Whether there is an answer, and the process, not another one, gives it."""
     if not answers(url):
         return False
     ours = ports.listens(process.pid, port)
-    if ours is None:
+    if ours is None and not proof():
         raise _unproven(name, url, remedy="use a server of your own: PREFECT_API_URL=…, MLFLOW_TRACKING_URI=…")
-    if not ours:
+    if ours is False:
         raise ports.taken(port, variable=variable)
     return True
+
+
+def _shows_token(api_url: str, token: str) -> bool:
+    """Whether the Prefect API there has the token among its settings; False too where it asks for a login."""
+    try:
+        with _opener.open(f"{api_url}/admin/settings", timeout=ANSWER_SECONDS) as response:
+            return bool(token) and json.load(response)["deployments"]["default_docker_build_namespace"] == token
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 def _last_line(log: Path) -> str:

@@ -44,7 +44,7 @@ class PrefectServer:
         return shown(self.api_url).removesuffix("/api")
 
     def environment(self) -> dict[str, str]:
-        """What a process needs to use it; links lead to its pages, not to those of another one."""
+        """What a process needs to use it; links name its pages, not those of another one."""
         return {NAME: self.api_url} | ({"PREFECT_UI_URL": self.page} if self.source is None else {})
 
 
@@ -55,7 +55,7 @@ def configured_server() -> PrefectServer | None:
     """
     _check_proxies()
     profile = get_settings_context().profile
-    # Prefect itself does not heed a profile that it ships, as `local`, where the user's file does not repeat it
+    # Prefect itself does not honor a profile that it ships, as `local`, where the user's file does not repeat it
     url = PREFECT_API_URL.value() or (profile.settings.get(PREFECT_API_URL) if profile else None)
     if url and not _is_printed_own(str(url)):
         return PrefectServer(str(url), next((name for name, found in _sources() if found == url), "Prefect's settings"))
@@ -89,7 +89,7 @@ def _sources() -> Iterator[tuple[str, object]]:
 
 
 def _in_environment() -> str | None:
-    """Prefect heeds the variable in capitals and in lower case."""
+    """Prefect honors the variable in capitals and in lower case."""
     return next((value for name, value in os.environ.items() if name.upper() == NAME and value), None)
 
 

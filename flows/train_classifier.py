@@ -27,6 +27,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.utilities.urls import url_for
 
 from flows import FLOW_NAME, PROJECT
+from flows.checks import check_inputs, check_mlflow
 from flows.doctor import settle_quietly, sign
 from flows.form import Overrides, Recipe
 from flows.gpu import gpu_slot
@@ -201,15 +202,15 @@ def _run(task: Task[[Workspace], Any], workspace: Workspace, *, after: list[Stat
 
 def _mention_untracked() -> None:
     if files := untracked_files(PROJECT):
-        shown = ", ".join(files[:3]) + (", …" if len(files) > 3 else "")
-        get_run_logger().warning("git does not track %s: left out of this run; `git add` what it needs", shown)
+        first = ", ".join(files[:3]) + (", …" if len(files) > 3 else "")
+        get_run_logger().warning("git does not track %s: left out of this run; `git add` what it needs", first)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m flows.train_classifier",
         description="Run download, normalize, train, evaluate in a clone of this checkout; save a DVC experiment.",
-        epilog="Exit status: 0 done, 2 a mistake to mend, 75 another try may help, 130 interrupted, 1 anything else.",
+        epilog="Exit status: 0 done, 2 a mistake to fix, 75 another try may help, 130 interrupted, 1 anything else.",
     )
     parser.add_argument("--recipe", help="a name from recipes/ (default: digits, or my_images with --images)")
     parser.add_argument(
@@ -249,6 +250,7 @@ def read_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     check_checkout(PROJECT)
     check_local_files(PROJECT, params)
+    check_inputs(params)
     return overrides
 
 
@@ -266,6 +268,7 @@ def main() -> None:
     with report_errors(), chdir(PROJECT):
         overrides = read_overrides(arguments)
         check_recording(tracking_uri(PROJECT))
+        check_mlflow(tracking_uri(PROJECT))
         state = _run_on_server(ensure_server(), arguments.recipe, overrides, keep_workspace=arguments.keep_workspace)
         status = _report(state, recipe=arguments.recipe)
         kept = KEPT / str(state.state_details.flow_run_id)

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from pipeline.processes import start_of
 from pipeline.relocation import relocate
 from pipeline.settings import LOOPBACK, is_server, tracking_uri
 from pipeline.sqlite import sqlite_path
-from pipeline.sqlite_store import MLFLOW, is_current
+from pipeline.sqlite_store import MLFLOW, is_current, without_percent
 
 MLFLOW_PORT = 5000
 OURS_TO_SET = (
@@ -78,7 +77,9 @@ def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
     _ensure_store(uri, project=project)
     if line := relocate(uri, project):
         print(line, flush=True)
-    with _plain_packages() as variables:
+    packages = Path(sysconfig.get_path("purelib"))
+    with without_percent(packages) as plain:
+        variables = {} if plain == packages else {"PYTHONPATH": str(plain)}  # there MLflow finds its migrations
         start = partial(_start_mlflow, project, uri, variables)
         process, port = ports.start_on_port(
             start, named=port or _named_port(), default=MLFLOW_PORT, variable="MLFLOW_PORT"
@@ -99,19 +100,6 @@ def _check_host() -> None:
             f"MLFLOW_HOST: found {host!r}; allowed: {LOOPBACK[0]}, since the project's own server listens on loopback "
             "only; unset it, or start a server yourself and set MLFLOW_TRACKING_URI"
         )
-
-
-@contextmanager
-def _plain_packages() -> Iterator[dict[str, str]]:
-    """Give variables by which MLflow finds its migrations where its path has a `%`, which Alembic would interpolate."""
-    packages = sysconfig.get_path("purelib")
-    if "%" not in packages:
-        yield {}
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder, "packages")
-        link.symlink_to(packages)
-        yield {"PYTHONPATH": str(link)}
 
 
 def _start_mlflow(

@@ -1,6 +1,6 @@
 """A worker for the deployments of prefect.yaml, in the foreground until Ctrl-C: `make worker`.
 
-`python -m flows.worker` sees to a Prefect server and the work pool, deploys, and starts the worker.
+`python -m flows.worker` ensures a Prefect server and the work pool, deploys, and starts the worker.
 `python -m flows.worker --env` prints what a shell needs for the `prefect` command to reach the same server.
 """
 
@@ -23,6 +23,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows import FLOW_NAME, PROJECT, server
 from flows.prefect_server import ensure_server, server_in_force
 from flows.settings import OWN_NAME, PrefectServer
+from flows.workspace import check_checkout
 from pipeline.errors import TemporaryError, UserError, report_errors
 
 POOL = "local"
@@ -37,7 +38,7 @@ def environment(api_url: str) -> dict[str, str]:
     return {"PREFECT_API_URL": api_url, "PREFECT_HOME": os.environ["PREFECT_HOME"]}
 
 
-def see_to_pool(name: str = POOL) -> None:
+def ensure_work_pool(name: str = POOL) -> None:
     """Make the work pool unless it is there."""
     with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
         client.create_work_pool(WorkPoolCreate(name=name, type="process"))
@@ -113,9 +114,10 @@ def _print_environment() -> None:
 
 
 def _serve() -> int:
+    check_checkout(PROJECT)
     used = ensure_server()
     with temporary_settings({PREFECT_API_URL: used.api_url}):
-        see_to_pool()
+        ensure_work_pool()
         names = deploy(used.api_url)
     print(f"Deployments: {', '.join(names)}\nForm:        {used.page}/deployments")
     print('Commands:    eval "$(make prefect-env)"; prefect deployment run train-classifier/on-demand -p recipe=digits')

@@ -491,7 +491,7 @@ def _start(clone: Path, *, project: Path, environment: Mapping[str, str], lock: 
 
 @contextmanager
 def _deaf_to_sigterm() -> Iterator[None]:
-    """A second SIGTERM, while the first is being heeded, is not to cut short what that one began."""
+    """A second SIGTERM, while the first is being handled, is not to cut short what that one began."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

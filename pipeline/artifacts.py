@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import UserError, first_line
-from pipeline.project import project_folder
+from pipeline.project import copy_hint, project_folder
 
 DOWNLOAD = Path("artifacts/download")
 NORMALIZE = Path("artifacts/normalize")
@@ -325,6 +325,19 @@ def missing(path: Path) -> str:
 def bytes_md5(content: bytes) -> str:
     """MD5 in hexadecimal, to know the content again."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def check_weights(path: Path, md5: str | None) -> None:
+    """Raise UserError where `train.weights` names no file that can be read, or its MD5 is not `train.weights_md5`."""
+    if not path.is_file():
+        raise UserError(
+            f"train.weights: no such file {path}; allowed: null, DEFAULT, or a .safetensors or .pth file"
+            f"{copy_hint(path)}"
+        )
+    if (found := file_md5(path)) != md5:
+        raise UserError(
+            f"train.weights_md5 is {md5 or 'null'}, but {path} has {found}; set it to that if the file is right"
+        )
 
 
 def file_md5(path: Path) -> str:

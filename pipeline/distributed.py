@@ -12,12 +12,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.errors import EXIT_TEMPORARY, TemporaryError, UserError, first_line
 
@@ -25,8 +26,14 @@ MEETING = "PIPELINE_MEETING_FILE"
 """Names the file by which the processes of one machine meet; without it they meet as torchrun has it."""
 GRACE_SECONDS = 5
 """So long the other processes outlive SIGTERM, in which the first one writes its checkpoint."""
+LAG_SECONDS = 10
+"""So long a process that fails waits for rank 0 to fail too; they do so at the same place, after the same batch."""
 REPORT_SECONDS = 60
-"""So long they leave it to rank 0 to report what failed in all; on a busy machine, it may take seconds to do so."""
+"""So long the others leave it to rank 0 to report what failed in it too; to end its MLflow run may take seconds."""
+_FAILED = "failed"
+"""Key of the processes' store that is set when rank 0 fails; `failed/others` is set when another one fails alone."""
+_store: Any = None
+"""By which the processes met."""
 
 
 def is_launched() -> bool:
@@ -102,8 +109,10 @@ def joined(device: torch.device, *, processes: int) -> Iterator[None]:
     """Be one of the processes that torchrun started, if it did.
 
     Raises UserError where it started another number than `processes`, TemporaryError in the first process where
-    another one is gone. What goes wrong in all is told by the first: the others give it time for that.
+    another one is gone. What goes wrong in all is told by the first: the others give it time for that. What goes wrong
+    in another one alone is told by that one, and the first leaves without a word.
     """
+    global _store  # one group a process, as PyTorch has it
     if not is_launched():
         yield
         return
@@ -113,16 +122,14 @@ def joined(device: torch.device, *, processes: int) -> Iterator[None]:
     threading.Thread(target=_leave_with_launcher, args=(os.getppid(),), daemon=True).start()
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"file://{os.environ[MEETING]}" if MEETING in os.environ else "env://",
-        rank=int(os.environ["RANK"]),
-        world_size=found,
-    )
+    place = f"file://{os.environ[MEETING]}" if MEETING in os.environ else "env://"
+    _store, number, _ = next(rendezvous(place, int(os.environ["RANK"]), found))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_store, rank=number, world_size=found)
     if rank() > 0:
         _follow()
     try:
-        yield
+        with announced():
+            yield
     except (UserError, TemporaryError):
         _let_the_first_tell()
         raise
@@ -135,6 +142,41 @@ def joined(device: torch.device, *, processes: int) -> Iterator[None]:
         raise TemporaryError(f"another process is gone ({first_line(error)}); the same command goes on") from None
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def announced() -> Iterator[None]:
+    """Let the other processes know at once where the block fails in the first one, which then is to report that.
+
+    Where another one has failed alone and reports, the first one leaves in silence.
+    """
+    try:
+        yield
+    except Exception:
+        if _another_tells():
+            _leave_when_ended()
+        if rank() == 0 and _store is not None:
+            with suppress(dist.DistError):  # torchrun, which may keep the store, has ended
+                _store.set(_FAILED, "")
+        raise
+    except KeyboardInterrupt:  # by the launcher, it may be, since another one has failed
+        if _another_tells():
+            sys.exit(EXIT_TEMPORARY)
+        raise
+
+
+def _another_tells() -> bool:
+    """Whether this is the first process, and another one has failed alone."""
+    with suppress(dist.DistError):
+        return rank() == 0 and _store is not None and bool(_store.check([f"{_FAILED}/others"]))
+    return False
+
+
+def _leave_when_ended() -> None:
+    """Leave in silence when the launcher ends this process, which it does when the one that tells has ended."""
+    with suppress(KeyboardInterrupt):  # which SIGTERM is here
+        time.sleep(REPORT_SECONDS)
+    sys.exit(EXIT_TEMPORARY)
 
 
 def _follow() -> None:
@@ -152,10 +194,20 @@ def _leave_with_launcher(launcher: int) -> None:
 
 
 def _let_the_first_tell() -> None:
-    """The launcher ends all processes as soon as one has failed; where it does not, this one alone has."""
-    if rank() > 0:
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_TEMPORARY))
-        time.sleep(REPORT_SECONDS)
+    """The launcher ends all processes as soon as one has failed; where the first has not, this one alone has."""
+    if rank() == 0 or _store is None:
+        return
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_TEMPORARY))
+    deadline = time.monotonic() + LAG_SECONDS
+    try:
+        while not _store.check([_FAILED]):
+            if time.monotonic() > deadline:
+                _store.set(f"{_FAILED}/others", "")
+                return
+            time.sleep(0.1)
+    except dist.DistError:  # the store went with the first process
+        pass
+    time.sleep(REPORT_SECONDS)
 
 
 def averaged(network: nn.Module) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from pipeline.project import temporary_folder_owner
 
 EXIT_USER = 2
-"""Exit status for a mistake that only the user can mend: trying again is of no use."""
+"""Exit status for a mistake that only the user can fix: trying again is of no use."""
 EXIT_PARTIAL = 3
 """Exit status where some items of many failed, each named with the reason, and all the others were done."""
 EXIT_TEMPORARY = 75
@@ -52,10 +52,10 @@ def uninterrupted() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     for first, frame in came[:1]:  # not where the block failed: then its error is what to tell
-        _heed(handlers[signal.Signals(first)], first, frame)
+        _call_handler(handlers[signal.Signals(first)], first, frame)
 
 
-def _heed(handler: Any, number: int, frame: FrameType | None) -> None:
+def _call_handler(handler: Any, number: int, frame: FrameType | None) -> None:
     if callable(handler):
         handler(number, frame)
     elif handler == signal.SIG_DFL:

@@ -19,6 +19,8 @@ from pipeline.params import DownloadParams
 from pipeline.progress import in_bytes, progress
 from pipeline.project import copy_hint
 
+CERTIFICATES = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR")
+"""Variables that name certificates; the first that is set counts."""
 CHUNK_BYTES = 1 << 16
 MAX_RESUMES = 50
 RESUME_PAUSE_SECONDS = 0.5
@@ -187,12 +189,23 @@ def _receive(url: str, params: DownloadParams, *, partial: Path) -> bool:
 
 
 def _certificates() -> str | bool:
-    """Whom to trust: SSL_CERT_FILE or the system's certificates, which a company's TLS inspection needs.
+    """File or folder of the certificates to trust: the user's, else the system's, which a company's inspection needs.
 
-    True, which is REQUESTS_CA_BUNDLE or the certificates that come with requests, where that is set or there are none.
+    True, which is the certificates that come with requests, where there are none. The Makefile has the same for pip and
+    uv. Raises UserError where a variable names no file or folder.
     """
-    chosen = any(os.environ.get(name) for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"))
-    return True if chosen else ssl.get_default_verify_paths().cafile or True
+    for name in CERTIFICATES:
+        if value := os.environ.get(name):
+            if Path(value).exists():
+                return value
+            raise UserError(
+                f"{name}: no such file {value}; allowed: a file or folder of certificates; correct or unset it"
+            )
+    system = ssl.get_default_verify_paths()
+    if system.cafile:
+        return system.cafile
+    hashed = system.capath and any(Path(system.capath).glob("*.0"))  # as OpenSSL looks them up
+    return str(system.capath) if hashed else True
 
 
 def _continues(response: requests.Response, offset: int) -> bool:

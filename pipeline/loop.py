@@ -386,7 +386,7 @@ def prepare_torch(params: TrainParams) -> torch.device:
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         _keep_freed_memory()
     torch.set_num_threads(params.cpu_threads or num_cores())
-    # PyTorch takes 1.5 s to ask for it, and lenet on the CPU has no operation that heeds it
+    # PyTorch takes 1.5 s to ask for it, and lenet on the CPU has no operation to which it applies
     if params.deterministic and (device.type != "cpu" or params.model != "lenet"):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before its first call
         torch.use_deterministic_algorithms(True, warn_only=True)

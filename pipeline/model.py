@@ -17,11 +17,10 @@ from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from pipeline.airbench import Airbench
-from pipeline.artifacts import Images, file_md5, missing, read_json, write_bytes, write_json
+from pipeline.artifacts import Images, check_weights, missing, read_json, write_bytes, write_json
 from pipeline.data import DatasetInfo, Split, evaluation_batches
 from pipeline.errors import TemporaryError, UserError, first_line
 from pipeline.params import Channels, Resize, TrainParams, Views
-from pipeline.project import copy_hint
 from pipeline.state_dict import COUNTER, flatten, select_weights
 
 SMALL_IMAGE_SIZE = 64
@@ -243,20 +242,12 @@ def _read_weights(config: ModelConfig, *, md5: str | None) -> dict[str, Tensor]:
         return _download_weights(config.model)
     path = Path(config.weights)
     try:
-        if (found := file_md5(path)) != md5:
-            raise UserError(
-                f"train.weights_md5 is {md5 or 'null'}, but {path} has {found}; set it to that if the file is right"
-            )
+        check_weights(path, md5)
         if path.suffix == ".safetensors":
             return load_file(path)
         with warnings.catch_warnings():  # torch tells oddities of a damaged file beside the error
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(
-            f"train.weights: no such file {path}; allowed: null, DEFAULT, or a .safetensors or .pth file"
-            f"{copy_hint(path)}"
-        ) from None
     except UserError:
         raise
     except Exception as error:  # torch raises what its many formats raise; all of it means the same to the user

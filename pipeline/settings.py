@@ -6,7 +6,7 @@ docs/settings.md lists them all, with their effect here.
 import os
 import shlex
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 from urllib.request import url2pathname
 
 from pipeline.errors import UserError, shown
@@ -15,6 +15,7 @@ from pipeline.sqlite import sqlite_path, sqlite_uri
 DEFAULT_STORE = "sqlite:///mlflow.db"
 SERVER_SCHEMES = ("http", "https")
 DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
+DATABASE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
 DATABRICKS = ("databricks", "databricks-uc", "uc")
 ALLOWED_STORES = "sqlite:///PATH, postgresql://USER:PASSWORD@HOST/NAME (or mysql, mssql), http(s)://HOST:PORT"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -29,7 +30,7 @@ def tracking_uri(project: Path) -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "") or DEFAULT_STORE
     check_tracking_uri(uri)
     path = sqlite_path(uri)
-    if path is None or path.is_absolute() or ":///file:" in uri:
+    if path is None or path.is_absolute():
         return uri
     scheme, _, rest = uri.partition(":///")
     query = "".join(rest.partition("?")[1:])
@@ -71,17 +72,28 @@ def has_host(uri: str) -> bool:
 
 
 def _sqlite_problem(rest: str) -> str | None:
-    path = rest.removeprefix("///").partition("?")[0]
-    if rest.startswith("///") and path and not path.startswith((":memory:", "file:")):
-        return None
-    if rest in ("", "//", "///") or ":memory:" in rest or "mode=memory" in rest:
+    name, _, query = rest.partition("?")
+    options = parse_qs(query)
+    path = name.removeprefix("///")
+    in_memory = "memory" in options.get("mode", []) or "memdb" in options.get("vfs", [])
+    if in_memory or name in ("", "//", "///") or path.removeprefix("file:").startswith(":memory:"):
         return "is a database in memory: it would end with the process"
-    return "names no file"
+    if path.startswith("file:"):
+        return "has `file:` before the path, which MLflow would take for a folder: leave it and `uri=true` out"
+    return None if name.startswith("///") else "lacks the three slashes before the path"
 
 
 def _file_store(uri: str) -> str:
-    """One line on a folder such as `./mlruns`, which MLflow keeps in maintenance mode: no new run goes there."""
+    """One line on a folder such as `./mlruns`, which MLflow keeps in maintenance mode: no new run goes there.
+
+    Or on a file, which is meant to be a database.
+    """
     folder = Path(url2pathname(urlsplit(uri).path) if uri.lower().startswith("file:") else uri)
+    if folder.is_file() or (folder.suffix in DATABASE_SUFFIXES and not folder.exists()):
+        return (
+            f"MLFLOW_TRACKING_URI: found {shown(uri)!r}, a file without the kind of database; "
+            f"allowed: {ALLOWED_STORES}; set it to {sqlite_uri(folder)}"
+        )
     line = (
         f"MLFLOW_TRACKING_URI: found {shown(uri)!r}, a file store, which MLflow no longer supports; "
         f"allowed: {ALLOWED_STORES}"

@@ -18,6 +18,7 @@ import importlib.util
 import os
 import shutil
 import sqlite3
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -95,6 +96,21 @@ def ensure_store(path: Path, *, tool: Tool, migrate: Migrate) -> None:
             _make(path, copy, tool=tool, migrate=lambda copy: migrate(copy, lock.fileno()))
         finally:
             _remove(copy)
+
+
+@contextmanager
+def without_percent(folder: Path) -> Iterator[Path]:
+    """Give the folder, or a link to it where its path has a `%`: in the path of migrations, Alembic would replace that.
+
+    The link is removed on leaving.
+    """
+    if "%" not in str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as parent:
+        link = Path(parent, "folder")
+        link.symlink_to(folder)
+        yield link
 
 
 def is_current(path: Path, *, tool: Tool) -> bool:

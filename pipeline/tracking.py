@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -598,13 +598,13 @@ def _migrate(copy: Path, _lock: int) -> None:
 
 
 def _link_migrations() -> None:
-    """Let MLflow find its migrations by a link where its path has a `%`, which Alembic's settings would interpolate."""
+    """Let MLflow find its migrations by a link where its path has a `%`."""
     package = Path(db_utils._get_package_dir())  # type: ignore[no-untyped-call]
     if "%" in str(package):
-        folder = tempfile.mkdtemp()
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        (Path(folder) / package.name).symlink_to(package)
-        db_utils._get_package_dir = lambda: f"{folder}/{package.name}"
+        for_life = ExitStack()
+        atexit.register(for_life.close)
+        plain = for_life.enter_context(sqlite_store.without_percent(package))
+        db_utils._get_package_dir = lambda: str(plain)
 
 
 @contextmanager

@@ -102,14 +102,17 @@ def _lead(classifier: Classifier, everything: Params, info: DatasetInfo) -> None
     )
     with checkpoints_of(training) as checkpoints:
         start = checkpoints.newest()
-        with tracking.training_run(
-            experiment=info.dataset,
-            params=everything.flat(),
-            dataset=tracking.dataset(info.dataset, source=_source(everything.download), digest=info.md5),
-            hardware=_hardware(device),
-            training=training,
-            earlier=start.state["mlflow"] if start else None,
-        ) as run:
+        with (
+            tracking.training_run(
+                experiment=info.dataset,
+                params=everything.flat(),
+                dataset=tracking.dataset(info.dataset, source=_source(everything.download), digest=info.md5),
+                hardware=_hardware(device),
+                training=training,
+                earlier=start.state["mlflow"] if start else None,
+            ) as run,
+            distributed.announced(),  # before the run is ended, which may take seconds
+        ):
             _say_run(run, start=start, params=params)
             distributed.from_first(start.to_bytes() if start else b"")
             trained = train(

@@ -150,3 +150,29 @@ def test_a_mistake_is_told_once(workspace: Path, changes: dict[str, object], tol
     done = run_step("train", folder=workspace)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert told in done.stderr
+
+
+ALONE = """
+import sys, torch
+from pipeline import distributed
+from pipeline.errors import UserError, report_errors
+distributed.LAG_SECONDS = 0
+cpu = torch.device("cpu")
+with report_errors():
+    if not distributed.is_launched():
+        distributed.launch("alone", processes=2, device=cpu)
+        sys.exit()
+    with distributed.joined(cpu, processes=2):
+        if distributed.rank() == 1:
+            raise UserError("found in this one alone")
+        distributed.total(torch.zeros(1))
+"""
+
+
+def test_what_goes_wrong_in_one_process_alone_is_told_by_that_one(tmp_path: Path) -> None:
+    (tmp_path / "alone.py").write_text(ALONE)
+    environment = os.environ | {"PYTHONPATH": f"{PROJECT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "alone"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, "error: found in this one alone\n")

@@ -15,13 +15,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifacts import file_md5
-from pipeline.errors import TemporaryError
-from pipeline.fetch import find_archive
+from pipeline.errors import TemporaryError, UserError
+from pipeline.fetch import CERTIFICATES, find_archive
 from pipeline.params import read_yaml
 from tests.conftest import PROJECT, params
 
 ODD = "/no/my photos #1 é'\"$HOME%20?;&"
-CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "SSL_CERT_DIR", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 def script(path: Path, code: str) -> Path:
@@ -55,18 +54,25 @@ def test_stages_run_in_the_projects_environment_without_activation(tmp_path: Pat
     assert run_python(project) == "own -m x a b"
 
 
-def test_stages_run_in_the_activated_environment(tmp_path: Path) -> None:
+def test_another_activated_environment_does_not_go_before_the_projects(tmp_path: Path) -> None:
+    active = environment_of(tmp_path / "active", name="active")
     environment_of(tmp_path / ".venv", name="own")
+    assert run_python(tmp_path, VIRTUAL_ENV=str(active)) == "own -m x a b"
+
+
+def test_without_venv_stages_run_in_the_activated_environment(tmp_path: Path) -> None:
     active = environment_of(tmp_path / "active", name="active")
     assert run_python(tmp_path, VIRTUAL_ENV=str(active)) == "active -m x a b"
     (active / "bin" / "dvc").unlink()  # one that is for something else
-    assert run_python(tmp_path, VIRTUAL_ENV=str(active)) == "own -m x a b"
+    assert run_python(tmp_path, VIRTUAL_ENV=str(active)) == "path -m x a b"
 
 
 def test_an_experiment_in_a_temporary_folder_runs_in_the_projects_environment(tmp_path: Path) -> None:
     environment_of(tmp_path / "project" / ".venv", name="own")
+    active = environment_of(tmp_path / "active", name="active")
     (tmp_path / "temporary").mkdir()
-    assert run_python(tmp_path / "temporary", DVC_ROOT=str(tmp_path / "project")) == "own -m x a b"
+    variables = {"DVC_ROOT": str(tmp_path / "project"), "VIRTUAL_ENV": str(active)}
+    assert run_python(tmp_path / "temporary", **variables) == "own -m x a b"
 
 
 def test_stages_of_a_flow_run_have_its_python(tmp_path: Path) -> None:
@@ -92,7 +98,7 @@ def make(
     return subprocess.run(
         ["make", "--no-print-directory", *arguments],
         cwd=folder,
-        env={name: value for name, value in environment.items() if name not in ("MAKEFLAGS", "RECIPE", "IMAGES")},
+        env={name: value for name, value in environment.items() if name != "MAKEFLAGS"},
         capture_output=True,
         text=True,
         check=False,
@@ -117,6 +123,16 @@ def test_a_path_given_to_make_arrives_as_it_was_written(installed: Path) -> None
     expected = ["-m", "flows.train_classifier", "--images", ODD, "--set", "train.epochs=1", "--set", "train.seed=2"]
     assert done.stdout.splitlines() == expected
     assert make("run", "RECIPE=digits", folder=installed).stdout.splitlines()[2:] == ["--recipe", "digits"]
+
+
+def test_variables_of_the_environment_do_not_choose_what_is_run_or_installed(installed: Path) -> None:
+    names = ("IMAGES", "RECIPE", "SET", "EXTRAS", "IMAGES_FOLDER")
+    environment = os.environ | dict.fromkeys(names, "nightly")
+    done = make("run", folder=installed, environment=environment)
+    assert done.stdout.splitlines() == ["-m", "flows.train_classifier"], done.stderr
+    done = make("run", "RECIPE=digits", "IMAGES=", folder=installed, environment=environment)
+    assert done.stdout.splitlines()[2:] == ["--recipe", "digits"]
+    assert "lock" not in make("install", folder=installed, environment=environment).stdout
 
 
 def test_chosen_extras_stay_chosen(installed: Path) -> None:
@@ -172,7 +188,10 @@ def openssl(folder: Path, command: str) -> None:
 
 @pytest.fixture(scope="module")
 def company(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `ca.pem`, whom nobody trusts, and `server.pem` for localhost, which it signed."""
+    """A folder with `ca.pem`, whom nobody trusts, and `server.pem` for localhost, which it signed.
+
+    `ca` is `ca.pem` as a folder in which OpenSSL finds it.
+    """
     folder = tmp_path_factory.mktemp("company")
     key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
     openssl(folder, f"req -x509 {key} -keyout ca.key -out ca.pem -days 2 -subj /CN=Company")
@@ -180,6 +199,9 @@ def company(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "extensions").write_text("subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
     sign = "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions"
     openssl(folder, f"{sign} -out server.crt")
+    (folder / "ca").mkdir()
+    (folder / "ca" / "ca.pem").write_bytes((folder / "ca.pem").read_bytes())
+    openssl(folder, "rehash ca")
     (folder / "server.pem").write_bytes((folder / "server.crt").read_bytes() + (folder / "server.key").read_bytes())
     return folder
 
@@ -187,7 +209,7 @@ def company(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inspected(company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of `tmp_path`, served over TLS by a certificate of the company's; nothing says whom to trust."""
-    for name in CERTIFICATE_VARIABLES:
+    for name in CERTIFICATES:
         monkeypatch.delenv(name, raising=False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Index, directory=tmp_path))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -202,7 +224,11 @@ def inspected(company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     thread.join()
 
 
-@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"])
+def named(variable: str, company: Path) -> str:
+    return str(company / ("ca" if variable == "SSL_CERT_DIR" else "ca.pem"))
+
+
+@pytest.mark.parametrize("variable", CERTIFICATES)
 def test_the_downloader_trusts_whom_the_company_names(
     variable: str, inspected: str, company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,8 +237,28 @@ def test_the_downloader_trusts_whom_the_company_names(
     values = {"download__urls": [f"{inspected}/archive"], "download__md5": file_md5(tmp_path / "archive")}
     with pytest.raises(TemporaryError, match=r"TLS: .*CERTIFICATE_VERIFY_FAILED"):
         find_archive(params(**values).download)
-    monkeypatch.setenv(variable, str(company / "ca.pem"))
+    monkeypatch.setenv(variable, named(variable, company))
     assert find_archive(params(**values).download).read_bytes() == b"x"
+
+
+def test_the_downloader_trusts_a_system_that_has_a_folder_of_certificates_alone(
+    inspected: str, company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "archive").write_bytes(b"x")
+    values = {"download__urls": [f"{inspected}/archive"], "download__md5": file_md5(tmp_path / "archive")}
+    paths = ssl.get_default_verify_paths()
+    monkeypatch.setattr(ssl, "get_default_verify_paths", lambda: paths._replace(cafile="", capath=str(company / "ca")))
+    assert find_archive(params(**values).download).read_bytes() == b"x"
+
+
+def test_certificates_that_are_not_there_are_one_line(
+    inspected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_CERT", "/no/ca.pem")
+    with pytest.raises(UserError, match=r"PIP_CERT: no such file /no/ca.pem; allowed: a file or folder of cert"):
+        find_archive(params(download__urls=[f"{inspected}/archive"], download__md5="0" * 32).download)
 
 
 def write_package(folder: Path) -> str:
@@ -229,7 +275,7 @@ def write_package(folder: Path) -> str:
     return f"tiny==1 --hash=sha256:{sha256(wheel.read_bytes()).hexdigest()}\n"
 
 
-@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE"])
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "PIP_CERT", "CURL_CA_BUNDLE", "SSL_CERT_DIR"])
 def test_make_installs_through_a_companys_inspection(  # noqa: PLR0917
     variable: str, inspected: str, company: Path, tmp_path: Path, installed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +290,7 @@ def test_make_installs_through_a_companys_inspection(  # noqa: PLR0917
     monkeypatch.setenv("UV_NO_CACHE", "true")
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     assert make("install", "EXTRAS=s3", folder=installed).returncode != 0
-    monkeypatch.setenv(variable, str(company / "ca.pem"))
+    monkeypatch.setenv(variable, named(variable, company))
     done = make("install", "EXTRAS=s3", folder=installed)
     assert done.returncode == 0, done.stderr
     assert list((installed / ".venv" / "lib").glob("python*/site-packages/tiny.py"))

@@ -32,12 +32,19 @@ class Anything(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def foreign_server(port: int = 0) -> Iterator[int]:
+def foreign_server(kind: type[Anything] = Anything) -> Iterator[int]:
     """A server of this process, which answers every request with 200; gives its port."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Anything) as found:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as found:
         threading.Thread(target=found.serve_forever, daemon=True).start()
         yield found.server_address[1]
         found.shutdown()
+
+
+class Tokened(Anything):
+    def do_GET(self) -> None:
+        super().do_GET()
+        if self.path == "/api/admin/settings":
+            self.wfile.write(b'{"deployments": {"default_docker_build_namespace": "drawn"}}')
 
 
 @contextmanager
@@ -90,6 +97,38 @@ def test_an_answer_that_cannot_be_proven_is_an_error(tmp_path: Path, monkeypatch
         monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
         with pytest.raises(TemporaryError, match="does not say which process listens there"):
             wait(port, process, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "token"), [(Tokened, "drawn"), (Tokened, "other"), (Tokened, ""), (Anything, "drawn")]
+)
+def test_where_the_system_hides_processes_a_prefect_server_is_known_by_its_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Anything], token: str
+) -> None:
+    record = {"pid": os.getpid(), "started": start_of(os.getpid()), "token": token}
+    monkeypatch.setattr(ports, "listens", lambda _pid, _port: None)
+    (tmp_path / ".prefect").mkdir()
+    with foreign_server(kind) as port:
+        write_json(tmp_path / ".prefect" / "server.json", record | {"port": port})
+        if (kind, token) == (Tokened, "drawn"):
+            assert server.running(tmp_path)
+            return
+        with pytest.raises(TemporaryError, match="does not say which process listens there"):
+            server.running(tmp_path)
+
+
+@pytest.mark.slow
+def test_where_the_system_hides_processes_a_prefect_server_starts(
+    tmp_path: Path, stores: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ports, "listens", lambda _pid, _port: None)
+    (tmp_path / ".prefect").mkdir()
+    shutil.copy(stores / "prefect.db", tmp_path / ".prefect")
+    try:
+        found, _ = server.start(tmp_path, port=free_port())
+        assert server.running(tmp_path) == found
+    finally:
+        server.stop(tmp_path)
 
 
 def wait(port: int, process: subprocess.Popen[bytes], *, folder: Path) -> None:

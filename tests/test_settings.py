@@ -151,7 +151,7 @@ def test_the_address_that_prefect_env_printed_is_not_trusted_to_be_ours(
         assert server_in_force(tmp_path) is None  # whoever answers there
 
 
-def test_a_profile_that_prefect_ships_is_heeded(prefect_in: Enter) -> None:
+def test_a_profile_that_prefect_ships_is_honored(prefect_in: Enter) -> None:
     with prefect_in(PREFECT_PROFILE="local"):
         found = configured_server()
     assert found

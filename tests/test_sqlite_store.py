@@ -337,3 +337,22 @@ def test_a_database_that_is_no_sqlite_file_is_left_to_prefect(tmp_path: Path) ->
         with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: url}):  # as a profile does
             ensure_database({"PREFECT_HOME": str(tmp_path)})
     assert not list(tmp_path.iterdir())
+
+
+def test_migrations_are_found_where_the_packages_path_has_a_percent_sign(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / "100%"
+    odd.symlink_to(mlflow.store.db.utils._get_package_dir())  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(mlflow.store.db.utils, "_get_package_dir", lambda: str(odd))
+    with pytest.raises(ValueError, match="invalid interpolation syntax"):
+        mlflow.store.db.utils._get_alembic_config("sqlite://")  # type: ignore[no-untyped-call]
+    tracking._link_migrations()
+    config = mlflow.store.db.utils._get_alembic_config("sqlite://")  # type: ignore[no-untyped-call]
+    assert ScriptDirectory.from_config(config).get_current_head()
+    with sqlite_store.without_percent(odd) as plain:
+        assert "%" not in str(plain)
+        assert plain.samefile(odd)
+    assert not os.path.lexists(plain)
+    with sqlite_store.without_percent(tmp_path) as plain:
+        assert plain == tmp_path

@@ -26,11 +26,16 @@ GOOD = [
     "http://[::1]:5000",
 ]
 BAD = {
-    "sqlite:mlflow.db": "names no file",
+    "sqlite:mlflow.db": "lacks the three slashes",
+    "sqlite://mlflow.db": "lacks the three slashes",
     "sqlite:///": "in memory",
     "sqlite://": "in memory",
     "sqlite:///:memory:": "in memory",
     "sqlite:///file:x?mode=memory&uri=true": "in memory",
+    "sqlite:///file::memory:?uri=true": "in memory",
+    "sqlite:///mlflow.db?mode=memory&uri=true": "in memory",
+    "sqlite:///mlflow.db?uri=true&vfs=memdb": "in memory",
+    "sqlite:///file:/x.db?uri=true": "has `file:` before the path",
     "http://": "names no host",
     "http:/host": "names no host",
     "http://[bad": "names no host",
@@ -63,6 +68,30 @@ def test_a_file_store_is_refused_with_what_to_use(uri: str, monkeypatch: pytest.
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     with pytest.raises(UserError, match=r"a file store, .*allowed: sqlite:///PATH.*unset it to record into mlflow.db"):
         check_tracking_uri(uri)
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("mlflow.db", "sqlite:///mlflow.db"),
+        ("./x.sqlite", "sqlite:///x.sqlite"),
+        ("file:///a/x.db", "sqlite:////a/x.db"),
+        ("my%20runs.db", "sqlite+pysqlite:///my%2520runs.db"),
+    ],
+)
+def test_a_database_without_its_kind_is_refused_with_the_right_address(uri: str, expected: str) -> None:
+    with pytest.raises(UserError, match=r"found '.*', a file without the kind of database; allowed: ") as error:
+        check_tracking_uri(uri)
+    assert str(error.value).endswith(f"; set it to {expected}")
+
+
+def test_a_file_of_any_name_is_no_file_store(tmp_path: Path) -> None:
+    (tmp_path / "mlruns").touch()
+    (tmp_path / "runs.db").mkdir()
+    with pytest.raises(UserError, match=f"set it to sqlite:///{tmp_path}/mlruns"):
+        check_tracking_uri(f"{tmp_path}/mlruns")
+    with pytest.raises(UserError, match="a file store"):
+        check_tracking_uri(f"{tmp_path}/runs.db")
 
 
 @pytest.mark.parametrize("uri", ["file://{}", "{}"])

@@ -1,0 +1,79 @@
+"""What a flow run needs, checked before any server is started: the file of weights, the GPU, the images, MLflow.
+
+Only what costs little is checked: the stages, which check everything, have the same messages.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from flows.gpu import visible_gpu
+from pipeline.artifacts import check_weights, expand
+from pipeline.errors import TemporaryError, UserError
+from pipeline.settings import is_server, unreachable
+
+CONNECT_SECONDS = 5.0
+MAX_ENTRIES = 10_000
+"""A folder of images with more files and folders is not scanned here: the step download scans it anyway."""
+OTHER_GPUS = (Path("/dev/kfd"), Path("/dev/nvhost-gpu"), Path("/dev/dxg"))
+"""Devices that PyTorch may use as `cuda`, though NVIDIA's management library does not list them: AMD, Jetson, WSL."""
+
+
+def check_inputs(params: Mapping[str, Any]) -> None:
+    """Raise UserError where the parameters name weights, a GPU or images that are not there; paths are as they stand.
+
+    `params` are whole and valid.
+    """
+    train, download = params["train"], params["download"]
+    if train["weights"] not in (None, "DEFAULT"):
+        check_weights(Path(train["weights"]), train["weights_md5"])
+    for section in ("train", "evaluate"):
+        check_device(params[section]["device"], field=f"{section}.device")
+    if download["dataset"] == "imagefolder" and _is_small(expand(download["folder"])):
+        from pipeline.imagefolder import scan  # noqa: PLC0415  # its libraries of image formats take 0.2 s to import
+
+        scan(expand(download["folder"]))
+
+
+def check_device(device: str, *, field: str) -> None:
+    """Raise UserError where this machine certainly lacks the device; to ask PyTorch would take seconds."""
+    has_none = device == "mps" and sys.platform != "darwin"
+    if device == "cuda":
+        has_none = not any(path.exists() for path in OTHER_GPUS) and visible_gpu() is None
+    if has_none:
+        raise UserError(f"{field} is {device}, but this machine has none; allowed: auto, cpu; correct it")
+
+
+def check_mlflow(uri: str) -> None:
+    """Raise TemporaryError where MLFLOW_TRACKING_URI names a server to which there is no connection.
+
+    Whether it is MLflow, and lets us in, is asked by MLflow's own client, later.
+    """
+    if not is_server(uri):
+        return
+    try:
+        requests.head(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS)
+    except requests.exceptions.SSLError:  # MLflow has certificates of its own
+        return
+    except (requests.ConnectionError, requests.Timeout) as error:
+        raise TemporaryError(unreachable(uri, type(error).__name__)) from None
+    except requests.RequestException:
+        return
+
+
+def _is_small(folder: Path) -> bool:
+    """Whether the folder holds no more than MAX_ENTRIES; looks at no more than that."""
+    number, waiting = 0, [str(folder)]
+    while waiting:
+        with os.scandir(waiting.pop()) as found:
+            for entry in found:
+                number += 1
+                if number > MAX_ENTRIES:
+                    return False
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+    return True

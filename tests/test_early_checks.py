@@ -1,0 +1,116 @@
+"""What a flow run needs is checked before a server is started, by the same words as in the stages."""
+
+import http.server
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from flows import PROJECT, checks, train_classifier, worker
+from flows.checks import check_device, check_inputs, check_mlflow
+from pipeline.artifacts import file_md5
+from pipeline.errors import TemporaryError, UserError
+from pipeline.params import compose
+from tests.conftest import free_port
+
+
+def composed(**changes: Any) -> Mapping[str, Any]:
+    values: Mapping[str, Any] = compose("digits", {name.replace("__", "."): value for name, value in changes.items()})
+    return values
+
+
+@pytest.fixture(autouse=True)
+def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(PROJECT)
+
+
+def test_weights_that_are_missing_or_others_are_refused(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    values = {"train__weights": str(weights), "train__weights_md5": "0" * 32}
+    with pytest.raises(UserError, match=f"train.weights: no such file {weights}; allowed: null, DEFAULT, or a"):
+        check_inputs(composed(**values))
+    weights.write_bytes(b"x")
+    with pytest.raises(UserError, match=f"train.weights_md5 is 0{{32}}, but {weights} has {file_md5(weights)}; set"):
+        check_inputs(composed(**values))
+    check_inputs(composed(**values | {"train__weights_md5": file_md5(weights)}))
+
+
+def write_images(folder: Path) -> Path:
+    for name in (f"{each}/{number}.png" for each in "ab" for number in range(3)):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_a_layout_that_is_no_data_set_is_refused_where_the_folder_is_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = composed(download__dataset="imagefolder", download__folder=str(write_images(tmp_path)))
+    check_inputs(values)
+    (tmp_path / "b").rename(tmp_path / "a" / "b")
+    with pytest.raises(UserError, match=r"download.folder: .* at least two classes"):
+        check_inputs(values)
+    monkeypatch.setattr(checks, "MAX_ENTRIES", 3)
+    check_inputs(values)
+
+
+def test_a_device_that_this_machine_certainly_lacks_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(checks, "OTHER_GPUS", (tmp_path / "gpu",))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # no GPU is to be used
+    with pytest.raises(UserError, match=r"evaluate.device is cuda, but this machine has none; allowed: auto, cpu"):
+        check_device("cuda", field="evaluate.device")
+    (tmp_path / "gpu").touch()
+    for device in ("cuda", "auto", "cpu"):
+        check_device(device, field="train.device")
+    monkeypatch.setattr("sys.platform", "linux")
+    with pytest.raises(UserError, match=r"train.device is mps"):
+        check_device("mps", field="train.device")
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_error(405)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_an_mlflow_server_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(TemporaryError, match=r"TRACKING_URI is http://127\S+, which does not answer .*start that"):
+        check_mlflow(f"http://me:secret@127.0.0.1:{free_port()}")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        check_mlflow(f"http://127.0.0.1:{found.server_address[1]}")
+        found.shutdown()
+
+
+def test_a_store_without_a_server_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests, "head", None)
+    check_mlflow("sqlite:///mlflow.db")
+
+
+def test_the_flow_is_refused_before_a_server_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_classifier, "ensure_server", lambda: pytest.fail("a server is started"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    weights = ["--set", "train.weights=no.pth", "--set", f"train.weights_md5={'a' * 32}"]
+    for arguments, status, told in ((weights, 2, "no such file no.pth"), ([], 75, "does not answer")):
+        monkeypatch.setattr("sys.argv", ["train_classifier", *arguments])
+        with pytest.raises(SystemExit) as left:
+            train_classifier.main()
+        [line] = capsys.readouterr().err.splitlines()
+        assert (left.value.code, line.startswith("error: ")) == (status, True)
+        assert told in line
+
+
+def test_the_worker_checks_the_checkout_before_a_server_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "PROJECT", tmp_path)
+    monkeypatch.setattr(worker, "ensure_server", lambda: pytest.fail("a server is started"))
+    with pytest.raises(UserError, match="not in a git repository"):
+        worker._serve()
