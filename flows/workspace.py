@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from pipeline.errors import UserError
+from pipeline.git import check_committed, git, read_committed, setting
 from pipeline.git import environment as git_environment
-from pipeline.git import find_commit, git, read_committed, setting
 from pipeline.params import PARAMS_FILE, read_yaml
 from pipeline.settings import tracking_uri
 from pipeline.sqlite import sqlite_path
@@ -80,11 +80,11 @@ class Workspace:
         `again`: run it whatever DVC has of it, and leave DVC's cache as it is. `slot` is entered before the stage's
         command starts, if it has to run at all, and left when it has ended.
         """
-        said: list[str] = []
+        errors: list[str] = []
 
         def listen(line: str) -> None:
             if line.startswith("error: "):
-                said[:] = [line.removeprefix("error: ")]
+                errors[:] = [line.removeprefix("error: ")]
             if found := _MLFLOW_RUN.fullmatch(line):
                 self.mlflow_run_id = found[1]
             on_line(line)
@@ -94,7 +94,7 @@ class Workspace:
             outcome: Outcome = reply["outcome"]
             return outcome
         status = reply["status"]
-        reason = reply["error"] or "".join(said) or f"{_how_it_ended(status)}; its output stands above"
+        reason = reply["error"] or "".join(errors) or f"{_how_it_ended(status)}; its output stands above"
         raise StepError(f"{stage}: {reason}", status=status)
 
     def restore(self, path: Path, md5: str) -> bool:
@@ -260,18 +260,12 @@ def take_snapshot(project: Path) -> str:
 
 def check_checkout(project: Path) -> None:
     """Raises UserError where no clone can be made: in a read-only folder, without a commit, in a merge."""
-    repository, _ = find_repository(project)
+    find_repository(project)
     if not os.access(project, os.W_OK):
         raise UserError(f"{project}: this user cannot write there; make the folder writable, or clone the repository")
     if not (project / ".dvc" / "config").exists():
         raise UserError(f"{project}: not a DVC repository; run `dvc init` and commit .dvc/config")
-    if find_commit(project, "HEAD") is None:
-        raise UserError(f"{project}: no git commit yet; run `git add . && git commit -m Start`")
-    if not git(project, "ls-files", "--", "dvc.yaml"):
-        raise UserError(
-            f"{project}: the git repository {repository} does not track dvc.yaml here; "
-            "run `git add .` and commit, or `git init` for a repository of its own"
-        )
+    check_committed(project, "dvc.yaml")
     if unmerged := git(project, "diff", "--name-only", "--diff-filter=U"):
         raise UserError(f"{', '.join(unmerged.split())}: merge conflict; resolve it or run `git merge --abort`")
     changed = git(project, "status", "--porcelain", "--untracked-files=no")
