@@ -88,13 +88,17 @@ def find_commit(folder: Path, revision: str) -> str | None:
 
 
 def check_committed(folder: Path, tracked: str) -> str:
-    """The hash of the commit checked out, by a repository that has the file `tracked` of the folder; raises UserError."""
+    """The hash of the commit that is checked out.
+
+    Raises UserError where there is none, or where the repository does not have the file `tracked` of the folder.
+    """
     commit = find_commit(folder, "HEAD")
     if commit is None:
         raise UserError(f"{folder}: no git commit yet; run `git add . && git commit -m Start`")
     if not output(folder, "ls-files", "--", tracked):
+        repository = git(folder, "rev-parse", "--show-toplevel")
         raise UserError(
-            f"{folder}: the git repository {git(folder, 'rev-parse', '--show-toplevel')} does not track {tracked} here; "
+            f"{folder}: the git repository {repository} does not track {tracked} here; "
             "run `git add .` and commit, or `git init` first for a repository of its own"
         )
     return commit
