@@ -67,9 +67,17 @@ def relocate(uri: str, project: Path) -> str | None:
     return f"{path.name}: {number} paths of artifacts were corrected, since the project is in {project} now"
 
 
-def local_path(location: str) -> Path | None:
-    """The path of a `file:` URI or an absolute path; None for another place of artifacts, such as `s3://…`."""
-    return _path(location) if location.startswith(("file:", "/")) else None
+def base_folder(location: str) -> Path | None:
+    """The folder that must exist if anything was written at a location of artifacts; None for such as `s3://…`.
+
+    It is `…/mlartifacts`, else the folder around `mlruns/…`, MLflow's own default, or around what the user chose.
+    """
+    if not location.startswith(("file:", "/")):
+        return None
+    if found := _LOCATION.fullmatch(location):
+        return _path(found["root"])
+    folder = _path(location).parent
+    return folder.parent if folder.name == "mlruns" else folder
 
 
 def _code(error: sqlite3.Error) -> int:

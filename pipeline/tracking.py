@@ -60,7 +60,7 @@ from pipeline.model_code import packaged
 from pipeline.params import PARAMS_FILE, read_yaml
 from pipeline.processes import HOST, PID, Life, life, this_process
 from pipeline.project import artifact_folder, project_folder
-from pipeline.relocation import local_path, relocate
+from pipeline.relocation import base_folder, relocate
 from pipeline.settings import (
     check_recording,
     is_server,
@@ -660,18 +660,20 @@ def _check_place(experiment: mlflow.entities.Experiment) -> None:
     folder = _missing_place(experiment.artifact_location)
     if folder is None or not MlflowClient().search_runs([experiment.experiment_id], "", ViewType.ALL, max_results=1):
         return
-    here = shlex.quote(str(artifact_folder(project_folder())))
-    parent, link = shlex.quote(str(folder.parent)), shlex.quote(str(folder))
+    here = artifact_folder(project_folder())
+    remedy = f"`mkdir -p {shlex.quote(str(folder))}` makes it again"
+    if folder.name == here.name:
+        parent, *link = (shlex.quote(str(path)) for path in (folder.parent, here, folder))
+        remedy = f"`mkdir -p {parent} && ln -s {' '.join(link)}` lets it lead to this project, old runs included"
     raise UserError(
         f"MLflow's experiment {experiment.name} keeps its artifacts in {folder}, which no longer exists; was the "
-        f"project moved? `mkdir -p {parent} && ln -s {here} {link}` lets that lead to this project, old runs included; "
-        "MLFLOW_EXPERIMENT_NAME=… takes another experiment"
+        f"project moved? {remedy}; MLFLOW_EXPERIMENT_NAME=… takes another experiment"
     )
 
 
 def _missing_place(location: str) -> Path | None:
-    """The folder at a location of artifacts, where that is a local one that does not exist."""
-    folder = None if is_server(mlflow.get_tracking_uri()) else local_path(location)
+    """The folder of artifacts that a location is in, where that is a local one that does not exist."""
+    folder = None if is_server(mlflow.get_tracking_uri()) else base_folder(location)
     return None if folder is None or folder.exists() else folder
 
 

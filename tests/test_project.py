@@ -250,6 +250,17 @@ def test_a_project_moved_away_from_its_store_elsewhere_writes_nothing_to_the_old
     assert list((here / "mlartifacts" / make_run("2")).rglob("note.txt"))
 
 
+def test_an_experiment_elsewhere_whose_folder_has_gone_is_refused(project: Path) -> None:
+    connect()
+    chosen = project.parent / "my place/artifacts"
+    MlflowClient().create_experiment("digits", artifact_location=chosen.as_uri())
+    make_run()
+    shutil.rmtree(chosen.parent)
+    with pytest.raises(UserError, match=r"`mkdir -p '.*/my place'` makes it again; MLFLOW_EXPERIMENT_NAME=…"):
+        make_run("1")
+    assert not chosen.parent.exists()
+
+
 def test_an_experiment_whose_folder_was_never_made_is_used(project: Path) -> None:
     connect()
     MlflowClient().create_experiment("digits", artifact_location=(project.parent / "new/place").as_uri())

@@ -76,6 +76,6 @@ def test_the_raw_data_that_dvc_has_kept_are_enough(project: Path, run: Record, m
 
 
 def test_without_them_the_folder_that_is_gone_is_named(project: Path, run: Record) -> None:
-    lost = replace(run, tags=run.tags | {"dvc.download": "0" * 32 + ".dir"})
+    lost = replace(run, tags={**run.tags, "dvc.download": "0" * 32 + ".dir"})
     with pytest.raises(UserError, match=r"^download.folder: '.*/photos' does not exist; allowed: <class>/… or"):
         reproduce.reproduce(project, lost, from_cache=False, keep=False)
