@@ -108,7 +108,7 @@ $(INSTALLED): $(LOCKS) requirements/uv.lock pyproject.toml
 	mkdir -p .venv && "$$python" -m venv "$$(cd .venv && pwd -P)"
 	@echo "Installing the locked packages into .venv (about 6 GB, once) …" >&2
 	@$(PIP_INSTALL) -r requirements/uv.lock
-	@$(SYNC)
+	@$(MAKE_RELOCATABLE); $(SYNC) $$reinstall
 	@touch $@
 
 $(INSTALLED_DEV): $(INSTALLED) requirements/dev.lock
@@ -138,6 +138,11 @@ SYNC = locks=; for chosen in .venv/.with-*; do lock="requirements/$${chosen\#\#*
 	: "$${UV_SYSTEM_CERTS:=$$($(BIN)/python -c 'import ssl; print(bool(ssl.create_default_context().get_ca_certs()))')}"; \
 	VIRTUAL_ENV="$$PWD/.venv" UV_SYSTEM_CERTS="$$UV_SYSTEM_CERTS" \
 	    $(BIN)/uv pip sync --quiet --require-hashes requirements/base.lock $$locks
+
+# Let .venv/bin/dvc and the other scripts, and activate, use the environment that they lie in, also after the project was
+# moved or copied. Of an environment that was made before, the scripts are written anew.
+MAKE_RELOCATABLE = reinstall=; if ! grep -qs '^relocatable = true' .venv/pyvenv.cfg; then reinstall=--reinstall; \
+	    $(BIN)/uv --no-cache venv --quiet --relocatable --allow-existing --python "$$PWD/$(BIN)/python" .venv || exit; fi
 
 COMPILE = $(BIN)/uv pip compile --universal --generate-hashes --no-header --no-emit-index-url --quiet
 

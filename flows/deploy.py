@@ -29,7 +29,7 @@ NAME = "from-git"
 ENTRYPOINT = "flows/train_classifier.py:train_classifier"
 
 
-def find_commit(url: str, revision: str) -> str:
+def resolve_remote_revision(url: str, revision: str) -> str:
     """The commit that a branch, tag or full hash stands for there; raises UserError where there is none."""
     if shown(url) != url:  # Prefect would keep it, and show it to everybody
         raise UserError(f"--git: found a password in the address of {shown(url)}; use git's credential helper there")
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--revision", default="HEAD", help="branch, tag or full commit hash (default: %(default)s)")
     arguments = parser.parse_args()
     with report_errors():
-        commit = find_commit(arguments.git, arguments.revision)
+        commit = resolve_remote_revision(arguments.git, arguments.revision)
         with temporary_settings({PREFECT_API_URL: ensure_server().api_url}):
             deploy_from_git(arguments.git, commit)
         print(

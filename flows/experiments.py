@@ -34,16 +34,20 @@ class Row:
     name: str
     created: str
     state: str
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float | None]
     changed: Mapping[str, tuple[Any, Any]]
 
     def cells(self) -> list[str]:
         """One text a column."""
-        values = [f"{self.metrics[name]:.4f}" if name in self.metrics else "" for name in METRICS]
+        values = [_number(self.metrics[name]) if name in self.metrics else "" for name in METRICS]
         if not self.metrics:
             values[0] = self.state
         changes = ", ".join(f"{name}={'null' if new is None else new}" for name, (_, new) in self.changed.items())
         return [self.name, self.created, *values, changes]
+
+
+def _number(value: float | None) -> str:
+    return "null" if value is None else f"{value:.4f}"
 
 
 def read_rows(*options: str) -> list[Row]:

@@ -29,6 +29,7 @@ from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.errors import EXIT_TEMPORARY, EXIT_USER, UserError, report_errors
 from pipeline.git import UNKNOWN, find_commit, read_committed
+from pipeline.params import PARAMS_FILE, check_is_folder, read_yaml
 from pipeline.settings import tracking_uri
 from pipeline.tracking import Record
 
@@ -53,13 +54,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The outcome; `surroundings` tells packages and hardware, `damaged` kept copies, that are not the same.
+    """The outcome; `environment` tells packages and hardware, `damaged` kept copies, that are not the same.
 
-    `surroundings` is None where there was nothing to compare.
+    `environment` is None where there was nothing to compare.
     """
 
     verdicts: tuple[Verdict, ...]
-    surroundings: tuple[str, ...] | None
+    environment: tuple[str, ...] | None
     damaged: tuple[str, ...]
     mlflow_run_id: str | None
 
@@ -83,7 +84,10 @@ def find(project: Path, wanted: str) -> Record:
         raise UserError(f"MLflow run {wanted} ({run.status}) made no model; there is nothing to compare with")
     commit = run.tags.get(tracking.COMMIT, UNKNOWN)
     if commit == UNKNOWN or run.tags.get("git.dirty") == UNKNOWN:
-        raise UserError(f"MLflow run {wanted}: git could not tell its code then, so it cannot be made again")
+        raise UserError(
+            f"MLflow run {wanted}: git could not tell its code then, so it cannot be made again; train again in a "
+            "checkout whose code git knows (the run's log has git's reason), and name that run"
+        )
     if not find_commit(project, commit):
         raise UserError(
             f"MLflow run {wanted}: its commit {commit} is not in this repository; `git fetch` the branch that has it"
@@ -142,6 +146,9 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
     ):
         data = recorded_hashes(run, DOWNLOAD)
         kept_data = bool(data) and workspace.restore(DOWNLOAD, data[str(DOWNLOAD)])
+        if not kept_data:
+            params = read_yaml(workspace.folder / PARAMS_FILE)
+            check_is_folder(workspace.folder / params["download"]["folder"])
         for folder in STAGES[kept_data:]:
             workspace.reproduce(
                 folder.name,
@@ -155,7 +162,7 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
     again = tracking.find_run(workspace.mlflow_run_id) if workspace.mlflow_run_id else None
     result = Reproduction(
         verdicts,
-        tuple(_surroundings(run, again)) if again else None,
+        tuple(_environment_differences(run, again)) if again else None,
         damaged,
         workspace.mlflow_run_id,
     )
@@ -224,10 +231,10 @@ def _compare(run: Record, folder: Path, *, made: Hashes) -> Verdict:
     return Verdict(folder.name, lines if recorded else None)
 
 
-def _surroundings(run: Record, again: Record) -> Iterator[str]:
+def _environment_differences(run: Record, again: Record) -> Iterator[str]:
     """Packages and hardware that are not the same in the two runs."""
     if not run.status:
-        yield "surroundings not compared: MLflow has no run that recorded them"
+        yield "environment not compared: MLflow has no run that recorded them"
         return
     then, now = (_packages(tracking.read_file(record, "packages.txt")) for record in (run, again))
     if not (then and now):
@@ -266,11 +273,11 @@ def _damaged_copies(project: Path, run: Record) -> Iterator[str]:
 
 def _report(result: Reproduction) -> Iterator[str]:
     yield from map(str, result.verdicts)
-    yield from result.surroundings or ()
-    if result.surroundings == ():
-        yield "surroundings identical (package versions, CPU, threads, GPU)"
-    elif result.surroundings is None and result.mlflow_run_id:
-        yield "surroundings not compared: MLflow no longer has the new run"
+    yield from result.environment or ()
+    if result.environment == ():
+        yield "environment identical (package versions, CPU, threads, GPU)"
+    elif result.environment is None and result.mlflow_run_id:
+        yield "environment not compared: MLflow no longer has the new run"
     yield from result.damaged
     if result.mlflow_run_id:
         yield f"recorded as MLflow run {result.mlflow_run_id}, tagged `{tracking.REPRODUCES}`"

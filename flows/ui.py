@@ -15,6 +15,7 @@ from flows.settings import configured_server
 from pipeline.artifacts import write_json
 from pipeline.errors import UserError, report_errors, shown
 from pipeline.processes import start_of
+from pipeline.project import artifact_folder
 from pipeline.relocation import relocate
 from pipeline.settings import LOOPBACK, is_server, tracking_uri
 from pipeline.sqlite import sqlite_path
@@ -106,7 +107,7 @@ def _start_mlflow(
     project: Path, uri: str, variables: Mapping[str, str], port: int
 ) -> tuple[subprocess.Popen[bytes], int]:
     """The server's process, once it answers, and its port; raises PortTakenError where another process has the port."""
-    command = ["mlflow", "server", "--artifacts-destination", (project / "mlartifacts").as_uri()]
+    command = ["mlflow", "server", "--artifacts-destination", artifact_folder(project).as_uri()]
     log = project / ".prefect" / "mlflow.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {

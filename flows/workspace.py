@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from pipeline.errors import UserError
+from pipeline.git import check_committed, git, read_committed, setting
 from pipeline.git import environment as git_environment
-from pipeline.git import find_commit, git, read_committed, setting
-from pipeline.params import PARAMS_FILE, read_yaml
+from pipeline.params import PARAMS_FILE, check_is_folder, read_yaml
+from pipeline.project import pipeline_cache_folder
 from pipeline.settings import tracking_uri
 from pipeline.sqlite import sqlite_path
 
@@ -80,11 +81,11 @@ class Workspace:
         `again`: run it whatever DVC has of it, and leave DVC's cache as it is. `slot` is entered before the stage's
         command starts, if it has to run at all, and left when it has ended.
         """
-        said: list[str] = []
+        errors: list[str] = []
 
         def listen(line: str) -> None:
             if line.startswith("error: "):
-                said[:] = [line.removeprefix("error: ")]
+                errors[:] = [line.removeprefix("error: ")]
             if found := _MLFLOW_RUN.fullmatch(line):
                 self.mlflow_run_id = found[1]
             on_line(line)
@@ -94,13 +95,18 @@ class Workspace:
             outcome: Outcome = reply["outcome"]
             return outcome
         status = reply["status"]
-        reason = reply["error"] or "".join(said) or f"{_how_it_ended(status)}; its output stands above"
+        reason = reply["error"] or "".join(errors) or f"{_how_it_ended(status)}; its output stands above"
         raise StepError(f"{stage}: {reason}", status=status)
 
     def restore(self, path: Path, md5: str) -> bool:
-        """Put an output's recorded content in its place; False where neither cache nor remote has it."""
+        """Put an output's recorded content in its place; False where neither cache nor remote has it.
+
+        Raises StepError where that could not be found out.
+        """
         reply = self._ask({"restore": f"{path} {md5}"}, on_line=lambda _line: None)
-        return reply.get("outcome") == "restored"
+        if "status" in reply:
+            raise StepError(f"{path}: {reply['error']}", status=reply["status"])
+        return bool(reply["outcome"] == "restored")
 
     def save(self, *, on_line: Callable[[str], None]) -> None:
         """Save the files as the experiment and bring that into the checkout's list; raises StepError."""
@@ -166,6 +172,7 @@ def open_workspace(
     commit = take_snapshot(project)
 
     def fill(top: Path, clone: Path) -> Mapping[str, Any]:
+        check_is_folder(project / params["download"]["folder"])
         git(top, "read-tree", "-u", "--reset", commit)
         (clone / PARAMS_FILE).write_text(params_text, encoding="utf-8")
         return params
@@ -183,7 +190,8 @@ def open_recorded(
 ) -> Iterator[Workspace]:
     """Clone `project` as it was at `commit` with `difference`, a recorded `git diff`, applied.
 
-    On leaving, as with `open_workspace`. Raises UserError where the difference does not apply.
+    On leaving, as with `open_workspace`. The folder of images may be gone: the raw data may be in DVC's cache. Raises
+    UserError where the difference does not apply.
     """
 
     def fill(top: Path, clone: Path) -> Mapping[str, Any]:
@@ -260,18 +268,12 @@ def take_snapshot(project: Path) -> str:
 
 def check_checkout(project: Path) -> None:
     """Raises UserError where no clone can be made: in a read-only folder, without a commit, in a merge."""
-    repository, _ = find_repository(project)
+    find_repository(project)
     if not os.access(project, os.W_OK):
         raise UserError(f"{project}: this user cannot write there; make the folder writable, or clone the repository")
     if not (project / ".dvc" / "config").exists():
         raise UserError(f"{project}: not a DVC repository; run `dvc init` and commit .dvc/config")
-    if find_commit(project, "HEAD") is None:
-        raise UserError(f"{project}: no git commit yet; run `git add . && git commit -m Start`")
-    if not git(project, "ls-files", "--", "dvc.yaml"):
-        raise UserError(
-            f"{project}: the git repository {repository} does not track dvc.yaml here; "
-            "run `git add .` and commit, or `git init` for a repository of its own"
-        )
+    check_committed(project, "dvc.yaml")
     if unmerged := git(project, "diff", "--name-only", "--diff-filter=U"):
         raise UserError(f"{', '.join(unmerged.split())}: merge conflict; resolve it or run `git merge --abort`")
     changed = git(project, "status", "--porcelain", "--untracked-files=no")
@@ -386,9 +388,9 @@ def _remove(folders: Sequence[Path]) -> list[str]:
 def _link_local_files(project: Path, clone: Path, params: Mapping[str, Any]) -> None:
     """Let the clone see the files that parameters name by a relative path and git does not track.
 
-    Raises UserError as `check_local_files` does.
+    Raises UserError as `check_local_files` does, but for the folder of images.
     """
-    for name in check_local_files(project, params):
+    for name in _local_files(project, params):
         _link(project / name, clone / name)
 
 
@@ -398,12 +400,11 @@ def check_local_files(project: Path, params: Mapping[str, Any]) -> list[str]:
     Raises UserError where one leads out of the project, of which the clone would not have it, and where the folder of
     images, which DVC watches whatever the data set, is not there.
     """
-    folder = project / params["download"]["folder"]
-    if not folder.is_dir():
-        raise UserError(
-            f"download.folder: {str(folder)!r} is not a folder; "
-            "allowed: the path of one with <class>/… or <split>/<class>/…; correct it"
-        )
+    check_is_folder(project / params["download"]["folder"])
+    return _local_files(project, params)
+
+
+def _local_files(project: Path, params: Mapping[str, Any]) -> list[str]:
     named = [params["download"]["folder"], *params["download"]["urls"], params["train"]["weights"]]
     local = [name for name in named if name and "://" not in name and not Path(name).is_absolute()]
     found = [name for name in local if (project / name).exists()]
@@ -451,7 +452,7 @@ def stage_environment(project: Path, folder: Path, *, variables: Mapping[str, st
         "MLFLOW_TRACKING_URI": tracking_uri(project),
         **_index_folder(folder),
         "PIPELINE_PROJECT": str(project),
-        "PIPELINE_CACHE_DIR": str(project / (os.environ.get("PIPELINE_CACHE_DIR") or ".cache")),
+        "PIPELINE_CACHE_DIR": str(pipeline_cache_folder(project)),
         **variables,
     }
 

@@ -5,7 +5,8 @@ import gc
 import os
 import pwd
 import sys
-from pathlib import Path
+
+from pipeline.project import pipeline_cache_folder, project_folder
 
 # PyTorch and MLflow make half a million objects that stay. To look through them, again and again while they are
 # imported and a few times more when the interpreter ends, takes two seconds.
@@ -22,7 +23,7 @@ def _ensure_user() -> None:
             pwd.getpwuid(os.getuid())
         except KeyError:
             os.environ["LOGNAME"] = f"uid-{os.getuid()}"
-    home, cache = os.path.expanduser("~"), Path(os.environ.get("PIPELINE_CACHE_DIR", ".cache")).resolve()  # noqa: PTH111
+    home, cache = os.path.expanduser("~"), pipeline_cache_folder(project_folder())  # noqa: PTH111
     if not os.path.isdir(home):  # noqa: PTH112  # Path.home raises where there is none
         os.environ["HOME"] = str(cache / "home")
     elif not os.access(home, os.W_OK):

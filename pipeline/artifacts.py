@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import UserError, first_line
-from pipeline.project import copy_hint, project_folder
+from pipeline.project import copy_hint, pipeline_cache_folder, project_folder
 
 DOWNLOAD = Path("artifacts/download")
 NORMALIZE = Path("artifacts/normalize")
@@ -42,12 +42,12 @@ Labels = npt.NDArray[np.int64]
 
 
 def kept_folder(name: str) -> Path:
-    """The project's `.cache/<name>/`, or below PIPELINE_CACHE_DIR: DVC empties a step's folder before it runs the step.
+    """A folder in `pipeline_cache_folder`, relative in the project.
 
-    A relative PIPELINE_CACHE_DIR is one in the project.
+    DVC empties a step's own folder before it runs the step.
     """
-    folder, project = Path(os.environ.get("PIPELINE_CACHE_DIR") or ".cache") / name, project_folder()
-    return folder if project == Path.cwd() else project / folder
+    project = project_folder()
+    return pipeline_cache_folder(Path() if project == Path.cwd() else project) / name
 
 
 def expand(path: str) -> Path:

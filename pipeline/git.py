@@ -1,6 +1,7 @@
 """The one place that asks git: a question that git cannot answer raises, so that no failure passes for an answer."""
 
 import os
+import shlex
 import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -19,15 +20,24 @@ DIFF = (
     "--src-prefix=a/",
     "--dst-prefix=b/",
     "--no-relative",
+    "--submodule=short",
+    "--unified=3",
+    "--inter-hunk-context=0",
 )
 """What `git apply` can take at the top of the repository, whatever the user's settings for diffs."""
 CODE = "pipeline/*.py"
 """Which untracked files count as uncommitted changes: a stage may import them."""
-_MISLEADING = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_PREFIX")
+_MISLEADING = (
+    *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_PREFIX"),
+    *("GIT_DIFF_OPTS", "GIT_LITERAL_PATHSPECS", "GIT_NOGLOB_PATHSPECS"),
+)
 
 
 def environment() -> dict[str, str]:
-    """Our environment without what a git hook sets, which would point git and DVC to another repository."""
+    """Our environment without what a git hook sets, which would point git and DVC to another repository.
+
+    Variables that change what our options and patterns mean are left out too.
+    """
     return {name: value for name, value in os.environ.items() if name not in _MISLEADING}
 
 
@@ -57,22 +67,41 @@ def output(folder: Path, *arguments: str, answers: Collection[int] = (0,)) -> by
     return done.stdout
 
 
-def _explain(folder: Path, action: str, said: str) -> str:
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def _explain(folder: Path, action: str, message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
     remedy = next((line for line in lines if line.startswith("git config --global --add safe.directory")), None)
     if remedy:
         return f"git refuses {folder}, which belongs to another user; if you trust it, run `{remedy}`"
-    if "not a git repository" in said:
+    if "not a git repository" in message:
         return f"{folder}: not in a git repository; run `git init`, then commit"
     fatal = next((line for line in lines if line.startswith(("fatal: ", "error: "))), None)
     reason = (fatal or (lines or ["no reason given"])[-1]).removeprefix("fatal: ").removeprefix("error: ")
-    return f"git {action} in {folder}: {first_line(reason)}"
+    return f"git {action} in {folder}: {first_line(reason)}; fix that (`git status` and `git fsck` there show more)"
 
 
 def find_commit(folder: Path, revision: str) -> str | None:
     """The full hash of the commit that a revision names, or None where it names none; raises UserError."""
-    question = ("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    if revision.startswith("-"):  # an option to git; git allows no such name
+        return None
+    question = ("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
     return output(folder, *question, answers=(0, 1)).decode().strip() or None
+
+
+def check_committed(folder: Path, tracked: str) -> str:
+    """The hash of the commit that is checked out.
+
+    Raises UserError where there is none, or where the repository does not have the file `tracked` of the folder.
+    """
+    commit = find_commit(folder, "HEAD")
+    if commit is None:
+        raise UserError(f"{folder}: no git commit yet; run `git add . && git commit -m Start`")
+    if not output(folder, "ls-files", "--", tracked):
+        repository = git(folder, "rev-parse", "--show-toplevel")
+        raise UserError(
+            f"{folder}: the git repository {repository} does not track {tracked} here; "
+            "run `git add .` and commit, or `git init` first for a repository of its own"
+        )
+    return commit
 
 
 def read_committed(folder: Path, commit: str, name: str) -> str | None:
@@ -111,14 +140,26 @@ def code_state(folder: Path, *, tracked: str) -> CodeState:
     """
     commit = None
     try:
-        if not output(folder, "ls-files", "--", tracked):
-            raise UserError(f"{folder}: git does not track its {tracked}; run `git init` there, then commit")
-        commit = find_commit(folder, "HEAD")
-        if commit is None:
-            raise UserError(f"{folder}: no git commit yet; run `git add . && git commit -m Start`")
+        commit = check_committed(folder, tracked)
+        _check_all_compared(folder)
         return CodeState(commit, output(folder, *DIFF, "HEAD", "--", ".") + _untracked_code(folder))
     except UserError as error:
         return CodeState(commit, None, str(error))
+
+
+def _check_all_compared(folder: Path) -> None:
+    """Raise UserError where the index has git take a file for unchanged without a look at it.
+
+    A file that a sparse checkout leaves out is no such file: it is not there.
+    """
+    entries = output(folder, "ls-files", "-v", "-z", "--", ".").decode("utf-8", "surrogateescape").split("\0")
+    for flag, name in (entry.split(" ", 1) for entry in entries if entry):
+        if flag.islower() or (flag == "S" and os.path.lexists(folder / name)):
+            option = "--no-assume-unchanged" if flag.islower() else "--no-skip-worktree"
+            raise UserError(
+                f"{folder}: git does not compare {name} with the commit; let it, by "
+                f"`git update-index {option} -- {shlex.quote(name)}`"
+            )
 
 
 def _untracked_code(folder: Path) -> bytes:

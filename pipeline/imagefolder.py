@@ -18,7 +18,8 @@ from pipeline.images import (
     check_suffix,
     is_image_content,
 )
-from pipeline.layout import ClassFolder, bad_folder, entries, find_layout, is_hidden, listed, suffix
+from pipeline.layout import ClassFolder, entries, find_layout, is_hidden, listed, suffix
+from pipeline.params import bad_folder
 from pipeline.progress import progress
 
 MAX_LOOSE_FRACTION = 0.01

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 from pipeline.images import IMAGE_SUFFIXES, UNDECODABLE_SUFFIXES
+from pipeline.params import bad_folder, check_is_folder
 
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
@@ -34,11 +35,6 @@ PASSED_OVER = frozenset(
     }
 )
 """What systems leave beside images, lower case; names with a leading dot are passed over as well."""
-ALLOWED = (
-    "<class>/… or <split>/<class>/… with at least two classes, split being train (training), validation (val, valid, "
-    "dev) or test (testing, holdout, eval), with words before or after it as in seg_train"
-)
-
 
 _PHOTOGRAPH_SUFFIXES = IMAGE_SUFFIXES | UNDECODABLE_SUFFIXES
 
@@ -75,10 +71,7 @@ def find_layout(root: Path) -> Layout:
     Raises UserError, with the layout that was seen and those that are allowed, where there are none to learn from,
     or where what looks like classes may be something else.
     """
-    if not root.is_dir():
-        raise bad_folder(
-            f"{str(root)!r} {'is not a folder' if root.exists() else 'does not exist'}", "correct the path"
-        )
+    check_is_folder(root)
     if not subfolders(root):
         raise bad_folder(f"{str(root)!r} has no folders in it", "put your images there, a folder for each class")
     root = _unwrapped(root)
@@ -101,10 +94,6 @@ def find_layout(root: Path) -> Layout:
     for split in splits:
         _check_not_misread({each.name: each.path for each in classes if each.split == split})
     return Layout(sorted(classes, key=lambda each: f"{each.member}/"), splits, unlabeled)
-
-
-def bad_folder(found: str, remedy: str) -> UserError:
-    return UserError(f"download.folder: {found}; allowed: {ALLOWED}; {remedy}")
 
 
 def split_of(name: str) -> str | None:

@@ -21,6 +21,11 @@ from pipeline.errors import UserError, report_errors, shown
 
 PARAMS_FILE = Path("params.yaml")
 RECIPES_FOLDER = Path("recipes")
+ALLOWED_FOLDERS = (
+    "<class>/… or <split>/<class>/… with at least two classes, split being train (training), validation (val, valid, "
+    "dev) or test (testing, holdout, eval), with words before or after it as in seg_train"
+)
+"""What `download.folder` may have in it."""
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -39,6 +44,18 @@ Resize = Literal["crop", "pad", "stretch"]
 Views = Literal["none", "mirror", "mirror_and_shift"]
 Selection = Literal["highest_accuracy", "latest_equivalent"]
 Flag = Annotated[bool, Field(strict=True)]
+
+
+def bad_folder(found: str, remedy: str) -> UserError:
+    """What to raise where the folder that `download.folder` names does not have what it should."""
+    return UserError(f"download.folder: {found}; allowed: {ALLOWED_FOLDERS}; {remedy}")
+
+
+def check_is_folder(folder: Path) -> None:
+    """Raise UserError where `download.folder` names no folder."""
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist"
+        raise bad_folder(f"{str(folder)!r} {problem}", "correct the path")
 
 
 class Section(BaseModel):

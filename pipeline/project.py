@@ -36,6 +36,11 @@ def artifact_folder(project: Path) -> Path:
     return project / "mlartifacts"
 
 
+def pipeline_cache_folder(project: Path) -> Path:
+    """What the pipeline keeps for later: `.cache/`, or PIPELINE_CACHE_DIR, a relative one being in the project."""
+    return project / (os.environ.get("PIPELINE_CACHE_DIR") or ".cache")
+
+
 def copy_hint(path: Path) -> str:
     """What to do where a file that git does not track is missing in a temporary copy; empty elsewhere."""
     if path.is_absolute() or temporary_folder_owner() is None:

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from mlflow.data.code_dataset_source import CodeDatasetSource
 from mlflow.data.dataset_source import DatasetSource
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import LoggedModelStatus, Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.store.db import utils as db_utils
@@ -59,7 +60,7 @@ from pipeline.model_code import packaged
 from pipeline.params import PARAMS_FILE, read_yaml
 from pipeline.processes import HOST, PID, Life, life, this_process
 from pipeline.project import artifact_folder, project_folder
-from pipeline.relocation import relocate
+from pipeline.relocation import base_folder, relocate
 from pipeline.settings import (
     check_recording,
     is_server,
@@ -281,6 +282,7 @@ def _take_up(training: str, *, earlier: Mapping[str, Any] | None) -> Run | None:
         found = [run for run in found if run.run_id == earlier["run_id"]]
     else:
         found = [run for run in found if run.status != "FINISHED" and _is_free(run)]
+    found = [run for run in found[:1] if _has_place(run.run_id)]
     if not found:
         return None
     client, run_id = MlflowClient(), found[0].run_id
@@ -379,6 +381,8 @@ def _read_notes(path: Path) -> dict[str, Any]:
 
 def _give(folder: Path, notes: Mapping[str, Any]) -> None:
     """Metrics, the finished training in `folder` where there is one, and how the run ended."""
+    if not _has_place(notes["run_id"]):
+        raise OSError(f"the folder of artifacts of MLflow run {notes['run_id']} no longer exists")
     run = Run(notes["run_id"], waiting=notes["waiting"])
     done = run.flush()
     if folder.exists():
@@ -416,6 +420,7 @@ def run_of_model(model_md5: str, *, experiment: str) -> tuple[Run, bool]:
     found = makers(model_md5, reproduces=os.environ.get("PIPELINE_REPRODUCES"))
     with store_errors():
         client = MlflowClient()
+        found = [run for run in found[:1] if _has_place(run.run_id)]
         if found:
             run = Run(found[0].run_id)
             run.tag(_flow_run())
@@ -643,7 +648,39 @@ def _experiment_id(name: str) -> str:
             f"MLflow's experiment {found.name} is deleted; `mlflow experiments restore -x {found.experiment_id}` "
             "brings it back, MLFLOW_EXPERIMENT_NAME=… takes another"
         )
+    _check_place(found)
     return str(found.experiment_id)
+
+
+def _check_place(experiment: mlflow.entities.Experiment) -> None:
+    """Raise UserError where the experiment's artifacts would be written to a folder that has to be made again.
+
+    So it is after a project was moved, in a store outside it: which of the paths there were its own, nobody knows.
+    """
+    folder = _missing_place(experiment.artifact_location)
+    if folder is None or not MlflowClient().search_runs([experiment.experiment_id], "", ViewType.ALL, max_results=1):
+        return
+    here = artifact_folder(project_folder())
+    remedy = f"`mkdir -p {shlex.quote(str(folder))}` makes it again"
+    if folder.name == here.name:
+        parent, *link = (shlex.quote(str(path)) for path in (folder.parent, here, folder))
+        remedy = f"`mkdir -p {parent} && ln -s {' '.join(link)}` lets it lead to this project, old runs included"
+    raise UserError(
+        f"MLflow's experiment {experiment.name} keeps its artifacts in {folder}, which no longer exists; was the "
+        f"project moved? {remedy}; MLFLOW_EXPERIMENT_NAME=… takes another experiment"
+    )
+
+
+def _missing_place(location: str) -> Path | None:
+    """The folder of artifacts that a location is in, where that is a local one that does not exist."""
+    folder = None if is_server(mlflow.get_tracking_uri()) else base_folder(location)
+    return None if folder is None or folder.exists() else folder
+
+
+def _has_place(run_id: str) -> bool:
+    """Whether the folder exists in which the run's experiment keeps, or kept, its artifacts."""
+    location = MlflowClient().get_run(run_id).info.artifact_uri  # …/<run id>/artifacts
+    return _missing_place(location.rstrip("/").rsplit("/", 2)[0]) is None
 
 
 def _create_experiment(name: str) -> str:

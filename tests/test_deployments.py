@@ -258,7 +258,7 @@ def test_without_a_gpu_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch, tm
 def test_a_worker_without_a_checkout_takes_code_from_git_and_files_from_the_remote(site: Site, tmp_path: Path) -> None:
     url, remote = f"file://{site.project}", tmp_path / "remote"
     remote.mkdir()
-    deploy.deploy_from_git(url, deploy.find_commit(url, "HEAD"))
+    deploy.deploy_from_git(url, deploy.resolve_remote_revision(url, "HEAD"))
     environment = {**site.environment, "TOY": str(tmp_path), "PIPELINE_DVC_REMOTE": str(remote)}
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "git", "--type", "process", "--run-once"]
     for attempt in (1, 2):  # each in a clone with a cache of its own
@@ -276,10 +276,10 @@ def test_a_worker_without_a_checkout_takes_code_from_git_and_files_from_the_remo
 
 def test_a_password_in_the_address_is_refused_and_not_told() -> None:
     with pytest.raises(UserError, match="--git: found a password") as error:
-        deploy.find_commit("https://user:secret@host/repository.git", "0" * 40)
+        deploy.resolve_remote_revision("https://user:secret@host/repository.git", "0" * 40)
     assert "secret" not in str(error.value)
 
 
 def test_a_revision_that_is_not_there_is_one_line(site: Site) -> None:
     with pytest.raises(UserError, match=r"--revision: .* has no 'nothing'; allowed: a branch"):
-        deploy.find_commit(str(site.project), "nothing")
+        deploy.resolve_remote_revision(str(site.project), "nothing")

@@ -1,6 +1,7 @@
 """The Makefile and ./python: which Python runs, what is installed, what a path given to make becomes."""
 
 import os
+import shutil
 import ssl
 import subprocess
 import sys
@@ -267,9 +268,10 @@ def write_package(folder: Path) -> str:
     page.parent.mkdir(parents=True)
     wheel = page.with_name("tiny-1-py3-none-any.whl")
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tiny.py", "")
+        archive.writestr("tiny.py", "import sys\n\ndef main():\n    print(sys.prefix)\n")
         archive.writestr("tiny-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny\nVersion: 1\n")
         archive.writestr("tiny-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("tiny-1.dist-info/entry_points.txt", "[console_scripts]\ntiny = tiny:main\n")
         archive.writestr("tiny-1.dist-info/RECORD", "")
     page.write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
     return f"tiny==1 --hash=sha256:{sha256(wheel.read_bytes()).hexdigest()}\n"
@@ -294,3 +296,37 @@ def test_make_installs_through_a_companys_inspection(  # noqa: PLR0917
     done = make("install", "EXTRAS=s3", folder=installed)
     assert done.returncode == 0, done.stderr
     assert list((installed / ".venv" / "lib").glob("python*/site-packages/tiny.py"))
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_scripts_of_a_moved_or_copied_environment_run_there(
+    linked: bool, tmp_path: Path, installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in (installed / "requirements").glob("*.lock"):
+        path.write_text("")
+    (installed / "requirements" / "base.lock").write_text(write_package(tmp_path))
+    environment = installed / ".venv"
+    shutil.rmtree(environment)
+    if linked:
+        environment = installed / "else where"
+        (installed / ".venv").symlink_to("else where")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    next(environment.glob("lib/python*/site-packages")).joinpath("pip.py").write_text("")  # it would take seconds
+    uv = Path(sys.executable).with_name("uv")
+    script(environment / "bin" / "uv", f'exec "{uv}" "$@"')
+    monkeypatch.setenv("UV_FIND_LINKS", str(tmp_path / "simple" / "tiny"))
+    monkeypatch.setenv("UV_OFFLINE", "true")
+    subprocess.run(  # as an earlier version did
+        [uv, "pip", "sync", "--quiet", "requirements/base.lock"],
+        cwd=installed,
+        env=os.environ | {"VIRTUAL_ENV": str(environment)},
+        check=True,
+    )
+    assert str(environment) in (environment / "bin" / "tiny").read_text()
+    done = make("install", folder=installed)
+    assert done.returncode == 0, done.stderr
+    copy = Path(shutil.copytree(installed, tmp_path / "copy", symlinks=True))
+    for project in (copy, installed.rename(tmp_path / "moved")):
+        for command in (".venv/bin/tiny", "source .venv/bin/activate && tiny"):
+            out = subprocess.run(["bash", "-c", command], cwd=project, capture_output=True, text=True, check=True)
+            assert Path(out.stdout.strip()).resolve() == (project / ".venv").resolve()

@@ -79,3 +79,9 @@ def test_what_failed_or_waits_shows_its_state_and_not_the_metrics_of_its_commit(
         "failed",
         "train.weights=null",
     ]
+
+
+def test_a_metric_that_is_null_is_shown_as_null() -> None:
+    metrics = {"accuracy": 0.5, "macro_f1": None, "loss": None}
+    [_, line] = as_table([Row("- bold-name", "2026-11-25 21:12", "success", metrics, {})], width=120).splitlines()
+    assert line.split()[4:] == ["0.5000", "null", "null"]

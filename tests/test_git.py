@@ -1,6 +1,7 @@
 """A question that git cannot answer is recorded as unknown, and told; it is never taken for "no"."""
 
 import os
+import shlex
 import socket
 import subprocess
 from collections.abc import Callable
@@ -64,7 +65,7 @@ TROUBLES: dict[Callable[[Path, pytest.MonkeyPatch], None], str] = {
     of_another_user: "which belongs to another user; if you trust it, run `git config --global --add safe.directory",
     without_repository: "not in a git repository; run `git init`, then commit",
     without_commit: "no git commit yet; run `git add . && git commit -m Start`",
-    in_another_repository: "git does not track its params.yaml; run `git init` there, then commit",
+    in_another_repository: "does not track params.yaml here; run `git add .` and commit, or `git init` first for a",
 }
 
 
@@ -102,6 +103,78 @@ def test_changed_and_untracked_code_makes_a_patch_that_applies(project: Path, tm
     subprocess.run(["git", "apply", "-"], cwd=tmp_path / "clone", input=found.difference, check=True)
     assert (tmp_path / "clone/pipeline/new.py").read_text() == "x = 1\n"
     assert (tmp_path / "clone/params.yaml").read_text() == "train: {seed: 1}\n"
+
+
+SETTINGS = {
+    "diff.context": "0",
+    "diff.interHunkContext": "9",
+    "diff.noprefix": "true",
+    "diff.mnemonicPrefix": "true",
+    "diff.relative": "true",
+    "diff.renames": "copies",
+    "diff.external": "false",
+    "diff.submodule": "log",
+    "diff.suppressBlankEmpty": "true",
+    "diff.algorithm": "histogram",
+    "diff.wordRegex": ".",
+    "diff.colorMoved": "zebra",
+    "color.ui": "always",
+    "core.quotePath": "false",
+    "core.abbrev": "4",
+}
+
+
+def test_a_patch_applies_whatever_the_settings_for_diffs(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = project / "pipeline/loop.py"
+    module.write_text("".join(f"{number}\n\n" for number in range(40)))
+    (project / "pipeline/é.bin").write_bytes(bytes(range(256)))
+    git(project, "add", ".")
+    git(project, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "more")
+    git(tmp_path, "clone", "-q", str(project), "clone")
+    for name, value in SETTINGS.items():
+        git(project, "config", name, value)
+    monkeypatch.setenv("GIT_DIFF_OPTS", "--unified=0")
+    monkeypatch.setenv("GIT_LITERAL_PATHSPECS", "1")
+    module.rename(project / "pipeline/renamed.py")
+    (project / "pipeline/renamed.py").write_text(
+        "".join(f"{number}{' ' * (number % 9 == 5)}\n\n" for number in range(40))
+    )
+    (project / "pipeline/é.bin").write_bytes(bytes(range(255)))
+    (project / "pipeline/own.py").write_text("x = 1\n\n")
+    found = code_state(project, tracked="params.yaml")
+    command = ["git", "apply", "--index", "--whitespace=nowarn", "-"]
+    subprocess.run(command, cwd=tmp_path / "clone", input=found.difference, check=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "clone/pipeline").iterdir()} == {
+        path.name: path.read_bytes() for path in (project / "pipeline").iterdir()
+    }
+
+
+@pytest.mark.parametrize("option", ["--assume-unchanged", "--skip-worktree"])
+def test_code_that_git_was_told_not_to_compare_is_unknown_with_the_remedy(project: Path, option: str) -> None:
+    git(project, "update-index", option, "pipeline/loop.py")
+    (project / "pipeline/loop.py").write_text("changed")
+    found = code_state(project, tracked="params.yaml")
+    assert (found.commit, found.dirty) == (git(project, "rev-parse", "HEAD"), UNKNOWN)
+    assert "git does not compare pipeline/loop.py with the commit" in found.problem
+    git(project, *shlex.split(found.problem.split("`git ")[1].rstrip("`")))
+    assert code_state(project, tracked="params.yaml").dirty == "true"
+
+
+def test_what_a_sparse_checkout_leaves_out_is_not_changed(project: Path) -> None:
+    (project / "docs").mkdir()
+    (project / "docs/long.md").write_text("long")
+    git(project, "add", ".")
+    git(project, "-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "more")
+    git(project, "sparse-checkout", "set", "pipeline")
+    assert not (project / "docs").exists()
+    assert code_state(project, tracked="params.yaml").dirty == "false"
+
+
+def test_an_option_is_no_revision(project: Path) -> None:
+    for name in ("--all", "--git-dir", "-h", "--"):
+        assert find_commit(project, name) is None
 
 
 def test_a_run_without_a_repository_says_that_its_code_is_unknown(

@@ -45,10 +45,10 @@ def test_a_home_folder_and_one_in_the_project(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--images", "/no/such folder"], "download.folder: '/no/such folder' is not a folder"),
+        (["--images", "/no/such folder"], "download.folder: '/no/such folder' does not exist"),
         (["--images", "data/images", "--recipe", "digits"], "recipe digits has download.dataset digits"),
         (["--images", "data/images", "--set", "download.folder=x"], "--set download.folder and --images: found both"),
-        (["--set", "download.folder=no/such"], "is not a folder"),
+        (["--set", "download.folder=no/such"], "does not exist; allowed: <class>/… or <split>/<class>/… with"),
         (["--recipe", "nothing"], "recipe: found 'nothing'"),
     ],
 )

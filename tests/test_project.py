@@ -2,6 +2,7 @@
 
 import shutil
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from flows.ui import mlflow_server
 from pipeline import tracking
 from pipeline.artifacts import kept_folder
 from pipeline.download import download
-from pipeline.errors import UserError
+from pipeline.errors import TemporaryError, UserError
 from pipeline.project import EXPERIMENTS, project_folder
 from pipeline.relocation import LOCATIONS, relocate
 from pipeline.settings import tracking_uri
@@ -186,12 +187,84 @@ def test_a_store_that_cannot_be_corrected_is_told_in_one_line_and_left_as_it_is(
     monkeypatch.setattr("pipeline.relocation.BUSY_SECONDS", 0.1)
     with sqlite3.connect(here / "mlflow.db", isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(UserError, match=r"holds paths of another folder.*database is locked"):
+        with pytest.raises(TemporaryError, match=r"holds paths of another folder.*database is locked"):
+            relocate(tracking_uri(here), here)
+        other.execute("ROLLBACK")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(TemporaryError, match=r"cannot be read \(database is locked\); end what else uses it"):
             relocate(tracking_uri(here), here)
         other.execute("ROLLBACK")
     other.close()
     assert relocate(tracking_uri(here), here)
     assert relocate(tracking_uri(here), here) is None
+
+
+def test_a_damaged_store_is_left_to_mlflows_report(project: Path) -> None:
+    (project / "mlflow.db").write_bytes(b"no database" * 1000)
+    assert relocate(tracking_uri(project), project) is None
+
+
+@pytest.mark.parametrize("change", [move, copy])
+def test_a_folder_for_artifacts_that_the_user_chose_stays(
+    project: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Path]
+) -> None:
+    chosen = project.parent / "shared/mlartifacts/7"
+    chosen.mkdir(parents=True)
+    connect()
+    MlflowClient().create_experiment("digits", artifact_location=chosen.as_uri())
+    make_run()
+    here = change(project)
+    go_to(here, monkeypatch)
+    run_id = make_run("1")
+    assert list((chosen / run_id).rglob("note.txt"))
+    assert not list((here / "mlartifacts").rglob("note.txt"))
+
+
+def test_a_project_moved_away_from_its_store_elsewhere_writes_nothing_to_the_old_place(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{project.parent}/elsewhere.db"
+    shutil.copy(project / "mlflow.db", project.parent / "elsewhere.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    old = make_run()
+    here = move(project)
+    go_to(here, monkeypatch)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for name in ("0", "1"):  # one that has a run in the old place, and a new one
+        with pytest.raises(
+            UserError, match=f"digits keeps its artifacts in {project}/mlartifacts, which no longer"
+        ) as error:
+            make_run(name)
+    with pytest.raises(UserError, match="MLFLOW_EXPERIMENT_NAME=… takes another experiment"):
+        tracking._create_run("digits", training="t")
+    assert not project.exists()
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "moved")
+    new = make_run()
+    assert list((here / "mlartifacts" / new).rglob("note.txt"))
+    assert not project.exists()
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    subprocess.run(str(error.value).split("`")[1], shell=True, check=True)
+    found = find_run(old)
+    assert found
+    assert read_file(found, "note.txt") == b"x"
+    assert list((here / "mlartifacts" / make_run("2")).rglob("note.txt"))
+
+
+def test_an_experiment_elsewhere_whose_folder_has_gone_is_refused(project: Path) -> None:
+    connect()
+    chosen = project.parent / "my place/artifacts"
+    MlflowClient().create_experiment("digits", artifact_location=chosen.as_uri())
+    make_run()
+    shutil.rmtree(chosen.parent)
+    with pytest.raises(UserError, match=r"`mkdir -p '.*/my place'` makes it again; MLFLOW_EXPERIMENT_NAME=…"):
+        make_run("1")
+    assert not chosen.parent.exists()
+
+
+def test_an_experiment_whose_folder_was_never_made_is_used(project: Path) -> None:
+    connect()
+    MlflowClient().create_experiment("digits", artifact_location=(project.parent / "new/place").as_uri())
+    assert list((project.parent / "new/place" / make_run()).rglob("note.txt"))
 
 
 @pytest.mark.slow

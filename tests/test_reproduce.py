@@ -81,7 +81,7 @@ def test_another_package_version_or_hardware_is_named(
 ) -> None:
     [copy] = find_runs({tracking.REPRODUCES: run.run_id})
     monkeypatch.setattr(tracking, "read_file", lambda found, name: PACKAGES[found.run_id == copy.run_id])
-    lines = list(reproduce._surroundings(replace(run, tags={**run.tags, "hardware.cpu": "abacus"}), copy))
+    lines = list(reproduce._environment_differences(replace(run, tags={**run.tags, "hardware.cpu": "abacus"}), copy))
     assert lines == [
         "environment torch: was 2.11.0, is 2.15.0",
         f"hardware    cpu: was abacus, is {copy.tags['hardware.cpu']}",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
+from pipeline.artifacts import kept_folder
 from pipeline.processes import num_cores
 from tests.conftest import PROJECT
 
@@ -42,6 +43,25 @@ def test_a_home_that_is_missing_is_replaced(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("HOME", "/nonexistent")
     pipeline._ensure_user()
     assert Path.home() == tmp_path / ".cache" / "home"
+
+
+def test_the_home_of_an_experiment_in_a_temporary_folder_is_in_the_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setenv("PIPELINE_CACHE_DIR", "")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.delenv("PIPELINE_PROJECT", raising=False)
+    temporary = tmp_path / ".dvc/tmp/exps/tmpabcdef"
+    temporary.mkdir(parents=True)
+    monkeypatch.chdir(temporary)
+    pipeline._ensure_user()
+    assert Path.home() == tmp_path / ".cache" / "home"
+    assert kept_folder("x") == tmp_path / ".cache" / "x"
+    monkeypatch.setenv("HOME", "/nonexistent")
+    monkeypatch.setenv("PIPELINE_CACHE_DIR", "kept")
+    pipeline._ensure_user()
+    assert Path.home() == tmp_path / "kept" / "home"
 
 
 def test_no_home_at_all_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
