@@ -381,7 +381,7 @@ def _read_notes(path: Path) -> dict[str, Any]:
 
 def _give(folder: Path, notes: Mapping[str, Any]) -> None:
     """Metrics, the finished training in `folder` where there is one, and how the run ended."""
-    if not _has_place(notes["run_id"]):
+    if folder.exists() and not _has_place(notes["run_id"]):
         raise OSError(f"the folder of artifacts of MLflow run {notes['run_id']} no longer exists")
     run = Run(notes["run_id"], waiting=notes["waiting"])
     done = run.flush()
