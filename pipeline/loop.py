@@ -110,10 +110,11 @@ def select_epoch(history: Sequence[Epoch], *, selection: Selection, num_images: 
 
 
 def epochs_since_best(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> int:
-    """Return how many epochs ended since the one that `select_epoch` keeps, which decides when to stop early."""
+    """Return how many epochs ended since the last improvement, or with `latest_equivalent` the last of the best."""
     if not history:
         return 0
-    return len(history) - best_epochs(history, selection=selection, num_images=num_images)[-1].epoch
+    best = best_epochs(history, selection=selection, num_images=num_images)
+    return len(history) - best[0 if selection == "highest_accuracy" else -1].epoch
 
 
 OnStep = Callable[[int, float, float], None]
@@ -411,7 +412,7 @@ def _refuse_non_finite(loss: float, *, where: str, params: TrainParams) -> None:
 
 
 def judge(classifier: Classifier, split: Split, *, loss: str) -> tuple[float, float]:
-    """Mean loss (without label smoothing) and accuracy over a whole split; each process evaluates a slice of it."""
+    """Mean loss (without label smoothing) and accuracy over a whole split; each process judges its share of it."""
     rank, processes = distributed.rank(), distributed.world_size()
     start, stop = (len(split) * number // processes for number in (rank, rank + 1))
     logits = logits_of(classifier, split, batch_size=VALIDATION_BATCH, between=(start, stop))

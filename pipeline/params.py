@@ -164,7 +164,8 @@ class TrainParams(Section):
         "inside the 95 % interval of the highest, for validation splits of up to a few hundred images"
     )
     early_stopping_epochs: Annotated[Count, Field(ge=1)] | None = Field(
-        description="stop when this many epochs have ended since the one that selection keeps; null: never"
+        description="stop after this many epochs in a row that are no better than an earlier one, or with "
+        "selection: latest_equivalent worse than one; null: never"
     )
     batch_size: Annotated[Count, Field(ge=1)] = Field(description="images a step; an incomplete last batch is left out")
     average_every_steps: Annotated[Count, Field(ge=1)] | None = Field(
@@ -225,7 +226,7 @@ class TrainParams(Section):
 
 
 class EvaluateParams(Section):
-    """How the model is evaluated on the test split."""
+    """How the model is judged on the test split."""
 
     checkpoint: Literal["best", "last"] = Field(
         description="best: the epoch that train.selection keeps; last: the last epoch"
@@ -234,7 +235,7 @@ class EvaluateParams(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
     cpu_threads: Annotated[Count, Field(ge=0)] = Field(description="threads on the CPU; 0: one a core")
     test_time_augmentation: Views = Field(
-        description="evaluate the mean over views: the image and its mirror image, and these shifted by a pixel"
+        description="judge by the mean over views: the image and its mirror image, and these shifted by a pixel"
     )
     top_k: Annotated[Count, Field(ge=2)] = Field(
         description="also count a hit among the k likeliest, given more classes"
