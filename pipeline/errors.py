@@ -128,5 +128,7 @@ def _leave(message: str, status: int) -> NoReturn:
     in_checkout = "PIPELINE_FLOW_RUN_ID" not in os.environ and temporary_folder_owner() is None
     if "DVC_STAGE" in os.environ and in_checkout:
         message += "; `dvc checkout` brings the last good outputs back"
+        if "DVC_EXP_NAME" in os.environ:  # `dvc exp run -S` has written its values into the file
+            message += ", `git checkout params.yaml` the committed parameters"
     print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     sys.exit(status)

@@ -10,6 +10,7 @@ stderr with the reason; the others, if there are any, are classified, and the ex
 import argparse
 import json
 import os
+import shlex
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -79,7 +80,7 @@ def _read(path: Path, *, config: ModelConfig) -> npt.NDArray[np.uint8] | Unreada
     except FileNotFoundError:
         return UnreadableImage("no such file")
     except IsADirectoryError:
-        return UnreadableImage(f"a folder; name image files, as in {path}/*.jpg")
+        return UnreadableImage(f"a folder; name image files, as in {shlex.quote(str(path))}/*.jpg")
     except OSError as error:
         return UnreadableImage(error.strerror or str(error))
     except UnreadableImage as error:

@@ -109,7 +109,7 @@ def test_a_second_machine_pulls_predicts_and_reproduces_without_the_first_ones_s
     said = command(sys.executable, "-m", "flows.reproduce", "HEAD", folder=second)
     assert said.splitlines()[-1] == "identical", said
     assert f"{'train':<11} identical" in said
-    assert "environment not compared: MLflow has no run that recorded them" in said
+    assert "environment not compared: a commit is compared with its dvc.lock alone" in said
     assert command("git", "status", "--porcelain", folder=second) == ""
 
 
