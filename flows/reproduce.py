@@ -234,7 +234,7 @@ def _compare(run: Record, folder: Path, *, made: Hashes) -> Verdict:
 def _environment_differences(run: Record, again: Record) -> Iterator[str]:
     """Packages and hardware that are not the same in the two runs."""
     if not run.status:
-        yield "environment not compared: a commit is compared with its dvc.lock alone; that of an MLflow run is recorded"
+        yield "environment not compared: a commit is compared with its dvc.lock alone; an MLflow run has it too"
         return
     then, now = (_packages(tracking.read_file(record, "packages.txt")) for record in (run, again))
     if not (then and now):
