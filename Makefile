@@ -128,8 +128,8 @@ CERTIFICATES = certificates=$$($(BIN)/python -c 'import os, pathlib, ssl, sys; \
 PIP_INSTALL = $(CERTIFICATES); [ -z "$$certificates" ] || export PIP_CERT="$$certificates"; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes
 
-# Install exactly the packages of base.lock and of the locks that `.venv/.with-*` name. Where there is no home that can
-# be written, uv does without a cache.
+# Install exactly the packages of base.lock, uv itself, and the locks that `.venv/.with-*` name. Where there is no home
+# that can be written, uv does without a cache.
 SYNC = locks=; for chosen in .venv/.with-*; do lock="requirements/$${chosen\#\#*.with-}.lock"; \
 	    if [ -e "$$lock" ]; then locks="$$locks $$lock"; fi; done; \
 	[ -w "$${HOME:-/nonexistent}" ] || export UV_NO_CACHE=true; \
@@ -137,7 +137,7 @@ SYNC = locks=; for chosen in .venv/.with-*; do lock="requirements/$${chosen\#\#*
 	elif [ "$$certificates" ]; then export SSL_CERT_FILE="$$certificates"; fi; \
 	: "$${UV_SYSTEM_CERTS:=$$($(BIN)/python -c 'import ssl; print(bool(ssl.create_default_context().get_ca_certs()))')}"; \
 	VIRTUAL_ENV="$$PWD/.venv" UV_SYSTEM_CERTS="$$UV_SYSTEM_CERTS" \
-	    $(BIN)/uv pip sync --quiet --require-hashes requirements/base.lock $$locks
+	    $(BIN)/uv pip sync --quiet --require-hashes requirements/base.lock requirements/uv.lock $$locks
 
 # Let .venv/bin/dvc and the other scripts, and activate, use the environment that they lie in, also after the project was
 # moved or copied. Of an environment that was made before, the scripts are written anew.

@@ -140,7 +140,7 @@ def test_chosen_extras_stay_chosen(installed: Path) -> None:
     make("install", "EXTRAS=s3 postgresql", folder=installed)
     again = make("install", "EXTRAS=ssh", folder=installed)
     locks = [line for line in again.stdout.splitlines() if line.startswith("requirements/")]
-    assert locks == [f"requirements/{name}.lock" for name in ("base", "postgresql", "s3", "ssh")]
+    assert locks == [f"requirements/{name}.lock" for name in ("base", "uv", "postgresql", "s3", "ssh")]
     assert again.returncode == 0
 
 
@@ -282,7 +282,8 @@ def test_make_installs_through_a_companys_inspection(  # noqa: PLR0917
     variable: str, inspected: str, company: Path, tmp_path: Path, installed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (installed / "requirements" / "base.lock").write_text(write_package(tmp_path))
-    (installed / "requirements" / "s3.lock").write_text("")
+    for name in ("uv", "s3"):
+        (installed / "requirements" / f"{name}.lock").write_text("")
     (installed / ".venv" / ".installed").touch()  # later than the locks
     for name in ("python", "uv"):
         (installed / ".venv" / "bin" / name).unlink()
