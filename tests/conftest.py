@@ -54,6 +54,17 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     items.sort(key=lambda item: item.path not in slow)  # quick files last: all workers end together
 
 
+@pytest.fixture(autouse=True)
+def _keep_tracking_uri() -> Iterator[None]:
+    """Leave no test the store of an earlier one: `mlflow.set_tracking_uri` sets the variable too."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    yield
+    if before is None:
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+    else:
+        os.environ["MLFLOW_TRACKING_URI"] = before
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
     return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None

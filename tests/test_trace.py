@@ -105,13 +105,13 @@ def test_what_is_unknown_is_told_with_the_places(project: Path, wanted: str) -> 
     assert "\n" not in str(error.value)
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback(recorded: Path) -> None:
+def test_a_reader_that_has_seen_enough_gets_no_traceback(project: Path) -> None:
     command = f"{sys.executable} -m flows.trace HEAD | head -c 1"
-    done = subprocess.run(["sh", "-c", command], cwd=recorded, capture_output=True, text=True, check=False)
+    done = subprocess.run(["sh", "-c", command], cwd=project, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("c", "")
 
 
-def test_an_unknown_id_ends_with_status_2(recorded: Path) -> None:
+def test_an_unknown_id_ends_with_status_2(project: Path) -> None:
     command = [sys.executable, "-m", "flows.trace", "nonsense"]
-    done = subprocess.run(command, cwd=recorded, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
