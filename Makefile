@@ -24,6 +24,8 @@ endif
 LOCKS := requirements/base.lock $(wildcard $(patsubst .venv/.with-%,requirements/%.lock,$(wildcard .venv/.with-*)))
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# each of the many processes would compile the packages anew
+unexport PYTHONDONTWRITEBYTECODE
 # none of the tools phones home
 export DO_NOT_TRACK := true
 export DVC_NO_ANALYTICS := true
@@ -47,10 +49,10 @@ run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epoc
 	@$(BIN)/python -m flows.train_classifier $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER") \
 	    $(foreach value,$(SET),--set "$(value)")
 
-test: $(INSTALLED_DEV) ## run all tests (less than 8 minutes on 2 cores)
+test: $(INSTALLED_DEV) ## run all tests (9 minutes on 2 cores)
 	$(BIN)/python -m pytest $(or $(PYTEST),$(WORKERS) 3)
 
-test-quick: $(INSTALLED_DEV) ## run the tests without servers and trainings in processes of their own (a minute)
+test-quick: $(INSTALLED_DEV) ## run the tests without servers and trainings in processes of their own (75 seconds)
 	$(BIN)/python -m pytest -m "not slow" $(or $(PYTEST),$(WORKERS) 2)
 
 faults: $(INSTALLED_DEV) ## kill trainings 200 times, all over their lives, and compare what comes out (10 minutes)
