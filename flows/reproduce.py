@@ -4,7 +4,7 @@
 its parameters and the raw data, as DVC has kept it, are put into a fresh clone, and every other stage runs there again.
 ID is an MLflow run's or, where MLflow has no such run (as on another machine), a git commit or a DVC experiment: then
 its dvc.lock says what is to come out. MLflow gets a run for it that is tagged `reproduces`, so it does not pass for a
-new result. Exit status: 0 identical, 1 something differs, 2 a mistake to mend.
+new result. Exit status: 0 identical, 1 something differs, 2 a mistake to fix.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The outcome; `environment` tells packages and hardware, `damaged` kept copies, that are not the same.
+    """The outcome; `environment` names packages and hardware, `damaged` kept copies, that are not the same.
 
     `environment` is None where there was nothing to compare.
     """
@@ -85,7 +85,7 @@ def find(project: Path, wanted: str) -> Record:
     commit = run.tags.get(tracking.COMMIT, UNKNOWN)
     if commit == UNKNOWN or run.tags.get("git.dirty") == UNKNOWN:
         raise UserError(
-            f"MLflow run {wanted}: git could not tell its code then, so it cannot be made again; train again in a "
+            f"MLflow run {wanted}: its code was not known to git then, so it cannot be made again; train again in a "
             "checkout whose code git knows (the run's log has git's reason), and name that run"
         )
     if not find_commit(project, commit):
@@ -289,7 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m flows.reproduce",
         description="Make a recorded run again in a fresh clone, and say of each stage whether the same came out.",
-        epilog="Exit status: 0 identical, 1 something differs, 2 a mistake to mend, 75 another try may help.",
+        epilog="Exit status: 0 identical, 1 something differs, 2 a mistake to fix, 75 another try may help.",
     )
     parser.add_argument("run", metavar="ID", help="an MLflow run, else a git commit or a DVC experiment")
     parser.add_argument("--from-cache", action="store_true", help="take from DVC's cache what it has, do not run it")

@@ -109,8 +109,8 @@ def joined(device: torch.device, *, processes: int) -> Iterator[None]:
     """Be one of the processes that torchrun started, if it did.
 
     Raises UserError where it started another number than `processes`, TemporaryError in the first process where
-    another one is gone. What goes wrong in all is told by the first: the others give it time for that. What goes wrong
-    in another one alone is told by that one, and the first leaves without a word.
+    another one is gone. What fails in all of them is reported by rank 0: the other ranks give it time for that. What
+    fails in another rank alone is reported by that rank, and rank 0 ends silently.
     """
     global _store  # one group a process, as PyTorch has it
     if not is_launched():
@@ -173,7 +173,7 @@ def _another_tells() -> bool:
 
 
 def _leave_when_ended() -> None:
-    """Leave in silence when the launcher ends this process, which it does when the one that tells has ended."""
+    """Leave in silence when the launcher ends this process, which it does when the rank that reports has ended."""
     with suppress(KeyboardInterrupt):  # which SIGTERM is here
         time.sleep(REPORT_SECONDS)
     sys.exit(EXIT_TEMPORARY)

@@ -120,7 +120,7 @@ def setting(folder: Path, name: str) -> str | None:
 class CodeState:
     """Which code is in a folder: `commit`, and `difference`, a patch from the commit to what is there.
 
-    Both are None where git could not tell; `problem` says why.
+    Both are None where git could not answer; `problem` says why.
     """
 
     commit: str | None

@@ -43,7 +43,7 @@ LOCK_SECONDS = 30.0
 class Tool:
     """A package with alembic migrations in `versions`, a folder below it.
 
-    `first_tables` are made first of all: one of them tells a database of this tool from another's. `made_rows` are the
+    `first_tables` are made first of all: one of them identifies a database of this tool. `made_rows` are the
     rows that the tool makes by itself, as an SQL condition for each table; any other row is worth keeping.
     """
 

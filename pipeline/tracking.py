@@ -722,7 +722,7 @@ def dataset(name: str, *, source: str | None, digest: str) -> MetaDataset:
 
 
 def _code_state() -> CodeState:
-    """The code of this project; a warning is printed where git cannot tell."""
+    """The code of this project; a warning is printed where git cannot answer."""
     found = code_state(Path.cwd(), tracked=str(PARAMS_FILE))
     if found.problem:
         print(f"warning: the run is recorded with unknown code, and cannot be reproduced: {found.problem}", flush=True)
