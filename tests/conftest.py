@@ -234,7 +234,7 @@ def hold_at(line: str, *, folder: Path) -> dict[str, str]:
 
 
 def release(folder: Path) -> None:
-    """Let a training that waits at its line go on."""
+    """Resume a training that waits at its line."""
     (folder / f"{HOLD}.reached").unlink()
 
 
