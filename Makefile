@@ -118,7 +118,7 @@ $(INSTALLED_DEV): $(INSTALLED) requirements/dev.lock
 	@touch .venv/.with-dev && $(SYNC)
 	@touch $@
 
-# pip, uv and the downloads (pipeline/fetch.py) are to trust the certificates, a file or a folder, that the user names,
+# pip, uv and the downloads (datasets/fetch.py) are to trust the certificates, a file or a folder, that the user names,
 # else the system's, which a company's TLS inspection needs, where the system has any; pip does so by itself from 24.2 on,
 # which Python 3.11 does not bring.
 CERTIFICATES = certificates=$$($(BIN)/python -c 'import os, pathlib, ssl, sys; \

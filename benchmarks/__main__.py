@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 from benchmarks.cifar10 import add_images, prepare_apart
-from pipeline.errors import report_errors
+from pipeline.core.errors import report_errors
 
 BENCHMARKS = {
     "time_to_accuracy": True,

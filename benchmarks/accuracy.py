@@ -11,9 +11,9 @@ from benchmarks.recipe import load
 from benchmarks.setting import options
 from benchmarks.table import header, mean_and_deviation, table
 from benchmarks.ways import RECIPE, arrays
-from pipeline.errors import report_errors
-from pipeline.loop import judge, train
+from pipeline.core.errors import report_errors
 from pipeline.params import check_params, compose
+from pipeline.training.loop import judge, train
 
 
 def train_and_judge(seed: int) -> tuple[float, float]:

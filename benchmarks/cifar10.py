@@ -30,10 +30,10 @@ from PIL import Image
 
 from benchmarks.ways import CIFAR10, CIFAR10_IMAGES, RECIPE, arrays
 from pipeline.artifacts import CIFAR10_ARCHIVE
-from pipeline.errors import UserError, report_errors
+from pipeline.core.errors import UserError, report_errors
+from pipeline.datasets.raw import CIFAR_BATCHES, CIFAR_FOLDER, CIFAR_SIZE
 from pipeline.normalize import normalize
 from pipeline.params import check_params, compose
-from pipeline.raw import CIFAR_BATCHES, CIFAR_FOLDER, CIFAR_SIZE
 
 ARCHIVE = Path("../shared/data/cifar10-jpeg.tar.gz")
 

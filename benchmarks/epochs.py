@@ -17,13 +17,13 @@ from pathlib import Path
 from benchmarks.lenet import CONFIG, PARAMS, Splits, epoch, fresh, random_splits
 from benchmarks.setting import options, scratch
 from benchmarks.table import header, medians
-from pipeline import tracking
 from pipeline.artifacts import replace_folder
-from pipeline.checkpoint import Checkpoints
-from pipeline.errors import report_errors
-from pipeline.loop import prepare_torch
-from pipeline.model import save_config, save_weights
+from pipeline.core.errors import report_errors
+from pipeline.models.files import save_config, save_weights
+from pipeline.tracking import runs as tracking
 from pipeline.train import report_epoch
+from pipeline.training.checkpoints import Checkpoints
+from pipeline.training.loop import prepare_torch
 
 
 @contextlib.contextmanager

@@ -16,12 +16,13 @@ from benchmarks.recipe import accuracy, first, load, network
 from benchmarks.setting import options, positive
 from benchmarks.table import header, mean_and_deviation, table
 from benchmarks.ways import arrays
-from pipeline.data import DatasetInfo
-from pipeline.errors import report_errors
-from pipeline.loop import prepare_torch, train
-from pipeline.model import Classifier, logits_of
+from pipeline.arrays import DatasetInfo
+from pipeline.core.errors import report_errors
+from pipeline.models.build import Classifier
+from pipeline.models.inference import logits_of
 from pipeline.params import Params, check_params, compose
 from pipeline.train import initialise
+from pipeline.training.loop import prepare_torch, train
 
 RECIPE, SIDE = "cifar10_fast94", 4096
 

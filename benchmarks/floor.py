@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.lenet import PARAMS, TRAIN_IMAGES, VALIDATION_IMAGES, Splits, epoch, fresh, random_splits
 from benchmarks.setting import options
 from benchmarks.table import header, table
-from pipeline.errors import report_errors
-from pipeline.loop import prepare_torch
+from pipeline.core.errors import report_errors
+from pipeline.training.loop import prepare_torch
 
 SIDE, COPIED = 2048, 2**28
 SHOWN = 10

@@ -23,8 +23,9 @@ from benchmarks.cifar10 import add_images, prepare_apart
 from benchmarks.setting import PROJECT, options, scratch
 from benchmarks.table import header, medians, table
 from benchmarks.ways import CIFAR10_IMAGES, RECIPE
-from pipeline.errors import UserError, report_errors
-from pipeline.params import compose, dump_yaml
+from pipeline.core.errors import UserError, report_errors
+from pipeline.core.yaml import dump_yaml
+from pipeline.params import compose
 
 SAMPLE_SECONDS = 0.05
 DOWNLOAD, NORMALIZE = ([sys.executable, "-m", f"pipeline.{step}"] for step in ("download", "normalize"))

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 
 from benchmarks.ways import RECIPE
-from pipeline.data import Split
-from pipeline.loop import train
-from pipeline.model import Classifier, ModelConfig, build
+from pipeline.arrays import Split
+from pipeline.models.build import Classifier, build
+from pipeline.models.config import ModelConfig
 from pipeline.params import check_params, compose
+from pipeline.training.loop import train
 
 Splits = tuple[Split, Split]
 """Train and validation."""

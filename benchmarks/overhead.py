@@ -9,13 +9,13 @@ from pathlib import Path
 
 from benchmarks.setting import clone, options, scratch, timed
 from benchmarks.table import header, medians
-from pipeline.errors import report_errors
+from pipeline.core.errors import report_errors
 
 LOOP = """
 import time
-from pipeline.data import DatasetInfo, Split
-from pipeline.loop import prepare_torch, train
-from pipeline.model import build, configure
+from pipeline.training.batches import DatasetInfo, Split
+from pipeline.training.loop import prepare_torch, train
+from pipeline.models.build import build, configure
 from pipeline.params import load_params
 params, info = load_params().train, DatasetInfo.read()
 device = prepare_torch(params)

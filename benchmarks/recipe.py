@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data import DatasetInfo, Split
-from pipeline.loop import prepare_torch
-from pipeline.model import Classifier, build, configure, memory_format
+from pipeline.arrays import DatasetInfo, Split
+from pipeline.models.build import Classifier, build, memory_format
+from pipeline.models.config import configure
 from pipeline.params import TrainParams
+from pipeline.training.loop import prepare_torch
 
 SPLITS = ("train", "validation", "test")
 

@@ -17,7 +17,7 @@ from benchmarks.setting import PROJECT, clone, options, scratch, timed
 from benchmarks.table import header, medians
 from benchmarks.ways import CIFAR10, RECIPE
 from pipeline.artifacts import CIFAR10_ARCHIVE, file_md5
-from pipeline.errors import report_errors
+from pipeline.core.errors import report_errors
 
 STAGES = ("download", "normalize", "train", "evaluate")
 NO_OPS, NO_OP, EMPTY = 5, "dvc repro, nothing to do", "dvc repro of an empty pipeline, nothing to do"

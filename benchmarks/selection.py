@@ -17,11 +17,12 @@ from benchmarks.recipe import load
 from benchmarks.setting import options, scratch
 from benchmarks.table import header, mean_and_deviation, table
 from benchmarks.ways import CIFAR10_IMAGES
+from pipeline.core.errors import report_errors
 from pipeline.download import download
-from pipeline.errors import report_errors
-from pipeline.loop import Epoch, epochs_since_best, judge, select_epoch, train
 from pipeline.normalize import normalize
 from pipeline.params import Params, Selection, check_params, compose
+from pipeline.training.loop import judge, train
+from pipeline.training.selection import Epoch, epochs_since_best, select_epoch
 
 PATIENCE = 5
 TEST_IMAGES = 200

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.ways import CIFAR10
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[1]
 

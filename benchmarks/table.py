@@ -8,9 +8,9 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.git import UNKNOWN, git
-from pipeline.processes import cpu_name, num_cores
+from pipeline.core.errors import UserError
+from pipeline.core.git import UNKNOWN, git
+from pipeline.core.processes import cpu_name, num_cores
 
 PACKAGES = ("torch", "torchvision", "pytorch-lightning", "numpy", "pillow", "dvc", "mlflow", "prefect")
 

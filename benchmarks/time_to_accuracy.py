@@ -25,7 +25,7 @@ from benchmarks.cifar10 import add_images, prepare_apart
 from benchmarks.setting import options
 from benchmarks.table import header, medians
 from benchmarks.ways import TARGET
-from pipeline.errors import UserError, report_errors
+from pipeline.core.errors import UserError, report_errors
 
 WAYS = ("ours", "tutorial", "dataloader", "lightning")
 ACCURACY = re.compile(r"accuracy (\d\.\d{4})")

@@ -17,9 +17,9 @@ import torch
 from benchmarks.lenet import CONFIG, PARAMS, epoch, fresh, random_split
 from benchmarks.setting import options, scratch
 from benchmarks.table import header, medians
-from pipeline.data import Split
-from pipeline.errors import report_errors
-from pipeline.loop import prepare_torch
+from pipeline.arrays import Split
+from pipeline.core.errors import report_errors
+from pipeline.training.loop import prepare_torch
 
 UNIT = 45_000
 """Images; 138 MB."""

@@ -13,8 +13,8 @@ import requests
 
 from flows.gpu import visible_gpu
 from pipeline.artifacts import check_weights, expand
-from pipeline.errors import TemporaryError, UserError
-from pipeline.settings import is_server, unreachable
+from pipeline.core.errors import TemporaryError, UserError
+from pipeline.core.settings import is_server, unreachable
 
 CONNECT_SECONDS = 5.0
 MAX_ENTRIES = 10_000
@@ -34,7 +34,7 @@ def check_inputs(params: Mapping[str, Any]) -> None:
     for section in ("train", "evaluate"):
         check_device(params[section]["device"], field=f"{section}.device")
     if download["dataset"] == "imagefolder" and _is_small(expand(download["folder"])):
-        from pipeline.imagefolder import scan  # noqa: PLC0415  # its libraries of image formats take 0.2 s to import
+        from pipeline.datasets.imagefolder import scan  # noqa: PLC0415  # its libraries of image formats take 0.2 s to import
 
         scan(expand(download["folder"]))
 

@@ -21,8 +21,8 @@ from flows.prefect_server import ensure_server
 from flows.train_classifier import train_classifier
 from flows.worker import ensure_work_pool
 from flows.workspace import find_repository
-from pipeline.errors import UserError, report_errors, shown
-from pipeline.git import git
+from pipeline.core.errors import UserError, report_errors, shown
+from pipeline.core.git import git
 
 POOL = "git"
 NAME = "from-git"

@@ -53,8 +53,8 @@ from flows.dvc_state import (
 )
 from flows.prefect_server import server_in_force
 from flows.workspace import EXPERIMENT_LABEL, FOLDER, find_leftovers, is_held, made_store, remove_leftovers
-from pipeline.errors import TemporaryError, UserError, report_errors, shown
-from pipeline.processes import HOST, PID, life, this_process
+from pipeline.core.errors import TemporaryError, UserError, report_errors, shown
+from pipeline.core.processes import HOST, PID, life, this_process
 
 PROJECT_LABEL = "process.project"
 RUN_COUNT_LABEL = "process.run_count"
@@ -109,7 +109,7 @@ def mlflow_runs(project: Path) -> Iterator[Finding]:
     if uri is None:
         return
     os.environ["MLFLOW_TRACKING_URI"] = uri
-    from pipeline import tracking  # noqa: PLC0415  # MLflow takes 2 s to import; a flow run's start has no need of it
+    from pipeline.tracking import runs as tracking  # noqa: PLC0415  # MLflow takes 2 s to import; a flow run's start has no need of it
 
     tracking.connect()
     for run in tracking.running():

@@ -15,9 +15,9 @@ from dvc.exceptions import DvcException
 from dvc.utils.serialize import parse_yaml
 
 from pipeline.artifacts import file_md5
-from pipeline.errors import first_line
-from pipeline.git import git, read_committed
-from pipeline.processes import START_TOLERANCE_SECONDS
+from pipeline.core.errors import first_line
+from pipeline.core.git import git, read_committed
+from pipeline.core.processes import START_TOLERANCE_SECONDS
 
 RWLOCK = Path(".dvc/tmp/rwlock")
 """JSON: {"read": {path: [{"pid": …, "cmd": …}]}, "write": {path: {"pid": …, "cmd": …}}}."""

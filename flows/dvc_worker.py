@@ -30,7 +30,7 @@ from dvc_data.hashfile.hash_info import HashInfo
 from scmrepo.exceptions import SCMError
 
 from flows.workspace import FOLDER, GRACE_SECONDS, MARK, in_use
-from pipeline.errors import EXIT_USER
+from pipeline.core.errors import EXIT_USER
 
 REMOTE_VARIABLE = "PIPELINE_DVC_REMOTE"
 """URL of a DVC remote to take files from and put them into: for a project that is thrown away after the run."""

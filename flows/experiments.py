@@ -18,7 +18,7 @@ from typing import Any
 
 from flows import PROJECT
 from flows.summary import changed_params
-from pipeline.errors import UserError, report_errors
+from pipeline.core.errors import UserError, report_errors
 
 METRICS = ("accuracy", "macro_f1", "loss")
 HEADER = ("experiment", "created", *METRICS, "parameters that differ from its commit's")

@@ -17,7 +17,8 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 
-from pipeline.params import PARAMS_FILE, read_yaml
+from pipeline.core.yaml import read_yaml
+from pipeline.params import PARAMS_FILE
 
 LEASE_SECONDS = 60.0
 

@@ -27,13 +27,13 @@ from flows.dvc_state import DAMAGED, cache_folder, cached_path, experiment_refs,
 from flows.prefect_server import server_in_force
 from flows.ui import mlflow_page
 from flows.workspace import EXPERIMENT_LABEL, made_store
-from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
-from pipeline.errors import TemporaryError, UserError, first_line, shown
-from pipeline.git import UNKNOWN, find_commit, git, read_committed
-from pipeline.settings import tracking_uri
-from pipeline.sqlite import sqlite_path
-from pipeline.tracking import Record
+from pipeline.core.errors import TemporaryError, UserError, first_line, shown
+from pipeline.core.git import UNKNOWN, find_commit, git, read_committed
+from pipeline.core.settings import tracking_uri
+from pipeline.core.sqlite import sqlite_path
+from pipeline.tracking import runs as tracking
+from pipeline.tracking.runs import Record
 
 MODEL = "best.safetensors"
 _SAFE = re.compile(r"[\w .:/+-]{1,250}")

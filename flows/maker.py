@@ -8,9 +8,9 @@ import os
 import sys
 
 from flows import PROJECT
-from pipeline import tracking
-from pipeline.errors import report_errors
-from pipeline.settings import tracking_uri
+from pipeline.core.errors import report_errors
+from pipeline.core.settings import tracking_uri
+from pipeline.tracking import runs as tracking
 
 
 def adopt(model_md5: str, *, flow_run_id: str, experiment: str) -> str | None:

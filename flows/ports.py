@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import psutil
 
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 PORTS_TRIED = 100
 T = TypeVar("T")

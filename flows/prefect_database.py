@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from pipeline.errors import TemporaryError
-from pipeline.sqlite import sqlite_path
-from pipeline.sqlite_store import PREFECT, ensure_store
+from pipeline.core.errors import TemporaryError
+from pipeline.core.sqlite import sqlite_path
+from pipeline.tracking.sqlite_store import PREFECT, ensure_store
 
 URL_VARIABLES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 """Of both, the first one counts."""
@@ -22,7 +22,7 @@ URL_VARIABLES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE
 def ensure_database(environment: Mapping[str, str]) -> None:
     """Make or migrate the database that a server with this environment would use, if that is a sqlite file.
 
-    Raises what `pipeline.sqlite_store.ensure_store` raises.
+    Raises what `pipeline.tracking.sqlite_store.ensure_store` raises.
     """
     from prefect.settings import (  # noqa: PLC0415  # takes a second; `make stop` has no need of it
         PREFECT_API_DATABASE_CONNECTION_URL,

@@ -25,13 +25,14 @@ from flows.dvc_state import cache_folder, cached_path, experiment_refs, outputs
 from flows.gpu import gpu_slot, needed_gpu
 from flows.prefect_server import ensure_server
 from flows.workspace import KEPT, StepError, Workspace, made_store, open_recorded
-from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
-from pipeline.errors import EXIT_TEMPORARY, EXIT_USER, UserError, report_errors
-from pipeline.git import UNKNOWN, find_commit, read_committed
-from pipeline.params import PARAMS_FILE, check_is_folder, read_yaml
-from pipeline.settings import tracking_uri
-from pipeline.tracking import Record
+from pipeline.core.errors import EXIT_TEMPORARY, EXIT_USER, UserError, report_errors
+from pipeline.core.git import UNKNOWN, find_commit, read_committed
+from pipeline.core.settings import tracking_uri
+from pipeline.core.yaml import read_yaml
+from pipeline.params import PARAMS_FILE, check_is_folder
+from pipeline.tracking import runs as tracking
+from pipeline.tracking.runs import Record
 
 STAGES = (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE)
 Hashes = Mapping[str, str]

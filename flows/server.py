@@ -27,8 +27,8 @@ import psutil
 from flows import PROJECT, ports
 from flows.prefect_database import ensure_database
 from pipeline.artifacts import write_json
-from pipeline.errors import TemporaryError, report_errors
-from pipeline.processes import lives, start_of
+from pipeline.core.errors import TemporaryError, report_errors
+from pipeline.core.processes import lives, start_of
 
 DEFAULT_PORT = 4200
 START_SECONDS = 90
@@ -45,7 +45,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True)
 class Server:
-    """A server process of ours; `started` (`pipeline.processes.start_of`) tells it from a later owner of its pid."""
+    """A server process of ours; `started` (`core.processes.start_of`) tells it from a later owner of its process id."""
 
     pid: int
     started: str

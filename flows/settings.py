@@ -17,9 +17,9 @@ from prefect.context import get_settings_context
 from prefect.settings import PREFECT_API_URL, PREFECT_PROFILES_PATH, load_profiles
 
 from flows import PROJECT, ports
-from pipeline.errors import UserError, shown
-from pipeline.settings import LOOPBACK, PROXIES
-from pipeline.sqlite import sqlite_uri
+from pipeline.core.errors import UserError, shown
+from pipeline.core.settings import LOOPBACK, PROXIES
+from pipeline.core.sqlite import sqlite_uri
 
 NAME = "PREFECT_API_URL"
 OWN_NAME = "PIPELINE_OWN_PREFECT_API_URL"

@@ -9,7 +9,7 @@ from typing import Any
 
 from flows.workspace import Outcome
 from pipeline.artifacts import EVALUATE, TRAIN, read_json
-from pipeline.errors import shown
+from pipeline.core.errors import shown
 
 NEXT_RECIPE = "cifar10_lenet"
 

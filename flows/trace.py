@@ -16,7 +16,7 @@ from typing import Any
 
 from flows import PROJECT
 from flows.identity import MODEL, Experiment, FlowRun, Trace, trace
-from pipeline.errors import report_errors
+from pipeline.core.errors import report_errors
 
 UNKNOWN = "not known"
 

@@ -47,9 +47,18 @@ from flows.workspace import (
     untracked_files,
 )
 from pipeline.artifacts import TRAIN, expand, file_md5
-from pipeline.errors import EXIT_INTERRUPTED, EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, report_errors, shown
-from pipeline.params import compose, dump_yaml, parse_override, read_yaml
-from pipeline.settings import check_recording, tracking_uri
+from pipeline.core.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_TEMPORARY,
+    EXIT_USER,
+    TemporaryError,
+    UserError,
+    report_errors,
+    shown,
+)
+from pipeline.core.settings import check_recording, tracking_uri
+from pipeline.core.yaml import dump_yaml, read_yaml
+from pipeline.params import compose, parse_override
 
 HOUR = 3600.0
 FOLDER_PARAM = "download.folder"

@@ -24,7 +24,7 @@ from flows import FLOW_NAME, PROJECT, server
 from flows.prefect_server import ensure_server, server_in_force
 from flows.settings import OWN_NAME, PrefectServer
 from flows.workspace import check_checkout
-from pipeline.errors import TemporaryError, UserError, report_errors
+from pipeline.core.errors import TemporaryError, UserError, report_errors
 
 POOL = "local"
 STOP_SECONDS = 40

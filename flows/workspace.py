@@ -19,13 +19,14 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from pipeline.errors import UserError
-from pipeline.git import check_committed, git, read_committed, setting
-from pipeline.git import environment as git_environment
-from pipeline.params import PARAMS_FILE, check_is_folder, read_yaml
-from pipeline.project import pipeline_cache_folder
-from pipeline.settings import tracking_uri
-from pipeline.sqlite import sqlite_path
+from pipeline.core.errors import UserError
+from pipeline.core.git import check_committed, git, read_committed, setting
+from pipeline.core.git import environment as git_environment
+from pipeline.core.project import pipeline_cache_folder
+from pipeline.core.settings import tracking_uri
+from pipeline.core.sqlite import sqlite_path
+from pipeline.core.yaml import read_yaml
+from pipeline.params import PARAMS_FILE, check_is_folder
 
 FOLDER = Path(".dvc/tmp/flows")
 KEPT = Path(".dvc/tmp/kept")
@@ -202,7 +203,7 @@ def open_recorded(
         params: Mapping[str, Any] = read_yaml(clone / PARAMS_FILE)
         return params
 
-    # without a flow run, but `pipeline.errors` is to know that this is no checkout of the user's
+    # without a flow run, but `pipeline.core.errors` is to know that this is no checkout of the user's
     variables = {"PIPELINE_EXPERIMENT": "", "PIPELINE_FLOW_RUN_ID": "", **variables}
     with _open(project, name=name, fill=fill, experiment="", variables=variables, keep=keep) as workspace:
         yield workspace

@@ -6,7 +6,7 @@ import os
 import pwd
 import sys
 
-from pipeline.project import pipeline_cache_folder, project_folder
+from pipeline.core.project import pipeline_cache_folder, project_folder
 
 # PyTorch and MLflow make half a million objects that stay. To look through them, again and again while they are
 # imported and a few times more when the interpreter ends, takes two seconds.

@@ -18,14 +18,13 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import UserError, first_line
-from pipeline.project import copy_hint, pipeline_cache_folder, project_folder
+from pipeline.core.errors import UserError, first_line
+from pipeline.core.project import copy_hint, pipeline_cache_folder, project_folder
 
 DOWNLOAD = Path("artifacts/download")
 NORMALIZE = Path("artifacts/normalize")
 TRAIN = Path("artifacts/train")
 EVALUATE = Path("artifacts/evaluate")
-
 CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
 IMAGEFOLDER_ARCHIVE = "images.tar"
 HISTORY = "history.csv"
@@ -34,7 +33,6 @@ KEPT = "kept"
 """Column of HISTORY: in the row of the kept epoch the reason why it is kept, in the others nothing."""
 CHECKSUMS = "checksums.md5"
 """A line `<MD5>  <name>` for each other file of the folder, sorted by name, as `md5sum` writes them."""
-
 Images = npt.NDArray[np.uint8]
 """(N, H, W, C) uint8."""
 Labels = npt.NDArray[np.int64]

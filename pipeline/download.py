@@ -10,7 +10,6 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pipeline.archives import DamagedArchive, members, open_tar
 from pipeline.artifacts import (
     CIFAR10_ARCHIVE,
     DOWNLOAD,
@@ -21,12 +20,13 @@ from pipeline.artifacts import (
     write_array,
     write_json,
 )
-from pipeline.errors import UserError, printable, report_errors
-from pipeline.fetch import find_archive
-from pipeline.imagefolder import HIDDEN, UNDECODABLE, Scan, describe, pack, scan
+from pipeline.core.errors import UserError, printable, report_errors
+from pipeline.core.progress import in_bytes
+from pipeline.core.project import copy_hint
+from pipeline.datasets.archives import DamagedArchive, members, open_tar
+from pipeline.datasets.fetch import find_archive
+from pipeline.datasets.imagefolder import HIDDEN, UNDECODABLE, Scan, describe, pack, scan
 from pipeline.params import DownloadParams, load_params
-from pipeline.progress import in_bytes
-from pipeline.project import copy_hint
 
 
 def download(params: DownloadParams, *, folder: Path = DOWNLOAD) -> None:

@@ -4,130 +4,38 @@ Run as a step: `python -m pipeline.normalize`. Memory stays flat: pixels pass th
 needs twice the room of the arrays while it works; some 60 bytes an image are held.
 """
 
-import hashlib
-import json
 import math
-import tempfile
-from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.artifacts import (
-    DOWNLOAD,
-    NORMALIZE,
-    Images,
-    Labels,
-    replace_folder,
-    verify,
-    write_array,
-    write_json,
-)
-from pipeline.duplicates import (
+from pipeline.artifacts import DOWNLOAD, NORMALIZE, Images, Labels, replace_folder, verify, write_array, write_json
+from pipeline.core.errors import UserError, report_errors
+from pipeline.core.progress import progress
+from pipeline.datasets.raw import Source, open_source
+from pipeline.images.blocks import SPLITS
+from pipeline.images.duplicates import (
     TEST_ROWS,
-    Digests,
     ExactDuplicates,
     FeatureBlocks,
     Indices,
     Match,
-    digests,
     exact_duplicates,
-    features,
     near_duplicates,
 )
-from pipeline.errors import UserError, report_errors
+from pipeline.images.splits import draw_splits
+from pipeline.images.spool import Spool
 from pipeline.params import NormalizeParams, load_params
-from pipeline.progress import progress
-from pipeline.raw import SPLITS, Block, Source, block_length, open_source
 
 EXAMPLES = 20
 MIN_DEVIATION = 1 / 255
 """Least standard deviation that is reported: a channel that never changes must not be divided by zero."""
-
-
-class Spool:
-    """What was read, on disk: pixels, features and names, found by an image's number; digests and labels in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self._files = ExitStack()
-        self._pixels, self._features, self._names = (
-            self._files.enter_context(tempfile.TemporaryFile(dir=folder))  # noqa: SIM115
-            for _ in ("pixels", "features", "names")
-        )
-        self._name_starts, self._names_end = array("q"), 0
-        self._labels, self._splits, self._digests = array("q"), array("b"), bytearray()
-        self.shape: tuple[int, ...] = ()
-        self.unreadable: list[tuple[str, str]] = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._files.close()
-
-    def add(self, block: Block) -> None:
-        self.unreadable += block.unreadable
-        if not len(block.images):
-            return
-        self.shape = block.images.shape[1:]
-        self._pixels.write(np.ascontiguousarray(block.images).data)
-        self._features.write(features(block.images).data)
-        self._digests += digests(block.images).tobytes()
-        self._labels.extend(block.labels.tolist())
-        self._splits.extend([SPLITS.index(block.split)] * len(block.labels))
-        for name in block.names:
-            line = json.dumps(name).encode() + b"\n"
-            self._name_starts.append(self._names_end)
-            self._names_end += self._names.write(line)
-
-    @property
-    def labels(self) -> Labels:
-        return np.array(self._labels, np.int64)
-
-    @property
-    def digests(self) -> Digests:
-        return np.frombuffer(bytes(self._digests), np.uint64).reshape(-1, 2)
-
-    def given(self, split: str) -> Indices:
-        """Images that the source itself puts into this split."""
-        return np.flatnonzero(np.array(self._splits, np.int8) == SPLITS.index(split))
-
-    def name(self, index: int) -> str:
-        self._names.seek(self._name_starts[index])
-        name: str = json.loads(self._names.readline())
-        return name
-
-    def pixel_blocks(self, indices: Indices) -> Iterator[Images]:
-        """Pixels (n, H, W, C) uint8 of images in ascending order, in blocks."""
-        for _, block in self._blocks(self._pixels, indices, dtype=np.uint8, shape=self.shape):
-            yield block
-
-    def feature_blocks(self, indices: Indices) -> FeatureBlocks:
-        length = features(np.zeros((1, *self.shape), np.uint8)).shape[1]
-        return self._blocks(self._features, indices, dtype=np.int16, shape=(length,))
-
-    def _blocks(
-        self, file: Any, indices: Indices, *, dtype: npt.DTypeLike, shape: tuple[int, ...]
-    ) -> Iterator[tuple[Indices, npt.NDArray[Any]]]:
-        """Plain reads: the pages of a memory map count as this process's memory until something else wants it."""
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        length = block_length(size)
-        for start in range(0, len(self._labels), length):
-            chosen = indices[np.searchsorted(indices, start) : np.searchsorted(indices, start + length)]
-            if len(chosen):
-                file.seek(start * size)
-                content = file.read(length * size)
-                yield chosen, np.frombuffer(content, dtype).reshape(-1, *shape)[chosen - start]
 
 
 @dataclass(frozen=True)
@@ -172,66 +80,6 @@ def check_unreadable(spool: Spool, *, params: NormalizeParams) -> None:
             f"normalize.max_unreadable_fraction: {unreadable} of {files} files ({unreadable / files:.2%}) cannot be "
             f"read: {first}{more}; allowed: {params.max_unreadable_fraction:.2%}; mend or remove them, or raise it"
         )
-
-
-def draw_splits(spool: Spool, *, class_names: tuple[str, ...], params: NormalizeParams) -> dict[str, Indices]:
-    """Ascending image numbers of train, validation and test.
-
-    Splits that the source has stay as they are. What is missing is drawn from train, the same share of each class:
-    first test, then validation from the rest, at least one image each. The draw ranks images by a hash of their
-    pixels and the seed: it depends on neither names nor order, an image added moves few others, and identical
-    images of a class stay together (but for one group that the border may divide).
-
-    Raises UserError where a class has too few images for that, or none in a split.
-    """
-    labels, splits = spool.labels, {split: spool.given(split) for split in SPLITS}
-    missing = {
-        split: fraction
-        for split, fraction in (("test", params.test_fraction), ("validation", params.validation_fraction))
-        if not len(splits[split])
-    }
-    ranks = _ranks(spool.digests, seed=params.seed)
-    parts: dict[str, list[Indices]] = {split: [] for split in ("train", *missing)}
-    for label, name in enumerate(class_names):
-        members = splits["train"][labels[splits["train"]] == label]
-        if len(members) <= len(missing):
-            raise UserError(
-                f"class {name!r}: {len(members)} readable images in train; needed: {len(missing) + 1} "
-                f"({', '.join(('train', *missing))}: one each); add images or remove the class"
-            )
-        for split, part in _divide(members[np.argsort(ranks[members], kind="stable")], missing).items():
-            parts[split].append(part)
-    drawn = {split: np.sort(np.concatenate(part)) for split, part in parts.items()}
-    return _checked({**splits, **drawn}, labels=labels, class_names=class_names)
-
-
-def _divide(members: Indices, fractions: Mapping[str, float]) -> dict[str, Indices]:
-    """Cut a class by the fractions, each of what the ones before left, the rest being train; none gets nothing."""
-    parts = {}
-    for number, (split, fraction) in enumerate(fractions.items(), start=1):
-        most = len(members) - 1 - (len(fractions) - number)
-        count = min(max(1, math.floor(len(members) * fraction + 0.5)), most)
-        parts[split], members = members[:count], members[count:]
-    return {"train": members, **parts}
-
-
-def _ranks(found: Digests, *, seed: int) -> npt.NDArray[np.uint64]:
-    key = seed.to_bytes(4, "little")
-    hashes = (hashlib.blake2b(digest.tobytes(), digest_size=8, key=key).digest() for digest in found.astype("<u8"))
-    return np.frombuffer(b"".join(hashes), "<u8").astype(np.uint64)
-
-
-def _checked(splits: dict[str, Indices], *, labels: Labels, class_names: tuple[str, ...]) -> dict[str, Indices]:
-    if len(class_names) < 2:
-        raise UserError(
-            f"classes: found only {', '.join(class_names) or 'none'}; needed: at least 2; add a folder for another"
-        )
-    for split, indices in splits.items():
-        counts = np.bincount(labels[indices], minlength=len(class_names))
-        if not counts.all():
-            name = class_names[int(counts.argmin())]
-            raise UserError(f"class {name!r}: 0 readable images in {split}; needed: 1; add images or remove the class")
-    return splits
 
 
 def find_duplicates(spool: Spool, splits: Mapping[str, Indices], *, params: NormalizeParams) -> Duplicates:

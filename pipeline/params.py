@@ -5,19 +5,17 @@ Run as a program, it writes a recipe and single values into `params.yaml` and ke
 """
 
 import argparse
-import difflib
-import io
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedSeq
-from ruamel.yaml.scalarint import ScalarInt
 
 from pipeline.artifacts import write_text
-from pipeline.errors import UserError, report_errors, shown
+from pipeline.core.errors import UserError, report_errors, shown
+from pipeline.core.validation import describe_value, explain, list_choices
+from pipeline.core.yaml import dump_yaml, read_yaml
 
 PARAMS_FILE = Path("params.yaml")
 RECIPES_FOLDER = Path("recipes")
@@ -266,7 +264,7 @@ def check_params(values: Mapping[str, Any], *, origin: str, overridden: Collecti
     try:
         return Params.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, origin=origin, overridden=overridden)) from None
+        raise UserError(explain(error, sections=SECTIONS, origin=origin, overridden=overridden)) from None
 
 
 def compose(recipe: str | None, overrides: Mapping[str, Any]) -> Any:
@@ -275,7 +273,9 @@ def compose(recipe: str | None, overrides: Mapping[str, Any]) -> Any:
     check_params(values, origin=str(PARAMS_FILE))
     for section, fields in ({} if recipe is None else read_yaml(recipe_path(recipe))).items():
         if not isinstance(fields, Mapping):
-            raise UserError(f"recipe {recipe}: {section} is {_brief(fields)}; allowed: a section with fields under it")
+            raise UserError(
+                f"recipe {recipe}: {section} is {describe_value(fields)}; allowed: a section with fields under it"
+            )
         for field, value in fields.items():
             _assign(values, f"{section}.{field}", value, origin=f"recipe {recipe}")
     for name, value in overrides.items():
@@ -290,7 +290,7 @@ def recipe_path(recipe: str) -> Path:
     """`recipes/<recipe>.yaml`; raises UserError listing the recipes where it is not one."""
     names = sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
     if recipe not in names:
-        allowed = _choices(recipe, names) if names else f"none here, since {RECIPES_FOLDER}/ holds no recipe"
+        allowed = list_choices(recipe, names) if names else f"none here, since {RECIPES_FOLDER}/ holds no recipe"
         raise UserError(f"recipe: found {recipe!r}; allowed: {allowed}")
     return RECIPES_FOLDER / f"{recipe}.yaml"
 
@@ -306,103 +306,23 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set: the value in {shown(text)!r} is not valid YAML") from None
 
 
-def read_yaml(path: Path) -> Any:
-    """A YAML mapping with its comments; raises UserError where the file is missing or is not one."""
-    try:
-        values = YAML().load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run this in the project's folder") from None
-    except OSError:
-        raise
-    # beside YAMLError, ruamel's constructors raise nearly anything on odd values: ValueError, KeyError, IndexError, …
-    except Exception as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, Mapping):
-        raise UserError(f"{path}: found no sections; allowed: {', '.join(Params.model_fields)}")
-    return values
-
-
-def dump_yaml(values: Mapping[str, Any]) -> str:
-    """The text of a params file, comments included, as DVC writes it: `dvc exp run -S` then changes no other line."""
-    yaml, stream = YAML(), io.StringIO()
-    yaml.default_flow_style = False
-    for fields in values.values():
-        for field, value in fields.items():
-            fields[field] = _plain(value)
-    yaml.dump(values, stream)
-    return stream.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    """The value without the way in which it was written: 1e-4 as 0.0001, a list with one item a line."""
-    if isinstance(value, CommentedSeq):
-        value.fa.set_block_style()
-    return float(value) if isinstance(value, float) else int(value) if isinstance(value, ScalarInt) else value
-
-
 def _assign(values: Any, name: str, value: Any, *, origin: str) -> None:
     section, _, field = name.partition(".")
     if section not in Params.model_fields:
         raise UserError(
-            f"{origin}: unknown section {section!r}; allowed: {_choices(section, list(Params.model_fields))}"
+            f"{origin}: unknown section {section!r}; allowed: {list_choices(section, list(Params.model_fields))}"
         )
     if field not in values[section]:
-        raise UserError(f"{origin}: unknown key {name!r}; allowed: {_choices(field, list(values[section]))}")
+        raise UserError(f"{origin}: unknown key {name!r}; allowed: {list_choices(field, list(values[section]))}")
     values[section][field] = value
 
 
-def _explain(error: ValidationError, *, origin: str, overridden: Collection[str]) -> str:
-    """The first problem, as one line: file, field, what was found, what is allowed."""
-    problems = error.errors()
-    # a mistyped key is missing, too: the key that was typed tells more
-    problem = next((found for found in problems if found["type"] == "extra_forbidden"), problems[0])
-    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function"))
-    origin = "override" if where in overridden else origin
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    section = problem["loc"][0] if problem["loc"] else ""
-    fields = (
-        list(SECTIONS[section].model_fields)
-        if section in SECTIONS and len(problem["loc"]) > 1
-        else list(Params.model_fields)
-    )
-    if problem["type"] == "extra_forbidden":
-        return f"{origin}: unknown key {where!r}; allowed: {_choices(str(problem['loc'][-1]), fields)}{more}"
-    if problem["type"] == "missing":
-        return f"{origin}: {where} is missing; add it (git diff {PARAMS_FILE} shows what was changed){more}"
-    if problem["type"] == "value_error" and len(problem["loc"]) == 1:
-        return f"{origin}: {where}.{problem['ctx']['error']}{more}"
-    allowed = problem["msg"].removeprefix("Value error, ").replace("Input should be ", "")
-    return f"{origin}: {where} is {_brief(problem['input'])}; allowed: {allowed}{more}"
-
-
-def first_problem(error: ValidationError) -> str:
-    """`field.part: what is wrong with it`, of data that a program wrote."""
-    problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg']}"
-
-
-def _brief(value: Any) -> str:
-    """A value as it was written, without secrets; lists and mappings, which YAML can fold without end, only if flat."""
-    if isinstance(value, str):
-        return repr(shown(value))
-    if isinstance(value, Mapping):
-        return "a mapping" if value else "{}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_brief, value))}]" if all(map(_is_scalar, value)) else "a list of lists or mappings"
-    return repr(value)
-
-
-def _is_scalar(value: Any) -> bool:
-    return not isinstance(value, Mapping | list | tuple | set)
-
-
-def _choices(found: str, names: list[str]) -> str:
-    """The names, the likeliest first where one is close to what was found."""
-    close = difflib.get_close_matches(found, names, n=1)
-    return ", ".join(names) + (f" (did you mean {close[0]}?)" if close else "")
-
-
-SECTIONS: Mapping[Any, Any] = {name: field.annotation for name, field in Params.model_fields.items()}
+SECTIONS: Mapping[str, type[Section]] = {
+    "download": DownloadParams,
+    "normalize": NormalizeParams,
+    "train": TrainParams,
+    "evaluate": EvaluateParams,
+}
 
 
 def main() -> None:

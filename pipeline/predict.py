@@ -23,11 +23,13 @@ import numpy.typing as npt
 import torch
 
 from pipeline.artifacts import CHECKSUMS, TRAIN, verify
-from pipeline.errors import PartialError, UserError, printable, report_errors
-from pipeline.images import UnreadableImage, check_suffix, decode
-from pipeline.model import ModelConfig, class_probabilities, load_model
-from pipeline.processes import num_cores
-from pipeline.raw import MAX_FILE_BYTES
+from pipeline.core.errors import PartialError, UserError, printable, report_errors
+from pipeline.core.processes import num_cores
+from pipeline.datasets.raw import MAX_FILE_BYTES
+from pipeline.images.decode import UnreadableImage, check_suffix, decode
+from pipeline.models.config import ModelConfig
+from pipeline.models.files import load_model
+from pipeline.models.inference import class_probabilities
 
 BATCH_SIZE = 32
 """Files that are read and classified together."""
@@ -154,7 +156,7 @@ def _model_folder(model: str | None) -> Path:
         return TRAIN
     if ":/" not in model:
         return Path(model)
-    from pipeline.tracking import fetch_model  # noqa: PLC0415  # MLflow takes seconds to import
+    from pipeline.tracking.runs import fetch_model  # noqa: PLC0415  # MLflow takes seconds to import
 
     return fetch_model(model)
 

@@ -1,6 +1,6 @@
 """Train the network on the train split, validate after each epoch, keep the best and the last model.
 
-Which epoch is the best is decided in `pipeline.loop.best_epochs`.
+Which epoch is the best is decided in `pipeline.training.loop.best_epochs`.
 """
 
 import itertools
@@ -14,26 +14,25 @@ from typing import Any
 
 import torch
 
-from pipeline import distributed, plots, tracking
-from pipeline.airbench import Airbench
+from pipeline.arrays import DatasetInfo, Split
 from pipeline.artifacts import HISTORY, KEPT, TRAIN, replace_folder, verify_splits, write_bytes, write_csv
-from pipeline.checkpoint import Checkpoint, Checkpoints, checkpoints_of, fingerprint
-from pipeline.data import Augmentation, DatasetInfo, Split, TrainingBatches, choose_device
-from pipeline.errors import UserError, first_line, report_errors, shown
-from pipeline.loop import Epoch, Trained, prepare_torch, train
-from pipeline.model import (
-    Classifier,
-    ModelConfig,
-    build,
-    configure,
-    load_pretrained,
-    memory_format,
-    save_config,
-    save_weights,
-    try_training,
-)
+from pipeline.core.errors import UserError, first_line, report_errors, shown
+from pipeline.core.processes import cpu_name
+from pipeline.core.stage_code import code_md5
+from pipeline.models.airbench import Airbench
+from pipeline.models.build import Classifier, build, memory_format, try_training
+from pipeline.models.config import ModelConfig, configure
+from pipeline.models.files import save_config, save_weights
+from pipeline.models.pretrained import load_pretrained
 from pipeline.params import DownloadParams, Params, TrainParams, load_params
-from pipeline.processes import cpu_name
+from pipeline.tracking import runs as tracking
+from pipeline.training import distributed
+from pipeline.training.batches import Augmentation, TrainingBatches
+from pipeline.training.checkpoints import Checkpoint, Checkpoints, checkpoints_of, fingerprint
+from pipeline.training.curves import curves
+from pipeline.training.device import choose_device
+from pipeline.training.loop import Trained, prepare_torch, train
+from pipeline.training.selection import Epoch
 
 WHITENING_IMAGES = 5_000
 
@@ -173,7 +172,7 @@ def _determinants(params: TrainParams, info: DatasetInfo, *, device: torch.devic
     return {
         "data": info.md5,
         "params": params.model_dump(mode="json", exclude={"checkpoint_every_minutes"}),
-        "code": tracking.code_md5(),
+        "code": code_md5("train"),
         "torch": torch.__version__,
         "device": device.type,
         "threads": torch.get_num_threads(),
@@ -255,7 +254,7 @@ def _write(trained: Trained, classifier: Classifier, *, config: ModelConfig) -> 
         kept = trained.kept
         rows = [{**vars(epoch), KEPT: kept.reason if epoch.epoch == kept.epoch else ""} for epoch in trained.history]
         write_csv(folder / HISTORY, rows)
-        write_bytes(folder / "curves.png", plots.curves(rows, kept=kept.epoch, reason=kept.reason))
+        write_bytes(folder / "curves.png", curves(rows, kept=kept.epoch, reason=kept.reason))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from xdist.scheduler import LoadFileScheduling
 
 from flows import ports, server
 from pipeline.artifacts import replace_folder
-from pipeline.params import Params, TrainParams, check_params, read_yaml
+from pipeline.core.yaml import read_yaml
+from pipeline.params import Params, TrainParams, check_params
 from tests.forked import Process
 
 server.START_SECONDS = 1200  # on a busy machine; pytest's timeout comes first

@@ -13,8 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from pipeline.artifacts import CIFAR10_ARCHIVE, write_checksums
+from pipeline.datasets.raw import CIFAR_FOLDER
 from pipeline.params import NormalizeParams
-from pipeline.raw import CIFAR_FOLDER
 from tests import conftest
 
 NAMES = ["cat", "dog"]

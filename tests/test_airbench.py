@@ -3,12 +3,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.airbench import EPSILON, Airbench
-from pipeline.errors import UserError
-from pipeline.loop import Trained, train
-from pipeline.model import Classifier, build, logits_of
+from pipeline.core.errors import UserError
+from pipeline.models.airbench import EPSILON, Airbench
+from pipeline.models.build import Classifier, build
+from pipeline.models.inference import logits_of
 from pipeline.params import check_params, compose
 from pipeline.train import initialise
+from pipeline.training.loop import Trained, train
 from tests.conftest import train_params
 from tests.test_model import config
 from tests.test_train import split_of

@@ -13,7 +13,7 @@ from pipeline.artifacts import (
     write_array,
     write_json,
 )
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 
 def test_a_file_appears_only_once_it_is_whole(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 from flows import doctor
 from flows.dvc_state import cache_folder, cached_path, missing_outputs
 from flows.identity import Sources
-from pipeline import tracking
 from pipeline.artifacts import write_json
-from pipeline.fetch import find_archive
+from pipeline.core.processes import HOST, PID, STARTED, life, this_process
+from pipeline.datasets.fetch import find_archive
 from pipeline.params import DownloadParams
-from pipeline.processes import HOST, PID, STARTED, life, this_process
+from pipeline.tracking import runs as tracking
 
 COMMITTER = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
 LOCK = "stages: {train: {cmd: train, outs: [{path: model, md5: %s}]}}"

@@ -12,8 +12,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.checkpoint import KEPT, Checkpoint, Checkpoints, checkpoint_folder, checkpoints_of, fingerprint
-from pipeline.errors import TemporaryError
+from pipeline.core.errors import TemporaryError
+from pipeline.training.checkpoints import KEPT, Checkpoint, Checkpoints, checkpoint_folder, checkpoints_of, fingerprint
 from tests.conftest import PROJECT
 
 STATE = {"history": [0.1, 1 / 3], "position": None}
@@ -132,7 +132,7 @@ def test_a_training_never_sees_anothers_checkpoint() -> None:
 
 HOLD = """
 import sys
-from pipeline.checkpoint import checkpoints_of
+from pipeline.training.checkpoints import checkpoints_of
 with checkpoints_of("one"):
     print("held", flush=True)
     sys.stdin.read()
@@ -155,7 +155,7 @@ def another(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             print(*values, **options)
             end()
 
-        monkeypatch.setattr("pipeline.checkpoint.print", print_and_end, raising=False)
+        monkeypatch.setattr("pipeline.training.checkpoints.print", print_and_end, raising=False)
         yield process
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cifar10 import official_files, write_archive
-from pipeline.params import compose, dump_yaml
+from pipeline.core.yaml import dump_yaml
+from pipeline.params import compose
 from tests.conftest import PROJECT, run_step
 
 IMAGES = PROJECT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"

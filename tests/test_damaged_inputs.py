@@ -18,13 +18,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.archives import DamagedArchive, load_pickle
 from pipeline.artifacts import file_md5, read_array, verify, write_checksums
-from pipeline.errors import UserError
-from pipeline.images import UnreadableImage, decode
-from pipeline.model import ModelConfig, build, load_model, load_pretrained, save_config, save_weights
+from pipeline.core.errors import UserError
+from pipeline.datasets.archives import DamagedArchive, load_pickle
+from pipeline.datasets.raw import open_source
+from pipeline.images.decode import UnreadableImage, decode
+from pipeline.models.build import build
+from pipeline.models.config import ModelConfig
+from pipeline.models.files import load_model, save_config, save_weights
+from pipeline.models.pretrained import load_pretrained
 from pipeline.params import Params, check_params, load_params, parse_override
-from pipeline.raw import open_source
 from tests.conftest import DEFAULTS, PROJECT
 from tests.raw_folders import (
     checksum,

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import data
-from pipeline.data import Augmentation, DatasetInfo, Split, TrainingBatches, choose_device, evaluation_batches
-from pipeline.errors import UserError
+from pipeline.arrays import DatasetInfo, Split, evaluation_batches
+from pipeline.core.errors import UserError
+from pipeline.training import batches as data
+from pipeline.training.batches import Augmentation, TrainingBatches
+from pipeline.training.device import choose_device
 from tests.conftest import coloured_images, write_normalized
 
 CPU = torch.device("cpu")

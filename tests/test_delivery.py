@@ -6,8 +6,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from pipeline import tracking
 from pipeline.artifacts import write_json
+from pipeline.tracking import runs as tracking
 
 
 def test_what_a_killed_removal_left_is_not_delivered_again(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from tests.conftest import PROJECT
 
 DECLARED = tomllib.loads((PROJECT / "pyproject.toml").read_text())
 OURS = {"pipeline", "flows", "tests", "benchmarks"}
-CODE = [*PROJECT.glob("pipeline/*.py"), *PROJECT.glob("flows/*.py")]
+CODE = [*PROJECT.glob("pipeline/**/*.py"), *PROJECT.glob("flows/**/*.py")]
 DEVELOPMENT = [*PROJECT.glob("tests/**/*.py"), *PROJECT.glob("benchmarks/**/*.py")]
 
 

@@ -21,8 +21,9 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows import deploy, gpu, server, train_classifier, worker
 from flows.form import Overrides
-from pipeline.errors import UserError
-from pipeline.params import Params, read_yaml
+from pipeline.core.errors import UserError
+from pipeline.core.yaml import read_yaml
+from pipeline.params import Params
 from tests.conftest import PROJECT, free_port
 from tests.test_flows import dvc, make_project, running_in, wait_until
 

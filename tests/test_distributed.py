@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from pipeline.distributed import launch
-from pipeline.errors import UserError
-from pipeline.params import dump_yaml
+from pipeline.core.errors import UserError
+from pipeline.core.yaml import dump_yaml
+from pipeline.training.distributed import launch
 from tests.conftest import DEFAULTS, PROJECT, read_until, run_step, start_step, write_normalized
 
 pytestmark = pytest.mark.slow
@@ -154,8 +154,8 @@ def test_a_mistake_is_told_once(workspace: Path, changes: dict[str, object], tol
 
 ALONE = """
 import sys, torch
-from pipeline import distributed
-from pipeline.errors import UserError, report_errors
+from pipeline.training import distributed
+from pipeline.core.errors import UserError, report_errors
 distributed.LAG_SECONDS = 0
 cpu = torch.device("cpu")
 with report_errors():

@@ -22,7 +22,7 @@ from prefect.states import Running
 
 from flows import doctor, dvc_state, workspace
 from flows.train_classifier import train_classifier
-from pipeline.processes import HOST, PID, start_of, this_process
+from pipeline.core.processes import HOST, PID, start_of, this_process
 from tests import test_flows
 from tests.conftest import PROJECT
 from tests.test_flows import dvc, output, run, start_run, wait_until
@@ -32,7 +32,7 @@ project = test_flows.project  # a fixture
 
 TRAIN = """
 if stage == "train":
-    from pipeline import tracking
+    from pipeline.tracking import runs as tracking
     dataset = tracking.dataset("toy", source=None, digest="0")
     with tracking.training_run(experiment="toy", params={}, dataset=dataset, training=str(os.getpid())):
         print("training begins")
@@ -46,8 +46,6 @@ def tracked(project: Path, stores: Path) -> Path:
     """The toy project with a training that MLflow records; it lasts as long as `train.long` exists."""
     toy = project / "toy.py"
     toy.write_text(toy.read_text() + TRAIN)
-    for name in ("tracking", "model_code", "served_model"):
-        (project / f"pipeline/{name}.py").write_bytes((PROJECT / f"pipeline/{name}.py").read_bytes())
     output(project, "git", "add", "--all")
     shutil.copy(stores / "mlflow.db", project)
     (project.parent / "train.long").touch()

@@ -23,11 +23,12 @@ import pytest
 from PIL import Image
 
 from pipeline import download as step
-from pipeline import fetch
 from pipeline.artifacts import CIFAR10_ARCHIVE
+from pipeline.core.errors import EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError
+from pipeline.core.yaml import dump_yaml, read_yaml
+from pipeline.datasets import fetch
 from pipeline.download import download
-from pipeline.errors import EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError
-from pipeline.params import DownloadParams, dump_yaml, load_params, read_yaml
+from pipeline.params import DownloadParams, load_params
 
 PROJECT = Path(__file__).parents[1]
 OUT = Path("artifacts/download")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import duplicates
-from pipeline.duplicates import Match, _gathered, digests, exact_duplicates, features, mirrored, near_duplicates
+from pipeline.images import duplicates
+from pipeline.images.duplicates import Match, _gathered, digests, exact_duplicates, features, mirrored, near_duplicates
 from tests.raw_folders import encoded, noise
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifacts import NORMALIZE, file_md5, verify
-from pipeline.errors import UserError
-from pipeline.params import read_yaml
+from pipeline.core.errors import UserError
+from pipeline.core.yaml import read_yaml
 from tests.conftest import PROJECT, copy_project
 
 BIN = Path(sys.executable).parent

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import tracking
 from pipeline.artifacts import file_md5
-from pipeline.params import read_yaml
-from pipeline.tracking import find_runs
+from pipeline.core.yaml import read_yaml
+from pipeline.tracking import runs as tracking
+from pipeline.tracking.runs import find_runs
 from tests.conftest import copy_project, start_repository, write_normalized
 
 pytestmark = pytest.mark.slow

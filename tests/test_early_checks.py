@@ -12,7 +12,7 @@ import requests
 from flows import PROJECT, checks, train_classifier, worker
 from flows.checks import check_device, check_inputs, check_mlflow
 from pipeline.artifacts import file_md5
-from pipeline.errors import TemporaryError, UserError
+from pipeline.core.errors import TemporaryError, UserError
 from pipeline.params import compose
 from tests.conftest import free_port
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifacts import file_md5
-from pipeline.errors import TemporaryError, UserError
-from pipeline.fetch import CERTIFICATES, find_archive
-from pipeline.params import read_yaml
+from pipeline.core.errors import TemporaryError, UserError
+from pipeline.core.yaml import read_yaml
+from pipeline.datasets.fetch import CERTIFICATES, find_archive
 from tests.conftest import PROJECT, params
 
 ODD = "/no/my photos #1 é'\"$HOME%20?;&"

@@ -7,9 +7,10 @@ import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from pipeline.artifacts import replace_folder
-from pipeline.evaluate import Evaluation, evaluate
-from pipeline.metrics import wilson_interval
-from pipeline.model import build, save_config, save_weights
+from pipeline.evaluation.intervals import wilson_interval
+from pipeline.evaluation.metrics import Evaluation, evaluate
+from pipeline.models.build import build
+from pipeline.models.files import save_config, save_weights
 from tests.conftest import run_step, write_normalized
 from tests.test_model import config
 

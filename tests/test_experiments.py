@@ -11,7 +11,8 @@ import pytest
 from dvc.repo import Repo
 
 from flows.experiments import METRICS, Row, as_table
-from pipeline.params import compose, dump_yaml
+from pipeline.core.yaml import dump_yaml
+from pipeline.params import compose
 from tests.conftest import PROJECT, start_repository
 
 STAGES = {

@@ -18,9 +18,9 @@ from ruamel.yaml import YAML
 
 from flows import train_classifier, workspace
 from flows.workspace import StepError, Workspace, open_workspace
-from pipeline.errors import UserError
-from pipeline.params import read_yaml
-from pipeline.settings import tracking_uri
+from pipeline.core.errors import UserError
+from pipeline.core.settings import tracking_uri
+from pipeline.core.yaml import read_yaml
 from tests.conftest import PROJECT, free_port, heed_interrupts, start_repository
 
 TOY = """
@@ -75,11 +75,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def make_project(parent: Path) -> Path:
     """A committed project with this one's flows and toy stages, an uncommitted change and an image of the user's."""
     folder = parent / "project"
-    (folder / "pipeline").mkdir(parents=True)
-    modules = "__init__ project errors git relocation sqlite sqlite_store settings artifacts params processes"
-    for name in modules.split():
-        shutil.copy(PROJECT / "pipeline" / f"{name}.py", folder / "pipeline")
-    for name in ("flows", ".dvc", "data/images", "params.yaml", ".gitignore"):
+    for name in ("pipeline", "flows", ".dvc", "data/images", "params.yaml", ".gitignore"):
         source, target = PROJECT / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():

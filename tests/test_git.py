@@ -12,9 +12,9 @@ import pytest
 
 from flows.gpu import visible_gpu
 from flows.workspace import git_identity, take_snapshot
-from pipeline.errors import UserError
-from pipeline.git import UNKNOWN, code_state, find_commit, git, read_committed, setting
-from pipeline.tracking import COMMIT, find_run, run_of_model
+from pipeline.core.errors import UserError
+from pipeline.core.git import UNKNOWN, code_state, find_commit, git, read_committed, setting
+from pipeline.tracking.runs import COMMIT, find_run, run_of_model
 from tests.conftest import start_repository
 
 REFUSE = "GIT_TEST_ASSUME_DIFFERENT_OWNER"
@@ -25,9 +25,9 @@ REFUSE = "GIT_TEST_ASSUME_DIFFERENT_OWNER"
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with a committed params.yaml and module."""
     folder = tmp_path / "project"
-    (folder / "pipeline").mkdir(parents=True)
+    (folder / "pipeline/training").mkdir(parents=True)
     (folder / "params.yaml").write_text("train: {}\n")
-    (folder / "pipeline/loop.py").write_text("")
+    (folder / "pipeline/training/loop.py").write_text("")
     start_repository(folder)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -127,7 +127,7 @@ SETTINGS = {
 def test_a_patch_applies_whatever_the_settings_for_diffs(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = project / "pipeline/loop.py"
+    module = project / "pipeline/training/loop.py"
     module.write_text("".join(f"{number}\n\n" for number in range(40)))
     (project / "pipeline/é.bin").write_bytes(bytes(range(256)))
     git(project, "add", ".")
@@ -153,11 +153,11 @@ def test_a_patch_applies_whatever_the_settings_for_diffs(
 
 @pytest.mark.parametrize("option", ["--assume-unchanged", "--skip-worktree"])
 def test_code_that_git_was_told_not_to_compare_is_unknown_with_the_remedy(project: Path, option: str) -> None:
-    git(project, "update-index", option, "pipeline/loop.py")
-    (project / "pipeline/loop.py").write_text("changed")
+    git(project, "update-index", option, "pipeline/training/loop.py")
+    (project / "pipeline/training/loop.py").write_text("changed")
     found = code_state(project, tracked="params.yaml")
     assert (found.commit, found.dirty) == (git(project, "rev-parse", "HEAD"), UNKNOWN)
-    assert "git does not compare pipeline/loop.py with the commit" in found.problem
+    assert "git does not compare pipeline/training/loop.py with the commit" in found.problem
     git(project, *shlex.split(found.problem.split("`git ")[1].rstrip("`")))
     assert code_state(project, tracked="params.yaml").dirty == "true"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.images import IMAGE_SUFFIXES, MAX_PIXELS, UnreadableImage, decode, resize_pixels
+from pipeline.images.decode import IMAGE_SUFFIXES, MAX_PIXELS, UnreadableImage, decode, resize_pixels
 from tests.raw_folders import encoded, noise
 
 RED = (220, 30, 60)

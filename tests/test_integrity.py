@@ -11,8 +11,9 @@ from PIL import Image
 
 from pipeline import evaluate, normalize, predict, train
 from pipeline.artifacts import CHECKSUMS, DOWNLOAD, NORMALIZE, TRAIN, replace_folder, verify, verify_splits
-from pipeline.errors import UserError
-from pipeline.model import build, save_config, save_weights
+from pipeline.core.errors import UserError
+from pipeline.models.build import build
+from pipeline.models.files import save_config, save_weights
 from tests.conftest import PROJECT, coloured_images, write_normalized
 from tests.raw_folders import image_folder, plain_files
 from tests.test_model import config

@@ -8,11 +8,22 @@ from typing import Any
 
 import pytest
 
-from pipeline import imagefolder
+from pipeline.core.errors import TemporaryError, UserError
+from pipeline.datasets import imagefolder
+from pipeline.datasets.imagefolder import (
+    COMPANION,
+    HIDDEN,
+    LOOSE,
+    OTHER,
+    OUTSIDE,
+    UNDECODABLE,
+    UNLABELED,
+    VIDEO,
+    Scan,
+    scan,
+)
+from pipeline.datasets.layout import split_of
 from pipeline.download import download
-from pipeline.errors import TemporaryError, UserError
-from pipeline.imagefolder import COMPANION, HIDDEN, LOOSE, OTHER, OUTSIDE, UNDECODABLE, UNLABELED, VIDEO, Scan, scan
-from pipeline.layout import split_of
 from tests.test_download import imagefolder as imagefolder_params
 from tests.test_download import packed, project, source  # noqa: F401  # project: a fixture, each test's folder
 

@@ -5,18 +5,12 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.artifacts import file_md5
-from pipeline.errors import UserError
-from pipeline.model import (
-    Classifier,
-    LeNet,
-    ModelConfig,
-    build,
-    load_model,
-    load_pretrained,
-    save_config,
-    save_weights,
-    try_training,
-)
+from pipeline.core.errors import UserError
+from pipeline.models.build import Classifier, build, try_training
+from pipeline.models.config import ModelConfig
+from pipeline.models.files import load_model, save_config, save_weights
+from pipeline.models.lenet import LeNet
+from pipeline.models.pretrained import load_pretrained
 
 
 def config(model: str = "lenet", *, classes: int = 10, channels: int = 3, **changes: object) -> ModelConfig:

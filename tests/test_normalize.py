@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from pipeline import normalize as step
-from pipeline import raw
 from pipeline.artifacts import file_md5, read_split
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
+from pipeline.datasets import raw
+from pipeline.images import blocks as blocks_module
 from pipeline.normalize import mean_and_deviation, normalize, report
 from tests.raw_folders import (
     NAMES,
@@ -193,8 +194,12 @@ def test_the_number_of_processes_does_not_matter(tmp_path: Path, out: Path, monk
     files = plain_files(per_class=20)
     made(tmp_path, out, files)
     first = contents(out)
-    for name, value in (("POOL_BYTES", 0), ("BLOCK_IMAGES", 3), ("num_cores", lambda: 2)):
-        monkeypatch.setattr(raw, name, value)
+    for module, name, value in (
+        (raw, "POOL_BYTES", 0),
+        (blocks_module, "BLOCK_IMAGES", 3),
+        (raw, "num_cores", lambda: 2),
+    ):
+        monkeypatch.setattr(module, name, value)
     made(tmp_path, out, files)
     assert contents(out) == first
 

@@ -13,13 +13,13 @@ from dvc.config import Config
 from flows import dvc_worker, workspace
 from flows.dvc_state import experiment_refs
 from flows.identity import Sources
-from pipeline import tracking
 from pipeline.artifacts import DOWNLOAD
-from pipeline.errors import UserError, shown
-from pipeline.git import code_state
-from pipeline.params import dump_yaml, read_yaml
-from pipeline.settings import tracking_uri
-from pipeline.sqlite import sqlite_path, sqlite_uri
+from pipeline.core.errors import UserError, shown
+from pipeline.core.git import code_state
+from pipeline.core.settings import tracking_uri
+from pipeline.core.sqlite import sqlite_path, sqlite_uri
+from pipeline.core.yaml import dump_yaml, read_yaml
+from pipeline.tracking import runs as tracking
 from tests.conftest import PROJECT, copy_project, start_repository
 
 ODD = "a b#c?d%20e'f\"g&h;i$HOME é 桌面"

@@ -6,7 +6,7 @@ import pytest
 
 from flows import PROJECT, train_classifier
 from flows.train_classifier import parse_arguments, read_overrides
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import UserError
-from pipeline.params import check_params, compose, dump_yaml, load_params, main, parse_override, recipe_path
+from pipeline.core.errors import UserError
+from pipeline.core.yaml import dump_yaml
+from pipeline.params import check_params, compose, load_params, main, parse_override, recipe_path
 from tests.conftest import DEFAULTS, PROJECT, params
 
 

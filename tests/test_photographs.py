@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import raw
 from pipeline.artifacts import read_json
-from pipeline.errors import UserError
-from pipeline.images import IMAGE_SUFFIXES, MAX_PIXELS, UnreadableImage, check_suffix, decode, is_image_content
+from pipeline.core.errors import UserError
+from pipeline.datasets import raw
+from pipeline.images.decode import IMAGE_SUFFIXES, MAX_PIXELS, UnreadableImage, check_suffix, decode, is_image_content
 from pipeline.normalize import normalize
 from tests.raw_folders import encoded, image_folder, noise, params, plain_files
 

@@ -17,8 +17,8 @@ import pytest
 
 from flows import ports, server
 from pipeline.artifacts import write_json
-from pipeline.errors import TemporaryError, UserError
-from pipeline.processes import start_of
+from pipeline.core.errors import TemporaryError, UserError
+from pipeline.core.processes import start_of
 from tests.conftest import free_port
 
 

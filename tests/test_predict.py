@@ -13,8 +13,9 @@ from PIL import Image
 
 from pipeline import predict as module
 from pipeline.artifacts import replace_folder
-from pipeline.errors import EXIT_PARTIAL, EXIT_PIPE
-from pipeline.model import build, save_config, save_weights
+from pipeline.core.errors import EXIT_PARTIAL, EXIT_PIPE
+from pipeline.models.build import build
+from pipeline.models.files import save_config, save_weights
 from pipeline.predict import BATCH_SIZE, main, predict
 from tests.conftest import PROJECT, coloured_images
 from tests.raw_folders import encoded, noise

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.processes import HOST, PID, STARTED, life, lives, start_of, this_process
+from pipeline.core.processes import HOST, PID, STARTED, life, lives, start_of, this_process
 
 pytestmark = pytest.mark.skipif(not psutil.LINUX, reason="elsewhere a start is known by the wall clock only")
 

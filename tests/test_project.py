@@ -11,14 +11,14 @@ import requests
 from mlflow import MlflowClient
 
 from flows.ui import mlflow_server
-from pipeline import tracking
 from pipeline.artifacts import kept_folder
+from pipeline.core.errors import TemporaryError, UserError
+from pipeline.core.project import EXPERIMENTS, project_folder
+from pipeline.core.settings import tracking_uri
 from pipeline.download import download
-from pipeline.errors import TemporaryError, UserError
-from pipeline.project import EXPERIMENTS, project_folder
-from pipeline.relocation import LOCATIONS, relocate
-from pipeline.settings import tracking_uri
-from pipeline.tracking import connect, find_run, read_file, run_of_model
+from pipeline.tracking import runs as tracking
+from pipeline.tracking.relocation import LOCATIONS, relocate
+from pipeline.tracking.runs import connect, find_run, read_file, run_of_model
 from tests.conftest import free_port, params
 
 VARIABLES = ("PIPELINE_PROJECT", "DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "PIPELINE_CACHE_DIR")
@@ -184,7 +184,7 @@ def test_a_store_that_cannot_be_corrected_is_told_in_one_line_and_left_as_it_is(
     make_run()
     here = move(project)
     go_to(here, monkeypatch)
-    monkeypatch.setattr("pipeline.relocation.BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.tracking.relocation.BUSY_SECONDS", 0.1)
     with sqlite3.connect(here / "mlflow.db", isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(TemporaryError, match=r"holds paths of another folder.*database is locked"):

@@ -21,7 +21,7 @@ from prefect.events.schemas.events import Event, Resource
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import server, ui
-from pipeline.settings import PROXIES, keep_loopback_off_proxies
+from pipeline.core.settings import PROXIES, keep_loopback_off_proxies
 from tests.conftest import PROJECT, free_port
 
 NAMES = [name for capitals in PROXIES for name in (capitals, capitals.lower())]
@@ -155,7 +155,11 @@ def test_servers_and_clients_of_the_project_send_nothing_through_a_proxy(
                 assert client.api_healthcheck() is None
             asyncio.run(send_event())
         with ui.mlflow_server(tmp_path, port=free_port()) as address:
-            command = [sys.executable, "-c", "from pipeline import tracking as t; t.connect(); print(t.find_runs({}))"]
+            command = [
+                sys.executable,
+                "-c",
+                "from pipeline.tracking import runs as t; t.connect(); print(t.find_runs({}))",
+            ]
             environment = {
                 **os.environ,
                 "MLFLOW_TRACKING_URI": address,

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import raw
-from pipeline.archives import DamagedArchive, load_pickle, members, open_tar
 from pipeline.artifacts import CIFAR10_ARCHIVE
-from pipeline.errors import UserError
-from pipeline.raw import Block, open_source
+from pipeline.core.errors import UserError
+from pipeline.datasets import raw
+from pipeline.datasets.archives import DamagedArchive, load_pickle, members, open_tar
+from pipeline.datasets.raw import open_source
+from pipeline.images import blocks as blocks_module
+from pipeline.images.blocks import Block
 from tests.raw_folders import (
     cifar_batch,
     cifar_folder,
@@ -142,7 +144,7 @@ def test_a_folder_of_images_of_all_kinds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [0, 2**30])
 def test_blocks_are_the_same_from_one_process_and_from_several(tmp_path: Path, monkeypatch: Any, limit: int) -> None:
     monkeypatch.setattr(raw, "POOL_BYTES", limit)
-    monkeypatch.setattr(raw, "BLOCK_IMAGES", 7)
+    monkeypatch.setattr(blocks_module, "BLOCK_IMAGES", 7)
     monkeypatch.setattr(raw, "num_cores", lambda: 2)
     files = plain_files(per_class=30) | {"train/dog/bad.png": b"bad"}
     found = blocks(image_folder(tmp_path / "raw", files))
@@ -153,8 +155,8 @@ def test_blocks_are_the_same_from_one_process_and_from_several(tmp_path: Path, m
 
 
 def test_blocks_of_large_images_are_short() -> None:
-    assert raw.block_length(32 * 32 * 3) == 1024
-    assert raw.block_length(1024 * 1024 * 3) == 10
+    assert blocks_module.block_length(32 * 32 * 3) == 1024
+    assert blocks_module.block_length(1024 * 1024 * 3) == 10
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from dvc.repo import Repo
 from flows import reproduce
 from flows.dvc_state import outputs
 from pipeline.artifacts import DOWNLOAD, NORMALIZE
-from pipeline.errors import UserError
-from pipeline.git import git
-from pipeline.tracking import COMMIT, Record
+from pipeline.core.errors import UserError
+from pipeline.core.git import git
+from pipeline.tracking.runs import COMMIT, Record
 from tests.conftest import PROJECT, start_repository
 
 pytestmark = pytest.mark.slow

@@ -10,11 +10,11 @@ import pytest
 
 from flows import reproduce, workspace
 from flows.dvc_state import cache_folder
-from pipeline import tracking
 from pipeline.artifacts import file_md5
-from pipeline.errors import UserError
-from pipeline.git import git
-from pipeline.tracking import Record, connect, find_run, find_runs
+from pipeline.core.errors import UserError
+from pipeline.core.git import git
+from pipeline.tracking import runs as tracking
+from pipeline.tracking.runs import Record, connect, find_run, find_runs
 
 DIFFERENCE = b"""diff --git a/params.yaml b/params.yaml
 --- a/params.yaml

@@ -15,15 +15,15 @@ import mlflow
 import pytest
 import torch
 
-from pipeline import tracking
+from pipeline.arrays import DatasetInfo
 from pipeline.artifacts import file_md5
-from pipeline.checkpoint import Checkpoint, fingerprint
-from pipeline.data import DatasetInfo
-from pipeline.errors import UserError
-from pipeline.loop import Trained, train
-from pipeline.model import build
-from pipeline.params import TrainParams, dump_yaml
+from pipeline.core.errors import UserError
+from pipeline.core.yaml import dump_yaml
+from pipeline.models.build import build
+from pipeline.params import TrainParams
 from pipeline.train import _determinants
+from pipeline.training.checkpoints import Checkpoint, fingerprint
+from pipeline.training.loop import Trained, train
 from tests.conftest import DEFAULTS, PROJECT, read_until, release, start_step, train_params, write_normalized
 from tests.forked import Process
 from tests.test_model import config
@@ -222,7 +222,7 @@ def test_the_fingerprint_is_of_data_parameters_code_and_processes(
     others = [found(params=train_params(seed=1)), found(info=info.model_copy(update={"md5": "0"}))]
     others.append(found(device=torch.device("cuda")))
     others.append(found(params=train_params(processes=2)))
-    monkeypatch.setattr(tracking, "code_md5", lambda: "0")
+    monkeypatch.setattr("pipeline.train.code_md5", lambda stage: "0")
     others.append(found())
     assert len({before, *others}) == 6
 

@@ -17,12 +17,13 @@ from PIL import Image
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import server, ui
-from pipeline.archives import DamagedArchive, load_pickle, members, open_tar
-from pipeline.errors import UserError, printable, shown
-from pipeline.images import UnreadableImage, decode
-from pipeline.params import compose, dump_yaml
-from pipeline.plots import confusion_matrix
-from pipeline.raw import open_source
+from pipeline.core.errors import UserError, printable, shown
+from pipeline.core.yaml import dump_yaml
+from pipeline.datasets.archives import DamagedArchive, load_pickle, members, open_tar
+from pipeline.datasets.raw import open_source
+from pipeline.evaluation.plots import confusion_matrix
+from pipeline.images.decode import UnreadableImage, decode
+from pipeline.params import compose
 from tests.conftest import PROJECT, run_step
 from tests.raw_folders import checksum, cifar_folder, encoded, image_folder, noise, params, plain_files
 
@@ -35,7 +36,7 @@ HOSTILE = [
     "%s {0} $\\frac{",
     "n" * 200,
 ]
-SOURCES = [*PROJECT.glob("pipeline/*.py"), *PROJECT.glob("flows/*.py")]
+SOURCES = [*PROJECT.glob("pipeline/**/*.py"), *PROJECT.glob("flows/**/*.py")]
 
 
 def test_no_code_unpickles_or_runs_text() -> None:

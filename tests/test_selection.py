@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from pipeline.checkpoint import Checkpoint
-from pipeline.loop import Epoch, best_epochs, epochs_since_best, select_epoch, train
-from pipeline.metrics import wilson_interval
-from pipeline.model import build
+from pipeline.evaluation.intervals import wilson_interval
+from pipeline.models.build import build
 from pipeline.params import Selection, check_params, compose
-from pipeline.plots import curves
+from pipeline.training.checkpoints import Checkpoint
+from pipeline.training.curves import curves
+from pipeline.training.loop import train
+from pipeline.training.selection import Epoch, best_epochs, epochs_since_best, select_epoch
 from tests.conftest import train_params
 from tests.test_model import config
 from tests.test_resume import run, stopped

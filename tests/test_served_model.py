@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.served_model import InvalidImages, as_images
+from pipeline.tracking.served_model import InvalidImages, as_images
 
 SHAPE = (4, 4, 1)
 IMAGES = np.arange(32, dtype=np.uint8).reshape(2, *SHAPE) * 8

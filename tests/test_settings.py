@@ -21,7 +21,7 @@ from prefect.settings.legacy import _get_settings_fields
 from flows import server, settings, ui
 from flows.prefect_server import ensure_server, server_in_force
 from flows.settings import PrefectServer, check_own_server, configured_server, named_port, own_server_environment
-from pipeline.errors import TemporaryError, UserError
+from pipeline.core.errors import TemporaryError, UserError
 from tests.conftest import PROJECT, free_port
 
 MLFLOW_NAMES = (
@@ -35,7 +35,7 @@ PREFECT_NAMES = (
 """What a variable that changes where something is recorded or served has in its name."""
 PROBE = """
 from flows.settings import configured_server
-from pipeline.errors import report_errors
+from pipeline.core.errors import report_errors
 with report_errors():
     print(configured_server())
 """

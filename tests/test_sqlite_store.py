@@ -20,10 +20,11 @@ from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, temporary_sett
 
 from flows import ui
 from flows.prefect_database import ensure_database
-from pipeline import sqlite_store, tracking
-from pipeline.errors import TemporaryError, UserError
-from pipeline.sqlite import sqlite_path
-from pipeline.sqlite_store import MLFLOW, PREFECT, ensure_store, is_current, revisions
+from pipeline.core.errors import TemporaryError, UserError
+from pipeline.core.sqlite import sqlite_path
+from pipeline.tracking import runs as tracking
+from pipeline.tracking import sqlite_store
+from pipeline.tracking.sqlite_store import MLFLOW, PREFECT, ensure_store, is_current, revisions
 from tests.conftest import PROJECT
 
 OLDER = "7d34483879f0"
@@ -285,7 +286,7 @@ def test_a_disk_without_room_is_one_line_and_the_store_stays(store: Path) -> Non
     folder.mkdir()
     script = f"""mount -t tmpfs -o size=1200k tmpfs {folder} && cp {store} {folder} && cd {folder} &&
         {sys.executable} -c '
-from pipeline import errors, tracking
+from pipeline.core import errors; from pipeline.tracking import runs as tracking
 with errors.report_errors(): tracking.connect()'; echo $?; cmp {store} mlflow.db && ls"""
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     unshare = ["unshare", "--user", "--map-root-user", "--mount"]

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pipeline.artifacts import file_md5
-from pipeline.errors import UserError
-from pipeline.model import LeNet, build, load_pretrained
+from pipeline.core.errors import UserError
+from pipeline.models.build import build
+from pipeline.models.lenet import LeNet
+from pipeline.models.pretrained import load_pretrained
 from tests.test_model import config
 
 Weights = dict[str, Tensor]

@@ -10,9 +10,9 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from pipeline import tracking
-from pipeline.errors import TemporaryError, UserError
-from pipeline.settings import check_recording, check_tracking_uri, missing_package, tracking_uri, unreachable
+from pipeline.core.errors import TemporaryError, UserError
+from pipeline.core.settings import check_recording, check_tracking_uri, missing_package, tracking_uri, unreachable
+from pipeline.tracking import runs as tracking
 
 GOOD = [
     "sqlite:///mlflow.db",

@@ -12,7 +12,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows import identity, server
 from flows.identity import Trace, trace
 from flows.trace import as_json, as_text
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 from tests.conftest import flow_run
 
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import requests
 
-from pipeline import model_code
+from pipeline.arrays import DatasetInfo
 from pipeline.artifacts import file_md5, read_csv, verify
-from pipeline.data import DatasetInfo
-from pipeline.errors import TemporaryError, UserError
-from pipeline.model import load_model
-from pipeline.tracking import SERVED_PACKAGES, connect, fetch_model, log_model, run_of_model
+from pipeline.core.errors import TemporaryError, UserError
+from pipeline.models.files import load_model
+from pipeline.tracking import model_code
+from pipeline.tracking.runs import SERVED_PACKAGES, connect, fetch_model, log_model, run_of_model
 from tests.conftest import PROJECT, coloured_images, free_port, run_step, start_repository, write_normalized
-from tests.test_architecture import imports
+from tests.test_architecture import MODULES, imports, reached
 
 
 @pytest.fixture(scope="module")
@@ -147,13 +147,12 @@ def test_an_application_with_modules_of_our_names_loads_models_of_two_versions(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = f"runs:/{only_run().info.run_id}/model"
-    read = model_code._read
+    package = tmp_path / "changed"
+    shutil.copytree(PROJECT / "pipeline", package)
+    served = package / "tracking/served_model.py"
     changed = 'table.insert(0, "predicted_class", ["another version"'
-    monkeypatch.setattr(
-        model_code,
-        "_read",
-        lambda name: read(name).replace('table.insert(0, "predicted_class", [names[index]', changed),
-    )
+    served.write_text(served.read_text().replace('table.insert(0, "predicted_class", [names[index]', changed))
+    monkeypatch.setattr(model_code, "PACKAGE", package)
     with mlflow.start_run() as other:
         log_model(Path("artifacts/train"))
     for name in ("pipeline.py", "model.py", "flows.py"):
@@ -171,7 +170,7 @@ def test_an_application_with_modules_of_our_names_loads_models_of_two_versions(
 
 
 def test_the_requirements_of_a_recorded_model_are_all_that_its_code_imports() -> None:
-    files = [PROJECT / "pipeline" / f"{name}.py" for name in model_code.imported_modules("served_model")]
+    files = [MODULES[name] for name in reached("tracking.served_model")]
     imported = {name.partition(".")[0] for file in files for name in imports(file)} - set(sys.stdlib_module_names)
     required = {name.partition(".")[0] for name in SERVED_PACKAGES} | {"mlflow", "pipeline"}
     assert imported == required

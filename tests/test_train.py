@@ -12,14 +12,18 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline import loop
-from pipeline.data import Split
-from pipeline.errors import UserError
-from pipeline.loop import Trained, _Training, train
-from pipeline.model import build
-from pipeline.optimizer import Lookahead, learning_rate, loss_function, make_optimizers, set_learning_rate, update
-from pipeline.params import TrainParams, dump_yaml
+from pipeline.arrays import Split
+from pipeline.core.errors import UserError
+from pipeline.core.yaml import dump_yaml
+from pipeline.models.build import build
+from pipeline.models.losses import loss_function
+from pipeline.params import TrainParams
 from pipeline.train import main
+from pipeline.training import loop
+from pipeline.training.lookahead import Lookahead
+from pipeline.training.loop import Trained, _Training, train
+from pipeline.training.optimizer import make_optimizers, set_learning_rate, update
+from pipeline.training.schedule import learning_rate
 from tests.conftest import DEFAULTS, coloured_images, read_until, run_step, start_step, train_params, write_normalized
 from tests.test_model import config
 

@@ -16,8 +16,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import ports, server, ui
 from pipeline.artifacts import write_json
-from pipeline.errors import TemporaryError, UserError
-from pipeline.processes import start_of
+from pipeline.core.errors import TemporaryError, UserError
+from pipeline.core.processes import start_of
 from tests.conftest import free_port
 
 PROGRAM = "from pathlib import Path; from flows import ui; ui.PROJECT = Path.cwd(); ui.main()"

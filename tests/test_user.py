@@ -10,7 +10,7 @@ import pytest
 
 import pipeline
 from pipeline.artifacts import kept_folder
-from pipeline.processes import num_cores
+from pipeline.core.processes import num_cores
 from tests.conftest import PROJECT
 
 NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
@@ -92,7 +92,7 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatc
 
 
 def test_cores_are_counted_in_one_place() -> None:
-    files = [*PROJECT.glob("pipeline/*.py"), *PROJECT.glob("flows/*.py"), *PROJECT.glob("benchmarks/**/*.py")]
+    files = [*PROJECT.glob("pipeline/**/*.py"), *PROJECT.glob("flows/**/*.py"), *PROJECT.glob("benchmarks/**/*.py")]
     counting = re.compile(r"cpu_count|len\(os.sched_getaffinity")
     assert [path.name for path in files if counting.search(path.read_text())] == ["processes.py"]
 

@@ -7,10 +7,10 @@ import numpy as np
 
 from benchmarks.recipe import network
 from benchmarks.ways import CIFAR10, RECIPE, arrays, is_reached, seed
-from pipeline.data import DatasetInfo, Split
-from pipeline.loop import judge, prepare_torch, train
+from pipeline.arrays import DatasetInfo, Split
+from pipeline.datasets.raw import open_source
 from pipeline.params import check_params, compose
-from pipeline.raw import open_source
+from pipeline.training.loop import judge, prepare_torch, train
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from pipeline.processes import num_cores
+from pipeline.core.processes import num_cores
 
 
 def main() -> None:

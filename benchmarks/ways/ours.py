@@ -7,9 +7,9 @@ import torch
 
 from benchmarks.recipe import accuracy, first, load
 from benchmarks.ways import RECIPE, arrays, is_reached, seed
-from pipeline.loop import VALIDATION_BATCH, train
-from pipeline.model import logits_of
+from pipeline.models.inference import logits_of
 from pipeline.params import check_params, compose
+from pipeline.training.loop import VALIDATION_BATCH, train
 
 OVERRIDES = {
     "train.optimizer": "muon",

@@ -18,7 +18,10 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from pipeline import artifacts, checkpoint, loop, tracking, train
+from pipeline import artifacts, train
+from pipeline.tracking import runs as tracking
+from pipeline.training import checkpoints as checkpoint
+from pipeline.training import loop
 
 FILE_OPERATIONS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
 MESSAGES = ("create_run", "log_batch", "log_artifact", "log_inputs", "set_terminated", "finalize_logged_model")

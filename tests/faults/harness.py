@@ -25,7 +25,7 @@ from mlflow.entities import LoggedModelStatus, Run
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from pipeline.artifacts import file_md5
-from pipeline.params import dump_yaml
+from pipeline.core.yaml import dump_yaml
 from tests.conftest import DEFAULTS, PROJECT, write_normalized
 
 FILES = ("best.safetensors", "last.safetensors", "model.json", "history.csv", "curves.png")

@@ -25,7 +25,8 @@ from prefect.server.database import provide_database_interface
 from prefect.server.database.alembic_commands import alembic_downgrade
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, temporary_settings
 
-from pipeline import sqlite_store, tracking
+from pipeline.tracking import runs as tracking
+from pipeline.tracking import sqlite_store
 
 
 def kill_at(owner: Any, name: str, *, label: str, kill: Any, counts: Counter[str]) -> None:

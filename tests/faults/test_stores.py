@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.sqlite_store import MLFLOW, PREFECT, Tool, is_current
+from pipeline.tracking.sqlite_store import MLFLOW, PREFECT, Tool, is_current
 from tests.conftest import PROJECT
 
 pytestmark = pytest.mark.slow

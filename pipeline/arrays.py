@@ -1,0 +1,177 @@
+"""The arrays of `artifacts/normalize/` as tensors: one split at a time, on a device or in windows of a file."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import numpy as np
+import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+from torch import Tensor
+
+from pipeline.artifacts import NORMALIZE, file_md5, read_json, read_split
+from pipeline.core.errors import UserError
+from pipeline.core.validation import first_problem
+from pipeline.params import Channels, Resize
+
+WINDOW_BYTES = 8 * 2**30
+"""Of images that are on the device at a time, unless told otherwise."""
+
+
+class DatasetInfo(BaseModel):
+    """What `dataset.json` says of the arrays beside it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    dataset: str
+    class_names: Annotated[tuple[str, ...], Field(min_length=1)]
+    image_size: PositiveInt
+    channels: Channels
+    resize: Resize
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[FiniteFloat, ...]
+    counts: dict[str, dict[str, NonNegativeInt]]
+    test_duplicates: tuple[NonNegativeInt, ...]
+    md5: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError("mean and std are not one number a channel each")
+        if self.counts.keys() != {"train", "validation", "test"}:
+            raise ValueError("counts is not of train, validation and test")
+        if max(self.test_duplicates, default=0) >= max(1, sum(self.counts["test"].values())):
+            raise ValueError("test_duplicates has a number that no test image has")
+        return self
+
+    @classmethod
+    def read(cls, folder: Path = NORMALIZE) -> Self:
+        """Raises UserError where `dataset.json` is missing or damaged."""
+        path = folder / "dataset.json"
+        values = read_json(path)
+        try:
+            return cls.model_validate({**values, "md5": file_md5(path)} if isinstance(values, dict) else values)
+        except ValidationError as error:
+            raise UserError(
+                f"{path}: damaged ({first_problem(error)}); `dvc repro normalize --force` makes it again"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one split: `images` (N, H, W, C) uint8 and `labels` (N,) int64.
+
+    The labels are on the device. So are the images, unless they are more than `window_bytes`: then they stay in their
+    file, and `pixels` brings a part of them.
+    """
+
+    images: Tensor
+    labels: Tensor
+    scale: Tensor
+    """(H * W * C,) float32: pixels times scale plus shift have mean 0 and deviation 1."""
+    shift: Tensor
+    file: "np.memmap[Any, Any] | None"
+    """Where the images lie, if not on the device."""
+    window_bytes: int
+    """As many of them are on the device at a time."""
+
+    @classmethod
+    def read(
+        cls,
+        name: str,
+        *,
+        info: DatasetInfo,
+        device: torch.device,
+        folder: Path = NORMALIZE,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> Self:
+        """Raises UserError where an array is missing, damaged, or does not agree with `dataset.json`."""
+        images, labels = read_split(name, folder=folder)
+        expected = (sum(info.counts[name].values()), info.image_size, info.image_size, info.channels)
+        if images.shape != expected:
+            raise UserError(
+                f"{folder / f'{name}_images.npy'}: its shape is {images.shape}, but dataset.json announces {expected}; "
+                "`dvc repro normalize --force` makes both again"
+            )
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(info.class_names):
+            raise UserError(
+                f"{folder / f'{name}_labels.npy'}: found labels from {labels.min()} to {labels.max()}; allowed: 0 to "
+                f"{len(info.class_names) - 1}; `dvc repro normalize --force` makes them again"
+            )
+        return cls.of(images, labels, mean=info.mean, std=info.std, device=device, window_bytes=window_bytes)
+
+    @classmethod
+    def of(
+        cls,
+        images: Any,
+        labels: Any,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> Self:
+        """From arrays (N, H, W, C) uint8 and (N,) int64, and each channel's mean and deviation of pixels / 255."""
+        # a channel without any contrast is only centred
+        scale = 1 / (255 * torch.tensor(std, dtype=torch.float64)).clamp(min=1e-3)
+        shift = -255 * torch.tensor(mean, dtype=torch.float64) * scale
+        pixels = images.shape[1] * images.shape[2]
+        file = images if images.nbytes > window_bytes and isinstance(images, np.memmap) else None
+        tensor = torch.from_numpy(images)
+        return cls(
+            images=tensor.to(device) if file is None else tensor,
+            labels=torch.from_numpy(np.ascontiguousarray(labels)).to(device),
+            scale=scale.repeat(pixels).to(device, torch.float32),
+            shift=shift.repeat(pixels).to(device, torch.float32),
+            file=file,
+            window_bytes=window_bytes,
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_bytes(self) -> int:
+        return math.prod(self.images.shape[1:])
+
+    def pixels(self, start: int, stop: int) -> Tensor:
+        """The images from `start` up to `stop`, on the device: (stop - start, H, W, C) uint8.
+
+        Raises UserError where the file has become shorter.
+        """
+        if self.file is None:
+            return self.images[start:stop]
+        # a plain read: the pages of a memory map count as this process's memory until something else wants them
+        offset, size = self.file.offset + start * self.image_bytes, (stop - start) * self.image_bytes
+        content = np.fromfile(str(self.file.filename), np.uint8, size, offset=offset)
+        if len(content) < size:
+            raise UserError(f"{self.file.filename}: it was cut short while it was read; `dvc repro` makes it again")
+        return torch.from_numpy(content).view(-1, *self.images.shape[1:]).to(self.labels.device)
+
+
+def evaluation_batches(
+    split: Split, *, batch_size: int, between: tuple[int, int] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The split in its order, all or a range of it: images (B, C, H, W) float32 and labels (B,) int64."""
+    first, end = between or (0, len(split))
+    for start in range(first, end, batch_size):
+        stop = min(start + batch_size, end)
+        yield normalize_pixels(split.pixels(start, stop), split=split), split.labels[start:stop]
+
+
+def normalize_pixels(pixels: Tensor, *, split: Split) -> Tensor:
+    """(B, H, W, C) uint8 → (B, C, H, W) float32 of mean 0 and deviation 1, channels last in memory."""
+    # whole images as rows: on the CPU six times as fast as with one number a channel
+    rows = torch.addcmul(split.shift, pixels.flatten(1).float(), split.scale)
+    return rows.view(pixels.shape).permute(0, 3, 1, 2)

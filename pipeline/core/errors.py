@@ -1,0 +1,134 @@
+"""Errors that a user can act on: one line and an exit status, never a traceback."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+from pipeline.core.project import temporary_folder_owner
+
+EXIT_USER = 2
+"""Exit status for a mistake that only the user can fix: trying again is of no use."""
+EXIT_PARTIAL = 3
+"""Exit status where some items of many failed, each named with the reason, and all the others were done."""
+EXIT_TEMPORARY = 75
+"""Exit status for a failure that may pass, such as the network (EX_TEMPFAIL of sysexits.h): try again."""
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_PIPE = 128 + signal.SIGPIPE
+EXIT_TERMINATED = 128 + signal.SIGTERM
+STARTS_AGAIN = "the same command starts again"
+"""What an interrupted step says, unless the exception says more."""
+
+
+class UserError(ValueError):
+    """A mistake in the input, told in one line: what was found, where, what is allowed, what to do."""
+
+
+class TemporaryError(RuntimeError):
+    """A failure of the surroundings, told in one line, that may be gone at the next try."""
+
+
+class PartialError(RuntimeError):
+    """Some items of many failed. Each was reported with its reason; all the others were done."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised in the main thread while `report_errors` is active."""
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let SIGTERM and Ctrl-C wait until the block is done; it must be short, and in the main thread."""
+    came: list[tuple[int, FrameType | None]] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda number, frame: came.append((number, frame))) for number in numbers]
+    handlers = dict(zip(numbers, before, strict=True))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for first, frame in came[:1]:  # not where the block failed: then its error is what to tell
+        _call_handler(handlers[signal.Signals(first)], first, frame)
+
+
+def _call_handler(handler: Any, number: int, frame: FrameType | None) -> None:
+    if callable(handler):
+        handler(number, frame)
+    elif handler == signal.SIG_DFL:
+        os.kill(os.getpid(), number)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, terminal codes and direction marks spelt out, as `\\x1b`."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def first_line(error: object) -> str:
+    """What an error says, in one line, or its kind where it says nothing."""
+    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))
+
+
+def shown(place: str) -> str:
+    """A URL or path without what may be secret in it: user, password and query."""
+    scheme, separator, rest = place.partition("://")
+    if not separator or scheme.partition("+")[0] == "sqlite":  # a file, whose name may have a # in it
+        return place
+    host, slash, path = rest.partition("/")
+    address = host.rpartition("@")[2] + slash + path  # first, as a password may have a # or ? in it
+    return scheme + separator + address.partition("#")[0].partition("?")[0]
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Turn what a user can act on, and SIGTERM, into one line on stderr and an exit status.
+
+    Anything else is a defect of ours and keeps its traceback.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+        sys.stdout.flush()
+    except UserError as error:
+        _leave(str(error), EXIT_USER)
+    except TemporaryError as error:
+        _leave(str(error), EXIT_TEMPORARY)
+    except PartialError as error:
+        _leave(str(error), EXIT_PARTIAL)
+    except Terminated as error:
+        _leave(f"terminated by SIGTERM; {error.args[0] if error.args else STARTS_AGAIN}", EXIT_TERMINATED)
+    except KeyboardInterrupt as error:
+        _leave(f"interrupted; {error.args[0] if error.args else STARTS_AGAIN}", EXIT_INTERRUPTED)
+    except MemoryError:
+        _leave("the memory is full; end other programs, or lower the batch size", EXIT_USER)
+    except BrokenPipeError:  # `… | head`: who reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_PIPE)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        denied = isinstance(error, PermissionError)
+        remedy = (
+            "check who may read and write it"
+            if denied
+            else "check that the disk has room and the folder can be written"
+        )
+        _leave(f"{error.filename}: {error.strerror}; {remedy}", EXIT_USER)
+
+
+def _terminate(_signum: int, _frame: Any) -> NoReturn:
+    raise Terminated
+
+
+def _leave(message: str, status: int) -> NoReturn:
+    # DVC takes a stage's outputs away before it runs the stage, but keeps them in its cache
+    in_checkout = "PIPELINE_FLOW_RUN_ID" not in os.environ and temporary_folder_owner() is None
+    if "DVC_STAGE" in os.environ and in_checkout:
+        message += "; `dvc checkout` brings the last good outputs back"
+        if "DVC_EXP_NAME" in os.environ:  # `dvc exp run -S` has written its values into the file
+            message += ", `git checkout params.yaml` the committed parameters"
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -1,0 +1,1 @@
+"""The data sources: how each is fetched, and how its files are read."""

@@ -1,0 +1,29 @@
+"""Blocks of decoded images: the unit in which images are read and written."""
+
+from dataclasses import dataclass
+
+from pipeline.artifacts import Images, Labels
+
+SPLITS = ("train", "validation", "test")
+BLOCK_IMAGES = 1024
+BLOCK_BYTES = 2**25
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some consecutive images of one split, and the files between them that could not be read."""
+
+    split: str
+    images: Images
+    """(n, S, S, C) uint8."""
+    labels: Labels
+    """(n,) int64."""
+    names: list[str]
+    """n names, each unique in the source."""
+    unreadable: list[tuple[str, str]]
+    """(name, reason)."""
+
+
+def block_length(image_bytes: int) -> int:
+    """Images of this many bytes to hold in memory at a time."""
+    return min(BLOCK_IMAGES, max(1, BLOCK_BYTES // image_bytes))

@@ -1,0 +1,218 @@
+"""Image files to arrays: all formats and modes of Pillow and pillow-heif, at one size and number of channels."""
+
+import logging
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from io import BytesIO
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pillow_heif
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from pipeline.core.errors import printable
+from pipeline.params import Channels, Resize
+
+MAX_PIXELS = 2**27
+"""Largest image that is decoded, in pixels (134 megapixels, 0.5 GB as RGB): a small file can announce more."""
+# EPS runs Ghostscript, a program, on the file; the others are recognised by Pillow but have no decoder in it.
+_REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# The picture itself and nothing else of a HEIC file; the processes that decode are as many as the cores.
+pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
+_SUFFIXES = Image.registered_extensions()  # loads all of Pillow's plugins as well
+_FORMATS = sorted(set(Image.OPEN) - _REFUSED_FORMATS, key=lambda name: (name not in ("JPEG", "PNG"), name))
+
+
+def _suffixes(words: str) -> frozenset[str]:
+    return frozenset(f".{word}" for word in words.split())
+
+
+IMAGE_SUFFIXES = frozenset(suffix for suffix, name in _SUFFIXES.items() if name in _FORMATS) | {".mpo"}
+"""Suffixes of image files that can be decoded, lower case, with the dot."""
+RAW_SUFFIXES = _suffixes(
+    "3fr arq arw cr2 cr3 crw dcr dng erf fff gpr iiq kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f"
+)
+"""Suffixes of a camera's raw files. Most are TIFF files, of which Pillow would give the thumbnail."""
+UNDECODABLE_SUFFIXES = RAW_SUFFIXES | _suffixes("ai dcm dicom emf eps exr hdp jng jxl jxr pdf svg svgz wdp wmf xcf")
+"""Suffixes of images and documents that cannot be decoded here."""
+VIDEO_SUFFIXES = _suffixes("3gp avi flv insv m2ts m4v mkv mov mp4 mpeg mpg mts ogv webm wmv")
+_SIGNATURES = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftyp(avif|avis|heic|heix|hevc|hevx|mif1|msf1)",
+    re.DOTALL,
+)
+_RESAMPLE = Image.Resampling.BICUBIC
+_SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How an image is turned upright, by its EXIF orientation (Exif 2.32, tag 0x0112)."""
+logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # plugins log what they find odd; decode() tells it as a reason
+
+
+class UnreadableImage(ValueError):  # noqa: N818
+    """The reason, in one line, why an image file cannot be decoded."""
+
+
+def is_image_content(head: bytes) -> bool:
+    """Whether a file that begins with these bytes (12 or more) is a JPEG, PNG, GIF, WebP, AVIF or HEIC image."""
+    return _SIGNATURES.match(head) is not None
+
+
+def check_suffix(name: str) -> None:
+    """Raise UnreadableImage where a file's name says that it has a format without a decoder."""
+    suffix = PurePath(name).suffix.lower()
+    if suffix in UNDECODABLE_SUFFIXES:
+        raise UnreadableImage(f"{suffix} files cannot be decoded here; export it as JPEG, PNG or TIFF")
+
+
+def decode(content: bytes, *, image_size: int, channels: Channels, resize: Resize) -> npt.NDArray[np.uint8]:
+    """Decode the first frame of an image file to (image_size, image_size, channels) uint8; raises UnreadableImage.
+
+    - EXIF orientation is applied (damaged EXIF data counts as none); colour profiles are not.
+    - Anything transparent is laid over white.
+    - CMYK, YCbCr and whatever else are converted as Pillow does, LAB (D50) to sRGB; grey from colour is ITU-R 601 luma.
+    - 16-bit grey, and 32-bit integers (as which Pillow gives some 16-bit files), are divided by 257 and rounded, so
+      that 65535 is 255. Floats are fractions of white. Values outside 0…65535 or 0…1 have no known white: unreadable.
+    - Size: see `to_size`. JPEG files more than four times too large are decoded at a half, quarter or eighth of their
+      size, never below twice the wanted one, which is several times as fast.
+
+    Truncated files raise; wrong bytes inside JPEG data cannot always be told from the picture.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = _to_channels(_open(content, image_size=image_size), channels=channels)
+            return _pixels(to_size(image, image_size=image_size, resize=resize))
+    except UnreadableImage:
+        raise
+    except Image.DecompressionBombError:
+        raise UnreadableImage(f"more than {MAX_PIXELS:,} pixels") from None
+    except UnidentifiedImageError:
+        raise UnreadableImage("empty file" if not content else "not an image, or its header is damaged") from None
+    # Pillow's parsers raise nearly anything on damaged input: struct.error, SyntaxError, IndexError, OverflowError, …
+    except Exception as error:
+        raise UnreadableImage(_one_line(error)) from None
+
+
+def to_size(image: Image.Image, *, image_size: int, resize: Resize) -> Image.Image:
+    """Bring an image to image_size x image_size: bicubic, antialiased; one of that size passes untouched.
+
+    `crop` keeps the largest square at the centre, `pad` the whole image between black bars, `stretch` neither cuts
+    nor keeps the proportions.
+    """
+    if image.size == (image_size, image_size):
+        return image
+    if resize == "crop":
+        return ImageOps.fit(image, (image_size, image_size), method=_RESAMPLE)
+    if resize == "stretch":
+        return image.resize((image_size, image_size), resample=_RESAMPLE)
+    scale = image_size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)  # ImageOps.pad fails on sides that round to 0
+    padded = Image.new(image.mode, (image_size, image_size))
+    padded.paste(
+        image.resize((width, height), resample=_RESAMPLE), ((image_size - width) // 2, (image_size - height) // 2)
+    )
+    return padded
+
+
+def resize_pixels(pixels: npt.NDArray[np.uint8], *, image_size: int, channels: Channels) -> npt.NDArray[np.uint8]:
+    """(H, W) grey or (H, W, 3) RGB uint8 to (image_size, image_size, channels) uint8, stretched by `to_size`."""
+    image = _to_channels(Image.fromarray(pixels), channels=channels)
+    return _pixels(to_size(image, image_size=image_size, resize="stretch"))
+
+
+def _open(content: bytes, *, image_size: int) -> Image.Image:
+    """The first frame, upright, loaded; its number of pixels is checked before any of them is decoded."""
+    image: Image.Image = Image.open(BytesIO(content), formats=_FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(f"{width} x {height} pixels; allowed: {MAX_PIXELS:,} in all")
+    image.draft(None, (2 * image_size, 2 * image_size))
+    with _quiet_stderr() if image.format == "TIFF" else nullcontext():
+        image.load()
+    turn = _UPRIGHT.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Libtiff, a C library, writes its complaints to file descriptor 2; other threads are muted meanwhile."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def _orientation(image: Image.Image) -> Any:
+    try:
+        return image.getexif().get(_ORIENTATION_TAG)
+    # The parser raises nearly anything on damaged EXIF data; the picture itself is still good.
+    except Exception:
+        return None
+
+
+def _to_channels(image: Image.Image, *, channels: Channels) -> Image.Image:
+    """Mode L or RGB, whatever the mode was."""
+    if image.mode in _SIXTEEN_BIT:
+        image = _scaled(image, white=65535)
+    elif image.mode == "F":
+        image = _scaled(image, white=1)
+    elif image.mode == "LAB":
+        image = _lab_to_rgb(image)
+    elif image.has_transparency_data or image.mode in ("La", "RGBa"):
+        image = _over_white(image)
+    elif image.mode not in ("1", "L", "RGB"):
+        image = image.convert("RGB")
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _scaled(image: Image.Image, *, white: int) -> Image.Image:
+    """Mode L from numbers in 0…white."""
+    values = np.asarray(image).astype(np.float64)
+    if not (values.min() >= 0 and values.max() <= white):  # so written, NaN is refused too
+        raise UnreadableImage(
+            f"mode {image.mode}, values from {values.min():g} to {values.max():g}; allowed: 0 to {white}; "
+            "save it with 8 bits"
+        )
+    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _lab_to_rgb(image: Image.Image) -> Image.Image:
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert converted is not None
+    return converted
+
+
+def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """(H, W, 1) or (H, W, 3) uint8."""
+    pixels = np.asarray(image)
+    return pixels[:, :, np.newaxis] if pixels.ndim == 2 else pixels
+
+
+def _one_line(error: Exception) -> str:
+    reason = printable(" ".join(str(error).split()))
+    return reason if isinstance(error, OSError) and reason else f"damaged ({type(error).__name__}: {reason})"

@@ -1,0 +1,78 @@
+"""Build a network by the name in `train.model`, with what its input needs."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.core.errors import UserError, first_line
+from pipeline.models.airbench import Airbench
+from pipeline.models.config import ModelConfig
+from pipeline.models.lenet import LeNet
+from pipeline.models.torchvision import build_torchvision_network
+from pipeline.params import TrainParams
+
+OWN_NETWORKS: Mapping[str, type[LeNet | Airbench]] = {"lenet": LeNet, "airbench": Airbench}
+"""By the name in `train.model`; all others are torchvision's."""
+
+
+class Classifier(nn.Module):
+    """A network with what it needs done to its input: (B, C, H, W) normalised float32 → (B, num_classes) logits."""
+
+    def __init__(self, network: nn.Module, *, network_channels: int, input_size: int | None) -> None:
+        super().__init__()
+        self.network = network
+        self.network_channels = network_channels
+        self.input_size = input_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.input_size is not None and self.input_size != images.shape[-1]:
+            size = (self.input_size, self.input_size)
+            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+        if images.shape[1] < self.network_channels:
+            images = images.expand(-1, self.network_channels, -1, -1)
+        output = self.network(images)
+        # googlenet and inception_v3 return their auxiliary logits beside it while training
+        return output if isinstance(output, Tensor) else output.logits
+
+
+def build(config: ModelConfig) -> Classifier:
+    """The network with freshly drawn weights; raises UserError for an unknown name or a size it cannot take."""
+    network = build_network(config, num_classes=len(config.class_names))
+    channels = config.channels if config.model in OWN_NETWORKS else 3
+    classifier = Classifier(network, network_channels=channels, input_size=config.input_size)
+    _try(classifier.eval(), config=config, batch_size=1)
+    classifier.train()
+    return classifier
+
+
+def build_network(config: ModelConfig, *, num_classes: int) -> nn.Module:
+    if own := OWN_NETWORKS.get(config.model):
+        return own(num_classes=num_classes, channels=config.channels, image_size=config.network_size)
+    return build_torchvision_network(config, num_classes=num_classes, own_names=OWN_NETWORKS)
+
+
+def memory_format(params: TrainParams) -> torch.memory_format:
+    """In which the network's weights lie."""
+    return torch.channels_last if params.channels_last else torch.contiguous_format
+
+
+def try_training(classifier: Classifier, *, config: ModelConfig, batch_size: int) -> None:
+    """Raises UserError where the network cannot take such a batch in training, as its batch normalisation may not."""
+    if config.model != "lenet":
+        _try(copy.deepcopy(classifier).train(), config=config, batch_size=min(batch_size, 2))
+
+
+def _try(classifier: nn.Module, *, config: ModelConfig, batch_size: int) -> None:
+    """One forward pass over nothing, since only that tells whether a network can take images of this size."""
+    images = torch.zeros(batch_size, config.channels, config.image_size, config.image_size)
+    try:
+        with torch.no_grad():
+            classifier(images)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(
+            f"train.model {config.model} cannot take images of {config.network_size} pixels in batches of {batch_size} "
+            f"({first_line(error)}); set train.input_size to what it was made for, such as 224, or raise batch_size"
+        ) from None

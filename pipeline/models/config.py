@@ -1,0 +1,53 @@
+"""What is needed to build a network again and to prepare its input: the content of `model.json`."""
+
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from pipeline.arrays import DatasetInfo
+from pipeline.params import Channels, Resize, TrainParams
+
+
+class ModelConfig(BaseModel):
+    """All that is needed to build the network again and to feed it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    weights: str | None
+    loss: str
+    class_names: Annotated[tuple[str, ...], Field(min_length=1)]
+    image_size: Annotated[int, Field(ge=1, le=1024)]
+    input_size: Annotated[int, Field(ge=1, le=1024)] | None
+    channels: Channels
+    resize: Resize
+    mean: tuple[FiniteFloat, ...]
+    std: tuple[FiniteFloat, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(set(self.class_names)) < len(self.class_names):
+            raise ValueError("a class name comes twice")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError("mean and std are not one number a channel each")
+        return self
+
+    @property
+    def network_size(self) -> int:
+        """Pixels a side of what the network sees."""
+        return self.input_size or self.image_size
+
+
+def configure(params: TrainParams, info: DatasetInfo) -> ModelConfig:
+    return ModelConfig(
+        model=params.model,
+        weights=params.weights,
+        loss=params.loss,
+        class_names=info.class_names,
+        image_size=info.image_size,
+        input_size=params.input_size,
+        channels=info.channels,
+        resize=info.resize,
+        mean=info.mean,
+        std=info.std,
+    )

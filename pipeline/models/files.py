@@ -1,0 +1,49 @@
+"""The files that hold a model: `<checkpoint>.safetensors` with `model.json` beside it."""
+
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import nn
+
+from pipeline.artifacts import missing, read_json, write_bytes, write_json
+from pipeline.core.errors import UserError, first_line
+from pipeline.models.build import Classifier, build
+from pipeline.models.config import ModelConfig
+
+
+def save_weights(classifier: nn.Module, path: Path) -> None:
+    """Same weights, same bytes."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
+    write_bytes(path, save(weights))
+
+
+def save_config(config: ModelConfig, folder: Path) -> None:
+    write_json(folder / "model.json", config.model_dump(mode="json"))
+
+
+def load_model(folder: Path, *, checkpoint: str = "best") -> tuple[Classifier, ModelConfig]:
+    """The network of `<checkpoint>.safetensors` and `model.json`, in evaluation mode, on the CPU.
+
+    Raises UserError where a file is missing or damaged.
+    """
+    path = folder / "model.json"
+    try:
+        config = ModelConfig.model_validate(read_json(path))
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: damaged ({error.errors()[0]['msg']}); `dvc repro train --force` makes it again"
+        ) from None
+    classifier = build(config)
+    weights = folder / f"{checkpoint}.safetensors"
+    try:
+        classifier.load_state_dict(load(weights.read_bytes()))
+    except FileNotFoundError:
+        raise UserError(missing(weights)) from None
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"{weights}: damaged or not of {config.model} ({first_line(error)}); "
+            "`dvc repro train --force` makes it again"
+        ) from None
+    return classifier.eval(), config

@@ -1,0 +1,55 @@
+"""Run a network over images: logits and class probabilities."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.arrays import Split, evaluation_batches
+from pipeline.artifacts import Images
+from pipeline.models.config import ModelConfig
+from pipeline.params import Views
+
+
+@torch.no_grad()
+def logits_of(
+    classifier: nn.Module,
+    split: Split,
+    *,
+    batch_size: int,
+    between: tuple[int, int] | None = None,
+    views: Views = "none",
+) -> Tensor:
+    """Logits (N, num_classes) float32 of a split, all or a range of it, on its device, in evaluation mode.
+
+    With several views of each image, their weighted mean.
+    """
+    was_training = classifier.training
+    classifier.eval()
+    logits = []
+    for images, _ in evaluation_batches(split, batch_size=batch_size, between=between):
+        weighted = [weight * classifier(view).float() for weight, view in _views(images, views)]
+        logits.append(torch.stack(weighted).sum(0) if len(weighted) > 1 else weighted[0])
+    classifier.train(was_training)
+    return torch.cat(logits)
+
+
+def _views(images: Tensor, views: Views) -> list[tuple[float, Tensor]]:
+    """Each with its weight: the images, mirrored, and both shifted by a pixel up left and down right (reflected)."""
+    if views == "none":
+        return [(1.0, images)]
+    seen = [(0.5, images), (0.5, images.flip(3))]
+    if views == "mirror":
+        return seen
+    height, width = images.shape[2:]
+    padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    shifted = [padded[:, :, start : start + height, start : start + width] for start in (0, 2)]
+    return [(0.25, view) for _, view in seen] + [(0.125, view) for image in shifted for view in (image, image.flip(3))]
+
+
+def class_probabilities(classifier: nn.Module, images: Images, *, config: ModelConfig) -> npt.NDArray[np.float32]:
+    """Probabilities (N, num_classes) float32 of images (N, H, W, C) uint8, on the CPU."""
+    labels = np.zeros(len(images), dtype=np.int64)
+    split = Split.of(images, labels, mean=config.mean, std=config.std, device=torch.device("cpu"))
+    return logits_of(classifier, split, batch_size=256).softmax(1).numpy()

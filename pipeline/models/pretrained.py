@@ -1,0 +1,89 @@
+"""Load pretrained weights into a network: torchvision's, or those of a file."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipeline.artifacts import check_weights
+from pipeline.core.errors import TemporaryError, UserError, first_line
+from pipeline.models.build import OWN_NETWORKS, Classifier, build_network
+from pipeline.models.config import ModelConfig
+from pipeline.models.state_dict import COUNTER, flatten, select_weights
+
+
+def load_pretrained(classifier: Classifier, *, config: ModelConfig, md5: str | None) -> list[str]:
+    """Load the weights of `train.weights` into the network; the head stays as drawn where the classes differ in number.
+
+    Returns the names of the tensors left as drawn. Nothing is unpickled beyond tensors. Raises UserError where the file
+    is missing, damaged, of another network or not of this MD5, TemporaryError where a download failed.
+    """
+    if config.weights is None:
+        return []
+    target = classifier.network.state_dict()
+    weights = select_weights(
+        _read_weights(config, md5=md5),
+        target=target,
+        head=_head(config),
+        file=config.weights,
+        network=f"train.model {config.model}",
+        image_size=config.network_size,
+    )
+    fits = {name: tensor for name, tensor in weights.items() if name in target and tensor.shape == target[name].shape}
+    classifier.network.load_state_dict(fits, strict=False)
+    return [name for name in target if name not in fits and not name.endswith(COUNTER)]
+
+
+def _head(config: ModelConfig) -> set[str]:
+    """The names of the tensors whose shape follows from the number of classes."""
+    numbers = (len(config.class_names), len(config.class_names) + 1)
+    try:
+        with torch.device("meta"):
+            one, more = (build_network(config, num_classes=number).state_dict() for number in numbers)
+    except NotImplementedError:  # the RegNets compute their widths with tensors, which must have values
+        one, more = (build_network(config, num_classes=number).state_dict() for number in numbers)
+    return {name for name in one if one[name].shape != more[name].shape}
+
+
+def _read_weights(config: ModelConfig, *, md5: str | None) -> dict[str, Tensor]:
+    assert config.weights is not None
+    if config.weights == "DEFAULT":
+        return _download_weights(config.model)
+    path = Path(config.weights)
+    try:
+        check_weights(path, md5)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with warnings.catch_warnings():  # torch tells oddities of a damaged file beside the error
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # torch raises what its many formats raise; all of it means the same to the user
+        raise UserError(
+            f"train.weights {path}: not readable as weights alone ({first_line(error)}); "
+            "allowed: .safetensors, or .pth of a state dict"
+        ) from None
+    weights = flatten(content)
+    if not weights:
+        raise UserError(f"train.weights {path}: holds no tensors by name; allowed: a state dict")
+    return weights
+
+
+def _download_weights(name: str) -> dict[str, Tensor]:
+    if name in OWN_NETWORKS:
+        raise UserError(f"train.weights is DEFAULT, but {name} has no pretrained weights; allowed: null or a file")
+    from torchvision import models  # noqa: PLC0415  # see pipeline/models/torchvision.py
+
+    weights: Any = models.get_model_weights(name).DEFAULT
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise TemporaryError(
+            f"train.weights DEFAULT: {weights.url} cannot be fetched ({first_line(getattr(error, 'reason', error))}); "
+            "without internet, copy that file here and name it in train.weights"
+        ) from None
+    return state

@@ -1,0 +1,51 @@
+"""torchvision's classification models, adapted to small images."""
+
+import difflib
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+from pipeline.core.errors import UserError
+from pipeline.models.config import ModelConfig
+
+SMALL_IMAGE_SIZE = 64
+"""Pixels. Up to this size a residual network keeps the resolution in its first layers (He et al. 2016, section 4.2)."""
+
+
+def build_torchvision_network(config: ModelConfig, *, num_classes: int, own_names: Collection[str]) -> nn.Module:
+    """Build `config.model` with newly drawn weights; raises UserError listing `own_names` too where it is unknown."""
+    from torchvision import models  # noqa: PLC0415  # it takes as long to import as torch does, and lenet needs none of it
+
+    names = models.list_models(module=models)
+    if config.model not in names:
+        raise UserError(_unknown(config.model, names, own_names=own_names))
+    network: nn.Module = models.get_model(config.model, weights=None, num_classes=num_classes, **_options(config))
+    if isinstance(network, models.ResNet) and config.network_size <= SMALL_IMAGE_SIZE:
+        _keep_resolution(network, kernel_size=3 if config.weights is None else 7)
+    return network
+
+
+def _unknown(name: str, names: Collection[str], *, own_names: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, [*own_names, *names], n=3) or ["lenet", "resnet18"]
+    return (
+        f"train.model is {name!r}; allowed: {', '.join(own_names)} or a torchvision classification model "
+        f"({len(names)} of them, such as {', '.join(close)})"
+    )
+
+
+def _options(config: ModelConfig) -> dict[str, Any]:
+    if config.model.startswith("vit_"):
+        return {"image_size": config.network_size}
+    # these two draw their weights by a slow truncated normal unless told which way
+    return {"init_weights": True} if config.model in {"googlenet", "inception_v3"} else {}
+
+
+def _keep_resolution(network: Any, *, kernel_size: int) -> None:
+    """Make the first layer of stride 1 and drop the pooling, which would leave 32x32 images with 8x8 features.
+
+    From scratch its kernel is 3x3, as He et al. 2016 have it for CIFAR-10; pretrained weights keep their 7x7.
+    """
+    network.conv1 = nn.Conv2d(3, 64, kernel_size, stride=1, padding=kernel_size // 2, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    network.maxpool = nn.Identity()

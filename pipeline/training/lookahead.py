@@ -1,0 +1,33 @@
+"""Lookahead: slow weights behind the fast ones."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class Lookahead:
+    """Slow weights behind the fast ones (Zhang et al. 2019, arXiv:1907.08610).
+
+    Every so many steps they move towards these, by 1 - 0.95 ** every * (step / total) ** 3 of the way (Jordan 2024,
+    arXiv:2404.00498), and the fast ones go on from there. After the last step the slow weights are the result, whether
+    they have moved then or not.
+    """
+
+    def __init__(self, network: nn.Module, *, every: int) -> None:
+        self._fast = {name: tensor for name, tensor in network.state_dict().items() if tensor.is_floating_point()}
+        self._every = every
+        self.slow = {name: tensor.clone() for name, tensor in self._fast.items()}
+
+    @torch.no_grad()
+    def step(self, number: int, *, total: int) -> None:
+        """After step `number`, from 1, of `total`."""
+        if number % self._every and number < total:
+            return
+        kept = 1.0 if number % self._every else 0.95**self._every * (number / total) ** 3
+        for name, fast in self._fast.items():
+            fast.copy_(self.slow[name].lerp_(fast, 1 - kept))
+
+    def restore(self, slow: Mapping[str, Tensor]) -> None:
+        for name, tensor in slow.items():
+            self.slow[name].copy_(tensor)

@@ -1,0 +1,70 @@
+"""Select the epoch whose weights are kept."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.evaluation.intervals import wilson_interval
+from pipeline.params import Selection
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One row of the history: losses and accuracies are sums over images divided by images."""
+
+    epoch: int
+    learning_rate: float
+    train_loss: float
+    train_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The epoch whose weights are kept, and the reason in words."""
+
+    epoch: int
+    reason: str
+
+
+def best_epochs(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> list[Epoch]:
+    """Return the epochs that count as the best by `train.selection`, in their order; the last of them is kept.
+
+    `highest_accuracy`: those of highest validation accuracy, and among these of lowest validation loss, as few images
+    give few values of accuracy. `latest_equivalent`: those whose validation accuracy is inside the 95 % interval of
+    the highest one on `num_images` images; the highest of many is often so by chance, and where the learning rate
+    falls a later epoch is better.
+    """
+    top = max(history, key=_score)
+    if selection == "highest_accuracy":
+        return [epoch for epoch in history if _score(epoch) == _score(top)]
+    lower, _ = wilson_interval(round(top.validation_accuracy * num_images), num_images)
+    return [epoch for epoch in history if epoch.validation_accuracy >= lower]
+
+
+def _score(epoch: Epoch) -> tuple[float, float]:
+    return epoch.validation_accuracy, -epoch.validation_loss
+
+
+def select_epoch(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> Kept:
+    """Select the last of the best epochs; `num_images` is the size of the validation split."""
+    best = best_epochs(history, selection=selection, num_images=num_images)
+    highest = max(epoch.validation_accuracy for epoch in history)
+    num_highest = sum(epoch.validation_accuracy == highest for epoch in history)
+    if selection == "latest_equivalent":
+        reason = f"latest of {len(best)} in the 95 % interval of the highest validation accuracy, {highest:.1%}"
+    elif num_highest == 1:
+        reason = "highest validation accuracy"
+    elif len(best) == 1:
+        reason = f"lowest validation loss of {num_highest} with the highest validation accuracy"
+    else:
+        reason = f"latest of {len(best)} with the highest validation accuracy and the lowest loss"
+    return Kept(best[-1].epoch, reason)
+
+
+def epochs_since_best(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> int:
+    """Return how many epochs ended since the last improvement, or with `latest_equivalent` the last of the best."""
+    if not history:
+        return 0
+    best = best_epochs(history, selection=selection, num_images=num_images)
+    return len(history) - best[0 if selection == "highest_accuracy" else -1].epoch
