@@ -13,7 +13,7 @@ from benchmarks.table import header, mean_and_deviation, table
 from benchmarks.ways import RECIPE, arrays
 from pipeline.core.errors import report_errors
 from pipeline.params import check_params, compose
-from pipeline.training.loop import judge, train
+from pipeline.training.loop import train, validate
 
 
 def train_and_judge(seed: int) -> tuple[float, float]:
@@ -25,7 +25,7 @@ def train_and_judge(seed: int) -> tuple[float, float]:
     trained = train(classifier, params=params, train_split=splits["train"], validation_split=splits["validation"])
     seconds = time.perf_counter() - start
     classifier.load_state_dict(trained.best)
-    return judge(classifier, splits["test"], loss=params.loss)[1], seconds
+    return validate(classifier, splits["test"], loss=params.loss)[1], seconds
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from pipeline.models.files import save_config, save_weights
 from pipeline.tracking import runs as tracking
 from pipeline.train import report_epoch
 from pipeline.training.checkpoints import Checkpoints
-from pipeline.training.loop import prepare_torch
+from pipeline.training.device import prepare_torch
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from pipeline.core.errors import report_errors
 from pipeline.models.build import Classifier
 from pipeline.models.inference import logits_of
 from pipeline.params import Params, check_params, compose
-from pipeline.train import initialise
-from pipeline.training.loop import prepare_torch, train
+from pipeline.training.device import prepare_torch
+from pipeline.training.initialize import initialize_from_images
+from pipeline.training.loop import train
 
 RECIPE, SIDE = "cifar10_fast94", 4096
 
@@ -59,7 +60,7 @@ def one(seed: int, params: Params, *, device: torch.device, train_images: int | 
     start = time.perf_counter()
     classifier, splits = load(values, arrays(RECIPE))
     train_split = first(splits["train"], train_images or len(splits["train"]))
-    initialise(classifier, train_split, seed=seed)
+    initialize_from_images(classifier, train_split, seed=seed)
     classifier.to(device)
     used = []
     train(

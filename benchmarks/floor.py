@@ -18,7 +18,7 @@ from benchmarks.lenet import PARAMS, TRAIN_IMAGES, VALIDATION_IMAGES, Splits, ep
 from benchmarks.setting import options
 from benchmarks.table import header, table
 from pipeline.core.errors import report_errors
-from pipeline.training.loop import prepare_torch
+from pipeline.training.device import prepare_torch
 
 SIDE, COPIED = 2048, 2**28
 SHOWN = 10

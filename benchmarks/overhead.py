@@ -14,7 +14,8 @@ from pipeline.core.errors import report_errors
 LOOP = """
 import time
 from pipeline.training.batches import DatasetInfo, Split
-from pipeline.training.loop import prepare_torch, train
+from pipeline.training.device import prepare_torch
+from pipeline.training.loop import train
 from pipeline.models.build import build, configure
 from pipeline.params import load_params
 params, info = load_params().train, DatasetInfo.read()

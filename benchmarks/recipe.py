@@ -9,7 +9,7 @@ from pipeline.arrays import DatasetInfo, Split
 from pipeline.models.build import Classifier, build, memory_format
 from pipeline.models.config import configure
 from pipeline.params import TrainParams
-from pipeline.training.loop import prepare_torch
+from pipeline.training.device import prepare_torch
 
 SPLITS = ("train", "validation", "test")
 

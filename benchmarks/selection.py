@@ -21,7 +21,7 @@ from pipeline.core.errors import report_errors
 from pipeline.download import download
 from pipeline.normalize import normalize
 from pipeline.params import Params, Selection, check_params, compose
-from pipeline.training.loop import judge, train
+from pipeline.training.loop import train, validate
 from pipeline.training.selection import Epoch, epochs_since_best, select_epoch
 
 PATIENCE = 5
@@ -91,7 +91,7 @@ def trained(params: Params, folder: Path) -> Run:
 
     def on_epoch(epoch: Epoch, _speed: float) -> None:
         history.append(epoch)
-        test.append(judge(classifier, splits["test"], loss=params.train.loss)[1])
+        test.append(validate(classifier, splits["test"], loss=params.train.loss)[1])
 
     own = params.train.model_copy(update={"early_stopping_epochs": None})
     train(

@@ -19,7 +19,7 @@ from benchmarks.setting import options, scratch
 from benchmarks.table import header, medians
 from pipeline.arrays import Split
 from pipeline.core.errors import report_errors
-from pipeline.training.loop import prepare_torch
+from pipeline.training.device import prepare_torch
 
 UNIT = 45_000
 """Images; 138 MB."""

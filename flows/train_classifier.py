@@ -301,7 +301,7 @@ def _report(state: State[Any], *, recipe: str) -> int:
         print(as_text(state.result(), recipe=recipe))
         return 0
     if state.is_cancelled():
-        print("interrupted; the same command goes on, a training from its last checkpoint", file=sys.stderr)
+        print("interrupted; the same command resumes, a training from its last checkpoint", file=sys.stderr)
         return EXIT_INTERRUPTED
     error = state.result(raise_on_failure=False)
     print(f"error: {error or state.message}", file=sys.stderr)

@@ -25,12 +25,12 @@ from pipeline.core.errors import UserError
 from pipeline.core.validation import first_problem
 from pipeline.params import Channels, Resize
 
-WINDOW_BYTES = 8 * 2**30
-"""Of images that are on the device at a time, unless told otherwise."""
+WINDOW_BYTES = 8 * 2**30  # default limit of images on the device at a time
+CPU = torch.device("cpu")
 
 
 class DatasetInfo(BaseModel):
-    """What `dataset.json` says of the arrays beside it."""
+    """The content of `dataset.json`: what the arrays beside it hold."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,7 +57,7 @@ class DatasetInfo(BaseModel):
 
     @classmethod
     def read(cls, folder: Path = NORMALIZE) -> Self:
-        """Raises UserError where `dataset.json` is missing or damaged."""
+        """Read `dataset.json`; raises UserError where it is missing or damaged."""
         path = folder / "dataset.json"
         values = read_json(path)
         try:
@@ -72,19 +72,17 @@ class DatasetInfo(BaseModel):
 class Split:
     """The images of one split: `images` (N, H, W, C) uint8 and `labels` (N,) int64.
 
-    The labels are on the device. So are the images, unless they are more than `window_bytes`: then they stay in their
-    file, and `pixels` brings a part of them.
+    The labels are on the device. So are the images, unless they are more than `window_bytes`: then they stay in
+    `file`, and `pixels` reads a slice of them. `scale` and `shift` are (H * W * C,) float32: pixels times scale plus
+    shift have mean 0 and standard deviation 1 over the train split.
     """
 
     images: Tensor
     labels: Tensor
     scale: Tensor
-    """(H * W * C,) float32: pixels times scale plus shift have mean 0 and deviation 1."""
     shift: Tensor
     file: "np.memmap[Any, Any] | None"
-    """Where the images lie, if not on the device."""
     window_bytes: int
-    """As many of them are on the device at a time."""
 
     @classmethod
     def read(
@@ -92,11 +90,14 @@ class Split:
         name: str,
         *,
         info: DatasetInfo,
-        device: torch.device,
+        device: torch.device = CPU,
         folder: Path = NORMALIZE,
         window_bytes: int = WINDOW_BYTES,
     ) -> Self:
-        """Raises UserError where an array is missing, damaged, or does not agree with `dataset.json`."""
+        """Read the split `name` of `artifacts/normalize/`, or of another folder, to a device.
+
+        Raises UserError where an array is missing, damaged, or does not agree with `dataset.json`.
+        """
         images, labels = read_split(name, folder=folder)
         expected = (sum(info.counts[name].values()), info.image_size, info.image_size, info.channels)
         if images.shape != expected:
@@ -119,11 +120,14 @@ class Split:
         *,
         mean: Sequence[float],
         std: Sequence[float],
-        device: torch.device,
+        device: torch.device = CPU,
         window_bytes: int = WINDOW_BYTES,
     ) -> Self:
-        """From arrays (N, H, W, C) uint8 and (N,) int64, and each channel's mean and deviation of pixels / 255."""
-        # a channel without any contrast is only centred
+        """Make a split of arrays (N, H, W, C) uint8 and (N,) int64.
+
+        `mean` and `std` are those of pixels / 255, one number a channel.
+        """
+        # a channel without any contrast is only centered
         scale = 1 / (255 * torch.tensor(std, dtype=torch.float64)).clamp(min=1e-3)
         shift = -255 * torch.tensor(mean, dtype=torch.float64) * scale
         pixels = images.shape[1] * images.shape[2]
@@ -143,10 +147,11 @@ class Split:
 
     @property
     def image_bytes(self) -> int:
+        """Return the bytes of one image."""
         return math.prod(self.images.shape[1:])
 
     def pixels(self, start: int, stop: int) -> Tensor:
-        """The images from `start` up to `stop`, on the device: (stop - start, H, W, C) uint8.
+        """Return the images from `start` up to `stop` on the device: (stop - start, H, W, C) uint8.
 
         Raises UserError where the file has become shorter.
         """
@@ -163,7 +168,7 @@ class Split:
 def evaluation_batches(
     split: Split, *, batch_size: int, between: tuple[int, int] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The split in its order, all or a range of it: images (B, C, H, W) float32 and labels (B,) int64."""
+    """Yield the split in its order, or the slice `between`: images (B, C, H, W) float32 and labels (B,) int64."""
     first, end = between or (0, len(split))
     for start in range(first, end, batch_size):
         stop = min(start + batch_size, end)
@@ -171,7 +176,7 @@ def evaluation_batches(
 
 
 def normalize_pixels(pixels: Tensor, *, split: Split) -> Tensor:
-    """(B, H, W, C) uint8 → (B, C, H, W) float32 of mean 0 and deviation 1, channels last in memory."""
+    """Return (B, H, W, C) uint8 pixels as (B, C, H, W) float32 of mean 0 and deviation 1, channels last in memory."""
     # whole images as rows: on the CPU six times as fast as with one number a channel
     rows = torch.addcmul(split.shift, pixels.flatten(1).float(), split.scale)
     return rows.view(pixels.shape).permute(0, 3, 1, 2)

@@ -1,9 +1,8 @@
-"""Train the network on the train split, validate after each epoch, keep the best and the last model.
+"""Step 3: train the network on the train split, validate after each epoch, keep the best and the last weights.
 
-Which epoch is the best is decided in `pipeline.training.loop.best_epochs`.
+The algorithm is in `pipeline/training/loop.py`; which epoch is the best, in `pipeline/training/selection.py`.
 """
 
-import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -27,32 +26,86 @@ from pipeline.models.pretrained import load_pretrained
 from pipeline.params import DownloadParams, Params, TrainParams, load_params
 from pipeline.tracking import runs as tracking
 from pipeline.training import distributed
-from pipeline.training.batches import Augmentation, TrainingBatches
 from pipeline.training.checkpoints import Checkpoint, Checkpoints, checkpoints_of, fingerprint
 from pipeline.training.curves import curves
-from pipeline.training.device import choose_device
-from pipeline.training.loop import Trained, prepare_torch, train
+from pipeline.training.device import choose_device, prepare_torch
+from pipeline.training.initialize import initialize_from_images
+from pipeline.training.loop import TrainingResult, train
 from pipeline.training.selection import Epoch
 
-WHITENING_IMAGES = 5_000
+
+def main() -> None:
+    """Run the step: `artifacts/normalize/` → `artifacts/train/`, with a run in MLflow."""
+    with report_errors():
+        all_params = load_params()
+        params, info = all_params.train, DatasetInfo.read()
+        check_params_fit_data(params, info)
+        if params.processes > 1 and not distributed.is_launched():
+            device = choose_device(params.device, field="train.device")
+            distributed.launch("pipeline.train", processes=params.processes, device=device)
+            return
+        device = prepare_torch(params)
+        with distributed.process_group(device, processes=params.processes):
+            if distributed.is_local_rank_0():
+                verify_splits("train", "validation")
+            classifier = _make_classifier(params, info, device=device)
+            with _memory_errors_explained(params):
+                if distributed.rank() == 0:
+                    _train_and_record(classifier, all_params, info)
+                else:
+                    _train_as_other_rank(classifier, params, info)
 
 
-@contextmanager
-def _told_memory(params: TrainParams) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        # the allocator for the CPU has no exception of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise UserError(
-            f"train.batch_size is {params.batch_size}: too much for the memory of this machine ({first_line(error)}); "
-            "lower it, or train.input_size, or end what else uses the memory"
-        ) from None
+def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetInfo) -> None:
+    """Train, alone or as rank 0, and write the model, the checkpoints and the MLflow run."""
+    params, device = all_params.train, next(classifier.parameters()).device
+    training = fingerprint(
+        **_determinants(params, info, device=device), reproduces=os.environ.get("PIPELINE_REPRODUCES")
+    )
+    with checkpoints_of(training) as checkpoints:
+        start = checkpoints.newest()
+        with (
+            tracking.training_run(
+                experiment=info.dataset,
+                params=all_params.flat(),
+                dataset=tracking.dataset(info.dataset, source=_source(all_params.download), digest=info.md5),
+                hardware=_hardware(device),
+                training=training,
+                earlier=start.state["mlflow"] if start else None,
+            ) as run,
+            distributed.failure_announced(),  # inside, as ending the run may take seconds
+        ):
+            _report_start(run, start=start, params=params)
+            distributed.broadcast_bytes(start.to_bytes() if start else b"")
+            result = train(
+                classifier,
+                params=params,
+                train_split=_read_split("train", params, info, device=device),
+                validation_split=_read_split("validation", params, info, device=device),
+                on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
+                on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=params, run=run),
+                start=start,
+                save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
+            )
+            run.log({"kept_epoch": result.kept.epoch}, step=result.kept.epoch)
+            _write(result, classifier, config=configure(params, info))
+            run.record(TRAIN)
 
 
-def refuse_misfits(params: TrainParams, info: DatasetInfo) -> None:
-    """Raises UserError where a parameter does not fit the size or number of the images."""
+def _train_as_other_rank(classifier: Classifier, params: TrainParams, info: DatasetInfo) -> None:
+    """Train as one of several processes; rank 0 writes the result."""
+    content, device = distributed.broadcast_bytes(), next(classifier.parameters()).device
+    train(
+        classifier,
+        params=params,
+        train_split=_read_split("train", params, info, device=device),
+        validation_split=_read_split("validation", params, info, device=device),
+        start=Checkpoint.from_bytes(content) if content else None,
+    )
+
+
+def check_params_fit_data(params: TrainParams, info: DatasetInfo) -> None:
+    """Raise UserError where a parameter does not fit the size or number of the images, or this machine's compiler."""
     num_images, num_validation = (sum(info.counts[split].values()) for split in ("train", "validation"))
     size = info.image_size
     limits = {
@@ -71,74 +124,19 @@ def refuse_misfits(params: TrainParams, info: DatasetInfo) -> None:
         )
 
 
-def main() -> None:
-    """The step: `artifacts/normalize/` → `artifacts/train/`, with a run in MLflow."""
-    with report_errors():
-        everything = load_params()
-        params, info = everything.train, DatasetInfo.read()
-        refuse_misfits(params, info)
-        if params.processes > 1 and not distributed.is_launched():
-            device = choose_device(params.device, field="train.device")
-            distributed.launch("pipeline.train", processes=params.processes, device=device)
-            return
-        device = prepare_torch(params)
-        with distributed.joined(device, processes=params.processes):
-            if distributed.is_first_on_its_machine():
-                verify_splits("train", "validation")
-            classifier = _make_classifier(params, info, device=device)
-            with _told_memory(params):
-                if distributed.rank() == 0:
-                    _lead(classifier, everything, info)
-                else:
-                    _follow(classifier, params, info)
-
-
-def _lead(classifier: Classifier, everything: Params, info: DatasetInfo) -> None:
-    """Train, alone or as the first of several processes, and keep what comes of it."""
-    params, device = everything.train, next(classifier.parameters()).device
-    training = fingerprint(
-        **_determinants(params, info, device=device), reproduces=os.environ.get("PIPELINE_REPRODUCES")
-    )
-    with checkpoints_of(training) as checkpoints:
-        start = checkpoints.newest()
-        with (
-            tracking.training_run(
-                experiment=info.dataset,
-                params=everything.flat(),
-                dataset=tracking.dataset(info.dataset, source=_source(everything.download), digest=info.md5),
-                hardware=_hardware(device),
-                training=training,
-                earlier=start.state["mlflow"] if start else None,
-            ) as run,
-            distributed.announced(),  # before the run is ended, which may take seconds
-        ):
-            _say_run(run, start=start, params=params)
-            distributed.from_first(start.to_bytes() if start else b"")
-            trained = train(
-                classifier,
-                params=params,
-                train_split=_read_split("train", params, info, device=device),
-                validation_split=_read_split("validation", params, info, device=device),
-                on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
-                on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=params, run=run),
-                start=start,
-                save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
-            )
-            run.log({"kept_epoch": trained.kept.epoch}, step=trained.kept.epoch)
-            _write(trained, classifier, config=configure(params, info))
-            run.record(TRAIN)
-
-
-def _follow(classifier: Classifier, params: TrainParams, info: DatasetInfo) -> None:
-    """Train as one of several processes, of which the first one keeps what comes of it."""
-    content, device = distributed.from_first(), next(classifier.parameters()).device
-    train(
-        classifier,
-        params=params,
-        train_split=_read_split("train", params, info, device=device),
-        validation_split=_read_split("validation", params, info, device=device),
-        start=Checkpoint.from_bytes(content) if content else None,
-    )
+@contextmanager
+def _memory_errors_explained(params: TrainParams) -> Iterator[None]:
+    """Turn PyTorch's errors of a full memory into one line that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        # the allocator for the CPU has no exception of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise UserError(
+            f"train.batch_size is {params.batch_size}: too much for the memory of this machine ({first_line(error)}); "
+            "lower it, or train.input_size, or end what else uses the memory"
+        ) from None
 
 
 def _read_split(name: str, params: TrainParams, info: DatasetInfo, *, device: torch.device) -> Split:
@@ -146,7 +144,7 @@ def _read_split(name: str, params: TrainParams, info: DatasetInfo, *, device: to
 
 
 def _hardware(device: torch.device) -> dict[str, str]:
-    """What the last bits of a model depend on, besides code, data and parameters."""
+    """Return what the last bits of a model depend on, besides code, data and parameters."""
     return {
         "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": str(torch.get_num_threads()),
@@ -155,20 +153,22 @@ def _hardware(device: torch.device) -> dict[str, str]:
 
 
 def _make_classifier(params: TrainParams, info: DatasetInfo, *, device: torch.device) -> Classifier:
-    """With its first weights, on the device; says what it is."""
+    """Build the network with its first weights, on the device, and print what it is."""
     config = configure(params, info)
     classifier = build(config)
-    drawn = load_pretrained(classifier, config=config, md5=params.weights_md5)
+    newly_drawn = load_pretrained(classifier, config=config, md5=params.weights_md5)
     if config.weights is None and isinstance(classifier.network, Airbench):
-        initialise(classifier, _read_split("train", params, info, device=torch.device("cpu")), seed=params.seed)
+        initialize_from_images(
+            classifier, _read_split("train", params, info, device=torch.device("cpu")), seed=params.seed
+        )
     try_training(classifier, config=config, batch_size=params.batch_size)
     classifier.to(device).to(memory_format=memory_format(params))
-    _say_start(classifier, config=config, params=params, device=device, drawn=drawn)
+    _print_network(classifier, config=config, params=params, device=device, newly_drawn=newly_drawn)
     return classifier
 
 
 def _determinants(params: TrainParams, info: DatasetInfo, *, device: torch.device) -> dict[str, Any]:
-    """What the trained weights depend on: data, parameters, code, and how sums are made."""
+    """Return what the trained weights depend on: data, parameters, code, and how sums are computed."""
     return {
         "data": info.md5,
         "params": params.model_dump(mode="json", exclude={"checkpoint_every_minutes"}),
@@ -180,24 +180,24 @@ def _determinants(params: TrainParams, info: DatasetInfo, *, device: torch.devic
 
 
 def _save(checkpoint: Checkpoint, checkpoints: Checkpoints, *, run: tracking.Run) -> None:
-    """Write it, with what MLflow has yet to be told; a training does not end for want of a checkpoint."""
+    """Write a checkpoint, with the metrics that MLflow does not have yet; where that fails, the training continues."""
     try:
         checkpoints.write(replace(checkpoint, state={**checkpoint.state, "mlflow": run.notes()}))
     except OSError as error:
         print(
             f"warning: step {checkpoint.step} has no checkpoint: {error.filename}: {error.strerror}; "
-            "the training goes on, and the checkpoint before it stays",
+            "the training continues, and the checkpoint before it stays",
             flush=True,
         )
 
 
-def _say_run(run: tracking.Run, *, start: Checkpoint | None, params: TrainParams) -> None:
-    """Name the run, and say where the training goes on; a run that lacks the epochs until there is told them."""
+def _report_start(run: tracking.Run, *, start: Checkpoint | None, params: TrainParams) -> None:
+    """Print the run and where the training resumes, and log the epochs before that to a run that does not have them."""
     print(f"MLflow run {run.run_id}", flush=True)
     if start is None:
         return
     history = [Epoch(**row) for row in start.state["history"]]
-    print(f"goes on from its checkpoint: {len(history)}/{params.epochs} epochs done, step {start.step}", flush=True)
+    print(f"resumes from its checkpoint: {len(history)}/{params.epochs} epochs done, step {start.step}", flush=True)
     if not run.taken_up:
         print("warning: MLflow no longer has the run that began this training: its losses by step are lost", flush=True)
         for epoch in history:
@@ -210,23 +210,20 @@ def _source(params: DownloadParams) -> str | None:
     ]
 
 
-def initialise(classifier: Classifier, split: Split, *, seed: int) -> None:
-    """Set what an Airbench takes from the images of the train split before its first step; it lies on the CPU."""
-    assert isinstance(classifier.network, Airbench)
-    size = min(len(split), 500)
-    batches = TrainingBatches(split, batch_size=size, seed=seed, epoch=0, augmentation=Augmentation())
-    classifier.network.whiten(images.cpu() for images, _ in itertools.islice(batches, WHITENING_IMAGES // size))
-
-
-def _say_start(
-    classifier: Classifier, *, config: ModelConfig, params: TrainParams, device: torch.device, drawn: Sequence[str]
+def _print_network(
+    classifier: Classifier,
+    *,
+    config: ModelConfig,
+    params: TrainParams,
+    device: torch.device,
+    newly_drawn: Sequence[str],
 ) -> None:
     count, classes = sum(parameter.numel() for parameter in classifier.parameters()), len(config.class_names)
     together = f" in {params.processes} processes" if params.processes > 1 else ""
     print(f"{config.model}: {count:,} parameters, {classes} classes, on {device}{together}", flush=True)
     if config.weights is not None:
-        fresh = f"; freshly drawn: {', '.join(drawn)}" if drawn else ""
-        print(f"weights from {config.weights}{fresh}", flush=True)
+        drawn = f"; newly drawn: {', '.join(newly_drawn)}" if newly_drawn else ""
+        print(f"weights from {config.weights}{drawn}", flush=True)
 
 
 def _metrics(epoch: Epoch) -> dict[str, float]:
@@ -234,7 +231,7 @@ def _metrics(epoch: Epoch) -> dict[str, float]:
 
 
 def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams, run: tracking.Run) -> None:
-    """The finished epoch, as a line and as metrics."""
+    """Print a finished epoch as one line, and log it."""
     run.log({**_metrics(epoch), "images_per_second": images_per_second}, step=epoch.epoch)
     done = 10 * epoch.epoch // params.epochs
     print(
@@ -245,14 +242,14 @@ def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams,
     )
 
 
-def _write(trained: Trained, classifier: Classifier, *, config: ModelConfig) -> None:
+def _write(result: TrainingResult, classifier: Classifier, *, config: ModelConfig) -> None:
     with replace_folder(TRAIN) as folder:
-        for name, weights in (("best", trained.best), ("last", trained.last)):
+        for name, weights in (("best", result.best), ("last", result.last)):
             classifier.load_state_dict(weights)
             save_weights(classifier, folder / f"{name}.safetensors")
         save_config(config, folder)
-        kept = trained.kept
-        rows = [{**vars(epoch), KEPT: kept.reason if epoch.epoch == kept.epoch else ""} for epoch in trained.history]
+        kept = result.kept
+        rows = [{**vars(epoch), KEPT: kept.reason if epoch.epoch == kept.epoch else ""} for epoch in result.history]
         write_csv(folder / HISTORY, rows)
         write_bytes(folder / "curves.png", curves(rows, kept=kept.epoch, reason=kept.reason))
 

@@ -165,12 +165,12 @@ def test_of_two_processes_one_waits_and_takes_over_where_the_other_failed(
 ) -> None:
     with checkpoints_of("one"):
         assert another.wait() == 1
-    assert "another process is at this very training: waiting" in capsys.readouterr().out
+    assert "another process runs this training: waiting" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("another", ["finish"], indirect=True)
 def test_of_two_processes_the_second_is_told_that_the_first_has_finished(another: subprocess.Popen[str]) -> None:
-    finished = "another process has just finished this very training"
+    finished = "another process has just finished this training"
     with pytest.raises(TemporaryError, match=finished), checkpoints_of("one"):
         pass
     assert another.wait() == 0

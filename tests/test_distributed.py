@@ -63,13 +63,13 @@ def test_two_processes_have_the_losses_of_one_with_the_joined_batch_killed_and_i
     os.kill(child_of_rank(killed.pid, "1"), signal.SIGKILL)
     _, stderr = killed.communicate()
     assert killed.returncode == 75, stderr
-    assert "the same command goes on" in stderr
+    assert "the same command resumes" in stderr
     interrupted = start_step("train", hold="epoch 3/4")
-    assert "goes on from its checkpoint" in read_until("epoch 3/4", interrupted)
+    assert "resumes from its checkpoint" in read_until("epoch 3/4", interrupted)
     interrupted.terminate()
     _, stderr = interrupted.communicate()
     assert (interrupted.returncode, len(stderr.splitlines())) == (128 + signal.SIGTERM, 1), stderr
-    assert "the same command goes on from epoch" in stderr
+    assert "the same command resumes from epoch" in stderr
     assert train(workspace, processes=2) == two
     again, by_two, by_one = losses(workspace)
     assert again == by_two == pytest.approx(by_one, rel=1e-3)
@@ -162,10 +162,10 @@ with report_errors():
     if not distributed.is_launched():
         distributed.launch("alone", processes=2, device=cpu)
         sys.exit()
-    with distributed.joined(cpu, processes=2):
+    with distributed.process_group(cpu, processes=2):
         if distributed.rank() == 1:
             raise UserError("found in this one alone")
-        distributed.total(torch.zeros(1))
+        distributed.sum_over_ranks(torch.zeros(1))
 """
 
 

@@ -70,6 +70,12 @@ def test_the_interval_is_wilsons(hits: int, trials: int, low: float, high: float
     assert wilson_interval(hits, trials) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_the_interval_contains_the_accuracy_at_both_ends() -> None:
+    for trials in range(1, 2001):
+        assert wilson_interval(0, trials)[0] == 0
+        assert wilson_interval(trials, trials)[1] == 1
+
+
 @pytest.mark.slow
 def test_the_step_writes_metrics_tables_and_matrix(workspace: Path) -> None:
     write_normalized(workspace)

@@ -23,7 +23,7 @@ from pipeline.models.build import build
 from pipeline.params import TrainParams
 from pipeline.train import _determinants
 from pipeline.training.checkpoints import Checkpoint, fingerprint
-from pipeline.training.loop import Trained, train
+from pipeline.training.loop import TrainingResult, train
 from tests.conftest import DEFAULTS, PROJECT, read_until, release, start_step, train_params, write_normalized
 from tests.forked import Process
 from tests.test_model import config
@@ -41,7 +41,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def run(params: TrainParams, *, stop_after: int | None = None, start: Checkpoint | None = None) -> Trained | Checkpoint:
+def run(
+    params: TrainParams, *, stop_after: int | None = None, start: Checkpoint | None = None
+) -> TrainingResult | Checkpoint:
     """The finished training of 4 steps an epoch, or where it was when Ctrl-C came in the midst of a step."""
     torch.manual_seed(params.seed)
     classifier = build(config(params.model, classes=3)).to(memory_format=torch.channels_last)
@@ -65,15 +67,15 @@ def run(params: TrainParams, *, stop_after: int | None = None, start: Checkpoint
         return Checkpoint.from_bytes(saved[-1].to_bytes())
 
 
-def assert_same(found: Trained | Checkpoint, whole: Trained | Checkpoint) -> None:
-    assert isinstance(found, Trained)
-    assert isinstance(whole, Trained)
+def assert_same(found: TrainingResult | Checkpoint, whole: TrainingResult | Checkpoint) -> None:
+    assert isinstance(found, TrainingResult)
+    assert isinstance(whole, TrainingResult)
     assert found.history == whole.history
     for one, other in ((found.best, whole.best), (found.last, whole.last)):
         assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def stopped(params: TrainParams, *steps: int) -> Trained | Checkpoint:
+def stopped(params: TrainParams, *steps: int) -> TrainingResult | Checkpoint:
     """A training that was stopped after each of the steps."""
     start = None
     for step in (*steps, None):
@@ -190,9 +192,9 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
     process.send_signal(sent)
     output, _ = process.communicate()
     assert process.returncode == status
-    assert "the same command goes on from epoch" in output.splitlines()[-1]
+    assert "the same command resumes from epoch" in output.splitlines()[-1]
     assert [run.info.status for run in runs()] == ["KILLED"]
-    assert "goes on from its checkpoint: " in project.finish()
+    assert "resumes from its checkpoint: " in project.finish()
     assert left_behind() == whole
     assert list((project.folder / ".cache/checkpoints").iterdir()) == []
 
@@ -204,7 +206,7 @@ def test_another_parameter_does_not_go_on_from_the_checkpoint(project: Project, 
     project.set(epochs=2)
     assert "goes on" not in project.finish()
     project.set()
-    assert "goes on from its checkpoint" in project.finish()
+    assert "resumes from its checkpoint" in project.finish()
     assert file_md5(MODEL) == whole[0]
 
 
@@ -233,7 +235,7 @@ def test_a_parameter_of_another_step_may_change_meanwhile(project: Project, whol
     process.wait()
     text = (project.folder / "params.yaml").read_text()
     (project.folder / "params.yaml").write_text(text.replace("top_k: 5", "top_k: 3"))
-    assert "goes on from its checkpoint" in project.finish()
+    assert "resumes from its checkpoint" in project.finish()
     assert left_behind() == whole
 
 
@@ -277,7 +279,7 @@ def test_data_that_are_cut_short_end_the_training_which_goes_on_when_they_are_ba
     process.communicate()
     assert process.returncode == -signal.SIGBUS
     images.write_bytes(content)
-    assert "goes on from its checkpoint" in project.finish()
+    assert "resumes from its checkpoint" in project.finish()
     assert left_behind() == whole
 
 

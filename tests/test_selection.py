@@ -36,6 +36,10 @@ def test_the_highest_accuracy_is_kept_whatever_its_loss() -> None:
     assert kept((0.8, 0.1), (0.9, 0.9), (0.8, 0.1)) == (2, "highest validation accuracy")
 
 
+def test_an_epoch_is_kept_even_where_no_image_is_right() -> None:
+    assert kept((0.0, 1.2), selection="latest_equivalent", num_images=48)[0] == 1
+
+
 def test_among_equal_accuracies_the_lowest_loss_is_kept() -> None:
     reason = "lowest validation loss of 3 with the highest validation accuracy"
     assert kept((0.9, 0.5), (0.9, 0.2), (0.9, 0.3), (0.8, 0.1)) == (2, reason)

@@ -19,11 +19,13 @@ from pipeline.models.build import build
 from pipeline.models.losses import loss_function
 from pipeline.params import TrainParams
 from pipeline.train import main
-from pipeline.training import loop
+from pipeline.training import device, non_finite
+from pipeline.training import state as state_module
 from pipeline.training.lookahead import Lookahead
-from pipeline.training.loop import Trained, _Training, train
-from pipeline.training.optimizer import make_optimizers, set_learning_rate, update
+from pipeline.training.loop import TrainingResult, train
+from pipeline.training.optimizer import make_optimizers, set_learning_rate
 from pipeline.training.schedule import learning_rate
+from pipeline.training.state import TrainingState, copy_weights
 from tests.conftest import DEFAULTS, coloured_images, read_until, run_step, start_step, train_params, write_normalized
 from tests.test_model import config
 
@@ -44,7 +46,7 @@ def split_of(number: int, *, seed: int) -> Split:
     return Split.of(images, labels, mean=[0.4] * 3, std=[0.25] * 3, device=torch.device("cpu"))
 
 
-def run(params: TrainParams, *, images: int = 48) -> Trained:
+def run(params: TrainParams, *, images: int = 48) -> TrainingResult:
     torch.manual_seed(params.seed)
     classifier = build(config(params.model, classes=3))
     return train(classifier, params=params, train_split=split_of(images, seed=1), validation_split=split_of(24, seed=2))
@@ -222,44 +224,57 @@ class Questions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
         return func(*args, **kwargs or {})
 
 
-def waiting(*, log_every_steps: int) -> _Training:
-    """A training that behaves as on a GPU, which it is not."""
-    params = train_params(**QUICK, log_every_steps=log_every_steps, flip=True, gradient_clip_norm=1.0)
-    values = {"train_split": split_of(96, seed=1), "validation_split": split_of(24, seed=2)}
-    training = _Training(build(config("lenet", classes=3)), params=params, on_step=lambda *_: None, **values)
-    training._asks_at_once = False
-    return training
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a training on the CPU check for non-finite losses as on a GPU: only when there is something to log."""
+    monkeypatch.setattr(non_finite, "can_raise_at_once", lambda state: False)
 
 
-def test_no_step_asks_the_device_for_a_value() -> None:
-    training = waiting(log_every_steps=3)
-    batches = training._begin(1)
-    counts = []
-    training._take_step(*next(batches))  # the first batch of a window brings its images
-    for _ in range(len(batches) - 1):
-        with Questions() as questions:
-            training._take_step(*next(batches))
-        counts.append(questions.number > 0)
-    assert counts == [False, True, False, False, True]
+def count_questions(*, images: int, log_every_steps: int = 1000) -> int:
+    """Return how often one epoch of `images / 16` steps asks the device for a value."""
+    params = train_params(**QUICK | {"epochs": 1}, log_every_steps=log_every_steps, flip=True, gradient_clip_norm=1.0)
+    with Questions() as questions:
+        run(params, images=images)
+    return int(questions.number)
 
 
-def test_a_loss_that_is_not_finite_moves_no_weight_until_it_is_asked_for() -> None:
-    training = waiting(log_every_steps=100)
-    images, labels = next(training._begin(1))
-    training._take_step(images, labels)
-    before = {name: tensor.clone() for name, tensor in training._classifier.state_dict().items()}
-    training._take_step(images * torch.nan, labels)
-    training._take_step(images, labels)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in training._classifier.state_dict().items())
+def test_no_step_asks_the_device_for_a_value(as_on_a_gpu: None) -> None:
+    assert count_questions(images=96) == count_questions(images=192)
+    assert count_questions(images=96, log_every_steps=3) > count_questions(images=96)
+
+
+@pytest.mark.parametrize("precision", [None, torch.float16])
+def test_a_loss_that_is_not_finite_moves_no_weight_until_it_is_asked_for(
+    as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, precision: torch.dtype | None
+) -> None:
+    monkeypatch.setattr(state_module, "autocast_dtype", lambda name, *, device: precision)
+    params, classifier = train_params(**QUICK), build(config("lenet", classes=3))
+    state = TrainingState(classifier, params=params)
+    guard = non_finite.NonFiniteGuard(state, params=params, steps_per_epoch=4)
+
+    def step(factor: float) -> None:
+        loss = classifier(torch.ones(2, 3, 32, 32)).square().mean() * factor
+        classifier.zero_grad()
+        state.scaler.scale(guard.watch(loss, mean_over_ranks=loss.detach())).backward()  # type: ignore[no-untyped-call]
+        for optimizer in state.optimizers:
+            state.scaler.step(optimizer)
+        state.scaler.update()
+
+    step(1e-6)
+    before = copy_weights(classifier)
+    step(torch.nan)
+    step(1e-6)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())
     with pytest.raises(UserError, match="epoch 1, step 2: the loss is nan"):
-        training.refuse_spoilt()
+        guard.raise_if_non_finite()
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
 def test_mixed_precision_trains_as_well(monkeypatch: pytest.MonkeyPatch, precision: torch.dtype) -> None:
     """What a GPU does by train.mixed_precision, which is left out on the CPU."""
     full = run(train_params(**QUICK))
-    monkeypatch.setattr(loop, "_autocast_dtype", lambda name, *, device: precision)
+    for module in (device, state_module):
+        monkeypatch.setattr(module, "autocast_dtype", lambda name, *, device: precision)
     mixed = run(train_params(**QUICK))
     assert mixed.history[-1].train_loss == pytest.approx(full.history[-1].train_loss, rel=0.05)
     assert mixed.history[-1].train_loss != full.history[-1].train_loss
@@ -272,7 +287,7 @@ def test_a_first_step_that_is_skipped_leaves_momenta_of_zero() -> None:
     [optimizer] = make_optimizers(network, params=train_params(optimizer="sgd", momentum=0.9, nesterov=False))
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(network(torch.tensor([[torch.inf, 1.0]])).sum()).backward()
-    update([optimizer], scaler)
+    scaler.step(optimizer)
     assert torch.equal(network.weight, before)
     assert all((state["momentum_buffer"] == 0).all() for state in optimizer.state.values())
 

@@ -10,7 +10,8 @@ from benchmarks.ways import CIFAR10, RECIPE, arrays, is_reached, seed
 from pipeline.arrays import DatasetInfo, Split
 from pipeline.datasets.raw import open_source
 from pipeline.params import check_params, compose
-from pipeline.training.loop import judge, prepare_torch, train
+from pipeline.training.device import prepare_torch
+from pipeline.training.loop import train, validate
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
     splits = {name: Split.of(*part, mean=info.mean, std=info.std, device=device) for name, part in parts.items()}
     classifier = network(params.train, info).to(device)
     train(classifier, params=params.train, train_split=splits["train"], validation_split=splits["validation"])
-    is_reached(judge(classifier, splits["test"], loss=params.train.loss)[1])
+    is_reached(validate(classifier, splits["test"], loss=params.train.loss)[1])
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from benchmarks.recipe import accuracy, first, load
 from benchmarks.ways import RECIPE, arrays, is_reached, seed
 from pipeline.models.inference import logits_of
 from pipeline.params import check_params, compose
-from pipeline.training.loop import VALIDATION_BATCH, train
+from pipeline.training.loop import VALIDATION_BATCH_SIZE, train
 
 OVERRIDES = {
     "train.optimizer": "muon",
@@ -35,7 +35,7 @@ def main() -> None:
     classifier, splits = load(params, arrays())
     used = first(splits["train"], int(SHARE * len(splits["train"])))
     train(classifier, params=params, train_split=used, validation_split=splits["validation"])
-    logits = logits_of(classifier, splits["test"], batch_size=VALIDATION_BATCH, views="mirror")
+    logits = logits_of(classifier, splits["test"], batch_size=VALIDATION_BATCH_SIZE, views="mirror")
     is_reached(accuracy(logits, splits["test"].labels))
 
 

@@ -5,7 +5,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, NoReturn
 
 from pipeline.core.project import temporary_folder_owner
@@ -37,29 +36,6 @@ class PartialError(RuntimeError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, raised in the main thread while `report_errors` is active."""
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Let SIGTERM and Ctrl-C wait until the block is done; it must be short, and in the main thread."""
-    came: list[tuple[int, FrameType | None]] = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = [signal.signal(number, lambda number, frame: came.append((number, frame))) for number in numbers]
-    handlers = dict(zip(numbers, before, strict=True))
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    for first, frame in came[:1]:  # not where the block failed: then its error is what to tell
-        _call_handler(handlers[signal.Signals(first)], first, frame)
-
-
-def _call_handler(handler: Any, number: int, frame: FrameType | None) -> None:
-    if callable(handler):
-        handler(number, frame)
-    elif handler == signal.SIG_DFL:
-        os.kill(os.getpid(), number)
 
 
 def printable(text: str) -> str:

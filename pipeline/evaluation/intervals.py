@@ -9,4 +9,6 @@ def wilson_interval(num_correct: int, num_images: int) -> tuple[float, float]:
     accuracy, weight = num_correct / num_images, z * z / num_images
     center = (accuracy + weight / 2) / (1 + weight)
     half = z / (1 + weight) * math.sqrt(accuracy * (1 - accuracy) / num_images + weight / (4 * num_images))
-    return max(0.0, center - half), min(1.0, center + half)
+    # exactly 0 and 1 at the ends, where rounding would put the accuracy itself outside
+    low = 0.0 if num_correct == 0 else center - half
+    return low, 1.0 if num_correct == num_images else center + half

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from pipeline.arrays import Split, normalize_pixels
+from pipeline.params import TrainParams
+from pipeline.training import distributed
 
 BLOCK_BYTES = 2**20
 """As many at most are read from a file at once, which costs a disk little more than to find them."""
+DROPOUT_STREAM = 1
 WINDOW_STREAM = 2
 """The random numbers of the windows are the streams from here on; see `generator`."""
 
@@ -33,6 +36,11 @@ def generator(seed: int, *, epoch: int, stream: int = 0, number: int = 0) -> tor
     """A CPU generator that depends on nothing but its arguments."""
     state = np.random.SeedSequence([seed, epoch, stream, number]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def seed_dropout(seed: int, *, epoch: int, number: int = 0) -> None:
+    """Seed PyTorch's own generators, from which dropout draws; `number` tells the steps and ranks of an epoch apart."""
+    torch.manual_seed(generator(seed, epoch=epoch, stream=DROPOUT_STREAM, number=number).initial_seed())
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class TrainingBatches:
         seed: int,
         epoch: int,
         augmentation: Augmentation,
+        position: int = 0,
         rank: int = 0,
         processes: int = 1,
     ) -> None:
@@ -84,7 +93,7 @@ class TrainingBatches:
         # a coin for each image, the same in all epochs; what it says is turned round in every other one
         self._coins = torch.rand(len(split), generator=generator(seed, epoch=0)) < 0.5
         self._window: tuple[int, _Window] | None = None
-        self.position = 0
+        self.position = position
 
     def __len__(self) -> int:
         return len(self._split) // self._batch_size
@@ -145,6 +154,20 @@ class TrainingBatches:
             shifts=(down, right),
             centres=(row, column),
         )
+
+
+def epoch_batches(split: Split, *, params: TrainParams, epoch: int, position: int = 0) -> TrainingBatches:
+    """Return this rank's batches of an epoch (from 1), from the batch of index `position` on."""
+    return TrainingBatches(
+        split,
+        batch_size=params.batch_size,
+        seed=params.seed,
+        epoch=epoch,
+        augmentation=Augmentation(params.flip, params.crop_padding, params.cutout_size),
+        position=position,
+        rank=distributed.rank(),
+        processes=distributed.world_size(),
+    )
 
 
 def _block_length(most: int, *, batch_size: int) -> int:

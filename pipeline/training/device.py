@@ -1,12 +1,16 @@
-"""The device of a training or an evaluation."""
+"""The device of a training or an evaluation, and PyTorch's settings on it."""
+
+import os
 
 import torch
 
 from pipeline.core.errors import UserError
+from pipeline.core.processes import num_cores
+from pipeline.params import TrainParams
 
 
 def choose_device(name: str, *, field: str) -> torch.device:
-    """The device of a parameter's value; raises UserError naming `field` where this machine has none such."""
+    """Return the device of a parameter's value; raises UserError naming `field` where this machine does not have it."""
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -19,3 +23,28 @@ def choose_device(name: str, *, field: str) -> torch.device:
             f"{field} is {name}, but PyTorch finds none here; allowed on this machine: auto, {', '.join(available)}"
         )
     return torch.device(name)
+
+
+def prepare_torch(params: TrainParams) -> torch.device:
+    """Set PyTorch's threads, determinism and seed; returns the device. Raises UserError where it is not available."""
+    device = choose_device(params.device, field="train.device")
+    torch.set_num_threads(params.cpu_threads or num_cores())
+    # the call imports PyTorch's compiler (1.5 s), and lenet on the CPU has no operation to which the setting applies
+    if params.deterministic and (device.type != "cpu" or params.model != "lenet"):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it, before its first call
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(params.seed)
+    return device
+
+
+def autocast_dtype(mixed_precision: str, *, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of `train.mixed_precision`, which applies on cuda alone; None for float32."""
+    if device.type != "cuda" or mixed_precision == "none":
+        return None
+    return torch.bfloat16 if mixed_precision == "bfloat16" else torch.float16
+
+
+def autocast(mixed_precision: str, *, device: torch.device) -> torch.autocast:
+    """Return the context in which forward passes use `train.mixed_precision`."""
+    dtype = autocast_dtype(mixed_precision, device=device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -1,7 +1,7 @@
 """Several processes for one training: torchrun starts them, gloo (CPU) or NCCL (GPU) joins them.
 
-Each process has a copy of the network and its share of every batch; gradients are averaged, so that together they take
-the steps that one process would take with the whole batch. The first process tells and writes for all.
+Each process has a copy of the network and its slice of every batch; gradients are averaged, so that together they take
+the steps that one process would take with the whole batch. Rank 0 logs and writes for all.
 """
 
 import logging
@@ -22,40 +22,40 @@ from torch.distributed.rendezvous import rendezvous
 
 from pipeline.core.errors import EXIT_TEMPORARY, TemporaryError, UserError, first_line
 
-MEETING = "PIPELINE_MEETING_FILE"
-"""Names the file by which the processes of one machine meet; without it they meet as torchrun has it."""
-GRACE_SECONDS = 5
-"""So long the other processes outlive SIGTERM, in which the first one writes its checkpoint."""
-LAG_SECONDS = 10
-"""So long a process that fails waits for rank 0 to fail too; they do so at the same place, after the same batch."""
-REPORT_SECONDS = 60
-"""So long the others leave it to rank 0 to report what failed in it too; to end its MLflow run may take seconds."""
-_FAILED = "failed"
-"""Key of the processes' store that is set when rank 0 fails; `failed/others` is set when another one fails alone."""
-_store: Any = None
-"""By which the processes met."""
+# names the file for the rendezvous of the processes of one machine; without it torchrun's own rendezvous is used
+RENDEZVOUS_VARIABLE = "PIPELINE_RENDEZVOUS_FILE"
+GRACE_SECONDS = 5  # other ranks outlive SIGTERM by this, while rank 0 writes its checkpoint
+LAG_SECONDS = 10  # a rank that fails waits this long for rank 0 to fail too, at the same place after the same batch
+REPORT_SECONDS = (
+    60  # the other ranks leave the report of a common failure to rank 0; ending its MLflow run takes seconds
+)
+_RANK_0_FAILED = "failed"  # key of the store that is set when rank 0 fails
+_OTHER_RANK_FAILED = "failed/others"  # key that is set when another rank fails alone
+_store: Any = None  # the key-value store of the process group, of which PyTorch has one a process
 
 
 def is_launched() -> bool:
-    """Whether torchrun started this process."""
+    """Return whether torchrun started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return the number of processes of this training."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first_on_its_machine() -> bool:
+def is_local_rank_0() -> bool:
+    """Return whether this is the first of the processes on this machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def launch(module: str, *, processes: int, device: torch.device) -> None:
-    """Run `python -m module` in so many processes on this machine by torchrun; leaves as the first to fail does.
+    """Run `python -m module` in this many processes on this machine by torchrun; exits as the first one that fails.
 
     Raises UserError where the machine has fewer devices of the kind, TemporaryError where a process was killed.
     """
@@ -67,10 +67,10 @@ def launch(module: str, *, processes: int, device: torch.device) -> None:
     # half a second to import, which one process alone need not spend
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415  # see above
 
-    logging.disable(logging.ERROR)  # of what the processes tell themselves
+    logging.disable(logging.ERROR)  # of what the processes report themselves
     with tempfile.TemporaryDirectory() as folder:
-        # they meet by files and talk on loopback: torchrun's default listens on all interfaces, and unpickles
-        os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", MEETING: f"{folder}/processes"}
+        # rendezvous by files, traffic on loopback: torchrun's default listens on all interfaces, and unpickles
+        os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", RENDEZVOUS_VARIABLE: f"{folder}/processes"}
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
         config = LaunchConfig(
@@ -98,142 +98,145 @@ def _run(launched: Any, module: str) -> None:
         number, failure = error.get_first_failure()
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
-            raise TemporaryError(f"process {number} was ended by {name}; the same command goes on") from None
+            raise TemporaryError(f"process {number} was ended by {name}; the same command resumes") from None
         sys.exit(failure.exitcode)
     except SignalException as error:
         sys.exit(128 + error.sigval)
 
 
 @contextmanager
-def joined(device: torch.device, *, processes: int) -> Iterator[None]:
-    """Be one of the processes that torchrun started, if it did.
+def process_group(device: torch.device, *, processes: int) -> Iterator[None]:
+    """Join the process group within the block, if torchrun started this process.
 
-    Raises UserError where it started another number than `processes`, TemporaryError in the first process where
-    another one is gone. What fails in all of them is reported by rank 0: the other ranks give it time for that. What
-    fails in another rank alone is reported by that rank, and rank 0 ends silently.
+    Raises UserError where it started another number than `processes`, TemporaryError in rank 0 where another rank is
+    gone. What fails in all ranks is reported by rank 0: the others give it time for that. What fails in another rank
+    alone is reported by that rank, and rank 0 ends silently.
     """
-    global _store  # one group a process, as PyTorch has it
+    global _store
     if not is_launched():
         yield
         return
     found = int(os.environ["WORLD_SIZE"])
     if found != processes:
         raise UserError(f"train.processes is {processes}, but torchrun started {found}; set it to {found}")
-    threading.Thread(target=_leave_with_launcher, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_launcher, args=(os.getppid(),), daemon=True).start()
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    place = f"file://{os.environ[MEETING]}" if MEETING in os.environ else "env://"
-    _store, number, _ = next(rendezvous(place, int(os.environ["RANK"]), found))
+    url = f"file://{os.environ[RENDEZVOUS_VARIABLE]}" if RENDEZVOUS_VARIABLE in os.environ else "env://"
+    _store, number, _ = next(rendezvous(url, int(os.environ["RANK"]), found))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_store, rank=number, world_size=found)
     if rank() > 0:
-        _follow()
+        _leave_output_and_signals_to_rank_0()
     try:
-        with announced():
+        with failure_announced():
             yield
     except (UserError, TemporaryError):
-        _let_the_first_tell()
+        _let_rank_0_report()
         raise
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "peer" not in str(error):
             raise
-        _let_the_first_tell()
+        _let_rank_0_report()
         if rank() > 0:
             sys.exit(EXIT_TEMPORARY)
-        raise TemporaryError(f"another process is gone ({first_line(error)}); the same command goes on") from None
+        raise TemporaryError(f"another rank is gone ({first_line(error)}); the same command resumes") from None
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def announced() -> Iterator[None]:
-    """Let the other processes know at once where the block fails in the first one, which then is to report that.
+def failure_announced() -> Iterator[None]:
+    """Announce a failure of the block in rank 0 to the other ranks at once, so that they leave the report to it.
 
-    Where another one has failed alone and reports, the first one leaves in silence.
+    Where another rank has failed alone and reports that, rank 0 exits silently.
     """
     try:
         yield
     except Exception:
-        if _another_tells():
-            _leave_when_ended()
+        if _another_rank_reports():
+            _wait_for_launcher_and_exit()
         if rank() == 0 and _store is not None:
             with suppress(dist.DistError):  # torchrun, which may keep the store, has ended
-                _store.set(_FAILED, "")
+                _store.set(_RANK_0_FAILED, "")
         raise
-    except KeyboardInterrupt:  # by the launcher, it may be, since another one has failed
-        if _another_tells():
+    except KeyboardInterrupt:  # may come from the launcher, because another rank has failed
+        if _another_rank_reports():
             sys.exit(EXIT_TEMPORARY)
         raise
 
 
-def _another_tells() -> bool:
-    """Whether this is the first process, and another one has failed alone."""
+def _another_rank_reports() -> bool:
+    """Return whether this is rank 0, and another rank has failed alone."""
     with suppress(dist.DistError):
-        return rank() == 0 and _store is not None and bool(_store.check([f"{_FAILED}/others"]))
+        return rank() == 0 and _store is not None and bool(_store.check([_OTHER_RANK_FAILED]))
     return False
 
 
-def _leave_when_ended() -> None:
-    """Leave in silence when the launcher ends this process, which it does when the rank that reports has ended."""
+def _wait_for_launcher_and_exit() -> None:
+    """Exit silently when the launcher ends this process, which it does once the rank that reports has ended."""
     with suppress(KeyboardInterrupt):  # which SIGTERM is here
         time.sleep(REPORT_SECONDS)
     sys.exit(EXIT_TEMPORARY)
 
 
-def _follow() -> None:
-    """Say nothing, and leave it to the first process when to stop."""
+def _leave_output_and_signals_to_rank_0() -> None:
+    """Print nothing, and let rank 0 decide when to stop."""
     sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # for the life of the process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
-def _leave_with_launcher(launcher: int) -> None:
-    """End when the process that started this one is gone, even if it was killed."""
+def _exit_with_launcher(launcher: int) -> None:
+    """Exit once the process that started this one is gone, even if it was killed."""
     while os.getppid() == launcher:
         time.sleep(1)
     os._exit(EXIT_TEMPORARY)
 
 
-def _let_the_first_tell() -> None:
-    """The launcher ends all processes as soon as one has failed; where the first has not, this one alone has."""
+def _let_rank_0_report() -> None:
+    """Wait until rank 0 has reported the failure; where rank 0 has not failed, report it here.
+
+    The launcher ends all processes as soon as one has exited.
+    """
     if rank() == 0 or _store is None:
         return
     signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_TEMPORARY))
     deadline = time.monotonic() + LAG_SECONDS
     try:
-        while not _store.check([_FAILED]):
+        while not _store.check([_RANK_0_FAILED]):
             if time.monotonic() > deadline:
-                _store.set(f"{_FAILED}/others", "")
+                _store.set(_OTHER_RANK_FAILED, "")
                 return
             time.sleep(0.1)
-    except dist.DistError:  # the store went with the first process
+    except dist.DistError:  # the store went with rank 0
         pass
     time.sleep(REPORT_SECONDS)
 
 
-def averaged(network: nn.Module) -> Any:
-    """The network; its gradients become the means over all processes."""
+def average_gradients(network: nn.Module) -> Any:
+    """Return the network, wrapped so that its gradients become the means over all processes where there are several."""
     if world_size() == 1:
         return network
     # googlenet and inception_v3 have heads whose output is not used
     return nn.parallel.DistributedDataParallel(network, find_unused_parameters=hasattr(network.network, "aux_logits"))
 
 
-def total(values: Tensor) -> Tensor:
-    """The sum over all processes, the same bits in each of them: all select and stop alike."""
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the sum over all ranks, the same bits in each, so that all select and stop alike."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
-def share_buffers(network: nn.Module) -> None:
-    """Give all processes the running statistics of the first one, which are those that are kept."""
+def broadcast_buffers(network: nn.Module) -> None:
+    """Give all ranks the buffers (running statistics) of rank 0, which are the ones that are kept."""
     if world_size() > 1:
         for buffer in network.buffers():
             dist.broadcast(buffer, src=0)
 
 
-def from_first(content: bytes = b"") -> bytes:
-    """The bytes that the first process gives, in each of them."""
+def broadcast_bytes(content: bytes = b"") -> bytes:
+    """Return, in each rank, the bytes that rank 0 passed."""
     if world_size() == 1:
         return content
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

@@ -6,7 +6,7 @@ from pipeline.params import TrainParams
 
 
 def learning_rate(step: int, *, steps_per_epoch: int, params: TrainParams) -> float:
-    """The rate of a step (from 0): a linear warm-up to the peak, then the schedule over the steps that are left.
+    """Return the learning rate of a step (from 0): a linear warm-up to the peak, then the schedule over the rest.
 
     `one_cycle` is PyTorch's OneCycleLR (Smith and Topin 2017, arXiv:1708.07120) with its defaults: cosine from a 25th
     of the peak, and cosine down to a 250,000th. `cosine` is Loshchilov and Hutter 2016 (arXiv:1608.03983) without
@@ -37,5 +37,5 @@ def _one_cycle(step: int, *, warmup: float, total: int, peak: float) -> float:
     return _cosine(peak, peak / 250_000, (step - top) / (total - 1 - top))
 
 
-def _cosine(start: float, end: float, share: float) -> float:
-    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+def _cosine(start: float, end: float, fraction: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * fraction))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.evaluation.intervals import wilson_interval
-from pipeline.params import Selection
+from pipeline.params import Selection, TrainParams
 
 
 @dataclass(frozen=True)
@@ -68,3 +68,10 @@ def epochs_since_best(history: Sequence[Epoch], *, selection: Selection, num_ima
         return 0
     best = best_epochs(history, selection=selection, num_images=num_images)
     return len(history) - best[0 if selection == "highest_accuracy" else -1].epoch
+
+
+def is_finished(history: Sequence[Epoch], *, params: TrainParams, num_images: int) -> bool:
+    """Return whether the training ends here: all epochs done, or no improvement for `train.early_stopping_epochs`."""
+    patience = params.early_stopping_epochs
+    stalled = epochs_since_best(history, selection=params.selection, num_images=num_images)
+    return len(history) >= params.epochs or (patience is not None and stalled >= patience)

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
+from torch.amp import GradScaler
 
 from pipeline import artifacts, train
 from pipeline.tracking import runs as tracking
 from pipeline.training import checkpoints as checkpoint
-from pipeline.training import loop
 
 FILE_OPERATIONS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
 MESSAGES = ("create_run", "log_batch", "log_artifact", "log_inputs", "set_terminated", "finalize_logged_model")
@@ -85,7 +85,7 @@ def run(folder: str, log: str, kill: Any) -> None:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
     events = Events(Path(log), kill=kill)
-    events.around(loop, "update", label="step")
+    events.around(GradScaler, "step", label="step")
     for name in FILE_OPERATIONS:
         events.around(os, name, label=name)
     for name in MESSAGES:

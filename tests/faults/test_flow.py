@@ -80,7 +80,7 @@ def only_run(project: Path) -> Any:
 def test_a_killed_training_goes_on_in_the_flow_run_and_in_dvc_repro(project: Path, stores: Path) -> None:
     status, output = killed_at("epoch 2/4", project, "flows.train_classifier")
     assert status == 0, output
-    assert output.count("goes on from its checkpoint") == 1
+    assert output.count("resumes from its checkpoint") == 1
     by_flow = only_run(project)
     for name in (".dvc/cache", "mlflow.db", "mlartifacts"):  # a project that has nothing of it yet
         subprocess.run(["rm", "-rf", name], cwd=project, check=True)
@@ -93,7 +93,7 @@ def test_a_killed_training_goes_on_in_the_flow_run_and_in_dvc_repro(project: Pat
     assert any(f"exited with {code}" in output for code in (-signal.SIGKILL, 128 + signal.SIGKILL)), output
     status, output = killed_at(None, project, "dvc", "repro", "train")
     assert status == 0, output
-    assert "goes on from its checkpoint" in output
+    assert "resumes from its checkpoint" in output
     by_dvc = only_run(project)
 
     model = file_md5(project / "artifacts/train/best.safetensors")

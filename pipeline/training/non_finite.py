@@ -1,0 +1,69 @@
+"""Stop a training whose loss is not finite, without a wait for the GPU at every step."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from pipeline.core.errors import UserError
+from pipeline.params import TrainParams
+from pipeline.training.optimizer import are_fused
+from pipeline.training.state import TrainingState
+
+
+class NonFiniteGuard:
+    """Watches the loss of every step, and skips all updates from the first non-finite loss on.
+
+    On the CPU, and with optimizers that are not fused, a non-finite loss raises at once. On a GPU that would make each
+    step wait for the device: there the device itself skips the updates, and `raise_if_non_finite` reports it later.
+    `loss` is the loss of the last step, or the first that was not finite, on the device.
+    """
+
+    def __init__(self, state: TrainingState, *, params: TrainParams, steps_per_epoch: int) -> None:
+        self._state, self._params, self._steps_per_epoch = state, params, steps_per_epoch
+        self._raises_at_once = can_raise_at_once(state)
+        self.loss = torch.zeros((), device=state.device)
+        self._is_non_finite = torch.zeros((), device=state.device)
+        self._num_finite_steps = torch.full((), state.step, device=state.device)
+
+    def watch(self, loss: Tensor, *, mean_over_ranks: Tensor) -> Tensor:
+        """Check the loss of a step, before its backward pass; returns the loss to propagate.
+
+        Raises UserError where it is not finite and the check costs no wait.
+        """
+        self.loss = torch.where(self._is_non_finite > 0, self.loss, mean_over_ranks)
+        self._is_non_finite = (~self.loss.isfinite()).float()
+        self._num_finite_steps += self._is_non_finite == 0
+        if self._raises_at_once:
+            self.raise_if_non_finite()
+            return loss
+        if self._state.scaler.is_enabled():  # it skips the update where a gradient is not finite
+            return loss * torch.where(self._is_non_finite > 0, torch.nan, 1.0)
+        for optimizer in self._state.optimizers:  # a fused optimizer skips the update, as it does for a GradScaler
+            optimizer.found_inf = self._is_non_finite  # type: ignore[attr-defined]
+        return loss
+
+    def raise_if_non_finite(self) -> None:
+        """Raise UserError if a loss was not finite; on a GPU this waits for the device."""
+        if self._is_non_finite:
+            step = int(self._num_finite_steps) + 1
+            epoch = (step - 1) // self._steps_per_epoch + 1
+            raise _non_finite_error(self.loss.item(), where=f"epoch {epoch}, step {step}", params=self._params)
+
+
+def can_raise_at_once(state: TrainingState) -> bool:
+    """Return whether each step may ask for its loss: on a GPU with fused optimizers that would be a wait too many."""
+    return state.device.type != "cuda" or not are_fused(state.optimizers)
+
+
+def check_validation_loss(loss: float, *, epoch: int, params: TrainParams) -> None:
+    """Raise UserError where the validation loss is not finite."""
+    if not math.isfinite(loss):
+        raise _non_finite_error(loss, where=f"epoch {epoch}, validation", params=params)
+
+
+def _non_finite_error(loss: float, *, where: str, params: TrainParams) -> UserError:
+    return UserError(
+        f"{where}: the loss is {loss}; lower train.learning_rate (now {params.learning_rate:g}) "
+        "or set train.gradient_clip_norm"
+    )
