@@ -194,9 +194,9 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
         lambda: {**weights(), **{f"module.{name}": tensor + 1 for name, tensor in weights().items()}},
         r"found 2 sets of weights that fit .*module\.\*",
     ),
-    "no tensors": ("lenet", lambda: {"state_dict": {"epoch": 3}}, "holds no tensors by name; allowed: a state dict"),
-    "a list": ("lenet", lambda: [torch.zeros(3)], "holds no tensors by name; allowed: a state dict"),
-    "one tensor": ("lenet", lambda: torch.zeros(3), "holds no tensors by name; allowed: a state dict"),
+    "no tensors": ("lenet", lambda: {"state_dict": {"epoch": 3}}, "holds no named tensors; allowed: a state dict"),
+    "a list": ("lenet", lambda: [torch.zeros(3)], "holds no named tensors; allowed: a state dict"),
+    "one tensor": ("lenet", lambda: torch.zeros(3), "holds no named tensors; allowed: a state dict"),
 }
 
 
@@ -216,7 +216,7 @@ def test_a_mapping_that_holds_itself_is_read_once(tmp_path: Path) -> None:
 
 def test_which_of_several_sets_is_taken_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load(FORMS["an average beside the model"](), tmp_path / "weights.pth")
-    expected = f"train.weights {tmp_path / 'weights.pth'}: took the weights model.*, not model_ema.module.*\n"
+    expected = f"train.weights {tmp_path / 'weights.pth'}: uses the weights model.*, not model_ema.module.*\n"
     assert capsys.readouterr().out == expected
     load(FORMS["twice the same"](), tmp_path / "weights.pth")
     assert capsys.readouterr().out == ""

@@ -1,4 +1,4 @@
-"""Which process does a piece of work, and on which CPU, written down; another can tell later whether it still lives."""
+"""Records of processes, by which another process can find out later whether one is still alive; and the CPU."""
 
 import os
 import platform
@@ -11,20 +11,20 @@ import psutil
 from joblib import cpu_count
 
 HOST, PID, STARTED = "process.host", "process.pid", "process.started"
+# a start in seconds since the epoch is computed from the boot time, which moves by a second when the clock is set
 START_TOLERANCE_SECONDS = 5
-"""The boot time, from which a start in seconds since the epoch is reckoned, moves by a second when the clock is set."""
 Life = Literal["alive", "dead", "elsewhere", "unknown"]
 
 
 def this_process() -> dict[str, str]:
-    """Host, process id and `start_of` it, which tells it from a later owner of its id."""
+    """Return this process's record: host, process id and start, which tells it from a later owner of its id."""
     return {HOST: socket.gethostname(), PID: str(os.getpid()), STARTED: start_of(os.getpid())}
 
 
 def start_of(pid: int) -> str:
-    """When a process started, on a clock that nobody can set: `<clock ticks since boot>@<id of the boot>`.
+    """Return when a process started, on a clock that cannot be set: `<clock ticks since boot>@<id of the boot>`.
 
-    That is Linux's; elsewhere seconds since the epoch. Raises psutil.NoSuchProcess.
+    Other systems than Linux have seconds since the epoch. Raises psutil.NoSuchProcess.
     """
     if not psutil.LINUX:
         return f"{psutil.Process(pid).create_time():.2f}"
@@ -37,40 +37,41 @@ def start_of(pid: int) -> str:
 
 
 def life(record: Mapping[str, str]) -> Life:
-    """What became of the process that wrote `record` with `this_process`; elsewhere: on another host."""
+    """Return the state of the process with the record `record`; `elsewhere` means on another host."""
     if not {HOST, PID, STARTED} <= record.keys():
         return "unknown"
     if record[HOST] != socket.gethostname():
         return "elsewhere"
     try:
         return "alive" if lives(int(record[PID]), started=record[STARTED]) else "dead"
-    except (ValueError, OverflowError):  # not as `this_process` wrote it
+    except (ValueError, OverflowError):  # not a record of `this_process`
         return "unknown"
 
 
 def lives(pid: int, *, started: str) -> bool:
-    """Whether the process of this id that started then, by `start_of`, still runs."""
+    """Return whether the process with this id and start, as from `start_of`, is still running."""
     try:
         return _has_start(pid, started) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-    except psutil.AccessDenied:  # another user's, on macOS: what is not known must count as alive
+    except psutil.AccessDenied:  # another user's, on macOS: unknown must count as alive
         return True
 
 
 def _has_start(pid: int, started: str) -> bool:
     if "@" in started:
         return start_of(pid) == started
-    # not on Linux, or written by an older version: right unless the clock was set since
+    # not Linux, or the record of an older version: right unless the clock was set since
     return abs(psutil.Process(pid).create_time() - float(started)) < START_TOLERANCE_SECONDS
 
 
 def num_cores() -> int:
-    """Return how many cores this process may use: its affinity and a container's quota of CPU time count."""
+    """Return how many cores this process may use, by its affinity and a container's quota of CPU time."""
     return int(cpu_count())
 
 
 def cpu_name() -> str:
+    """Return the CPU's model name."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))

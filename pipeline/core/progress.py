@@ -1,4 +1,4 @@
-"""How far a long step is: a live bar on a terminal; elsewhere, as in a flow run's log, a line now and then."""
+"""The progress of a long step: a live bar on a terminal, and a line every few seconds in a log."""
 
 import sys
 import time
@@ -15,7 +15,10 @@ BAR_DELAY_SECONDS = 0.5
 def progress(
     description: str, *, total: int | None, unit: str, done: int = 0, leave: bool = True
 ) -> Iterator[Callable[[int], object]]:
-    """Give the function that counts on by so many units; a bar that does not `leave` is wiped once it is done."""
+    """Give the block a function that advances the progress by a number of units.
+
+    `done` units are done at the start. A bar without `leave` is removed at the end.
+    """
     if sys.stderr.isatty():
         scale = unit == "B"
         with tqdm(
@@ -35,12 +38,12 @@ def progress(
 class _Lines:
     def __init__(self, description: str, *, total: int | None, done: int, unit: str) -> None:
         self._description, self._total, self._done, self._unit = description, total, done, unit
-        self._told = time.monotonic()
+        self._last_line = time.monotonic()
 
     def advance(self, count: int) -> None:
         self._done += count
-        if time.monotonic() - self._told >= LINE_SECONDS:
-            self._told = time.monotonic()
+        if time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
             of = f" of {self._amount(self._total)}" if self._total else ""
             print(f"{self._description}: {self._amount(self._done)}{of}", flush=True)
 
@@ -49,5 +52,5 @@ class _Lines:
 
 
 def in_bytes(size: int) -> str:
-    """`163 MB` and the like."""
+    """Return a size in bytes as text, such as `163 MB`."""
     return f"{tqdm.format_sizeof(size)}B" if size >= 1000 else f"{size} bytes"

@@ -1,4 +1,4 @@
-"""Metrics of a classifier on a split: from logits and labels to figures, per class and per image."""
+"""Metrics of a classifier on a split: overall, per class and per image."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,15 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the test split says: single figures, a row a class, a row an image, and the confusion matrix."""
+    """The metrics of a split, one row per class, one row per image, and the confusion matrix.
+
+    `confusion` (num_classes, num_classes) int64 counts images by actual (row) and predicted class (column).
+    """
 
     metrics: dict[str, float]
     per_class: list[Row]
     predictions: list[Row]
     confusion: npt.NDArray[np.int64]
-    """(num_classes, num_classes), actual by predicted."""
 
 
 def evaluate(
@@ -35,17 +37,21 @@ def evaluate(
     top_k: int,
     duplicates: Sequence[int],
 ) -> Evaluation:
-    """From logits (N, num_classes) float32 and labels (N,) int64; `duplicates` are test images also found in train."""
+    """Compute all metrics from logits (N, num_classes) float32 on the CPU and labels (N,) int64.
+
+    `loss` is the name of the training's loss function; `duplicates` are the indices of test images that are also in
+    the train split.
+    """
     probabilities = logits.softmax(1).numpy()
     predicted = probabilities.argmax(1)
     confusion = np.zeros((len(class_names), len(class_names)), dtype=np.int64)
     np.add.at(confusion, (labels, predicted), 1)
-    hits = predicted == labels
+    is_correct = predicted == labels
     per_class = _per_class(confusion, class_names=class_names)
-    low, high = wilson_interval(int(hits.sum()), len(hits))
+    low, high = wilson_interval(int(is_correct.sum()), len(labels))
     metrics: dict[str, float] = {
         "loss": loss_function(loss)(logits, torch.from_numpy(np.asarray(labels))).item(),
-        "accuracy": float(hits.mean()),
+        "accuracy": float(is_correct.mean()),
         "accuracy_low": low,
         "accuracy_high": high,
         "macro_f1": float(np.mean([row["f1"] for row in per_class])),
@@ -53,29 +59,29 @@ def evaluate(
     if len(class_names) > top_k:
         ranks = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
         metrics[f"top_{top_k}_accuracy"] = float((ranks == labels[:, None]).any(1).mean())
-    alone = np.ones(len(hits), dtype=bool)
-    alone[list(duplicates)] = False
-    if alone.any():
-        metrics["accuracy_without_duplicates"] = float(hits[alone].mean())
-    metrics |= {"test_images": len(hits), "test_duplicates": len(duplicates)}
+    is_unique = np.ones(len(labels), dtype=bool)
+    is_unique[list(duplicates)] = False
+    if is_unique.any():
+        metrics["accuracy_without_duplicates"] = float(is_correct[is_unique].mean())
+    metrics |= {"test_images": len(labels), "test_duplicates": len(duplicates)}
     predictions: list[Row] = [
         {
             "image": index,
             "actual": class_names[actual],
-            "predicted": class_names[guess],
-            "probability": f"{row[guess]:.6f}",
+            "predicted": class_names[prediction],
+            "probability": f"{row[prediction]:.6f}",
         }
-        for index, (actual, guess, row) in enumerate(zip(labels, predicted, probabilities, strict=True))
+        for index, (actual, prediction, row) in enumerate(zip(labels, predicted, probabilities, strict=True))
     ]
     return Evaluation(metrics=metrics, per_class=per_class, predictions=predictions, confusion=confusion)
 
 
 def _per_class(confusion: npt.NDArray[np.int64], *, class_names: Sequence[str]) -> list[Row]:
-    """Precision, recall and F1 of each class; 0 where nothing was predicted or nothing was there."""
-    hits, actual, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    precision = hits / np.maximum(predicted, 1)
-    recall = hits / np.maximum(actual, 1)
-    f1 = 2 * hits / np.maximum(actual + predicted, 1)
+    """Return precision, recall and F1 of each class; 0 where no image was predicted as it or none is of it."""
+    num_correct, actual, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    precision = num_correct / np.maximum(predicted, 1)
+    recall = num_correct / np.maximum(actual, 1)
+    f1 = 2 * num_correct / np.maximum(actual + predicted, 1)
     return [
         {
             "class": name,

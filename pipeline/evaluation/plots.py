@@ -1,4 +1,4 @@
-"""Pictures, as PNG bytes that are the same for the same numbers. The only place that imports Matplotlib."""
+"""Plots of an evaluation, as PNG bytes that are the same for the same numbers."""
 
 from collections.abc import Sequence
 
@@ -13,27 +13,30 @@ MAX_LABEL_LENGTH = 24
 
 
 def confusion_matrix(counts: npt.NDArray[np.int64], *, class_names: Sequence[str]) -> bytes:
-    """Counts (num_classes, num_classes) by actual (row) and predicted class (column), coloured by share of the row."""
+    """Plot counts (num_classes, num_classes) by actual (row) and predicted class (column).
+
+    The color shows the fraction of the row.
+    """
     size = min(max(5.0, 0.55 * len(class_names) + 2), 16.0)
     figure = Figure(figsize=(size, size * 0.9), layout="constrained")
     axes = figure.subplots()
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure.colorbar(axes.imshow(shares, cmap="Blues", vmin=0, vmax=1), label="share of the actual class", shrink=0.8)
+    fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    figure.colorbar(axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1), label="share of the actual class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="actual")
     if len(class_names) <= MAX_LABELLED_CLASSES:
         ticks = range(len(class_names))
         axes.set_xticks(ticks, [_label(name) for name in class_names], rotation=45, ha="right")
         axes.set_yticks(ticks, [_label(name) for name in class_names])
         for (row, column), count in np.ndenumerate(counts):
-            colour = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+            color = "white" if fractions[row, column] > 0.5 else "black"
+            axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
     return to_png(figure)
 
 
 def _label(name: str) -> str:
-    """A class name as text, cut where it would push the matrix out of the picture.
+    """Return a class name as literal text, shortened where it would push the matrix out of the figure.
 
-    Matplotlib reads what stands between two dollar signs as a formula.
+    Matplotlib reads text between two dollar signs as a formula.
     """
     short = name if len(name) <= MAX_LABEL_LENGTH else f"{name[: MAX_LABEL_LENGTH - 1]}…"
     return short.replace("$", r"\$")

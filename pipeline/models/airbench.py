@@ -1,7 +1,7 @@
 """The network of airbench94: small, and made to reach 94 % on CIFAR-10 in seconds on a GPU.
 
-Keller Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv:2404.00498). Its first layer whitens: that
-is found in the data before the first step and stays. All other convolutions begin by handing on what they get.
+Keller Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv:2404.00498). Its first layer whitens: its
+filters are computed from images before the first step and stay. All other convolutions start as the identity.
 """
 
 from collections.abc import Iterable
@@ -13,28 +13,25 @@ from torch import Tensor, nn
 from pipeline.core.errors import UserError
 
 WIDTHS = (64, 256, 256)
-PATCH = 2
-"""Pixels a side of what the first layer sees."""
+PATCH_SIZE = 2  # pixels a side of the first layer's filters
 OUTPUT_SCALE = 1 / 9
-EPSILON = 5e-4
-"""Added to the variances before their roots divide: directions without contrast are not blown up."""
-MIN_SIZE = 25
-"""Pixels; smaller images do not outlast the poolings."""
+EPSILON = 5e-4  # added to the variances, so that directions without contrast are not amplified
+MIN_IMAGE_SIZE = 25  # pixels; smaller images vanish in the pooling layers
 
 
 class Airbench(nn.Sequential):
-    """(B, channels, image_size, image_size) normalised float32 → (B, num_classes) logits."""
+    """The network: (B, channels, image_size, image_size) normalized float32 → (B, num_classes) logits."""
 
     def __init__(self, *, num_classes: int, channels: int, image_size: int) -> None:
-        if image_size < MIN_SIZE:
+        if image_size < MIN_IMAGE_SIZE:
             raise UserError(
-                f"train.model airbench needs images of at least {MIN_SIZE} pixels, found {image_size}; "
+                f"train.model airbench needs images of at least {MIN_IMAGE_SIZE} pixels, found {image_size}; "
                 "raise normalize.image_size or set train.input_size"
             )
-        whitened = 2 * channels * PATCH**2
-        side = (image_size - PATCH + 1) // 2 ** len(WIDTHS) // 3
+        whitened = 2 * channels * PATCH_SIZE**2
+        side = (image_size - PATCH_SIZE + 1) // 2 ** len(WIDTHS) // 3
         super().__init__(
-            nn.Conv2d(channels, whitened, PATCH),
+            nn.Conv2d(channels, whitened, PATCH_SIZE),
             nn.GELU(),
             *(
                 layer
@@ -50,21 +47,22 @@ class Airbench(nn.Sequential):
 
     @property
     def whitening(self) -> nn.Conv2d:
+        """Return the first layer."""
         layer = self[0]
         assert isinstance(layer, nn.Conv2d)
         return layer
 
     @torch.no_grad()
     def whiten(self, batches: Iterable[Tensor]) -> None:
-        """Set the first layer by normalised images (B, channels, H, W) float32 on the CPU.
+        """Compute the first layer's filters from normalized images (B, channels, H, W) float32 on the CPU.
 
-        Its filters are the principal components of their patches and the negatives of these, each divided by the root
-        of its variance. Sums are float64, so that the number of images a batch hardly matters.
+        The filters are the principal components of their patches and the negatives of these, each divided by the root
+        of its variance. Sums are float64, so that the batch size hardly matters.
         """
         size = self.whitening.weight[0].numel()
         products, number = torch.zeros(size, size, dtype=torch.float64), 0
         for images in batches:
-            patches = F.unfold(images.contiguous(), PATCH).transpose(1, 2).reshape(-1, size).double()
+            patches = F.unfold(images.contiguous(), PATCH_SIZE).transpose(1, 2).reshape(-1, size).double()
             products += patches.T @ patches
             number += len(patches)
         variances, components = torch.linalg.eigh(products / number)
@@ -73,7 +71,7 @@ class Airbench(nn.Sequential):
 
 
 class Scale(nn.Module):
-    """Multiplies by a number that is not trained."""
+    """Multiplication by a number that is not trained."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()

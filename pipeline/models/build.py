@@ -14,12 +14,12 @@ from pipeline.models.lenet import LeNet
 from pipeline.models.torchvision import build_torchvision_network
 from pipeline.params import TrainParams
 
+# by the name in `train.model`; all other names are torchvision's
 OWN_NETWORKS: Mapping[str, type[LeNet | Airbench]] = {"lenet": LeNet, "airbench": Airbench}
-"""By the name in `train.model`; all others are torchvision's."""
 
 
 class Classifier(nn.Module):
-    """A network with what it needs done to its input: (B, C, H, W) normalised float32 → (B, num_classes) logits."""
+    """A network with the preparation of its input: (B, C, H, W) normalized float32 → (B, num_classes) logits."""
 
     def __init__(self, network: nn.Module, *, network_channels: int, input_size: int | None) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Classifier(nn.Module):
 
 
 def build(config: ModelConfig) -> Classifier:
-    """The network with freshly drawn weights; raises UserError for an unknown name or a size it cannot take."""
+    """Build the classifier with newly drawn weights; raises UserError for an unknown name or an unsuitable size."""
     network = build_network(config, num_classes=len(config.class_names))
     channels = config.channels if config.model in OWN_NETWORKS else 3
     classifier = Classifier(network, network_channels=channels, input_size=config.input_size)
@@ -49,24 +49,25 @@ def build(config: ModelConfig) -> Classifier:
 
 
 def build_network(config: ModelConfig, *, num_classes: int) -> nn.Module:
+    """Build the network itself, with newly drawn weights."""
     if own := OWN_NETWORKS.get(config.model):
         return own(num_classes=num_classes, channels=config.channels, image_size=config.network_size)
     return build_torchvision_network(config, num_classes=num_classes, own_names=OWN_NETWORKS)
 
 
 def memory_format(params: TrainParams) -> torch.memory_format:
-    """In which the network's weights lie."""
+    """Return the memory format of the network's weights."""
     return torch.channels_last if params.channels_last else torch.contiguous_format
 
 
 def try_training(classifier: Classifier, *, config: ModelConfig, batch_size: int) -> None:
-    """Raises UserError where the network cannot take such a batch in training, as its batch normalisation may not."""
+    """Raise UserError where the network cannot train on such a batch, as with batch normalization of one image."""
     if config.model != "lenet":
         _try(copy.deepcopy(classifier).train(), config=config, batch_size=min(batch_size, 2))
 
 
 def _try(classifier: nn.Module, *, config: ModelConfig, batch_size: int) -> None:
-    """One forward pass over nothing, since only that tells whether a network can take images of this size."""
+    """Raise UserError where a forward pass over zeros fails: only that shows whether a network takes this size."""
     images = torch.zeros(batch_size, config.channels, config.image_size, config.image_size)
     try:
         with torch.no_grad():
@@ -74,5 +75,5 @@ def _try(classifier: nn.Module, *, config: ModelConfig, batch_size: int) -> None
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
             f"train.model {config.model} cannot take images of {config.network_size} pixels in batches of {batch_size} "
-            f"({first_line(error)}); set train.input_size to what it was made for, such as 224, or raise batch_size"
+            f"({first_line(error)}); set train.input_size to the size it was made for, such as 224, or raise batch_size"
         ) from None

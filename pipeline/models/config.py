@@ -9,7 +9,7 @@ from pipeline.params import Channels, Resize, TrainParams
 
 
 class ModelConfig(BaseModel):
-    """All that is needed to build the network again and to feed it."""
+    """All that is needed to build the network and to prepare its input."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -34,11 +34,12 @@ class ModelConfig(BaseModel):
 
     @property
     def network_size(self) -> int:
-        """Pixels a side of what the network sees."""
+        """Return the pixels a side of the network's input."""
         return self.input_size or self.image_size
 
 
 def configure(params: TrainParams, info: DatasetInfo) -> ModelConfig:
+    """Return the configuration of the network that `params` name, for a data set."""
     return ModelConfig(
         model=params.model,
         weights=params.weights,

@@ -14,17 +14,18 @@ from pipeline.models.config import ModelConfig
 
 
 def save_weights(classifier: nn.Module, path: Path) -> None:
-    """Same weights, same bytes."""
+    """Write the weights as safetensors; the same weights give the same bytes."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.state_dict().items()}
     write_bytes(path, save(weights))
 
 
 def save_config(config: ModelConfig, folder: Path) -> None:
+    """Write `model.json` into the folder."""
     write_json(folder / "model.json", config.model_dump(mode="json"))
 
 
 def load_model(folder: Path, *, checkpoint: str = "best") -> tuple[Classifier, ModelConfig]:
-    """The network of `<checkpoint>.safetensors` and `model.json`, in evaluation mode, on the CPU.
+    """Return the network of `<checkpoint>.safetensors` and `model.json`, in evaluation mode, on the CPU.
 
     Raises UserError where a file is missing or damaged.
     """
@@ -43,7 +44,7 @@ def load_model(folder: Path, *, checkpoint: str = "best") -> tuple[Classifier, M
         raise UserError(missing(weights)) from None
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"{weights}: damaged or not of {config.model} ({first_line(error)}); "
+            f"{weights}: damaged, or not weights of {config.model} ({first_line(error)}); "
             "`dvc repro train --force` makes it again"
         ) from None
     return classifier.eval(), config

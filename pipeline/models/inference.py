@@ -21,9 +21,9 @@ def logits_of(
     between: tuple[int, int] | None = None,
     views: Views = "none",
 ) -> Tensor:
-    """Logits (N, num_classes) float32 of a split, all or a range of it, on its device, in evaluation mode.
+    """Return the logits (N, num_classes) float32 of a split, or of the slice `between`, on its device.
 
-    With several views of each image, their weighted mean.
+    The network is in evaluation mode meanwhile. With several views of each image, the weighted mean of their logits.
     """
     was_training = classifier.training
     classifier.eval()
@@ -36,20 +36,22 @@ def logits_of(
 
 
 def _views(images: Tensor, views: Views) -> list[tuple[float, Tensor]]:
-    """Each with its weight: the images, mirrored, and both shifted by a pixel up left and down right (reflected)."""
+    """Return the views with their weights: the images, mirrored, and both shifted diagonally by one pixel each way."""
     if views == "none":
         return [(1.0, images)]
-    seen = [(0.5, images), (0.5, images.flip(3))]
+    unshifted = [(0.5, images), (0.5, images.flip(3))]
     if views == "mirror":
-        return seen
+        return unshifted
     height, width = images.shape[2:]
     padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
     shifted = [padded[:, :, start : start + height, start : start + width] for start in (0, 2)]
-    return [(0.25, view) for _, view in seen] + [(0.125, view) for image in shifted for view in (image, image.flip(3))]
+    return [(0.25, view) for _, view in unshifted] + [
+        (0.125, view) for image in shifted for view in (image, image.flip(3))
+    ]
 
 
 def class_probabilities(classifier: nn.Module, images: Images, *, config: ModelConfig) -> npt.NDArray[np.float32]:
-    """Probabilities (N, num_classes) float32 of images (N, H, W, C) uint8, on the CPU."""
+    """Return the probabilities (N, num_classes) float32 of images (N, H, W, C) uint8, computed on the CPU."""
     labels = np.zeros(len(images), dtype=np.int64)
     split = Split.of(images, labels, mean=config.mean, std=config.std, device=torch.device("cpu"))
     return logits_of(classifier, split, batch_size=256).softmax(1).numpy()

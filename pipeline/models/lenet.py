@@ -9,7 +9,7 @@ class LeNet(nn.Sequential):
     """The network of the PyTorch tutorials, after LeCun et al. 1998: two 5x5 convolutions and three linear layers.
 
     (B, channels, image_size, image_size) float32 → (B, num_classes) logits. For 32x32 images the first linear layer has
-    the 400 inputs of the material; for others their number follows from the size.
+    400 inputs; for others their number follows from the size.
     """
 
     def __init__(self, *, num_classes: int, channels: int, image_size: int) -> None:
@@ -20,7 +20,7 @@ class LeNet(nn.Sequential):
             )
         super().__init__(
             nn.Conv2d(channels, 6, 5),
-            nn.MaxPool2d(2),  # before the ReLU, which then has a quarter to do: the result is the same
+            nn.MaxPool2d(2),  # before the ReLU, which then has a quarter of the work: the result is the same
             nn.ReLU(),
             nn.Conv2d(6, 16, 5),
             nn.MaxPool2d(2),

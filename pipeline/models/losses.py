@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 def loss_function(name: str, *, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """From logits (B, num_classes) and labels (B,) int64 to the mean loss of the batch.
+    """Return the function from logits (B, num_classes) and labels (B,) int64 to the mean loss of the batch.
 
-    `mse` compares the outputs with one-hot targets of their shape.
+    `mse` compares the outputs with one-hot targets of the same shape.
     """
     if name == "cross_entropy":
         return nn.CrossEntropyLoss(label_smoothing=label_smoothing)

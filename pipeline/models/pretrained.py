@@ -16,10 +16,10 @@ from pipeline.models.state_dict import COUNTER, flatten, select_weights
 
 
 def load_pretrained(classifier: Classifier, *, config: ModelConfig, md5: str | None) -> list[str]:
-    """Load the weights of `train.weights` into the network; the head stays as drawn where the classes differ in number.
+    """Load the weights of `train.weights` into the network; a head for another number of classes stays as drawn.
 
-    Returns the names of the tensors left as drawn. Nothing is unpickled beyond tensors. Raises UserError where the file
-    is missing, damaged, of another network or not of this MD5, TemporaryError where a download failed.
+    Returns the names of the tensors that stay as drawn. Only tensors are unpickled. Raises UserError where the file is
+    missing, damaged, of another network or has another MD5, TemporaryError where a download failed.
     """
     if config.weights is None:
         return []
@@ -38,7 +38,7 @@ def load_pretrained(classifier: Classifier, *, config: ModelConfig, md5: str | N
 
 
 def _head(config: ModelConfig) -> set[str]:
-    """The names of the tensors whose shape follows from the number of classes."""
+    """Return the names of the tensors whose shape depends on the number of classes."""
     numbers = (len(config.class_names), len(config.class_names) + 1)
     try:
         with torch.device("meta"):
@@ -57,19 +57,19 @@ def _read_weights(config: ModelConfig, *, md5: str | None) -> dict[str, Tensor]:
         check_weights(path, md5)
         if path.suffix == ".safetensors":
             return load_file(path)
-        with warnings.catch_warnings():  # torch tells oddities of a damaged file beside the error
+        with warnings.catch_warnings():  # torch warns about a damaged file, beside the error
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # torch raises what its many formats raise; all of it means the same to the user
+    except Exception as error:  # each of torch's formats raises its own; all mean the same to the user
         raise UserError(
-            f"train.weights {path}: not readable as weights alone ({first_line(error)}); "
+            f"train.weights {path}: not readable as weights ({first_line(error)}); "
             "allowed: .safetensors, or .pth of a state dict"
         ) from None
     weights = flatten(content)
     if not weights:
-        raise UserError(f"train.weights {path}: holds no tensors by name; allowed: a state dict")
+        raise UserError(f"train.weights {path}: holds no named tensors; allowed: a state dict")
     return weights
 
 

@@ -1,4 +1,4 @@
-"""The weights of a network, found in what other programs saved.
+"""Find the weights of a network in the files of other programs.
 
 Programs store a state dict by itself or in a checkpoint (`model_state_dict`, `state_dict`, `model`, …). The names in it
 carry what the network was wrapped in: `module.` (DataParallel, DistributedDataParallel), `_orig_mod.` (torch.compile),
@@ -17,28 +17,29 @@ from torch import Tensor
 
 from pipeline.core.errors import UserError
 
-COUNTER = ".num_batches_tracked"
-"""Batches that batch normalization has seen: no weight; files of before PyTorch 0.4.1 lack it."""
+COUNTER = ".num_batches_tracked"  # of batch normalization; not a weight, and missing in files before PyTorch 0.4.1
+# the first of these is used where a checkpoint has other sets beside it, such as `state_dict_ema` or `model_ema`
 PREFERRED_KEYS = ("state_dict.", "model_state_dict.", "model.")
-"""The first of these is taken where a checkpoint has other sets beside it, such as `state_dict_ema` or `model_ema`."""
 MAX_DEPTH = 6
 NAMES_SHOWN = 3
+# parts of a name that only wrappers add, also around a part of the network; no network of torchvision has them
 _WRAPPER = r"(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-"""Parts of a name that only wrappers add, also around a part of the network; no network of torchvision has them."""
+# `norm.1.weight` for `norm1.weight`, as in torchvision's own files for the DenseNets
 _OLD_DENSENET = re.compile(r"(?<=\.)(norm|conv)\.([12]\.)")
-"""`norm.1.weight` for `norm1.weight`, as in torchvision's own files for the DenseNets."""
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """What a file has below one prefix, by the network's names, and where it differs from the network."""
+    """The tensors of a file below one prefix, by the network's names.
+
+    `wrong` are the network's names that are missing below the prefix or have another shape; `unknown` are the names
+    below the prefix that the network does not have.
+    """
 
     prefix: str
     tensors: Mapping[str, Tensor]
     wrong: list[str]
-    """Names of the network that are missing below the prefix, or have another shape."""
     unknown: list[str]
-    """Names below the prefix that the network does not have."""
 
     @property
     def fits(self) -> bool:
@@ -48,7 +49,7 @@ class _Candidate:
 def flatten(content: object) -> dict[str, Tensor]:
     """Return the tensors in nested mappings by their dotted names: `model_state_dict.fc.weight`.
 
-    Mappings in a list go by their index: `models.0.fc.weight`. What comes more than once is read the first time only.
+    Mappings in a list are named by their index: `models.0.fc.weight`. An object that occurs twice is read once.
     """
     seen: set[int] = set()
 
@@ -79,16 +80,16 @@ def select_weights(
 ) -> dict[str, Tensor]:
     """Return the one set of weights in `found` that has the tensors of `target`, by its names.
 
-    Of several sets that differ, that below one of PREFERRED_KEYS is taken, and a line on stdout says so. Tensors of
-    the head, whose shape follows from the number of classes, may be missing or differ. `file` is the path, `network`
+    Of several sets that differ, the one below one of PREFERRED_KEYS is used, and a line on stdout states that. Tensors
+    of the head, whose shape depends on the number of classes, may be missing or differ. `file` is the path, `network`
     the name in messages. Raises UserError where no set fits, or where several do and none is preferred.
     """
-    candidates, taken = [], set[str]()
+    candidates, used = [], set[str]()
     for prefix in sorted(_prefixes(found, target=target, head=head), key=lambda each: (-len(each), each)):
-        below = {name.removeprefix(prefix): found[name] for name in found.keys() - taken if name.startswith(prefix)}
+        below = {name.removeprefix(prefix): found[name] for name in found.keys() - used if name.startswith(prefix)}
         candidates.append(_candidate(prefix, below, target=target, head=head))
         if candidates[-1].fits:  # else it would be unknown below a shorter prefix
-            taken |= {prefix + name for name in below}
+            used |= {prefix + name for name in below}
     fitting = [each for each in candidates if each.fits]
     if not fitting:
         raise UserError(_explain(candidates, target=target, file=file, network=network, image_size=image_size))
@@ -96,11 +97,11 @@ def select_weights(
     if not all(_are_equal(each, preferred[0]) for each in preferred):
         raise UserError(
             f"train.weights {file}: found {len(preferred)} sets of weights that fit {network}: {_listed(preferred)}; "
-            "allowed: one; extract the one that you mean and name that file in train.weights, as in: "
+            "allowed: one; extract the set you want and name that file in train.weights, as in: "
             + _extraction(file, prefix=preferred[0].prefix)
         )
     if others := [each for each in fitting if not _are_equal(each, preferred[0])]:
-        print(f"train.weights {file}: took the weights {preferred[0].prefix}*, not {_listed(others)}", flush=True)
+        print(f"train.weights {file}: uses the weights {preferred[0].prefix}*, not {_listed(others)}", flush=True)
     return dict(preferred[0].tensors)
 
 
@@ -130,7 +131,7 @@ def _extraction(file: str, *, prefix: str) -> str:
 
 
 def _prefixes(found: Iterable[str], *, target: Iterable[str], head: set[str]) -> set[str]:
-    """Return all that stands before the first or the last name of the network, wrappers included."""
+    """Return every prefix of the network's first or last name in the file, wrappers included."""
     body = _body(target, head=head)
     ends = "|".join(rf"\.(?:{_WRAPPER})*".join(map(re.escape, name.split("."))) for name in (body[0], body[-1]))
     matches = (re.fullmatch(rf"(.*\.|)(?:{ends})", name) for name in found)
@@ -165,7 +166,7 @@ def _short(name: str, *, target: Mapping[str, Tensor]) -> str:
 
 
 def _are_equal(one: _Candidate, other: _Candidate) -> bool:
-    """Whether both hold the same values, as where one network is an attribute of a module under two names."""
+    """Return whether both hold the same values, as when a module has one network under two names."""
     return one.tensors.keys() == other.tensors.keys() and all(
         torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items()
     )
@@ -174,7 +175,7 @@ def _are_equal(one: _Candidate, other: _Candidate) -> bool:
 def _explain(
     candidates: Sequence[_Candidate], *, target: Mapping[str, Tensor], file: str, network: str, image_size: int
 ) -> str:
-    """Return a message about the candidate that differs least: which of its names differ first."""
+    """Return the error message: the first differences of the candidate that differs least."""
     nearest = min(candidates, key=lambda each: len(each.wrong) + len(each.unknown))
     prefix, unknown = nearest.prefix, [nearest.prefix + name for name in nearest.unknown]
     if not nearest.wrong:

@@ -9,8 +9,8 @@ from torch import nn
 from pipeline.core.errors import UserError
 from pipeline.models.config import ModelConfig
 
+# pixels; up to this size a residual network keeps the resolution in its first layers (He et al. 2016, section 4.2)
 SMALL_IMAGE_SIZE = 64
-"""Pixels. Up to this size a residual network keeps the resolution in its first layers (He et al. 2016, section 4.2)."""
 
 
 def build_torchvision_network(config: ModelConfig, *, num_classes: int, own_names: Collection[str]) -> nn.Module:
@@ -37,14 +37,14 @@ def _unknown(name: str, names: Collection[str], *, own_names: Collection[str]) -
 def _options(config: ModelConfig) -> dict[str, Any]:
     if config.model.startswith("vit_"):
         return {"image_size": config.network_size}
-    # these two draw their weights by a slow truncated normal unless told which way
+    # without the argument these two draw their weights from a slow truncated normal distribution, with a warning
     return {"init_weights": True} if config.model in {"googlenet", "inception_v3"} else {}
 
 
 def _keep_resolution(network: Any, *, kernel_size: int) -> None:
-    """Make the first layer of stride 1 and drop the pooling, which would leave 32x32 images with 8x8 features.
+    """Set the first layer's stride to 1 and remove the pooling, which would reduce 32x32 images to 8x8 features.
 
-    From scratch its kernel is 3x3, as He et al. 2016 have it for CIFAR-10; pretrained weights keep their 7x7.
+    From scratch the kernel is 3x3, as in He et al. 2016 for CIFAR-10; pretrained weights keep their 7x7.
     """
     network.conv1 = nn.Conv2d(3, 64, kernel_size, stride=1, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")

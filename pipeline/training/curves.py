@@ -10,13 +10,13 @@ from pipeline.figures import to_png
 
 
 def curves(history: Sequence[Mapping[str, Any]], *, kept: int, reason: str) -> bytes:
-    """Draw loss and accuracy of train and validation by epoch, side by side, with the kept epoch and the reason."""
+    """Plot loss and accuracy of train and validation by epoch, side by side, with the kept epoch and the reason."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     epochs = [row["epoch"] for row in history]
     figure.suptitle(f"epoch {kept} is kept: {reason}", fontsize="medium")
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for split, colour in (("train", "#1f77b4"), ("validation", "#d62728")):
-            axes.plot(epochs, [row[f"{split}_{quantity}"] for row in history], color=colour, label=split, marker=".")
+        for split, color in (("train", "#1f77b4"), ("validation", "#d62728")):
+            axes.plot(epochs, [row[f"{split}_{quantity}"] for row in history], color=color, label=split, marker=".")
         axes.axvline(kept, color="#999999", linestyle=":", label=f"kept epoch ({kept})")
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))

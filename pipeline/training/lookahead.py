@@ -9,9 +9,9 @@ from torch import Tensor, nn
 class Lookahead:
     """Slow weights behind the fast ones (Zhang et al. 2019, arXiv:1907.08610).
 
-    Every so many steps they move towards these, by 1 - 0.95 ** every * (step / total) ** 3 of the way (Jordan 2024,
-    arXiv:2404.00498), and the fast ones go on from there. After the last step the slow weights are the result, whether
-    they have moved then or not.
+    Every `every` steps the slow weights move towards the fast ones, by 1 - 0.95 ** every * (step / total) ** 3 of the
+    way (Jordan 2024, arXiv:2404.00498), and the fast ones continue from there. After the last step the slow weights are
+    the result, whether they moved in that step or not.
     """
 
     def __init__(self, network: nn.Module, *, every: int) -> None:
@@ -21,7 +21,7 @@ class Lookahead:
 
     @torch.no_grad()
     def step(self, number: int, *, total: int) -> None:
-        """After step `number`, from 1, of `total`."""
+        """Update the weights after step `number` (from 1) of `total`."""
         if number % self._every and number < total:
             return
         kept = 1.0 if number % self._every else 0.95**self._every * (number / total) ** 3
@@ -29,5 +29,6 @@ class Lookahead:
             fast.copy_(self.slow[name].lerp_(fast, 1 - kept))
 
     def restore(self, slow: Mapping[str, Tensor]) -> None:
+        """Set the slow weights to those of a checkpoint."""
         for name, tensor in slow.items():
             self.slow[name].copy_(tensor)

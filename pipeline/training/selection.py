@@ -21,7 +21,7 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Kept:
-    """The epoch whose weights are kept, and the reason in words."""
+    """The epoch whose weights are kept, and the reason as text."""
 
     epoch: int
     reason: str
