@@ -148,8 +148,9 @@ def test_a_patch_applies_whatever_the_settings_for_diffs(
     found = code_state(project, tracked="params.yaml")
     command = ["git", "apply", "--index", "--whitespace=nowarn", "-"]
     subprocess.run(command, cwd=tmp_path / "clone", input=found.difference, check=True)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "clone/pipeline").iterdir()} == {
-        path.name: path.read_bytes() for path in (project / "pipeline").iterdir()
+    patched, changed = (folder / "pipeline" for folder in (tmp_path / "clone", project))
+    assert {path.name: path.read_bytes() for path in patched.iterdir() if path.is_file()} == {
+        path.name: path.read_bytes() for path in changed.iterdir() if path.is_file()
     }
 
 
