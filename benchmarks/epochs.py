@@ -19,20 +19,21 @@ from benchmarks.setting import options, scratch
 from benchmarks.table import header, medians
 from pipeline.artifacts import replace_folder
 from pipeline.core.errors import report_errors
+from pipeline.core.settings import get_settings
 from pipeline.models.files import save_config, save_weights
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.logger import RunLogger
+from pipeline.tracking.models import log_model
+from pipeline.tracking.runs import describe_dataset, training_run
 from pipeline.train import report_epoch
 from pipeline.training.checkpoints import Checkpoints
 from pipeline.training.device import prepare_torch
 
 
 @contextlib.contextmanager
-def mlflow_run(*, number: int) -> Iterator[tracking.Run]:
+def mlflow_run(*, number: int) -> Iterator[RunLogger]:
     """As the train step has it."""
-    dataset = tracking.dataset("random", source=None, digest="0" * 32)
-    with tracking.training_run(
-        experiment="benchmark", params=PARAMS.flat(), dataset=dataset, training=str(number)
-    ) as run:
+    dataset = describe_dataset("random", source=None, digest="0" * 32)
+    with training_run(experiment="benchmark", params=PARAMS.flat(), dataset=dataset, training=str(number)) as run:
         yield run
 
 
@@ -50,7 +51,7 @@ def logged_epoch(splits: Splits, *, number: int) -> tuple[float, float]:
             save_weights(classifier, target / "best.safetensors")
             save_config(CONFIG, target)
         start = time.perf_counter()
-        tracking.log_model(Path(folder) / "train")
+        log_model(Path(folder) / "train")
         return seconds, time.perf_counter() - start
 
 
@@ -66,6 +67,7 @@ def main() -> None:
     with scratch() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         os.environ["PIPELINE_PROJECT"] = folder
+        get_settings.cache_clear()
         checkpoints = Checkpoints(Path(folder) / "checkpoints")
         for number in range(rounds + 1):
             with contextlib.redirect_stdout(io.StringIO()):

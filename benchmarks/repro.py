@@ -49,7 +49,7 @@ def make_clone(folder: Path) -> None:
     overrides = [f"download.urls=[{archive}]", f"download.md5={file_md5(archive)}"]
     options = [part for value in overrides for part in ("--set", value)]
     seconds(sys.executable, "-m", "pipeline.params", "--recipe", RECIPE, *options, cwd=folder)
-    seconds(sys.executable, "-c", "from pipeline.tracking import connect; connect()", cwd=folder)
+    seconds(sys.executable, "-c", "from pipeline.tracking.store import connect; connect()", cwd=folder)
 
 
 def one_round(folder: Path) -> dict[str, list[float]]:

@@ -9,7 +9,7 @@ from types import TracebackType
 
 import pipeline  # noqa: F401  # it gives a home to a user who has none
 from pipeline.core.errors import EXIT_USER, printable
-from pipeline.core.settings import keep_loopback_off_proxies
+from pipeline.core.network import keep_loopback_off_proxies
 
 PROJECT = Path(__file__).resolve().parent.parent
 """The folder with `dvc.yaml` that holds this package: the caller's checkout."""

@@ -1,4 +1,4 @@
-"""What a flow run needs, checked before any server is started: the file of weights, the GPU, the images, MLflow.
+"""What a flow run needs, checked before any server is started: the file of weights, the GPU, the images.
 
 Only what costs little is checked: the stages, which check everything, have the same messages.
 """
@@ -9,14 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from flows.gpu import visible_gpu
 from pipeline.artifacts import check_weights, expand
-from pipeline.core.errors import TemporaryError, UserError
-from pipeline.core.settings import is_server, unreachable
+from pipeline.core.errors import UserError
 
-CONNECT_SECONDS = 5.0
 MAX_ENTRIES = 10_000
 """A folder of images with more files and folders is not scanned here: the step download scans it anyway."""
 OTHER_GPUS = (Path("/dev/kfd"), Path("/dev/nvhost-gpu"), Path("/dev/dxg"))
@@ -46,23 +42,6 @@ def check_device(device: str, *, field: str) -> None:
         has_none = not any(path.exists() for path in OTHER_GPUS) and visible_gpu() is None
     if has_none:
         raise UserError(f"{field} is {device}, but this machine has none; allowed: auto, cpu; correct it")
-
-
-def check_mlflow(uri: str) -> None:
-    """Raise TemporaryError where MLFLOW_TRACKING_URI names a server to which there is no connection.
-
-    Whether it is MLflow, and lets us in, is asked by MLflow's own client, later.
-    """
-    if not is_server(uri):
-        return
-    try:
-        requests.head(f"{uri.rstrip('/')}/health", timeout=CONNECT_SECONDS)
-    except requests.exceptions.SSLError:  # MLflow has certificates of its own
-        return
-    except (requests.ConnectionError, requests.Timeout) as error:
-        raise TemporaryError(unreachable(uri, type(error).__name__)) from None
-    except requests.RequestException:
-        return
 
 
 def _is_small(folder: Path) -> bool:

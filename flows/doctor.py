@@ -108,23 +108,25 @@ def mlflow_runs(project: Path) -> Iterator[Finding]:
     uri = made_store(project)
     if uri is None:
         return
-    os.environ["MLFLOW_TRACKING_URI"] = uri
-    from pipeline.tracking import runs as tracking  # noqa: PLC0415  # MLflow takes 2 s to import; a flow run's start has no need of it
+    # MLflow takes 2 s to import; a flow run's start does not need it
+    from pipeline.tracking.outbox import flush_outbox, queued_runs  # noqa: PLC0415
+    from pipeline.tracking.search import find_running, mark_killed  # noqa: PLC0415
+    from pipeline.tracking.store import connect  # noqa: PLC0415
 
-    tracking.connect()
-    for run in tracking.running():
+    connect(uri)
+    for run in find_running():
         name = f"MLflow run {run.run_id} ({run.name}) is RUNNING"
         if run.life == "dead":
             yield Finding(
-                f"{name}, but its process {run.pid} is dead",
+                f"{name}, but its process {run.tags[PID]} is dead",
                 "marked KILLED",
-                lambda run=run: tracking.mark_killed(run),  # type: ignore[misc]
+                lambda run=run: mark_killed(run),  # type: ignore[misc]
             )
         elif run.life == "elsewhere":
-            yield Finding(f"{name} on another host, {run.host}")
-    for path in tracking.put_aside():
+            yield Finding(f"{name} on another host, {run.tags[HOST]}")
+    for path in queued_runs():
         what = f"{path.parent} keeps what MLflow should have had of a run"
-        yield Finding(what, "delivered", tracking.deliver)
+        yield Finding(what, "delivered", flush_outbox)
 
 
 def prefect_runs(project: Path) -> Iterator[Finding]:

@@ -4,7 +4,6 @@ MLflow's tags hold most of it; git's refs hold the experiments, Prefect the stat
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -30,10 +29,11 @@ from flows.workspace import EXPERIMENT_LABEL, made_store
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.core.errors import TemporaryError, UserError, first_line, shown
 from pipeline.core.git import UNKNOWN, find_commit, git, read_committed
-from pipeline.core.settings import tracking_uri
 from pipeline.core.sqlite import sqlite_path
-from pipeline.tracking import runs as tracking
-from pipeline.tracking.runs import Record
+from pipeline.tracking.provenance import COMMIT, FLOW_RUN, REPRODUCES
+from pipeline.tracking.search import Run, find_run, find_runs, find_runs_of_model, read_file
+from pipeline.tracking.store import connect
+from pipeline.tracking.store_uri import tracking_uri
 
 MODEL = "best.safetensors"
 _SAFE = re.compile(r"[\w .:/+-]{1,250}")
@@ -79,7 +79,7 @@ class Trace:
     data_set: str | None = None
     data_md5: str | None = None
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
-    run: Record | None = None
+    run: Run | None = None
     run_link: str | None = None
     reproductions: tuple[tuple[str, str], ...] = ()
     experiments: tuple[Experiment, ...] = ()
@@ -113,9 +113,8 @@ class Sources:
         if uri is None:
             self.note(f"MLflow has no runs yet: {sqlite_path(tracking_uri(self.project))} does not exist")
             return False
-        os.environ["MLFLOW_TRACKING_URI"] = uri
         try:
-            tracking.connect()
+            connect(uri)
         except (UserError, TemporaryError) as error:
             self.note(f"MLflow was not looked at: {error}")
             return False
@@ -139,14 +138,14 @@ class Sources:
                 self.note(f"experiment {name} was not looked at: its commit cannot be read (`git fsck` says more)")
         return found
 
-    def runs(self, tag: str, value: str) -> list[Record]:
+    def runs(self, tag: str, value: str) -> list[Run]:
         """MLflow's runs with this tag."""
         safe = all(_SAFE.fullmatch(text.replace("%", "")) for text in (tag, value))
-        return tracking.find_runs({tag: value}) if self.mlflow and safe else []
+        return find_runs({tag: value}) if self.mlflow and safe else []
 
-    def makers(self, model: str | None) -> list[Record]:
+    def makers(self, model: str | None) -> list[Run]:
         """The runs that made the model of this hash, reproductions left out."""
-        return tracking.makers(model) if self.mlflow and model else []
+        return find_runs_of_model(model) if self.mlflow and model else []
 
     def flow_runs(self, *, ids: Iterable[str] = (), name: str | None = None) -> list[FlowRun]:
         """Prefect's flow runs of these ids or of this name."""
@@ -255,9 +254,9 @@ def _nothing(sources: Sources, wanted: str, *, file: Path | None) -> str:
     return "; ".join([f"{name}: nothing known of it; looked at: {', '.join(places)}", *sources.notes])
 
 
-def _match(sources: Sources, wanted: str) -> tuple[list[Record], list[Experiment], list[FlowRun]]:
+def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], list[FlowRun]]:
     """The MLflow runs, experiments and flow runs that the id names."""
-    runs = [run] if sources.mlflow and _SAFE.fullmatch(wanted) and (run := tracking.find_run(wanted)) else []
+    runs = [run] if sources.mlflow and _SAFE.fullmatch(wanted) and (run := find_run(wanted)) else []
     commit = find_commit(sources.project, wanted)
     named = [found for found in sources.experiments if wanted == found.name or (commit and commit == found.commit)]
     flow_runs = sources.flow_runs(ids=[wanted]) if _is_uuid(wanted) else sources.flow_runs(name=wanted)
@@ -273,42 +272,42 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Record], list[Experiment
         ),
     ]
     if commit:
-        found += sources.runs(tracking.COMMIT, commit)
+        found += sources.runs(COMMIT, commit)
         named += [found for found in sources.experiments if found.baseline == commit and found not in named]
         wanted = sources.model_of(sources.outputs(commit)) or ""
     if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", wanted):
         model = sources.listing(f"{wanted.removesuffix('.dir')}.dir").get(MODEL, wanted)
         found += sources.runs("outputs.train", f"%{model}%") or sources.makers(model)
         named += [found for found in sources.experiments if _has_model(sources, found, model) and found not in named]
-    return runs + [run for run in found if tracking.REPRODUCES not in run.tags], named, flow_runs
+    return runs + [run for run in found if REPRODUCES not in run.tags], named, flow_runs
 
 
-def _runs_of_flow_run(sources: Sources, flow_run_id: str) -> list[Record]:
+def _runs_of_flow_run(sources: Sources, flow_run_id: str) -> list[Run]:
     if not _is_uuid(flow_run_id):
         return []
-    return sources.runs("prefect.flow_run_id", flow_run_id) or sources.runs(f"{tracking.FLOW_RUN}{flow_run_id}", "%")
+    return sources.runs("prefect.flow_run_id", flow_run_id) or sources.runs(f"{FLOW_RUN}{flow_run_id}", "%")
 
 
 def _has_model(sources: Sources, experiment: Experiment, model: str) -> bool:
     return sources.model_of(sources.outputs(experiment.commit)) == model
 
 
-def _runs_of(sources: Sources, experiment: Experiment) -> list[Record]:
+def _runs_of(sources: Sources, experiment: Experiment) -> list[Run]:
     """The runs of the experiment's own training, else those that made the model which it had from the cache."""
     own = sources.runs("dvc.experiment", experiment.name)
     return own or sources.makers(sources.model_of(sources.outputs(experiment.commit)))
 
 
-def _of_run(sources: Sources, run: Record) -> Trace:
+def _of_run(sources: Sources, run: Run) -> Trace:
     """A trace with an MLflow run at its centre."""
     tags = run.tags
     model = tags.get("model.md5")
     experiments = _experiments_of(sources, run)
-    commit = _known(tags.get(tracking.COMMIT))
+    commit = _known(tags.get(COMMIT))
     dirty = _known(tags.get("git.dirty")) if commit else None  # older versions recorded that nothing was changed
-    difference = tracking.read_file(run, "uncommitted.diff") or b""
+    difference = read_file(run, "uncommitted.diff") or b""
     names = re.findall(rb'^diff --git "?a/(.*?)"? "?b/', difference, re.MULTILINE)
-    copies = sources.runs(tracking.REPRODUCES, run.run_id)
+    copies = sources.runs(REPRODUCES, run.run_id)
     return Trace(
         commit=commit,
         dirty=dirty == "true" if dirty else None,
@@ -357,10 +356,10 @@ def _changed_files(project: Path, experiment: Experiment) -> list[str] | None:
     return git(project, "diff", "--name-only", experiment.baseline, str(experiment.commit)).splitlines()
 
 
-def _experiments_of(sources: Sources, run: Record) -> tuple[Experiment, ...]:
+def _experiments_of(sources: Sources, run: Run) -> tuple[Experiment, ...]:
     """The run's own experiment first, then those that took its model from the cache."""
     names = [run.tags.get("dvc.experiment")]
-    names += [value for tag, value in sorted(run.tags.items()) if tag.startswith(tracking.FLOW_RUN)]
+    names += [value for tag, value in sorted(run.tags.items()) if tag.startswith(FLOW_RUN)]
     here = {found.name: found for found in sources.experiments}
     if model := run.tags.get("model.md5"):
         names += [
@@ -371,12 +370,10 @@ def _experiments_of(sources: Sources, run: Record) -> tuple[Experiment, ...]:
     return tuple(here.get(name) or Experiment(name, None) for name in dict.fromkeys(names) if name)
 
 
-def _flow_runs_of(sources: Sources, run: Record) -> Iterator[FlowRun]:
+def _flow_runs_of(sources: Sources, run: Run) -> Iterator[FlowRun]:
     """The flow run that made the run first, then those that took its model from the cache."""
     own = run.tags.get("prefect.flow_run_id")
-    tagged = {
-        tag.removeprefix(tracking.FLOW_RUN): name for tag, name in run.tags.items() if tag.startswith(tracking.FLOW_RUN)
-    }
+    tagged = {tag.removeprefix(FLOW_RUN): name for tag, name in run.tags.items() if tag.startswith(FLOW_RUN)}
     ids = list(dict.fromkeys(run_id for run_id in [own, *sorted(tagged)] if run_id))
     known = {found.run_id: found for found in sources.flow_runs(ids=ids)}
     for run_id in ids:
@@ -385,7 +382,7 @@ def _flow_runs_of(sources: Sources, run: Record) -> Iterator[FlowRun]:
         yield known.get(run_id) or FlowRun(run_id, name, experiment=experiment)
 
 
-def _recorded(sources: Sources, run: Record) -> dict[str, str]:
+def _recorded(sources: Sources, run: Run) -> dict[str, str]:
     """Paths and hashes of what the run made, by its tags."""
     try:
         return _tagged_files(run)
@@ -394,7 +391,7 @@ def _recorded(sources: Sources, run: Record) -> dict[str, str]:
         return {}
 
 
-def _tagged_files(run: Record) -> dict[str, str]:
+def _tagged_files(run: Run) -> dict[str, str]:
     data = {str(folder): run.tags.get(f"dvc.{folder.name}", "") for folder in (DOWNLOAD, NORMALIZE)}
     files = {
         f"{folder}/{name}": md5

@@ -9,7 +9,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows import PROJECT, server
 from flows.settings import PrefectServer, configured_server, remedy
 from pipeline.core.errors import TemporaryError, UserError, first_line, shown
-from pipeline.core.settings import has_host, is_server
+from pipeline.core.network import has_host, is_server
 
 
 def server_in_force(project: Path = PROJECT) -> PrefectServer | None:

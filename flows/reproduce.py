@@ -9,7 +9,6 @@ new result. Exit status: 0 identical, 1 something differs, 2 a mistake to fix.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager, nullcontext
@@ -28,11 +27,14 @@ from flows.workspace import KEPT, StepError, Workspace, made_store, open_recorde
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.core.errors import EXIT_TEMPORARY, EXIT_USER, UserError, report_errors
 from pipeline.core.git import UNKNOWN, find_commit, read_committed
-from pipeline.core.settings import tracking_uri
 from pipeline.core.yaml import read_yaml
 from pipeline.params import PARAMS_FILE, check_is_folder
-from pipeline.tracking import runs as tracking
-from pipeline.tracking.runs import Record
+from pipeline.tracking.logger import RunLogger
+from pipeline.tracking.models import recorded_model_md5
+from pipeline.tracking.provenance import COMMIT, HARDWARE, REPRODUCES
+from pipeline.tracking.search import Run, find_run, read_file
+from pipeline.tracking.store import connect, warn_on_failure
+from pipeline.tracking.store_uri import tracking_uri
 
 STAGES = (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE)
 Hashes = Mapping[str, str]
@@ -70,7 +72,7 @@ class Reproduction:
         return all(verdict.differences == () for verdict in self.verdicts) and not self.damaged
 
 
-def find(project: Path, wanted: str) -> Record:
+def find(project: Path, wanted: str) -> Run:
     """What to make again: an MLflow run, else what a commit or an experiment has in its dvc.lock.
 
     Raises UserError where there is none, or it made no model.
@@ -78,12 +80,12 @@ def find(project: Path, wanted: str) -> Record:
     run = None
     if made_store(project):
         _connect(project)
-        run = tracking.find_run(wanted)
+        run = find_run(wanted)
     if run is None:
         return _find_locked(project, wanted)
     if "model.md5" not in run.tags:
         raise UserError(f"MLflow run {wanted} ({run.status}) made no model; there is nothing to compare with")
-    commit = run.tags.get(tracking.COMMIT, UNKNOWN)
+    commit = run.tags.get(COMMIT, UNKNOWN)
     if commit == UNKNOWN or run.tags.get("git.dirty") == UNKNOWN:
         raise UserError(
             f"MLflow run {wanted}: its code was not known to git then, so it cannot be made again; train again in a "
@@ -97,11 +99,10 @@ def find(project: Path, wanted: str) -> Record:
 
 
 def _connect(project: Path) -> None:
-    os.environ["MLFLOW_TRACKING_URI"] = tracking_uri(project)
-    tracking.connect()
+    connect(tracking_uri(project))
 
 
-def _find_locked(project: Path, wanted: str) -> Record:
+def _find_locked(project: Path, wanted: str) -> Run:
     """What a commit or an experiment has in its dvc.lock, as a run that MLflow does not have (without a status)."""
     refs = {ref.rpartition("/")[2]: ref for ref in experiment_refs(project)}
     commit = find_commit(project, refs.get(wanted, wanted))
@@ -116,18 +117,18 @@ def _find_locked(project: Path, wanted: str) -> Record:
         raise UserError(f"commit {commit}: its dvc.lock has no {lacking[0]}; name a commit made after `dvc repro`")
     evaluation = {Path(path).name: md5 for path, md5 in made.items() if Path(path).parent == EVALUATE}
     tags = {f"dvc.{folder.name}": made[str(folder)] for folder in (DOWNLOAD, NORMALIZE, TRAIN) if str(folder) in made}
-    tags |= {tracking.COMMIT: commit, "git.dirty": "false", "outputs.evaluate": json.dumps(evaluation)}
+    tags |= {COMMIT: commit, "git.dirty": "false", "outputs.evaluate": json.dumps(evaluation)}
     listing = cached_path(cache_folder(project), made[str(TRAIN)])
     if listing.exists():  # else the folder is compared as a whole
         files = {file["relpath"]: file["md5"] for file in json.loads(listing.read_text(encoding="utf-8"))}
         tags |= {"outputs.train": json.dumps(files), "model.md5": files["best.safetensors"]}
-    return Record(commit, wanted, "", 0, tags, {}, {})
+    return Run(commit, wanted, "", 0, tags, {}, {})
 
 
-def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Reproduction:
+def reproduce(project: Path, run: Run, *, from_cache: bool, keep: bool) -> Reproduction:
     """Make it again; raises UserError where the clone cannot be made, StepError where a stage fails."""
     dirty = run.tags.get("git.dirty") == "true"
-    difference = (tracking.read_file(run, "uncommitted.diff") if dirty else None) or b""
+    difference = (read_file(run, "uncommitted.diff") if dirty else None) or b""
     if dirty and not difference:
         raise UserError(f"MLflow run {run.run_id}: its uncommitted.diff is gone from MLflow, so its code is not known")
     _connect(project)
@@ -138,7 +139,7 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
         _tell_kept(project / KEPT / name),
         open_recorded(
             project,
-            commit=run.tags[tracking.COMMIT],
+            commit=run.tags[COMMIT],
             difference=difference,
             name=name,
             variables=variables,
@@ -160,7 +161,7 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
         verdicts = tuple(_compare(run, folder, made=_made(workspace.folder, folder)) for folder in STAGES[kept_data:])
         if kept_data:
             verdicts = (Verdict(DOWNLOAD.name, (), remark=" (DVC has kept the data)"), *verdicts)
-    again = tracking.find_run(workspace.mlflow_run_id) if workspace.mlflow_run_id else None
+    again = find_run(workspace.mlflow_run_id) if workspace.mlflow_run_id else None
     result = Reproduction(
         verdicts,
         tuple(_environment_differences(run, again)) if again else None,
@@ -169,8 +170,8 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
     )
     if again:
         outcome = "identical" if result.identical else "differs"
-        with tracking.told("the outcome is not in MLflow"):
-            tracking.Run(again.run_id).tag({"reproduction.result": outcome})
+        with warn_on_failure("the outcome is not in MLflow"):
+            RunLogger(again.run_id).set_tags({"reproduction.result": outcome})
     return result
 
 
@@ -194,12 +195,12 @@ def _slot(clone: Path) -> Iterator[None]:
         yield
 
 
-def _follow(line: str, workspace: Workspace, run: Record) -> None:
+def _follow(line: str, workspace: Workspace, run: Run) -> None:
     """Show a stage's line; where the recorded code is too old to tag its run as a reproduction, tag it here."""
     print(f"  | {line}", flush=True)
     if "MLflow run" in line and workspace.mlflow_run_id not in (None, run.run_id):
-        with tracking.told("the run is not marked as a reproduction"):
-            tracking.Run(str(workspace.mlflow_run_id)).tag({tracking.REPRODUCES: run.run_id})
+        with warn_on_failure("the run is not marked as a reproduction"):
+            RunLogger(str(workspace.mlflow_run_id)).set_tags({REPRODUCES: run.run_id})
 
 
 def _made(clone: Path, folder: Path) -> Hashes:
@@ -212,7 +213,7 @@ def _made(clone: Path, folder: Path) -> Hashes:
     return made
 
 
-def recorded_hashes(run: Record, folder: Path) -> Hashes:
+def recorded_hashes(run: Run, folder: Path) -> Hashes:
     """What the run says its stage made, as `_made` has it."""
     if folder in (TRAIN, EVALUATE):
         hashes: dict[str, str] = json.loads(run.tags.get(f"outputs.{folder.name}", "{}"))
@@ -224,7 +225,7 @@ def recorded_hashes(run: Record, folder: Path) -> Hashes:
     return {} if md5 == UNKNOWN else {str(folder): md5}
 
 
-def _compare(run: Record, folder: Path, *, made: Hashes) -> Verdict:
+def _compare(run: Run, folder: Path, *, made: Hashes) -> Verdict:
     recorded = recorded_hashes(run, folder)
     lines = tuple(
         f"{name} was {md5}, is {made.get(name, 'missing')}" for name, md5 in recorded.items() if made.get(name) != md5
@@ -232,20 +233,20 @@ def _compare(run: Record, folder: Path, *, made: Hashes) -> Verdict:
     return Verdict(folder.name, lines if recorded else None)
 
 
-def _environment_differences(run: Record, again: Record) -> Iterator[str]:
+def _environment_differences(run: Run, again: Run) -> Iterator[str]:
     """Packages and hardware that are not the same in the two runs."""
     if not run.status:
         yield "environment not compared: a commit is compared with its dvc.lock alone; an MLflow run has it too"
         return
-    then, now = (_packages(tracking.read_file(record, "packages.txt")) for record in (run, again))
+    then, now = (_packages(read_file(record, "packages.txt")) for record in (run, again))
     if not (then and now):
         yield f"environment not compared: packages.txt of run {(again if then else run).run_id} is gone"
     for name in sorted(then.keys() | now.keys()) if then and now else []:
         if then.get(name) != now.get(name):
             yield f"environment {name}: was {then.get(name, 'not installed')}, is {now.get(name, 'not installed')}"
-    for tag in sorted(name for name in again.tags if name.startswith(tracking.HARDWARE)):
+    for tag in sorted(name for name in again.tags if name.startswith(HARDWARE)):
         if run.tags.get(tag) != again.tags[tag]:
-            part = tag.removeprefix(tracking.HARDWARE)
+            part = tag.removeprefix(HARDWARE)
             yield f"hardware    {part}: was {run.tags.get(tag, 'not recorded')}, is {again.tags[tag]}"
 
 
@@ -254,13 +255,13 @@ def _packages(text: bytes | None) -> dict[str, str]:
     return {name: version for name, _, version in (line.partition("==") for line in lines)}
 
 
-def _damaged_copies(project: Path, run: Record) -> Iterator[str]:
+def _damaged_copies(project: Path, run: Run) -> Iterator[str]:
     """The kept copies of the recorded model that are no longer that."""
     md5 = run.tags.get("model.md5")
     if md5 is None:  # then nothing says what the file in DVC's cache is to be
         return
     cached = cached_path(cache_folder(project), md5)
-    recorded = tracking.recorded_model(run) if run.status else md5
+    recorded = recorded_model_md5(run.run_id) if run.status else md5
     if recorded is None:
         print("warning: MLflow's copy of the model was not compared: it is gone or cannot be read", file=sys.stderr)
     copies = {
@@ -281,7 +282,7 @@ def _report(result: Reproduction) -> Iterator[str]:
         yield "environment not compared: MLflow no longer has the new run"
     yield from result.damaged
     if result.mlflow_run_id:
-        yield f"recorded as MLflow run {result.mlflow_run_id}, tagged `{tracking.REPRODUCES}`"
+        yield f"recorded as MLflow run {result.mlflow_run_id}, tagged `{REPRODUCES}`"
     yield "identical" if result.identical else "differs"
 
 

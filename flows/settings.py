@@ -18,7 +18,8 @@ from prefect.settings import PREFECT_API_URL, PREFECT_PROFILES_PATH, load_profil
 
 from flows import PROJECT, ports
 from pipeline.core.errors import UserError, shown
-from pipeline.core.settings import LOOPBACK, PROXIES
+from pipeline.core.network import LOOPBACK
+from pipeline.core.settings import PROXY_VARIABLES, get_settings
 from pipeline.core.sqlite import sqlite_uri
 
 NAME = "PREFECT_API_URL"
@@ -65,7 +66,7 @@ def configured_server() -> PrefectServer | None:
 
 def _is_printed_own(url: str) -> bool:
     """Whether `make prefect-env` printed the address of this project's own server: another server may have it since."""
-    return url == os.environ.get(OWN_NAME) and os.environ.get("PREFECT_HOME") == str(PROJECT / ".prefect")
+    return url == get_settings().own_prefect_api_url and os.environ.get("PREFECT_HOME") == str(PROJECT / ".prefect")
 
 
 def remedy(source: str) -> str:
@@ -129,7 +130,7 @@ def _check_profile() -> None:
 
 def _check_proxies() -> None:
     """Raise UserError where Prefect's client would fail on the address of a proxy."""
-    for name in (variable for capitals in PROXIES for variable in (capitals, capitals.lower())):
+    for name in (variable for capitals in PROXY_VARIABLES for variable in (capitals, capitals.lower())):
         scheme, separator, _ = os.environ.get(name, "").partition("://")
         if separator and scheme.lower() not in PROXY_SCHEMES:
             raise UserError(

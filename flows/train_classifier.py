@@ -27,7 +27,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.utilities.urls import url_for
 
 from flows import FLOW_NAME, PROJECT
-from flows.checks import check_inputs, check_mlflow
+from flows.checks import check_inputs
 from flows.doctor import settle_quietly, sign
 from flows.form import Overrides, Recipe
 from flows.gpu import gpu_slot
@@ -56,9 +56,9 @@ from pipeline.core.errors import (
     report_errors,
     shown,
 )
-from pipeline.core.settings import check_recording, tracking_uri
 from pipeline.core.yaml import dump_yaml, read_yaml
 from pipeline.params import compose, parse_override
+from pipeline.tracking.store_uri import check_connection, check_recording, tracking_uri
 
 HOUR = 3600.0
 FOLDER_PARAM = "download.folder"
@@ -277,7 +277,7 @@ def main() -> None:
     with report_errors(), chdir(PROJECT):
         overrides = read_overrides(arguments)
         check_recording(tracking_uri(PROJECT))
-        check_mlflow(tracking_uri(PROJECT))
+        check_connection(tracking_uri(PROJECT))
         state = _run_on_server(ensure_server(), arguments.recipe, overrides, keep_workspace=arguments.keep_workspace)
         status = _report(state, recipe=arguments.recipe)
         kept = KEPT / str(state.state_details.flow_run_id)

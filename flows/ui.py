@@ -14,12 +14,13 @@ from flows import PROJECT, ports, server
 from flows.settings import configured_server
 from pipeline.artifacts import write_json
 from pipeline.core.errors import UserError, report_errors, shown
+from pipeline.core.network import LOOPBACK, is_server
 from pipeline.core.processes import start_of
 from pipeline.core.project import artifact_folder
-from pipeline.core.settings import LOOPBACK, is_server, tracking_uri
 from pipeline.core.sqlite import sqlite_path
 from pipeline.tracking.relocation import relocate
 from pipeline.tracking.sqlite_store import MLFLOW, is_current, without_percent
+from pipeline.tracking.store_uri import tracking_uri
 
 MLFLOW_PORT = 5000
 OURS_TO_SET = (
@@ -130,10 +131,10 @@ def _ensure_store(uri: str, *, project: Path) -> None:
     """Make or migrate a sqlite store before the server starts, which makes it in place and refuses an older schema."""
     path = sqlite_path(uri)
     if path and not is_current(path, tool=MLFLOW):
-        from pipeline.tracking import runs as tracking  # noqa: PLC0415  # MLflow takes 2 s to import
+        from pipeline.tracking.store import connect  # noqa: PLC0415  # MLflow takes 2 s to import
 
         with chdir(project):
-            tracking.connect()
+            connect()
 
 
 @contextmanager

@@ -23,10 +23,10 @@ from pipeline.core.errors import UserError
 from pipeline.core.git import check_committed, git, read_committed, setting
 from pipeline.core.git import environment as git_environment
 from pipeline.core.project import pipeline_cache_folder
-from pipeline.core.settings import tracking_uri
 from pipeline.core.sqlite import sqlite_path
 from pipeline.core.yaml import read_yaml
 from pipeline.params import PARAMS_FILE, check_is_folder
+from pipeline.tracking.store_uri import tracking_uri
 
 FOLDER = Path(".dvc/tmp/flows")
 KEPT = Path(".dvc/tmp/kept")

@@ -7,6 +7,7 @@ import pwd
 import sys
 
 from pipeline.core.project import pipeline_cache_folder, project_folder
+from pipeline.core.settings import get_settings
 
 # PyTorch and MLflow make half a million objects that stay. To look through them, again and again while they are
 # imported and a few times more when the interpreter ends, takes two seconds.
@@ -18,7 +19,7 @@ def _ensure_user() -> None:
 
     What they keep in a home that does not exist or cannot be written goes into the project's `.cache/` instead.
     """
-    if not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
+    if not get_settings().user_name:
         try:
             pwd.getpwuid(os.getuid())
         except KeyError:

@@ -13,7 +13,9 @@ from pipeline.evaluation.metrics import Evaluation, evaluate
 from pipeline.models.files import load_model
 from pipeline.models.inference import logits_of
 from pipeline.params import load_params
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.provenance import output_tags
+from pipeline.tracking.runs import find_or_create_run
+from pipeline.tracking.store import store_errors
 from pipeline.training.device import choose_device
 
 FILES = ("confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv")
@@ -75,17 +77,18 @@ def _print(result: Evaluation) -> None:
 
 def _record(result: Evaluation, *, model_md5: str, experiment: str) -> None:
     """Into the run that made the model, found by the model's hash."""
-    run, made = tracking.run_of_model(model_md5, experiment=experiment)
-    if made:
+    run, created = find_or_create_run(model_md5, experiment=experiment)
+    if created:
         print(
             "no MLflow run here made this model (it was pulled, or trained elsewhere): a new run holds its evaluation"
         )
     print(f"MLflow run {run.run_id}", flush=True)
     run.log({f"test_{name.removeprefix('test_')}": value for name, value in result.metrics.items()}, step=0)
-    with tracking.store_errors():
+    with store_errors():
         if not run.flush():
-            raise TemporaryError("MLflow stopped answering: it has not got the evaluation; run the same command again")
-        run.tag(tracking.outputs_tag(EVALUATE, names=FILES), once=True)  # a later evaluation may have other parameters
+            raise TemporaryError("MLflow stopped answering: the evaluation is not recorded; run the same command again")
+        # a later evaluation may have other parameters
+        run.set_tags(output_tags(EVALUATE, names=FILES), overwrite=False)
         for name in ("confusion_matrix.png", "per_class.csv"):
             run.log_file(EVALUATE / name, folder="plots" if name.endswith("png") else "evaluate")
 

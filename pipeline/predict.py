@@ -156,7 +156,7 @@ def _model_folder(model: str | None) -> Path:
         return TRAIN
     if ":/" not in model:
         return Path(model)
-    from pipeline.tracking.runs import fetch_model  # noqa: PLC0415  # MLflow takes seconds to import
+    from pipeline.tracking.models import fetch_model  # noqa: PLC0415  # MLflow takes seconds to import
 
     return fetch_model(model)
 

@@ -3,7 +3,6 @@
 The algorithm is in `pipeline/training/loop.py`; which epoch is the best, in `pipeline/training/selection.py`.
 """
 
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pipeline.arrays import DatasetInfo, Split
 from pipeline.artifacts import HISTORY, KEPT, TRAIN, replace_folder, verify_splits, write_bytes, write_csv
 from pipeline.core.errors import UserError, first_line, report_errors, shown
 from pipeline.core.processes import cpu_name
+from pipeline.core.settings import get_settings
 from pipeline.core.stage_code import code_md5
 from pipeline.models.airbench import Airbench
 from pipeline.models.build import Classifier, build, memory_format, try_training
@@ -24,7 +24,8 @@ from pipeline.models.config import ModelConfig, configure
 from pipeline.models.files import save_config, save_weights
 from pipeline.models.pretrained import load_pretrained
 from pipeline.params import DownloadParams, Params, TrainParams, load_params
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.logger import RunLogger
+from pipeline.tracking.runs import describe_dataset, training_run
 from pipeline.training import distributed
 from pipeline.training.checkpoints import Checkpoint, Checkpoints, checkpoints_of, fingerprint
 from pipeline.training.curves import curves
@@ -59,16 +60,14 @@ def main() -> None:
 def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetInfo) -> None:
     """Train, alone or as rank 0, and write the model, the checkpoints and the MLflow run."""
     params, device = all_params.train, next(classifier.parameters()).device
-    training = fingerprint(
-        **_determinants(params, info, device=device), reproduces=os.environ.get("PIPELINE_REPRODUCES")
-    )
+    training = fingerprint(**_determinants(params, info, device=device), reproduces=get_settings().reproduces)
     with checkpoints_of(training) as checkpoints:
         start = checkpoints.newest()
         with (
-            tracking.training_run(
+            training_run(
                 experiment=info.dataset,
                 params=all_params.flat(),
-                dataset=tracking.dataset(info.dataset, source=_source(all_params.download), digest=info.md5),
+                dataset=describe_dataset(info.dataset, source=_source(all_params.download), digest=info.md5),
                 hardware=_hardware(device),
                 training=training,
                 earlier=start.state["mlflow"] if start else None,
@@ -89,7 +88,7 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
             )
             run.log({"kept_epoch": result.kept.epoch}, step=result.kept.epoch)
             _write(result, classifier, config=configure(params, info))
-            run.record(TRAIN)
+            run.log_training(TRAIN)
 
 
 def _train_as_other_rank(classifier: Classifier, params: TrainParams, info: DatasetInfo) -> None:
@@ -117,7 +116,7 @@ def check_params_fit_data(params: TrainParams, info: DatasetInfo) -> None:
     for field, (value, most, reason) in limits.items():
         if value > most:
             raise UserError(f"train.{field} is {value}, but {reason}; allowed: up to {most}")
-    compiler = os.environ.get("CXX", "g++")
+    compiler = get_settings().cxx
     if params.compile and shutil.which(compiler) is None:
         raise UserError(
             f"train.compile is true, but there is no C++ compiler {compiler}; install it, or set CXX or false"
@@ -179,10 +178,10 @@ def _determinants(params: TrainParams, info: DatasetInfo, *, device: torch.devic
     }
 
 
-def _save(checkpoint: Checkpoint, checkpoints: Checkpoints, *, run: tracking.Run) -> None:
+def _save(checkpoint: Checkpoint, checkpoints: Checkpoints, *, run: RunLogger) -> None:
     """Write a checkpoint, with the metrics that MLflow does not have yet; where that fails, the training continues."""
     try:
-        checkpoints.write(replace(checkpoint, state={**checkpoint.state, "mlflow": run.notes()}))
+        checkpoints.write(replace(checkpoint, state={**checkpoint.state, "mlflow": run.state()}))
     except OSError as error:
         print(
             f"warning: step {checkpoint.step} has no checkpoint: {error.filename}: {error.strerror}; "
@@ -191,14 +190,14 @@ def _save(checkpoint: Checkpoint, checkpoints: Checkpoints, *, run: tracking.Run
         )
 
 
-def _report_start(run: tracking.Run, *, start: Checkpoint | None, params: TrainParams) -> None:
+def _report_start(run: RunLogger, *, start: Checkpoint | None, params: TrainParams) -> None:
     """Print the run and where the training resumes, and log the epochs before that to a run that does not have them."""
     print(f"MLflow run {run.run_id}", flush=True)
     if start is None:
         return
     history = [Epoch(**row) for row in start.state["history"]]
     print(f"resumes from its checkpoint: {len(history)}/{params.epochs} epochs done, step {start.step}", flush=True)
-    if not run.taken_up:
+    if not run.resumed:
         print("warning: MLflow no longer has the run that began this training: its losses by step are lost", flush=True)
         for epoch in history:
             run.log(_metrics(epoch), step=epoch.epoch)
@@ -230,7 +229,7 @@ def _metrics(epoch: Epoch) -> dict[str, float]:
     return {name: value for name, value in vars(epoch).items() if name not in ("epoch", "learning_rate")}
 
 
-def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams, run: tracking.Run) -> None:
+def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams, run: RunLogger) -> None:
     """Print a finished epoch as one line, and log it."""
     run.log({**_metrics(epoch), "images_per_second": images_per_second}, step=epoch.epoch)
     done = 10 * epoch.epoch // params.epochs

@@ -19,6 +19,7 @@ from xdist.scheduler import LoadFileScheduling
 
 from flows import ports, server
 from pipeline.artifacts import replace_folder
+from pipeline.core.settings import get_settings
 from pipeline.core.yaml import read_yaml
 from pipeline.params import Params, TrainParams, check_params
 from tests.forked import Process
@@ -56,10 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _keep_tracking_uri() -> Iterator[None]:
-    """Leave no test the store of an earlier one: `mlflow.set_tracking_uri` sets the variable too."""
+def _fresh_settings() -> Iterator[None]:
+    """Leave no test the settings of an earlier one, or its store: `mlflow.set_tracking_uri` sets the variable too."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
+    get_settings.cache_clear()
     yield
+    get_settings.cache_clear()
     if before is None:
         os.environ.pop("MLFLOW_TRACKING_URI", None)
     else:

@@ -16,11 +16,13 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import IO
 
+from pipeline.core.settings import get_settings
 from tests.hold.sitecustomize import hold
 
 PROJECT = Path(__file__).parents[1]
 PRELOADED = ["torch", "torchvision", "mlflow", "matplotlib.pyplot", "pandas", "tests.hold.sitecustomize"]
-PRELOADED += [f"pipeline.{name}" for name in ("tracking", "loop", "plots", "raw", "duplicates", "imagefolder")]
+PRELOADED += [f"pipeline.{name}" for name in ("tracking.runs", "training.loop", "evaluation.plots")]
+PRELOADED += [f"pipeline.{name}" for name in ("datasets.raw", "datasets.imagefolder", "images.duplicates")]
 """No step itself, which each process runs as its main module."""
 
 
@@ -105,6 +107,7 @@ def _run(step: str, folder: str, environment: dict[str, str], out: Connection, e
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
+    get_settings.cache_clear()  # which the import of the pipeline has filled
     os.chdir(folder)
     sys.argv[1:] = []
     if "HOLD" in environment:

@@ -36,7 +36,10 @@ NO_STAGE = ("core", "tracking")
 """Packages that change nothing of what a stage writes, and so are in no stage's code."""
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("[!_]*.py")}
 ONLY_IN = {
-    "mlflow": {"pipeline/tracking/runs.py", "pipeline/tracking/served_model.py"},
+    "mlflow": {
+        f"pipeline/tracking/{name}.py"
+        for name in ("experiments", "logger", "models", "outbox", "runs", "search", "served_model", "store")
+    },
     "matplotlib": {"pipeline/figures.py", "pipeline/training/curves.py", "pipeline/evaluation/plots.py"},
     "ruamel": {"pipeline/core/yaml.py", "pipeline/params.py"},
     "PIL": {"pipeline/images/decode.py"},
@@ -51,6 +54,20 @@ ONLY_IN = {
     },
 }
 """Where a library may be imported; MLflow itself runs `served_model`."""
+READ_ENVIRONMENT = {
+    "pipeline/core/settings.py",
+    "pipeline/core/git.py",  # passes the environment on to git and DVC, without what a git hook sets
+    "pipeline/training/distributed.py",  # the variables by which torchrun tells a process its rank
+}
+"""The modules of the pipeline that may read environment variables."""
+WRITE_ENVIRONMENT = {
+    "pipeline/__init__.py",  # name, home and caches of the user, for Python and libraries
+    "pipeline/core/network.py",  # NO_PROXY, for the clients of MLflow and Prefect
+    "pipeline/tracking/store.py",  # MLflow's variables that have no function
+    "pipeline/training/distributed.py",  # torchrun's and NCCL's
+    "pipeline/training/loop.py",  # cuBLAS's, before its first call
+}
+"""The modules of the pipeline that may set environment variables, for which library."""
 STAGES = read_yaml(PROJECT / "dvc.yaml")["stages"]
 
 
@@ -159,6 +176,25 @@ def test_a_training_starts_without_the_compiler() -> None:
     code += "run(train_params(**QUICK)); run(train_params(**QUICK, optimizer='muon')); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert not {"torch._dynamo", "torch._inductor"} & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("path", [str(path.relative_to(PROJECT)) for path in PACKAGE.rglob("*.py")])
+def test_environment_variables_are_read_in_one_place(path: str) -> None:
+    nodes = list(ast.walk(ast.parse((PROJECT / path).read_text())))
+    uses = sum(isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"} for node in nodes)
+    writes = sum(writes_environment(node) for node in nodes)
+    assert uses == writes or path in READ_ENVIRONMENT
+    assert writes == 0 or path in WRITE_ENVIRONMENT
+    assert not {"os.environ", "os.getenv"} & imports(PROJECT / path)
+
+
+def writes_environment(node: ast.AST) -> bool:
+    """Whether it is `os.environ[…] = …`, `del os.environ[…]`, `os.environ |= …` or `os.environ.setdefault(…)`."""
+    if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+        return ast.unparse(node.value) == "os.environ"
+    if isinstance(node, ast.AugAssign):
+        return ast.unparse(node.target) == "os.environ"
+    return isinstance(node, ast.Attribute) and ast.unparse(node) == "os.environ.setdefault"
 
 
 def test_only_evaluate_reads_the_test_split() -> None:

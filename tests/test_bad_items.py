@@ -15,7 +15,8 @@ from pipeline.artifacts import write_json
 from pipeline.core.processes import HOST, PID, STARTED, life, this_process
 from pipeline.datasets.fetch import find_archive
 from pipeline.params import DownloadParams
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.outbox import flush_outbox, outbox_folder, queued_runs
+from pipeline.tracking.store import connect, store_md5
 
 COMMITTER = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
 LOCK = "stages: {train: {cmd: train, outs: [{path: model, md5: %s}]}}"
@@ -98,38 +99,38 @@ def test_a_trace_looks_at_the_other_experiments(project: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"run_id": "x"}', '{"store": "", "run_id": "", "status": "", "ended": 0, "waiting": [1]}']
 )
-def test_a_run_that_waits_for_mlflow_is_delivered_though_another_is_damaged(
+def test_a_queued_run_is_sent_though_another_is_damaged(
     workspace: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
-    tracking.connect()
+    connect()
     run = mlflow.MlflowClient().create_run("0", tags={**this_process(), PID: str(2**22), STARTED: "0@dead"})
-    outbox = tracking._outbox()
+    outbox = outbox_folder()
     (outbox / "0 damaged").mkdir(parents=True)
     (outbox / "0 damaged/run.json").write_text(content)
     (outbox / run.info.run_id).mkdir()
-    notes = {"store": tracking._store_md5(), "run_id": run.info.run_id, "status": "FINISHED", "ended": 1}
+    notes = {"store": store_md5(), "run_id": run.info.run_id, "status": "FINISHED", "ended": 1}
     write_json(outbox / run.info.run_id / "run.json", {**notes, "waiting": [["loss", 0.5, 1, 1]]})
-    assert not tracking.deliver()
-    assert [path.parent.name for path in tracking.put_aside()] == ["0 damaged"]
+    assert not flush_outbox()
+    assert [path.parent.name for path in queued_runs()] == ["0 damaged"]
     told = capsys.readouterr().out
     assert "warning: " in told
-    assert "0 damaged waits on: " in told
+    assert "0 damaged stays queued: " in told
     assert "Traceback" not in told
     found = mlflow.MlflowClient().get_run(run.info.run_id)
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"loss": 0.5})
 
 
 @pytest.mark.parametrize("tags", [{}, {**this_process(), HOST: "another host"}])
-def test_what_is_kept_for_a_run_stays_while_nobody_knows_what_became_of_its_process(
+def test_a_run_stays_queued_while_it_is_unknown_what_became_of_its_process(
     workspace: Path, tags: dict[str, str]
 ) -> None:
-    tracking.connect()
+    connect()
     run_id = mlflow.MlflowClient().create_run("0", tags=tags).info.run_id
-    path = tracking._outbox() / run_id / "run.json"
+    path = outbox_folder() / run_id / "run.json"
     path.parent.mkdir(parents=True)
-    notes = {"store": tracking._store_md5(), "run_id": run_id, "status": "FINISHED", "ended": 1, "waiting": []}
+    notes = {"store": store_md5(), "run_id": run_id, "status": "FINISHED", "ended": 1, "waiting": []}
     write_json(path, notes)
-    assert not tracking.deliver()
+    assert not flush_outbox()
     assert path.exists()
 
 

@@ -32,9 +32,9 @@ project = test_flows.project  # a fixture
 
 TRAIN = """
 if stage == "train":
-    from pipeline.tracking import runs as tracking
-    dataset = tracking.dataset("toy", source=None, digest="0")
-    with tracking.training_run(experiment="toy", params={}, dataset=dataset, training=str(os.getpid())):
+    from pipeline.tracking.runs import describe_dataset, training_run
+    dataset = describe_dataset("toy", source=None, digest="0")
+    with training_run(experiment="toy", params={}, dataset=dataset, training=str(os.getpid())):
         print("training begins")
         while (told / "train.long").exists():
             time.sleep(0.05)

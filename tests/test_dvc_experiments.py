@@ -12,8 +12,9 @@ import pytest
 
 from pipeline.artifacts import file_md5
 from pipeline.core.yaml import read_yaml
-from pipeline.tracking import runs as tracking
-from pipeline.tracking.runs import find_runs
+from pipeline.tracking.models import recorded_model_md5
+from pipeline.tracking.search import find_runs
+from pipeline.tracking.store import connect
 from tests.conftest import copy_project, start_repository, write_normalized
 
 pytestmark = pytest.mark.slow
@@ -68,7 +69,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
 @pytest.fixture
 def store(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
-    tracking.connect()
+    connect()
 
 
 @pytest.mark.timeout(900)
@@ -85,7 +86,7 @@ def test_queued_experiments_are_recorded_in_the_project_under_their_names(projec
     assert {(run.status, run.params["train.seed"]) for run in runs} == {("FINISHED", "1"), ("FINISHED", "2")}
     for run in runs:
         assert "test_accuracy" in run.metrics
-        assert tracking.recorded_model(run) == run.tags["model.md5"]
+        assert recorded_model_md5(run.run_id) == run.tags["model.md5"]
         assert run.tags["mlflow.source.git.commit"] == command("git", "rev-parse", "HEAD", folder=project).strip()
     assert [path.name for path in (project / ".dvc/tmp/exps").iterdir() if path.name.startswith("tmp")] == []
 

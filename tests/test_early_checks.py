@@ -10,10 +10,11 @@ import pytest
 import requests
 
 from flows import PROJECT, checks, train_classifier, worker
-from flows.checks import check_device, check_inputs, check_mlflow
+from flows.checks import check_device, check_inputs
 from pipeline.artifacts import file_md5
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.params import compose
+from pipeline.tracking.store_uri import check_connection
 from tests.conftest import free_port
 
 
@@ -71,7 +72,7 @@ def test_a_device_that_this_machine_certainly_lacks_is_refused(monkeypatch: pyte
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    def do_HEAD(self) -> None:
+    def do_GET(self) -> None:
         self.send_error(405)
 
     def log_message(self, *_: object) -> None:
@@ -82,16 +83,16 @@ def test_an_mlflow_server_that_cannot_be_reached_is_one_line(monkeypatch: pytest
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(TemporaryError, match=r"TRACKING_URI is http://127\S+, which does not answer .*start that"):
-        check_mlflow(f"http://me:secret@127.0.0.1:{free_port()}")
+        check_connection(f"http://me:secret@127.0.0.1:{free_port()}")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as found:
         threading.Thread(target=found.serve_forever, daemon=True).start()
-        check_mlflow(f"http://127.0.0.1:{found.server_address[1]}")
+        check_connection(f"http://127.0.0.1:{found.server_address[1]}")
         found.shutdown()
 
 
 def test_a_store_without_a_server_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(requests, "head", None)
-    check_mlflow("sqlite:///mlflow.db")
+    monkeypatch.setattr(requests, "get", None)
+    check_connection("sqlite:///mlflow.db")
 
 
 def test_the_flow_is_refused_before_a_server_starts(

@@ -17,8 +17,9 @@ import pytest
 
 from pipeline.artifacts import file_md5
 from pipeline.core.errors import TemporaryError, UserError
+from pipeline.core.settings import CERTIFICATE_VARIABLES, get_settings
 from pipeline.core.yaml import read_yaml
-from pipeline.datasets.fetch import CERTIFICATES, find_archive
+from pipeline.datasets.fetch import find_archive
 from tests.conftest import PROJECT, params
 
 ODD = "/no/my photos #1 é'\"$HOME%20?;&"
@@ -210,7 +211,7 @@ def company(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def inspected(company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of `tmp_path`, served over TLS by a certificate of the company's; nothing says whom to trust."""
-    for name in CERTIFICATES:
+    for name in CERTIFICATE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Index, directory=tmp_path))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -229,7 +230,7 @@ def named(variable: str, company: Path) -> str:
     return str(company / ("ca" if variable == "SSL_CERT_DIR" else "ca.pem"))
 
 
-@pytest.mark.parametrize("variable", CERTIFICATES)
+@pytest.mark.parametrize("variable", CERTIFICATE_VARIABLES)
 def test_the_downloader_trusts_whom_the_company_names(
     variable: str, inspected: str, company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +240,7 @@ def test_the_downloader_trusts_whom_the_company_names(
     with pytest.raises(TemporaryError, match=r"TLS: .*CERTIFICATE_VERIFY_FAILED"):
         find_archive(params(**values).download)
     monkeypatch.setenv(variable, named(variable, company))
+    get_settings.cache_clear()
     assert find_archive(params(**values).download).read_bytes() == b"x"
 
 

@@ -19,8 +19,9 @@ from ruamel.yaml import YAML
 from flows import train_classifier, workspace
 from flows.workspace import StepError, Workspace, open_workspace
 from pipeline.core.errors import UserError
-from pipeline.core.settings import tracking_uri
+from pipeline.core.settings import get_settings
 from pipeline.core.yaml import read_yaml
+from pipeline.tracking.store_uri import tracking_uri
 from tests.conftest import PROJECT, free_port, heed_interrupts, start_repository
 
 TOY = """
@@ -369,6 +370,8 @@ def test_the_tracking_store_is_the_projects_unless_the_user_names_one(
 ) -> None:
     assert tracking_uri(project) == f"sqlite:///{project}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db")
+    get_settings.cache_clear()
     assert tracking_uri(project) == f"sqlite:///{project}/other.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    get_settings.cache_clear()
     assert tracking_uri(project) == "http://127.0.0.1:5000"

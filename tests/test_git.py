@@ -14,7 +14,9 @@ from flows.gpu import visible_gpu
 from flows.workspace import git_identity, take_snapshot
 from pipeline.core.errors import UserError
 from pipeline.core.git import UNKNOWN, code_state, find_commit, git, read_committed, setting
-from pipeline.tracking.runs import COMMIT, find_run, run_of_model
+from pipeline.tracking.provenance import COMMIT
+from pipeline.tracking.runs import find_or_create_run
+from pipeline.tracking.search import find_run
 from tests.conftest import start_repository
 
 REFUSE = "GIT_TEST_ASSUME_DIFFERENT_OWNER"
@@ -146,8 +148,9 @@ def test_a_patch_applies_whatever_the_settings_for_diffs(
     found = code_state(project, tracked="params.yaml")
     command = ["git", "apply", "--index", "--whitespace=nowarn", "-"]
     subprocess.run(command, cwd=tmp_path / "clone", input=found.difference, check=True)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "clone/pipeline").iterdir()} == {
-        path.name: path.read_bytes() for path in (project / "pipeline").iterdir()
+    patched, changed = (folder / "pipeline" for folder in (tmp_path / "clone", project))
+    assert {path.name: path.read_bytes() for path in patched.iterdir() if path.is_file()} == {
+        path.name: path.read_bytes() for path in changed.iterdir() if path.is_file()
     }
 
 
@@ -181,7 +184,7 @@ def test_a_run_without_a_repository_says_that_its_code_is_unknown(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(workspace.parent))
-    run, _ = run_of_model("0" * 32, experiment="digits")
+    run, _ = find_or_create_run("0" * 32, experiment="digits")
     found = find_run(run.run_id)
     assert found
     assert (found.tags[COMMIT], found.tags["git.dirty"]) == (UNKNOWN, UNKNOWN)

@@ -16,10 +16,14 @@ from flows.identity import Sources
 from pipeline.artifacts import DOWNLOAD
 from pipeline.core.errors import UserError, shown
 from pipeline.core.git import code_state
-from pipeline.core.settings import tracking_uri
+from pipeline.core.settings import get_settings
 from pipeline.core.sqlite import sqlite_path, sqlite_uri
 from pipeline.core.yaml import dump_yaml, read_yaml
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.experiments import experiment_id
+from pipeline.tracking.logger import RunLogger
+from pipeline.tracking.search import find_run, read_file
+from pipeline.tracking.store import connect
+from pipeline.tracking.store_uri import tracking_uri
 from tests.conftest import PROJECT, copy_project, start_repository
 
 ODD = "a b#c?d%20e'f\"g&h;i$HOME é 桌面"
@@ -51,14 +55,14 @@ def test_an_address_without_special_characters_is_as_everybody_writes_it(path: s
 
 def test_runs_are_recorded_in_the_project(odd: Path, mlflow_store: Path) -> None:
     (odd / "mlflow.db").write_bytes((mlflow_store / "mlflow.db").read_bytes())
-    tracking.connect()
-    experiment = tracking._experiment_id("odd")
-    run = tracking.Run(mlflow.MlflowClient().create_run(experiment).info.run_id)
+    connect()
+    experiment = experiment_id("odd")
+    run = RunLogger(mlflow.MlflowClient().create_run(experiment).info.run_id)
     (odd / "file.txt").write_text("x")
     run.log_file(odd / "file.txt")
-    record = tracking.find_run(run.run_id)
+    record = find_run(run.run_id)
     assert record
-    assert tracking.read_file(record, "file.txt") == b"x"
+    assert read_file(record, "file.txt") == b"x"
     assert (odd / "mlartifacts" / run.run_id / "artifacts" / "file.txt").exists()
     assert list(odd.parent.iterdir()) == [odd]
 
@@ -69,6 +73,7 @@ def test_the_store_is_the_projects(odd: Path, monkeypatch: pytest.MonkeyPatch) -
     (odd / "mlflow.db").touch()
     assert workspace.made_store(odd) == tracking_uri(odd)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db?timeout=5")
+    get_settings.cache_clear()
     assert tracking_uri(odd) == sqlite_uri(odd / "other.db") + "?timeout=5"
 
 

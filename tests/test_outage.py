@@ -59,7 +59,7 @@ def mlflow_server(workspace: Path, mlflow_store: Path, monkeypatch: pytest.Monke
 def test_metrics_wait_while_the_server_is_away_and_arrive_when_it_is_back(mlflow_server: Server, whole: Any) -> None:
     process = Project(Path.cwd()).start_until("epoch 2/4")
     mlflow_server.kill()
-    output = read_until("warning: metrics wait for MLflow, which does not answer", process)
+    output = read_until("warning: MLflow does not answer, metrics are queued", process)
     mlflow_server.start()
     output += read_until("MLflow answers again", process)
     release(Path.cwd())
@@ -75,12 +75,12 @@ def test_what_a_server_that_stays_away_should_have_is_kept_for_it(mlflow_server:
     release(Path.cwd())
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert "keeps what it is to have" in output
+    assert "is queued for the next training or evaluation" in output
     assert "secret" not in output
     mlflow_server.start()
     done = run_step("evaluate")
     assert done.returncode == 0, done.stderr
-    assert "has now what was kept for it" in done.stdout
+    assert "what was queued for it is sent" in done.stdout
     model, steps = left_behind()
     assert (model, {name: found for name, found in steps.items() if not name.startswith("test_")}) == whole
     [run] = mlflow.MlflowClient(mlflow_server.uri).search_runs(["1"])

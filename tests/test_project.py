@@ -14,11 +14,14 @@ from flows.ui import mlflow_server
 from pipeline.artifacts import kept_folder
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.project import EXPERIMENTS, project_folder
-from pipeline.core.settings import tracking_uri
+from pipeline.core.settings import get_settings
 from pipeline.download import download
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.relocation import LOCATIONS, relocate
-from pipeline.tracking.runs import connect, find_run, read_file, run_of_model
+from pipeline.tracking.runs import create_run, find_or_create_run
+from pipeline.tracking.search import find_run, read_file
+from pipeline.tracking.store import connect
+from pipeline.tracking.store_uri import tracking_uri
 from tests.conftest import free_port, params
 
 VARIABLES = ("PIPELINE_PROJECT", "DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "PIPELINE_CACHE_DIR")
@@ -48,7 +51,7 @@ def temporary(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def make_run(name: str = "0", *, text: str = "x") -> str:
     """An MLflow run of its own with a file; gives its id."""
-    run, _ = run_of_model(name * 32, experiment="digits")
+    run, _ = find_or_create_run(name * 32, experiment="digits")
     Path("note.txt").write_text(text)
     run.log_file(Path("note.txt"))
     return run.run_id
@@ -58,6 +61,7 @@ def go_to(folder: Path, patch: pytest.MonkeyPatch) -> None:
     """As a new process there: in this one, MLflow has set the variable."""
     patch.chdir(folder)
     patch.delenv("MLFLOW_TRACKING_URI")
+    get_settings.cache_clear()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -79,7 +83,7 @@ def test_a_temporary_folder_of_dvc_belongs_to_the_project(temporary: Path, proje
 
 def test_a_new_training_in_it_has_the_name_of_the_experiment(temporary: Path) -> None:
     connect()
-    run = find_run(tracking._create_run("digits", training="t").run_id)
+    run = find_run(create_run("digits", training="t").run_id)
     assert run
     assert run.name == "bold-name"
 
@@ -139,7 +143,7 @@ def test_after_a_change_of_place_old_artifacts_are_found_and_nothing_is_written_
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: Callable[[Path], Path]
 ) -> None:
     run_id = make_run()
-    other, _ = run_of_model("1" * 32, experiment="digits")  # without artifacts so far
+    other, _ = find_or_create_run("1" * 32, experiment="digits")  # without artifacts so far
     MlflowClient().create_registered_model("net")
     MlflowClient().create_model_version("net", f"{(project / 'mlartifacts').as_uri()}/models/m-1/artifacts")
     here = change(project)
@@ -151,7 +155,7 @@ def test_after_a_change_of_place_old_artifacts_are_found_and_nothing_is_written_
     found = find_run(run_id)
     assert found
     assert read_file(found, "note.txt") == b"x"
-    tracking.Run(other.run_id).log_file(Path("params.yaml"))
+    RunLogger(other.run_id).log_file(Path("params.yaml"))
     run = find_run(other.run_id)
     assert run
     assert list((here / "mlartifacts" / other.run_id).rglob("params.yaml"))
@@ -236,13 +240,15 @@ def test_a_project_moved_away_from_its_store_elsewhere_writes_nothing_to_the_old
         ) as error:
             make_run(name)
     with pytest.raises(UserError, match="MLFLOW_EXPERIMENT_NAME=… takes another experiment"):
-        tracking._create_run("digits", training="t")
+        create_run("digits", training="t")
     assert not project.exists()
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "moved")
+    get_settings.cache_clear()
     new = make_run()
     assert list((here / "mlartifacts" / new).rglob("note.txt"))
     assert not project.exists()
     monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    get_settings.cache_clear()
     subprocess.run(str(error.value).split("`")[1], shell=True, check=True)
     found = find_run(old)
     assert found

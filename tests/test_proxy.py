@@ -21,10 +21,11 @@ from prefect.events.schemas.events import Event, Resource
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import server, ui
-from pipeline.core.settings import PROXIES, keep_loopback_off_proxies
+from pipeline.core.network import keep_loopback_off_proxies
+from pipeline.core.settings import PROXY_VARIABLES, get_settings
 from tests.conftest import PROJECT, free_port
 
-NAMES = [name for capitals in PROXIES for name in (capitals, capitals.lower())]
+NAMES = [name for capitals in PROXY_VARIABLES for name in (capitals, capitals.lower())]
 
 
 class Proxy:
@@ -108,6 +109,7 @@ def test_hosts_that_the_user_excepted_stay_excepted(proxy: Proxy, monkeypatch: p
     assert set(uses_proxy("http://a.corp.example").values()) == {False}
     monkeypatch.setenv("NO_PROXY", "*,corp.example")
     monkeypatch.setenv("no_proxy", "")
+    get_settings.cache_clear()
     keep_loopback_off_proxies()
     assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "*"
 
@@ -158,7 +160,7 @@ def test_servers_and_clients_of_the_project_send_nothing_through_a_proxy(
             command = [
                 sys.executable,
                 "-c",
-                "from pipeline.tracking import runs as t; t.connect(); print(t.find_runs({}))",
+                "from pipeline.tracking import search, store; store.connect(); print(search.find_runs({}))",
             ]
             environment = {
                 **os.environ,

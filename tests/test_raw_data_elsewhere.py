@@ -14,7 +14,8 @@ from flows.dvc_state import outputs
 from pipeline.artifacts import DOWNLOAD, NORMALIZE
 from pipeline.core.errors import UserError
 from pipeline.core.git import git
-from pipeline.tracking.runs import COMMIT, Record
+from pipeline.tracking.provenance import COMMIT
+from pipeline.tracking.search import Run
 from tests.conftest import PROJECT, start_repository
 
 pytestmark = pytest.mark.slow
@@ -61,21 +62,21 @@ def project(tmp_path: Path, stores: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 @pytest.fixture
-def run(project: Path) -> Record:
+def run(project: Path) -> Run:
     made = outputs((project / "dvc.lock").read_text())
     tags = {f"dvc.{path.name}": made[str(path)] for path in (DOWNLOAD, NORMALIZE)}
     tags |= {COMMIT: git(project, "rev-parse", "HEAD"), "git.dirty": "false"}
-    return Record("1" * 32, "run", "", 0, tags, {}, {})
+    return Run("1" * 32, "run", "", 0, tags, {}, {})
 
 
-def test_the_raw_data_that_dvc_has_kept_are_enough(project: Path, run: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_raw_data_that_dvc_has_kept_are_enough(project: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reproduce, "STAGES", (DOWNLOAD, NORMALIZE))
     result = reproduce.reproduce(project, run, from_cache=False, keep=False)
     assert [verdict.differences for verdict in result.verdicts] == [(), ()]
     assert "DVC has kept the data" in str(result.verdicts[0])
 
 
-def test_without_them_the_folder_that_is_gone_is_named(project: Path, run: Record) -> None:
+def test_without_them_the_folder_that_is_gone_is_named(project: Path, run: Run) -> None:
     lost = replace(run, tags={**run.tags, "dvc.download": "0" * 32 + ".dir"})
     with pytest.raises(UserError, match=r"^download.folder: '.*/photos' does not exist; allowed: <class>/… or"):
         reproduce.reproduce(project, lost, from_cache=False, keep=False)

@@ -13,8 +13,11 @@ from flows.dvc_state import cache_folder
 from pipeline.artifacts import file_md5
 from pipeline.core.errors import UserError
 from pipeline.core.git import git
-from pipeline.tracking import runs as tracking
-from pipeline.tracking.runs import Record, connect, find_run, find_runs
+from pipeline.core.settings import get_settings
+from pipeline.tracking.provenance import COMMIT, REPRODUCES
+from pipeline.tracking.runs import find_or_create_run
+from pipeline.tracking.search import Run, find_run, find_runs
+from pipeline.tracking.store import connect
 
 DIFFERENCE = b"""diff --git a/params.yaml b/params.yaml
 --- a/params.yaml
@@ -34,8 +37,8 @@ def project(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(project: Path) -> Record:
-    [found] = [run for run in find_runs({"model.md5": "%"}) if tracking.REPRODUCES not in run.tags]
+def run(project: Path) -> Run:
+    [found] = [run for run in find_runs({"model.md5": "%"}) if REPRODUCES not in run.tags]
     return found
 
 
@@ -44,8 +47,9 @@ def again(recorded: Path) -> tuple[int, str]:
     """Status and output of the command, which trains again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{recorded}/mlflow.db")
+        get_settings.cache_clear()
         connect()
-        [original] = [run for run in find_runs({"model.md5": "%"}) if tracking.REPRODUCES not in run.tags]
+        [original] = [run for run in find_runs({"model.md5": "%"}) if REPRODUCES not in run.tags]
         command = [sys.executable, "-m", "flows.reproduce", original.run_id]
         before = state(recorded)
         done = subprocess.run(command, cwd=recorded, capture_output=True, text=True, check=False)
@@ -60,27 +64,27 @@ def state(project: Path) -> Any:
     return git(project, "diff", "HEAD"), git(project, "status", "--porcelain"), cache, spaces
 
 
-def from_cache(project: Path, run: Record, *, keep: bool = False) -> reproduce.Reproduction:
+def from_cache(project: Path, run: Run, *, keep: bool = False) -> reproduce.Reproduction:
     return reproduce.reproduce(project, run, from_cache=True, keep=keep)
 
 
-def test_a_run_comes_out_the_same_again(again: tuple[int, str], run: Record) -> None:
+def test_a_run_comes_out_the_same_again(again: tuple[int, str], run: Run) -> None:
     status, text = again
     assert (status, text.splitlines()[-1]) == (0, "identical"), text
     assert "epoch 1/1" in text
     for stage in ("download", "normalize", "train", "evaluate"):
         assert f"{stage:<11} identical" in text
-    [copy] = find_runs({tracking.REPRODUCES: run.run_id})
+    [copy] = find_runs({REPRODUCES: run.run_id})
     assert (copy.tags["model.md5"], copy.tags["reproduction.result"]) == (run.tags["model.md5"], "identical")
     assert "dvc.experiment" not in copy.tags
-    assert tracking.run_of_model(run.tags["model.md5"], experiment="digits")[0].run_id == run.run_id
+    assert find_or_create_run(run.tags["model.md5"], experiment="digits")[0].run_id == run.run_id
 
 
 def test_another_package_version_or_hardware_is_named(
-    again: tuple[int, str], run: Record, monkeypatch: pytest.MonkeyPatch
+    again: tuple[int, str], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [copy] = find_runs({tracking.REPRODUCES: run.run_id})
-    monkeypatch.setattr(tracking, "read_file", lambda found, name: PACKAGES[found.run_id == copy.run_id])
+    [copy] = find_runs({REPRODUCES: run.run_id})
+    monkeypatch.setattr(reproduce, "read_file", lambda found, name: PACKAGES[found.run_id == copy.run_id])
     lines = list(reproduce._environment_differences(replace(run, tags={**run.tags, "hardware.cpu": "abacus"}), copy))
     assert lines == [
         "environment torch: was 2.11.0, is 2.15.0",
@@ -88,7 +92,7 @@ def test_another_package_version_or_hardware_is_named(
     ]
 
 
-def test_another_hash_is_named_with_its_file(project: Path, run: Record) -> None:
+def test_another_hash_is_named_with_its_file(project: Path, run: Run) -> None:
     tags = {**run.tags, "outputs.train": run.tags["outputs.train"].replace('"history.csv": "', '"history.csv": "f')}
     result = from_cache(project, replace(run, tags=tags))
     assert not result.identical
@@ -97,7 +101,7 @@ def test_another_hash_is_named_with_its_file(project: Path, run: Record) -> None
     assert "history.csv was f" in str(result.verdicts[2])
 
 
-def test_a_model_changed_by_hand_in_mlflow_is_told_and_a_clone_can_be_kept(project: Path, run: Record) -> None:
+def test_a_model_changed_by_hand_in_mlflow_is_told_and_a_clone_can_be_kept(project: Path, run: Run) -> None:
     copies = list((project / "mlartifacts").rglob("best.safetensors"))
     content = copies[0].read_bytes()
     for copy in copies:
@@ -113,7 +117,7 @@ def test_a_model_changed_by_hand_in_mlflow_is_told_and_a_clone_can_be_kept(proje
     assert file_md5(kept / "artifacts/train/best.safetensors") == run.tags["model.md5"]
 
 
-def test_a_model_changed_by_hand_in_dvcs_cache_is_told_though_dvc_mends_it(project: Path, run: Record) -> None:
+def test_a_model_changed_by_hand_in_dvcs_cache_is_told_though_dvc_mends_it(project: Path, run: Run) -> None:
     cached = cache_folder(project) / run.tags["model.md5"][:2] / run.tags["model.md5"][2:]
     content = cached.read_bytes()
     cached.chmod(0o644)
@@ -129,15 +133,15 @@ def test_an_unknown_run_is_refused(project: Path) -> None:
         reproduce.find(project, "0" * 32)
 
 
-def test_a_commit_that_is_not_here_is_refused(project: Path, run: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    stranger = replace(run, tags={**run.tags, tracking.COMMIT: "1" * 40})
-    monkeypatch.setattr(tracking, "find_run", lambda run_id: stranger)
+def test_a_commit_that_is_not_here_is_refused(project: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    stranger = replace(run, tags={**run.tags, COMMIT: "1" * 40})
+    monkeypatch.setattr(reproduce, "find_run", lambda run_id: stranger)
     with pytest.raises(UserError, match=f"its commit {'1' * 40} is not in this repository"):
         reproduce.find(project, run.run_id)
 
 
-def test_changes_that_do_not_apply_are_refused(project: Path, run: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "read_file", lambda run, name: DIFFERENCE)
+def test_changes_that_do_not_apply_are_refused(project: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "read_file", lambda run, name: DIFFERENCE)
     with pytest.raises(UserError, match="the recorded changes do not apply to commit"):
         from_cache(project, run)
     assert find_run(run.run_id)

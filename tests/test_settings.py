@@ -22,6 +22,7 @@ from flows import server, settings, ui
 from flows.prefect_server import ensure_server, server_in_force
 from flows.settings import PrefectServer, check_own_server, configured_server, named_port, own_server_environment
 from pipeline.core.errors import TemporaryError, UserError
+from pipeline.core.settings import get_settings, read_settings
 from tests.conftest import PROJECT, free_port
 
 MLFLOW_NAMES = (
@@ -280,3 +281,16 @@ def test_the_own_server_is_where_it_is_expected_whatever_is_set(prefect_in: Ente
     assert found.server.api.base_path == "/api"
     assert found.api.url == found.server.ui.api_url == server.Server(1, "", port).api_url
     assert (found.server.ui.serve_base, found.server.api.port) == ("/", port)
+
+
+def test_an_empty_name_of_the_experiment_hides_that_of_dvc() -> None:
+    assert read_settings({"DVC_EXP_NAME": "a"}).experiment == "a"
+    assert read_settings({"DVC_EXP_NAME": "a", "PIPELINE_EXPERIMENT": ""}).experiment == ""
+
+
+def test_variables_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = get_settings()
+    monkeypatch.setenv("PIPELINE_FLOW_RUN_ID", "f-1")
+    assert get_settings() is found
+    get_settings.cache_clear()
+    assert (get_settings().in_flow_clone, get_settings().flow_run_id) == (True, "f-1")

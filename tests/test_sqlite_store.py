@@ -22,9 +22,9 @@ from flows import ui
 from flows.prefect_database import ensure_database
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.sqlite import sqlite_path
-from pipeline.tracking import runs as tracking
 from pipeline.tracking import sqlite_store
 from pipeline.tracking.sqlite_store import MLFLOW, PREFECT, ensure_store, is_current, revisions
+from pipeline.tracking.store import link_migrations, migrate
 from tests.conftest import PROJECT
 
 OLDER = "7d34483879f0"
@@ -43,10 +43,6 @@ except sqlite3.Error as error:
     print(error)
 """
 """Opens the store, waits for a line, writes."""
-
-
-def migrate(copy: Path, lock: int) -> None:
-    tracking._migrate(copy, lock)
 
 
 def take(complete: Path, copy: Path, _lock: int) -> None:
@@ -286,8 +282,8 @@ def test_a_disk_without_room_is_one_line_and_the_store_stays(store: Path) -> Non
     folder.mkdir()
     script = f"""mount -t tmpfs -o size=1200k tmpfs {folder} && cp {store} {folder} && cd {folder} &&
         {sys.executable} -c '
-from pipeline.core import errors; from pipeline.tracking import runs as tracking
-with errors.report_errors(): tracking.connect()'; echo $?; cmp {store} mlflow.db && ls"""
+from pipeline.core import errors; from pipeline.tracking.store import connect
+with errors.report_errors(): connect()'; echo $?; cmp {store} mlflow.db && ls"""
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     unshare = ["unshare", "--user", "--map-root-user", "--mount"]
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
@@ -348,7 +344,7 @@ def test_migrations_are_found_where_the_packages_path_has_a_percent_sign(
     monkeypatch.setattr(mlflow.store.db.utils, "_get_package_dir", lambda: str(odd))
     with pytest.raises(ValueError, match="invalid interpolation syntax"):
         mlflow.store.db.utils._get_alembic_config("sqlite://")  # type: ignore[no-untyped-call]
-    tracking._link_migrations()
+    link_migrations()
     config = mlflow.store.db.utils._get_alembic_config("sqlite://")  # type: ignore[no-untyped-call]
     assert ScriptDirectory.from_config(config).get_current_head()
     with sqlite_store.without_percent(odd) as plain:

@@ -11,8 +11,11 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.core.errors import TemporaryError, UserError
-from pipeline.core.settings import check_recording, check_tracking_uri, missing_package, tracking_uri, unreachable
-from pipeline.tracking import runs as tracking
+from pipeline.core.settings import get_settings
+from pipeline.tracking.logger import RunLogger
+from pipeline.tracking.runs import describe_dataset, find_or_create_run, training_run
+from pipeline.tracking.store import connect
+from pipeline.tracking.store_uri import check_recording, check_tracking_uri, missing_package, tracking_uri, unreachable
 
 GOOD = [
     "sqlite:///mlflow.db",
@@ -129,33 +132,37 @@ def test_a_workspace_needs_a_server(name: str, monkeypatch: pytest.MonkeyPatch) 
 def test_no_run_is_recorded_into_one_of_the_users(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     with pytest.raises(UserError, match=r"MLFLOW_RUN_ID: found '0+'; not allowed: .*unset it"):
-        tracking.run_of_model("0" * 32, experiment="digits")
+        find_or_create_run("0" * 32, experiment="digits")
     with (
         pytest.raises(UserError, match="MLFLOW_RUN_ID"),
-        tracking.training_run(
-            experiment="digits", params={}, dataset=tracking.dataset("digits", source=None, digest="0"), training="0"
+        training_run(
+            experiment="digits", params={}, dataset=describe_dataset("digits", source=None, digest="0"), training="0"
         ),
     ):
         pass
 
 
-def experiment_of(run: tracking.Run) -> str:
+def experiment_of(run: RunLogger) -> str:
     client = MlflowClient()
     return str(client.get_experiment(client.get_run(run.run_id).info.experiment_id).name)
 
 
 def test_the_users_experiment_is_that_of_new_runs(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking.connect()
+    connect()
     mine = mlflow.create_experiment("mine")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", mine)
-    assert experiment_of(tracking.run_of_model("0" * 32, experiment="digits")[0]) == "mine"
+    get_settings.cache_clear()
+    assert experiment_of(find_or_create_run("0" * 32, experiment="digits")[0]) == "mine"
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
-    assert experiment_of(tracking.run_of_model("1" * 32, experiment="digits")[0]) == "mine"
+    get_settings.cache_clear()
+    assert experiment_of(find_or_create_run("1" * 32, experiment="digits")[0]) == "mine"
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "other")
+    get_settings.cache_clear()
     with pytest.raises(UserError, match=r"MLFLOW_EXPERIMENT_ID: found .*, the experiment mine, but .* is other"):
-        tracking.run_of_model("2" * 32, experiment="digits")
+        find_or_create_run("2" * 32, experiment="digits")
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID")
-    assert experiment_of(tracking.run_of_model("3" * 32, experiment="digits")[0]) == "other"
+    get_settings.cache_clear()
+    assert experiment_of(find_or_create_run("3" * 32, experiment="digits")[0]) == "other"
 
 
 @pytest.mark.parametrize("value", ["99", "mine"])
@@ -164,12 +171,12 @@ def test_an_experiment_that_does_not_exist_is_refused(
 ) -> None:
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", value)
     with pytest.raises(UserError, match=f"MLFLOW_EXPERIMENT_ID: found '{value}'; allowed: the id of an experiment in"):
-        tracking.run_of_model("0" * 32, experiment="digits")
+        find_or_create_run("0" * 32, experiment="digits")
 
 
 def test_metrics_are_sent_at_once_whatever_is_set(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
-    run, _ = tracking.run_of_model("0" * 32, experiment="digits")
+    run, _ = find_or_create_run("0" * 32, experiment="digits")
     run.log({"loss": 1.0}, step=1)
     assert run.flush()
     assert MlflowClient().get_run(run.run_id).data.metrics == {"loss": 1.0}
@@ -201,10 +208,10 @@ def test_the_check_of_a_server_logs_in_as_mlflow_does(
     guarded: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "token")
-    tracking.connect()
+    connect()
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
-    tracking.connect()
+    connect()
     assert guarded.sent == ["Bearer token", f"Basic {base64.b64encode(b'me:secret').decode()}"]  # type: ignore[attr-defined]
 
 
@@ -214,7 +221,7 @@ def test_a_server_that_wants_another_login_answers(
 ) -> None:
     guarded.status = status  # type: ignore[attr-defined]
     if answers:
-        tracking.connect()
+        connect()
         return
     with pytest.raises(TemporaryError, match="does not answer"):
-        tracking.connect()
+        connect()

@@ -18,7 +18,9 @@ from pipeline.artifacts import file_md5, read_csv, verify
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.models.files import load_model
 from pipeline.tracking import model_code
-from pipeline.tracking.runs import SERVED_PACKAGES, connect, fetch_model, log_model, run_of_model
+from pipeline.tracking.models import SERVED_PACKAGES, fetch_model, log_model
+from pipeline.tracking.runs import find_or_create_run
+from pipeline.tracking.store import connect
 from tests.conftest import PROJECT, coloured_images, free_port, run_step, start_repository, write_normalized
 from tests.test_architecture import MODULES, imports, reached
 
@@ -184,14 +186,14 @@ def test_the_recorded_weights_can_be_fetched(store: Path) -> None:
 
 
 def test_an_unknown_model_is_refused_in_one_line(store: Path) -> None:
-    with pytest.raises(UserError, match="--model runs:/nothing/model: not to be had from MLflow") as error:
+    with pytest.raises(UserError, match="--model runs:/nothing/model: MLflow cannot provide it") as error:
         fetch_model("runs:/nothing/model")
     assert "\n" not in str(error.value)
 
 
 def test_a_model_that_no_run_made_gets_a_run(workspace: Path) -> None:
-    run, made = run_of_model("0" * 32, experiment="digits")
-    again, made_again = run_of_model("0" * 32, experiment="digits")
+    run, made = find_or_create_run("0" * 32, experiment="digits")
+    again, made_again = find_or_create_run("0" * 32, experiment="digits")
     assert (made, made_again, again.run_id) == (True, False, run.run_id)
 
 
@@ -203,7 +205,7 @@ def test_a_store_that_cannot_be_reached_is_told_in_one_line(
     with pytest.raises(
         (UserError, TemporaryError), match=r"MLFLOW_TRACKING_URI is .*, which does not answer .*unset the variable"
     ) as error:
-        run_of_model("0" * 32, experiment="digits")
+        find_or_create_run("0" * 32, experiment="digits")
     assert "\n" not in str(error.value)
 
 

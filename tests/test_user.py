@@ -11,6 +11,7 @@ import pytest
 import pipeline
 from pipeline.artifacts import kept_folder
 from pipeline.core.processes import num_cores
+from pipeline.core.settings import get_settings
 from tests.conftest import PROJECT
 
 NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
@@ -60,6 +61,7 @@ def test_the_home_of_an_experiment_in_a_temporary_folder_is_in_the_project(
     assert kept_folder("x") == tmp_path / ".cache" / "x"
     monkeypatch.setenv("HOME", "/nonexistent")
     monkeypatch.setenv("PIPELINE_CACHE_DIR", "kept")
+    get_settings.cache_clear()
     pipeline._ensure_user()
     assert Path.home() == tmp_path / "kept" / "home"
 

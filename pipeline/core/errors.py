@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from pipeline.core.project import temporary_folder_owner
+from pipeline.core.settings import get_settings
 
 EXIT_USER = 2
 """Exit status for a mistake that only the user can fix: trying again is of no use."""
@@ -101,10 +102,11 @@ def _terminate(_signum: int, _frame: Any) -> NoReturn:
 
 def _leave(message: str, status: int) -> NoReturn:
     # DVC takes a stage's outputs away before it runs the stage, but keeps them in its cache
-    in_checkout = "PIPELINE_FLOW_RUN_ID" not in os.environ and temporary_folder_owner() is None
-    if "DVC_STAGE" in os.environ and in_checkout:
+    settings = get_settings()
+    in_checkout = not settings.in_flow_clone and temporary_folder_owner() is None
+    if settings.in_dvc_stage and in_checkout:
         message += "; `dvc checkout` brings the last good outputs back"
-        if "DVC_EXP_NAME" in os.environ:  # `dvc exp run -S` has written its values into the file
+        if settings.in_dvc_experiment:  # `dvc exp run -S` has written its values into the file
             message += ", `git checkout params.yaml` the committed parameters"
     print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
     sys.exit(status)

@@ -3,8 +3,9 @@
 A flow run trains in a clone of the project, and `dvc exp run --temp` and `--queue` in a copy that DVC deletes.
 """
 
-import os
 from pathlib import Path
+
+from pipeline.core.settings import get_settings
 
 EXPERIMENTS = Path(".dvc/tmp/exps")
 """Where DVC makes the temporary folders of queued experiments, in the project."""
@@ -15,7 +16,7 @@ def project_folder() -> Path:
 
     PIPELINE_PROJECT names it in a flow run's clone, DVC_ROOT in a temporary folder of DVC.
     """
-    if project := os.environ.get("PIPELINE_PROJECT"):
+    if project := get_settings().project:
         return Path(project).resolve()
     return temporary_folder_owner() or Path.cwd().resolve()
 
@@ -25,7 +26,7 @@ def temporary_folder_owner() -> Path | None:
 
     DVC_ROOT alone says nothing: DVC sets it in all stages, and a project inside a stage of another one inherits it.
     """
-    root = os.environ.get("DVC_ROOT")
+    root = get_settings().dvc_root
     if root and Path.cwd().resolve().is_relative_to((Path(root) / EXPERIMENTS).resolve()):
         return Path(root).resolve()
     return None
@@ -38,7 +39,7 @@ def artifact_folder(project: Path) -> Path:
 
 def pipeline_cache_folder(project: Path) -> Path:
     """What the pipeline keeps for later: `.cache/`, or PIPELINE_CACHE_DIR, a relative one being in the project."""
-    return project / (os.environ.get("PIPELINE_CACHE_DIR") or ".cache")
+    return project / get_settings().cache_dir
 
 
 def copy_hint(path: Path) -> str:

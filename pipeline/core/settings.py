@@ -1,162 +1,115 @@
-"""Environment variables that decide where a run is recorded, MLflow's and those of proxies: checked before use.
+"""The environment variables that the pipeline reads: one typed object, made once for each process.
 
-docs/settings.md lists them all, with their effect here.
+docs/settings.md describes the variables of MLflow, Prefect and proxies. Variables that a library reads by itself, such
+as `MLFLOW_TRACKING_TOKEN`, are not here.
 """
 
+import functools
 import os
-import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
-from urllib.request import url2pathname
 
-from pipeline.core.errors import UserError, shown
-from pipeline.core.sqlite import sqlite_path, sqlite_uri
-
-DEFAULT_STORE = "sqlite:///mlflow.db"
-SERVER_SCHEMES = ("http", "https")
-DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
-DATABASE_SUFFIXES = (".db", ".sqlite", ".sqlite3")
-DATABRICKS = ("databricks", "databricks-uc", "uc")
-ALLOWED_STORES = "sqlite:///PATH, postgresql://USER:PASSWORD@HOST/NAME (or mysql, mssql), http(s)://HOST:PORT"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PROXIES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
+PROXY_VARIABLES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
+CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR")
+"""In the order in which they are used. The Makefile has the same for pip and uv."""
+USER_VARIABLES = ("LOGNAME", "USER", "LNAME", "USERNAME")
+"""Where Python's `getpass` looks for the name of the user."""
 
 
-def tracking_uri(project: Path) -> str:
-    """Return MLFLOW_TRACKING_URI, by default the project's own sqlite file; a relative file is one in the project.
+@dataclass(frozen=True)
+class Settings:
+    """The values of the environment variables; a variable that is not set counts as an empty one unless stated."""
 
-    Raises UserError where no run can be recorded there.
+    project: str
+    """PIPELINE_PROJECT: the project of which the current folder is a flow run's clone."""
+    cache_dir: Path
+    """PIPELINE_CACHE_DIR: the folder for checkpoints and what else is kept; a relative path is one in the project."""
+    in_flow_clone: bool
+    """Whether PIPELINE_FLOW_RUN_ID is set, even to an empty text: the current folder is a clone, to be deleted."""
+    flow_run_id: str
+    """PIPELINE_FLOW_RUN_ID: the Prefect flow run that runs this stage; empty also in the clone of a reproduction."""
+    flow_run_name: str
+    """PIPELINE_FLOW_RUN_NAME: the name of that flow run."""
+    flow_run_link: str
+    """PIPELINE_FLOW_RUN_LINK: the address of that flow run's page."""
+    experiment: str
+    """The DVC experiment that is being made: PIPELINE_EXPERIMENT where it is set, even to an empty text, else
+    DVC_EXP_NAME."""
+    reproduces: str | None
+    """PIPELINE_REPRODUCES: the id of the MLflow run that this training makes again, or None."""
+    own_prefect_api_url: str
+    """PIPELINE_OWN_PREFECT_API_URL: the address that `make prefect-env` printed for the project's own server."""
+
+    dvc_root: str
+    """DVC_ROOT: the project whose DVC runs this stage."""
+    in_dvc_stage: bool
+    """Whether DVC_STAGE is set, as DVC does for the stages that it runs."""
+    in_dvc_experiment: bool
+    """Whether DVC_EXP_NAME is set, as `dvc exp run` does."""
+
+    mlflow_tracking_uri: str
+    """MLFLOW_TRACKING_URI: the store of the runs; empty: `mlflow.db` in the project."""
+    mlflow_experiment_name: str
+    """MLFLOW_EXPERIMENT_NAME: the experiment of new runs; empty: the data set's name."""
+    mlflow_experiment_id: str
+    """MLFLOW_EXPERIMENT_ID: the same, by its id."""
+    mlflow_run_id: str
+    """MLFLOW_RUN_ID: refused by the steps that record."""
+    mlflow_workspace: str
+    """MLFLOW_WORKSPACE: the workspace on an MLflow server."""
+    mlflow_enable_workspaces: str
+    """MLFLOW_ENABLE_WORKSPACES: whether the store has workspaces."""
+
+    uses_proxy: bool
+    """Whether one of ALL_PROXY, HTTP_PROXY and HTTPS_PROXY is set, in capitals or not."""
+    no_proxy: tuple[str, ...]
+    """The hosts that no_proxy and NO_PROXY name, in this order; clients read one of the two."""
+    certificates: tuple[tuple[str, str], ...]
+    """Name and value of each of CERTIFICATE_VARIABLES that is set."""
+    cxx: str
+    """CXX: the C++ compiler of torch.compile; by default g++."""
+    user_name: str
+    """The first of LOGNAME, USER, LNAME and USERNAME that is set."""
+
+
+@functools.cache
+def get_settings() -> Settings:
+    """Return the settings of this process; the environment is read at the first call.
+
+    A test that changes the environment after that calls `get_settings.cache_clear()`.
     """
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "") or DEFAULT_STORE
-    check_tracking_uri(uri)
-    path = sqlite_path(uri)
-    if path is None or path.is_absolute():
-        return uri
-    scheme, _, rest = uri.partition(":///")
-    query = "".join(rest.partition("?")[1:])
-    return sqlite_uri(project / path, driver=scheme.partition("+")[2]) + query
+    return read_settings(os.environ)
 
 
-def is_server(uri: str) -> bool:
-    """Whether the MLflow store is a server, not a database."""
-    return uri.partition(":")[0].lower() in SERVER_SCHEMES
+def read_settings(environment: Mapping[str, str]) -> Settings:
+    """Return the settings that environment variables define."""
 
+    def text(name: str) -> str:
+        return environment.get(name, "")
 
-def check_tracking_uri(uri: str) -> None:
-    """Raise UserError where MLFLOW_TRACKING_URI names no store that a run can be recorded in."""
-    scheme, separator, rest = uri.partition(":")
-    dialect = scheme.partition("+")[0]
-    if scheme.lower() == "file" or not (separator or uri in DATABRICKS):
-        raise UserError(_file_store(uri))
-    problem = None
-    if is_server(uri):
-        problem = None if has_host(uri) else "names no host"
-    elif dialect == "sqlite":
-        problem = _sqlite_problem(rest)
-    elif dialect not in DATABASE_SCHEMES or not rest.startswith("//"):
-        problem = "is no store that runs can be recorded in here"
-    if problem:
-        raise UserError(
-            f"MLFLOW_TRACKING_URI: found {shown(uri)!r}, which {problem}; allowed: {ALLOWED_STORES}; "
-            "unset it to record into mlflow.db here"
-        )
-
-
-def has_host(uri: str) -> bool:
-    """Whether the URL names a host, and a port only if that is a number."""
-    try:
-        parts = urlsplit(uri)
-        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # a bracket that is not closed, a port that is no number
-        return False
-
-
-def _sqlite_problem(rest: str) -> str | None:
-    name, _, query = rest.partition("?")
-    options = parse_qs(query)
-    path = name.removeprefix("///")
-    in_memory = "memory" in options.get("mode", []) or "memdb" in options.get("vfs", [])
-    if in_memory or name in ("", "//", "///") or path.removeprefix("file:").startswith(":memory:"):
-        return "is a database in memory: it would end with the process"
-    if path.startswith("file:"):
-        return "has `file:` before the path, which MLflow would take for a folder: leave it and `uri=true` out"
-    return None if name.startswith("///") else "lacks the three slashes before the path"
-
-
-def _file_store(uri: str) -> str:
-    """One line on a folder such as `./mlruns`, which MLflow keeps in maintenance mode: no new run goes there.
-
-    Or on a file, which is meant to be a database.
-    """
-    folder = Path(url2pathname(urlsplit(uri).path) if uri.lower().startswith("file:") else uri)
-    if folder.is_file() or (folder.suffix in DATABASE_SUFFIXES and not folder.exists()):
-        return (
-            f"MLFLOW_TRACKING_URI: found {shown(uri)!r}, a file without the kind of database; "
-            f"allowed: {ALLOWED_STORES}; set it to {sqlite_uri(folder)}"
-        )
-    line = (
-        f"MLFLOW_TRACKING_URI: found {shown(uri)!r}, a file store, which MLflow no longer supports; "
-        f"allowed: {ALLOWED_STORES}"
+    return Settings(
+        project=text("PIPELINE_PROJECT"),
+        cache_dir=Path(text("PIPELINE_CACHE_DIR") or ".cache"),
+        in_flow_clone="PIPELINE_FLOW_RUN_ID" in environment,
+        flow_run_id=text("PIPELINE_FLOW_RUN_ID"),
+        flow_run_name=text("PIPELINE_FLOW_RUN_NAME"),
+        flow_run_link=text("PIPELINE_FLOW_RUN_LINK"),
+        experiment=environment.get("PIPELINE_EXPERIMENT", text("DVC_EXP_NAME")),
+        reproduces=text("PIPELINE_REPRODUCES") or None,
+        own_prefect_api_url=text("PIPELINE_OWN_PREFECT_API_URL"),
+        dvc_root=text("DVC_ROOT"),
+        in_dvc_stage="DVC_STAGE" in environment,
+        in_dvc_experiment="DVC_EXP_NAME" in environment,
+        mlflow_tracking_uri=text("MLFLOW_TRACKING_URI"),
+        mlflow_experiment_name=text("MLFLOW_EXPERIMENT_NAME"),
+        mlflow_experiment_id=text("MLFLOW_EXPERIMENT_ID"),
+        mlflow_run_id=text("MLFLOW_RUN_ID"),
+        mlflow_workspace=text("MLFLOW_WORKSPACE"),
+        mlflow_enable_workspaces=text("MLFLOW_ENABLE_WORKSPACES"),
+        uses_proxy=any(text(name) or text(name.lower()) for name in PROXY_VARIABLES),
+        no_proxy=tuple(filter(None, f"{text('no_proxy')},{text('NO_PROXY')}".split(","))),
+        certificates=tuple((name, text(name)) for name in CERTIFICATE_VARIABLES if text(name)),
+        cxx=environment.get("CXX", "g++"),
+        user_name=next(filter(None, map(text, USER_VARIABLES)), ""),
     )
-    if not folder.is_dir():
-        return f"{line}; unset it to record into mlflow.db here"
-    database = f"sqlite:///{folder}.db"
-    command = f"mlflow migrate-filestore --source {shlex.quote(str(folder))} --target {shlex.quote(database)}"
-    return f"{line}; `{command}` copies its runs into a database: then set MLFLOW_TRACKING_URI={database}"
-
-
-def unreachable(uri: str, reason: str) -> str:
-    """One line on a store that cannot be used, with what can be done about it."""
-    scheme = uri.partition(":")[0].lower()
-    if scheme in SERVER_SCHEMES:
-        remedy = "start that server"
-    elif scheme.startswith("sqlite") or "://" not in uri:
-        remedy = "check that its folder exists and can be written"
-    else:
-        remedy = "start that database, and check name and password"
-    return (
-        f"MLFLOW_TRACKING_URI is {shown(uri)}, which does not answer ({reason}); {remedy}, "
-        "or unset the variable to record into mlflow.db here"
-    )
-
-
-def missing_package(uri: str, package: str | None) -> str:
-    """One line on a database whose driver is not installed."""
-    extra = " (`make install EXTRAS=postgresql`)" if uri.lower().startswith("postgresql") else ""
-    return f"MLFLOW_TRACKING_URI is {shown(uri)}, for which the Python package {package} is missing; install it{extra}"
-
-
-def check_recording(uri: str) -> None:
-    """Raise UserError where a variable of MLflow would have runs recorded elsewhere than this project says."""
-    if run_id := os.environ.get("MLFLOW_RUN_ID"):
-        raise UserError(
-            f"MLFLOW_RUN_ID: found {run_id!r}; not allowed: each training makes a run of its own, or resumes its own; "
-            "unset it"
-        )
-    for name in ("MLFLOW_WORKSPACE", "MLFLOW_ENABLE_WORKSPACES"):
-        value = os.environ.get(name, "")
-        if value.lower() not in ("", "0", "false") and not is_server(uri):
-            raise UserError(
-                f"{name}: found {value!r}; allowed only with an MLflow server (MLFLOW_TRACKING_URI=http://…), "
-                f"not with {shown(uri)}; unset it"
-            )
-
-
-def keep_loopback_off_proxies() -> None:
-    """Have NO_PROXY and no_proxy name loopback, where our servers are, beside the hosts that they name already.
-
-    Other addresses, such as those of downloads, go through the user's proxies as before.
-    """
-    found = [os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")]  # clients read one of the two
-    if not any([*found, *(os.environ.get(name) or os.environ.get(name.lower()) for name in PROXIES)]):
-        return
-    hosts = (_plain_host(host) for text in found for host in text.split(","))
-    everything = dict.fromkeys(filter(None, [*hosts, *LOOPBACK]))
-    value = "*" if "*" in everything else ",".join(everything)
-    os.environ |= {"NO_PROXY": value, "no_proxy": value}
-
-
-def _plain_host(host: str) -> str:
-    """An entry of NO_PROXY as all clients understand it: Prefect's client, httpx, fails on `[::1]` and `fd00::/8`."""
-    host = host.strip().removeprefix("[").removesuffix("]")
-    return "" if ":" in host and "/" in host and "://" not in host else host

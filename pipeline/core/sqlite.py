@@ -1,8 +1,22 @@
-"""The addresses of sqlite files, as SQLAlchemy reads them: MLflow and Prefect take such addresses for their stores."""
+"""Sqlite files: their addresses, as SQLAlchemy reads them for MLflow and Prefect, and their errors in one line."""
 
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
+from pipeline.core.errors import TemporaryError, UserError, first_line
+
+BUSY_CODES = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+DAMAGED_CODES = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+REMEDIES = {
+    sqlite3.SQLITE_FULL: "make room on the disk, then run the same command again",
+    sqlite3.SQLITE_READONLY: "make the file and its folder writable, then run the same command again",
+    sqlite3.SQLITE_CANTOPEN: "allowed: a file that can be read and written, in a folder that can be written",
+}
+MOVE_AWAY = "bring back a backup, or move the file away to begin a new one"
+"""The remedy for all other errors."""
 _ENCODED = {"%": "%25", "?": "%3F"}
 """What an address gives a meaning of its own; all other characters stand for themselves."""
 
@@ -32,3 +46,25 @@ def sqlite_path(uri: str) -> Path | None:
         name = name.removeprefix("file:")
         name = name.removeprefix("//") if name.startswith("///") else name
     return Path(name) if name else None
+
+
+def error_code(error: sqlite3.Error) -> int:
+    """Return the primary code of an error, such as `sqlite3.SQLITE_BUSY`; 0 where Python itself found the mistake."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the other bits tell kinds of that error apart
+
+
+@contextmanager
+def sqlite_errors(path: Path, *, problem: str = "") -> Iterator[None]:
+    """Turn sqlite's errors into one line with a remedy; `problem` states what could not be done.
+
+    Raises TemporaryError where another process keeps the database locked, else UserError.
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        code, reason = error_code(error), first_line(error)
+        found = f"{problem} ({reason})" if problem else reason
+        if code in BUSY_CODES:
+            found = found if problem else "is in use by another process"
+            raise TemporaryError(f"{path}: {found}; end what else uses it, or try again later") from None
+        raise UserError(f"{path}: {found}; {REMEDIES.get(code, MOVE_AWAY)}") from None

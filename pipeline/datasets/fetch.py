@@ -1,7 +1,6 @@
 """Fetch a file whose MD5 is known from the first of several places that has it, going on where it was interrupted."""
 
 import fcntl
-import os
 import ssl
 import time
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ from pipeline.artifacts import expand, file_md5, kept_folder, naming
 from pipeline.core.errors import TemporaryError, UserError, printable, shown
 from pipeline.core.progress import in_bytes, progress
 from pipeline.core.project import copy_hint
+from pipeline.core.settings import get_settings
 from pipeline.params import DownloadParams
 
-CERTIFICATES = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR")
 """Variables that name certificates; the first that is set counts."""
 CHUNK_BYTES = 1 << 16
 MAX_RESUMES = 50
@@ -194,13 +193,10 @@ def _certificates() -> str | bool:
     True, which is the certificates that come with requests, where there are none. The Makefile has the same for pip and
     uv. Raises UserError where a variable names no file or folder.
     """
-    for name in CERTIFICATES:
-        if value := os.environ.get(name):
-            if Path(value).exists():
-                return value
-            raise UserError(
-                f"{name}: no such file {value}; allowed: a file or folder of certificates; correct or unset it"
-            )
+    for name, value in get_settings().certificates[:1]:
+        if Path(value).exists():
+            return value
+        raise UserError(f"{name}: no such file {value}; allowed: a file or folder of certificates; correct or unset it")
     system = ssl.get_default_verify_paths()
     if system.cafile:
         return system.cafile

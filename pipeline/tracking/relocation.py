@@ -12,9 +12,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.project import artifact_folder
-from pipeline.core.sqlite import sqlite_path
+from pipeline.core.sqlite import DAMAGED_CODES, error_code, sqlite_errors, sqlite_path
 
 LOCATIONS = (
     ("experiments", "artifact_location"),
@@ -27,8 +26,6 @@ LOCATIONS = (
 BUSY_SECONDS = 60
 PROJECT_FILES = ("mlflow.db", "dvc.yaml")
 """A folder with one of them is a project, and so the original of which this project is a copy."""
-DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-BUSY = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _LOCATION = re.compile(r"(?P<root>(file:|/).*/mlartifacts)(?P<rest>/.*)?")
 
 
@@ -42,7 +39,7 @@ class _Change:
 
 
 def relocate(uri: str, project: Path) -> str | None:
-    """Let the paths in the project's own sqlite store lead to its folder of artifacts; returns a line about it, if any.
+    """Correct the paths in the project's own sqlite store to its folder of artifacts; return a message, if any.
 
     Artifacts that exist in the other place and not here stay where they are, and so does an experiment's folder that is
     in no other project. All rows are changed or none. Raises TemporaryError where another process keeps the store
@@ -52,18 +49,17 @@ def relocate(uri: str, project: Path) -> str | None:
     if path is None or not path.is_file() or not path.resolve().is_relative_to(project):
         return None
     with closing(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)) as store:
-        try:
-            if not any(_changes(store, artifact_folder(project))):
-                return None
-        except sqlite3.Error as error:
-            if _code(error) in DAMAGED:
-                return None  # which MLflow, about to open it, reports
-            raise _failure(path, error, "cannot be read") from None
-        try:
+        with sqlite_errors(path, problem="cannot be read"):
+            try:
+                if not any(_changes(store, artifact_folder(project))):
+                    return None
+            except sqlite3.Error as error:
+                if error_code(error) in DAMAGED_CODES:
+                    return None  # MLflow, about to open it, reports that
+                raise
+        problem = "holds paths of another folder, since the project was moved or copied, and cannot be changed"
+        with sqlite_errors(path, problem=problem):
             number = _correct(store, artifact_folder(project))
-        except sqlite3.Error as error:
-            problem = "holds paths of another folder, since the project was moved or copied, and cannot be changed"
-            raise _failure(path, error, problem) from None
     return f"{path.name}: {number} paths of artifacts were corrected, since the project is in {project} now"
 
 
@@ -80,18 +76,8 @@ def base_folder(location: str) -> Path | None:
     return folder.parent if folder.name == "mlruns" else folder
 
 
-def _code(error: sqlite3.Error) -> int:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the rest tells kinds of that error
-
-
-def _failure(path: Path, error: sqlite3.Error, problem: str) -> UserError | TemporaryError:
-    if _code(error) in BUSY:
-        return TemporaryError(f"{path}: {problem} ({error}); end what else uses it, or try again later")
-    return UserError(f"{path}: {problem} ({error}); check who may read and write it and its folder")
-
-
 def _correct(store: sqlite3.Connection, folder: Path) -> int:
-    """Returns how many paths were changed."""
+    """Correct all paths in one transaction; return how many were changed."""
     store.execute("BEGIN IMMEDIATE")  # of two processes, the second finds nothing left to change
     changes = list(_changes(store, folder))
     for change in changes:

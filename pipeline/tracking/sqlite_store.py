@@ -28,6 +28,7 @@ import psutil
 
 from pipeline.artifacts import naming
 from pipeline.core.errors import TemporaryError, UserError, first_line
+from pipeline.core.sqlite import MOVE_AWAY, REMEDIES, sqlite_errors
 
 Migrate = Callable[[Path, int], None]
 """Brings a copy of a database to the newest schema; an empty file stands for a new one.
@@ -184,7 +185,7 @@ def _create(path: Path, copy: Path, *, tool: Tool, migrate: Callable[[Path], Non
 def _migrate(path: Path, copy: Path, *, tool: Tool, migrate: Callable[[Path], None]) -> None:
     """Replace a database by its migrated copy, or by a new one where it cannot be migrated and holds nothing."""
     with _locked(path, tool=tool) as journal_mode:
-        with _explained(path), closing(_open(path)) as source, closing(sqlite3.connect(copy)) as target:
+        with sqlite_errors(path), closing(_open(path)) as source, closing(sqlite3.connect(copy)) as target:
             _check_owner(source, path, tool=tool)
             vacant = _is_vacant(source, tool=tool)
             source.backup(target)
@@ -215,7 +216,7 @@ def _locked(path: Path, *, tool: Tool) -> Iterator[str]:
 
     Raises TemporaryError where another process has it open.
     """
-    with _explained(path), closing(_open(path)) as connection:
+    with sqlite_errors(path), closing(_open(path)) as connection:
         journal_mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
         connection.execute("PRAGMA journal_mode = DELETE")  # the module's docstring says why
         connection.execute("BEGIN IMMEDIATE")
@@ -302,7 +303,7 @@ def _tables(connection: sqlite3.Connection) -> set[str]:
 
 def _revision(path: Path) -> str | None:
     """The schema revision that alembic wrote into the database, if it did."""
-    with _explained(path), closing(_open(path)) as connection:
+    with sqlite_errors(path), closing(_open(path)) as connection:
         if "alembic_version" not in _tables(connection):
             return None
         rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
@@ -312,18 +313,6 @@ def _revision(path: Path) -> str | None:
 def _open(path: Path) -> sqlite3.Connection:
     """Open an existing database. (Never read it as a file: closing that would release all locks of this process.)"""
     return sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None, timeout=LOCK_SECONDS)
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn sqlite's errors into one line that says what to do."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
-            raise TemporaryError(f"{path}: is in use by another process; end that, or try again later") from None
-        raise UserError(f"{path}: {first_line(error)}; {REMEDIES.get(code, MOVE_AWAY)}") from None
 
 
 def _failure(path: Path, error: Exception, *, tool: Tool) -> UserError:
@@ -337,11 +326,3 @@ def _failure(path: Path, error: Exception, *, tool: Tool) -> UserError:
         f"{path}: {tool.release} cannot migrate it ({reason}); nothing was changed. A killed migration may have left "
         f"it so: {MOVE_AWAY}"
     )
-
-
-MOVE_AWAY = "bring back a backup, or move the file away to begin a new one"
-REMEDIES = {
-    sqlite3.SQLITE_FULL: "make room on the disk, then run the same command again",
-    sqlite3.SQLITE_READONLY: "make the file and its folder writable, then run the same command again",
-    sqlite3.SQLITE_CANTOPEN: "allowed: a file that can be read and written, in a folder that can be written",
-}

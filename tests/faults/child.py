@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 from torch.amp import GradScaler
 
 from pipeline import artifacts, train
-from pipeline.tracking import runs as tracking
+from pipeline.tracking import logger
 from pipeline.training import checkpoints as checkpoint
 
 FILE_OPERATIONS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
@@ -91,7 +91,7 @@ def run(folder: str, log: str, kill: Any) -> None:
     for name in MESSAGES:
         events.around(MlflowClient, name, label=name)
     setattr(checkpoint, "write_bytes", events.in_the_midst_of(artifacts.write_bytes))  # noqa: B010  (mypy)
-    tracking.FLUSH_SECONDS = 0.02  # so that there is much to send twice
+    logger.FLUSH_SECONDS = 0.02  # so that there is much to send twice
     train.main()
 
 

@@ -25,8 +25,9 @@ from prefect.server.database import provide_database_interface
 from prefect.server.database.alembic_commands import alembic_downgrade
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, temporary_settings
 
-from pipeline.tracking import runs as tracking
+from pipeline.core.settings import get_settings
 from pipeline.tracking import sqlite_store
+from pipeline.tracking.store import connect
 
 
 def kill_at(owner: Any, name: str, *, label: str, kill: Any, counts: Counter[str]) -> None:
@@ -49,7 +50,7 @@ def kill_at(owner: Any, name: str, *, label: str, kill: Any, counts: Counter[str
 def ensure(tool: str) -> None:
     """What the project does before it uses the store in the current folder."""
     if tool == "MLflow":
-        tracking.connect()
+        connect()
     else:  # as flows/prefect_database.py does, without a process for Prefect's command, which takes seconds to start
         sqlite_store.ensure_store(Path("prefect.db"), tool=sqlite_store.PREFECT, migrate=upgrade_prefect)
 
@@ -101,6 +102,7 @@ def fork(request: dict[str, Any]) -> int:
 def main() -> None:
     """Fork for each request."""
     os.environ.pop("MLFLOW_TRACKING_URI", None)
+    get_settings.cache_clear()
     for line in sys.stdin:
         request = json.loads(line)
         pids = [fork(request) for _ in range(request.get("processes", 1))]

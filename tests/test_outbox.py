@@ -1,4 +1,4 @@
-"""What was kept while MLflow did not answer is delivered once, whatever is killed."""
+"""What was queued while MLflow did not answer is sent once, whatever is killed."""
 
 import shutil
 from pathlib import Path
@@ -7,23 +7,25 @@ import mlflow
 import pytest
 
 from pipeline.artifacts import write_json
-from pipeline.tracking import runs as tracking
+from pipeline.tracking.outbox import flush_outbox
+from pipeline.tracking.search import find_run
+from pipeline.tracking.store import connect, store_md5
 
 
-def test_what_a_killed_removal_left_is_not_delivered_again(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracking.connect()
+def test_what_a_killed_removal_left_is_not_sent_again(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connect()
     client = mlflow.MlflowClient()
     run_id = client.create_run("0").info.run_id
     client.set_terminated(run_id, "KILLED")
     folder = workspace / ".cache" / "mlflow" / run_id
     notes = {"run_id": run_id, "waiting": [["loss", 0.5, 1, 1]], "status": "FAILED", "ended": 2}
-    write_json(folder / "run.json", {"store": tracking._store_md5(), **notes})
+    write_json(folder / "run.json", {"store": store_md5(), **notes})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", interrupt)
-        tracking.deliver()
+        flush_outbox()
     assert folder.exists()
-    assert tracking.deliver()
-    found = tracking.find_run(run_id)
+    assert flush_outbox()
+    found = find_run(run_id)
     assert found
     assert (found.status, found.metrics) == ("FAILED", {"loss": 0.5})
 

@@ -1,0 +1,159 @@
+"""Write to one MLflow run: live metrics, tags, parameters, files, the finished training."""
+
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from pipeline.artifacts import file_md5
+from pipeline.tracking.models import has_model, log_model
+from pipeline.tracking.provenance import kept_epoch_tags, output_tags
+from pipeline.tracking.store import error_reason
+
+FLUSH_SECONDS = 1.0
+MAX_FLUSH_SECONDS = 60.0
+MAX_METRICS_PER_REQUEST = 500
+STOP_SECONDS = 2
+
+
+class RunLogger:
+    """Logs to an MLflow run. Metrics are queued; within `sending`, a thread sends them about once a second.
+
+    A resumed training logs some steps once more: the metrics that the run has already (`logged`) are left out. While
+    MLflow does not answer, metrics stay in the queue.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        *,
+        logged: Collection[tuple[str, int]] = (),
+        pending: Sequence[Metric] = (),
+        resumed: bool = False,
+    ) -> None:
+        self.run_id = run_id
+        self.resumed = resumed
+        self.unrecorded: Path | None = None
+        """The folder of the finished training that MLflow should have, but did not accept."""
+        self._client = MlflowClient()
+        self._logged, self._pending = set(logged), list(pending)
+        self._lock, self._sending = threading.Lock(), threading.Lock()
+        self._unreachable = False
+
+    def log(self, metrics: Mapping[str, float], *, step: int) -> None:
+        """Queue the metrics of a step, which is a training step or an epoch."""
+        now = int(time.time() * 1000)
+        new = [Metric(name, value, now, step) for name, value in metrics.items() if (name, step) not in self._logged]
+        with self._lock:
+            self._pending += new
+
+    def flush(self) -> bool:
+        """Send the queued metrics; return False where MLflow does not answer, or the thread still waits for it."""
+        if not self._sending.acquire(timeout=1):
+            return False
+        try:
+            while batch := self._pending[:MAX_METRICS_PER_REQUEST]:
+                try:
+                    self._client.log_batch(self.run_id, metrics=batch)
+                except (MlflowException, OSError) as error:
+                    self._warn_unreachable(error)
+                    return False
+                with self._lock:
+                    del self._pending[: len(batch)]
+                if self._unreachable:
+                    self._unreachable = False
+                    print("MLflow answers again: the queued metrics are sent", flush=True)
+            return True
+        finally:
+            self._sending.release()
+
+    def _warn_unreachable(self, error: Exception) -> None:
+        if not self._unreachable:
+            print(f"warning: MLflow does not answer, metrics are queued: {error_reason(error)}", flush=True)
+        self._unreachable = True
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Send the queued metrics about once a second, and less often while MLflow does not answer."""
+        stop = threading.Event()
+
+        def send() -> None:
+            pause = FLUSH_SECONDS
+            while not stop.wait(pause):
+                pause = FLUSH_SECONDS if self.flush() else min(2 * pause, MAX_FLUSH_SECONDS)
+
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(timeout=STOP_SECONDS)
+
+    def state(self) -> dict[str, Any]:
+        """Return what is needed to resume the run: its id, and the metrics that MLflow does not have yet.
+
+        Checkpoints and the outbox keep it; the names in it stay as they are, for those of earlier versions.
+        """
+        with self._lock:
+            return {"run_id": self.run_id, "waiting": [[m.key, m.value, m.timestamp, m.step] for m in self._pending]}
+
+    def set_tags(self, tags: Mapping[str, str], *, overwrite: bool = True) -> None:
+        """Set the tags; without `overwrite`, a tag that the run has already keeps its value."""
+        if not overwrite:
+            tags = {name: tags[name] for name in tags.keys() - self._tag_names()}
+        self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def delete_tags(self, names: Sequence[str]) -> None:
+        """Delete those of the tags that the run has."""
+        for name in self._tag_names() & set(names):
+            self._client.delete_tag(self.run_id, name)
+
+    def _tag_names(self) -> set[str]:
+        return set(self._client.get_run(self.run_id).data.tags)
+
+    def rename(self, name: str) -> None:
+        """Change the run's name; an empty name changes nothing."""
+        if name:
+            self._client.update_run(self.run_id, name=name)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Set the parameters that the run does not have: MLflow lets none be changed, not even one of another step."""
+        known = self._client.get_run(self.run_id).data.params
+        new = [Param(name, str(value)) for name, value in params.items() if name not in known]
+        self._client.log_batch(self.run_id, params=new)
+
+    def log_file(self, path: Path, *, folder: str | None = None) -> None:
+        """Record a file, in a folder of the run's artifacts."""
+        self._client.log_artifact(self.run_id, str(path), folder)
+
+    def log_training(self, folder: Path) -> None:
+        """Record the finished training in `folder`: hashes, curves and model; a second call does no harm.
+
+        Where MLflow does not answer, `unrecorded` is set to the folder.
+        """
+        try:
+            self.set_tags(
+                {
+                    "model.md5": file_md5(folder / "best.safetensors"),
+                    **output_tags(folder),
+                    **kept_epoch_tags(folder),
+                }
+            )
+            self.log_file(folder / "curves.png", folder="plots")
+            if not has_model(self.run_id):
+                log_model(folder)
+        except (MlflowException, OSError) as error:
+            self._warn_unreachable(error)
+            self.unrecorded = folder
+
+
+def pending_metrics(state: Mapping[str, Any]) -> list[Metric]:
+    """Return the queued metrics of a `RunLogger.state`."""
+    return [Metric(*values) for values in state["waiting"]]

@@ -1,0 +1,115 @@
+"""The runs that MLflow has: find them, and read what was recorded with them; `store.connect` comes first."""
+
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from pipeline.core.processes import HOST, PID, Life, life
+from pipeline.tracking.experiments import NOT_FOUND
+from pipeline.tracking.provenance import REPRODUCES
+from pipeline.tracking.store import store_errors
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as MLflow has it; `started` is in milliseconds since the epoch."""
+
+    run_id: str
+    name: str
+    status: str
+    started: int
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+    @property
+    def life(self) -> Life:
+        """What became of the process that made the run."""
+        return life(self.tags)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether no process makes the run any more: it has ended, or its process is dead."""
+        return self.status != "RUNNING" or self.life == "dead"
+
+
+def find_runs(tags: Mapping[str, str], *, status: str | None = None) -> list[Run]:
+    """Return the runs with all of these tags (`%` stands for anything) and this status, newest first."""
+    conditions = [f"tags.`{name}` {'LIKE' if '%' in value else '='} '{value}'" for name, value in tags.items()]
+    if status:
+        conditions.append(f"attributes.status = '{status}'")
+    with store_errors():
+        runs = mlflow.search_runs(
+            search_all_experiments=True,
+            filter_string=" and ".join(conditions),
+            order_by=["attributes.start_time DESC"],
+            output_format="list",
+        )
+    return [_as_run(run) for run in runs]
+
+
+def find_run(run_id: str) -> Run | None:
+    """Return the run of this id, or None where there is none."""
+    with store_errors():
+        try:
+            return _as_run(MlflowClient().get_run(run_id))
+        except MlflowException as error:
+            if error.error_code in NOT_FOUND:
+                return None
+            raise
+
+
+def _as_run(run: mlflow.entities.Run) -> Run:
+    info, data = run.info, run.data
+    return Run(
+        info.run_id,
+        info.run_name,
+        info.status,
+        info.start_time,
+        dict(data.tags),
+        dict(data.params),
+        dict(data.metrics),
+    )
+
+
+def find_runs_of_model(model_md5: str, *, reproduces: str | None = None) -> list[Run]:
+    """Return the runs that made the model of this hash, newest first.
+
+    Without `reproduces`, reproductions are left out; with it, only the reproductions of that run are returned.
+    """
+    return [run for run in find_runs({"model.md5": model_md5}) if run.tags.get(REPRODUCES) == reproduces]
+
+
+def find_running() -> list[Run]:
+    """Return the runs with status RUNNING whose tags name the process that makes them."""
+    return find_runs({HOST: "%"}, status="RUNNING")
+
+
+def mark_killed(run: Run) -> bool:
+    """End a run whose process is dead, with a tag that states so; return False where it has ended meanwhile."""
+    reason = (
+        f"process {run.tags[PID]} on {run.tags[HOST]} ended without ending the run; found at {time.strftime('%F %T%z')}"
+    )
+    with store_errors():
+        client = MlflowClient()
+        if client.get_run(run.run_id).info.status != "RUNNING":
+            return False
+        client.set_tag(run.run_id, "killed.reason", reason)
+        client.set_terminated(run.run_id, "KILLED")
+    return True
+
+
+def read_file(run: Run, name: str) -> bytes | None:
+    """Return the content of a file recorded with the run, or None where there is none of this name."""
+    with store_errors():
+        folder, _, _ = name.rpartition("/")
+        if name not in {file.path for file in MlflowClient().list_artifacts(run.run_id, folder or None)}:
+            return None
+        with tempfile.TemporaryDirectory() as target:
+            return Path(mlflow.artifacts.download_artifacts(f"runs:/{run.run_id}/{name}", dst_path=target)).read_bytes()

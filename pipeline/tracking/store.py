@@ -1,0 +1,163 @@
+"""The MLflow store: connect to it, create or migrate its database, report its failures.
+
+The store is `mlflow.db` in the project unless MLFLOW_TRACKING_URI names another one.
+"""
+
+import atexit
+import fcntl
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import mlflow
+import requests
+from mlflow.exceptions import MlflowException
+from mlflow.store.db import utils as db_utils
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from mlflow.utils.credentials import get_default_host_creds
+
+from pipeline.artifacts import bytes_md5
+from pipeline.core.errors import TemporaryError, UserError, first_line, shown
+from pipeline.core.network import is_server, keep_loopback_off_proxies
+from pipeline.core.project import artifact_folder, project_folder
+from pipeline.core.sqlite import sqlite_path, sqlite_uri
+from pipeline.tracking import sqlite_store
+from pipeline.tracking.relocation import relocate
+from pipeline.tracking.store_uri import ask_health, missing_package, no_answer, tracking_uri, unreachable
+
+OTHER_LOGIN_STATUSES = (401, 403)
+"""The health check alone may need another login than the rest of a server."""
+SYSTEM_METRICS_SECONDS = 2
+
+
+def connect(uri: str | None = None) -> None:
+    """Point MLflow to the store at `uri`, by default the one that the settings name; create or migrate its database.
+
+    Raises TemporaryError where a server, UserError where a file or a database cannot be used.
+    """
+    _set_variables()
+    keep_loopback_off_proxies()
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    project = project_folder()
+    uri = uri or tracking_uri(project)
+    if message := relocate(uri, project):
+        print(message, file=sys.stderr, flush=True)
+    if shown(uri) != uri:
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print the password too
+    with store_errors(uri):
+        if is_server(uri):
+            check_server(uri)
+        else:
+            _ensure_database(uri)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_SECONDS)  # type: ignore[no-untyped-call]
+    mlflow.set_system_metrics_samples_before_logging(1)  # type: ignore[no-untyped-call]
+
+
+def _set_variables() -> None:
+    """Set the variables of MLflow that have no function; all but the last leave the user's own value."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # of a server that went away: the defaults, 7 retries and 120 s each, take minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"  # `RunLogger` has a thread of its own, and needs the errors
+
+
+def shorten_timeout() -> None:
+    """Let MLflow wait 2 seconds for a server: the sender of SIGTERM sends SIGKILL soon."""
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "2"
+
+
+def check_server(uri: str) -> None:
+    """Raise TemporaryError where no MLflow server answers, UserError where its address cannot be one."""
+    creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
+    try:
+        response = ask_health(
+            uri,
+            # as MLflow's own client has them, from MLFLOW_TRACKING_…
+            auth=(creds.username, creds.password) if creds.username and creds.password else None,
+            headers={"Authorization": f"Bearer {creds.token}"} if creds.token and not creds.username else {},
+            verify=creds.verify,
+            cert=creds.client_cert_path,
+        )
+        if response.status_code not in OTHER_LOGIN_STATUSES:
+            response.raise_for_status()
+    except requests.RequestException as error:
+        raise no_answer(uri, error) from None
+
+
+def _ensure_database(uri: str) -> None:
+    """Create or migrate the tables, with artifacts in the project; MLflow would put them below the current folder.
+
+    One process at a time does it, since MLflow fails where two create them at once.
+    """
+    folder = artifact_folder(project_folder())
+    folder.mkdir(parents=True, exist_ok=True)
+    link_migrations()
+    if path := sqlite_path(uri):
+        sqlite_store.ensure_store(path, tool=sqlite_store.MLFLOW, migrate=migrate)
+        return
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        SqlAlchemyStore(uri, folder.as_uri())  # type: ignore[no-untyped-call]
+
+
+def migrate(copy: Path, _lock: int) -> None:
+    """Bring a database, or an empty file, to the schema of the installed MLflow."""
+    uri = sqlite_uri(copy)
+    engine = db_utils.create_sqlalchemy_engine(uri)  # type: ignore[no-untyped-call]
+    if not db_utils._is_empty_database(engine):  # type: ignore[no-untyped-call]
+        db_utils._upgrade_db(engine)  # type: ignore[no-untyped-call]
+    engine.dispose()
+    store = SqlAlchemyStore(uri, artifact_folder(project_folder()).as_uri())  # type: ignore[no-untyped-call]
+    store.engine.dispose()
+
+
+def link_migrations() -> None:
+    """Let MLflow find its migrations by a link where its path has a `%`."""
+    package = Path(db_utils._get_package_dir())  # type: ignore[no-untyped-call]
+    if "%" in str(package):
+        for_life = ExitStack()
+        atexit.register(for_life.close)
+        plain = for_life.enter_context(sqlite_store.without_percent(package))
+        db_utils._get_package_dir = lambda: str(plain)
+
+
+@contextmanager
+def store_errors(uri: str | None = None) -> Iterator[None]:
+    """Report MLflow's failures in one line: TemporaryError for a server, UserError for a file or a database."""
+    try:
+        yield
+    except (MlflowException, OSError, ValueError, ImportError) as error:
+        if isinstance(error, UserError):
+            raise
+        uri = uri or mlflow.get_tracking_uri()
+        if isinstance(error, ImportError):
+            raise UserError(missing_package(uri, error.name)) from None
+        kind = TemporaryError if is_server(uri) else UserError
+        raise kind(unreachable(uri, error_reason(error, uri=uri))) from None
+
+
+@contextmanager
+def warn_on_failure(what: str) -> Iterator[None]:
+    """Print a warning, which `what` begins, where MLflow fails in the block; the caller continues after it."""
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        print(f"warning: {what}: {error_reason(error)}", flush=True)
+
+
+def error_reason(error: Exception, *, uri: str | None = None) -> str:
+    """Return MLflow's message in one line, without the password that the address of its store may hold."""
+    uri = uri or mlflow.get_tracking_uri()
+    return first_line(error).replace(uri, shown(uri))
+
+
+def store_md5() -> str:
+    """Return a hash that identifies the connected store, since its address may hold a password."""
+    return bytes_md5(mlflow.get_tracking_uri().encode())
