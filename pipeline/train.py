@@ -9,14 +9,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.arrays import DatasetInfo, Split
 from pipeline.artifacts import HISTORY, KEPT, TRAIN, replace_folder, verify_splits, write_bytes, write_csv
-from pipeline.core.errors import UserError, first_line, report_errors, shown
+from pipeline.core.errors import UserError, first_line, report_errors
 from pipeline.core.processes import cpu_name
 from pipeline.core.stage_code import code_md5
 from pipeline.models.airbench import Airbench
@@ -24,7 +23,7 @@ from pipeline.models.build import Classifier, build, memory_format, try_training
 from pipeline.models.config import ModelConfig, configure
 from pipeline.models.files import save_config, save_weights
 from pipeline.models.pretrained import load_pretrained
-from pipeline.params import DownloadParams, Params, TrainParams, load_params
+from pipeline.params import Params, TrainParams, load_params
 from pipeline.tracking import runs as tracking
 from pipeline.training import distributed
 from pipeline.training.batches import Augmentation, TrainingBatches
@@ -105,7 +104,7 @@ def _lead(classifier: Classifier, everything: Params, info: DatasetInfo) -> None
             tracking.training_run(
                 experiment=info.dataset,
                 params=everything.flat(),
-                dataset=tracking.dataset(info.dataset, source=_source(everything.download), digest=info.md5),
+                dataset=tracking.dataset(info.dataset, source=everything.download.origin, digest=info.md5),
                 hardware=_hardware(device),
                 training=training,
                 earlier=start.state["mlflow"] if start else None,
@@ -202,12 +201,6 @@ def _say_run(run: tracking.Run, *, start: Checkpoint | None, params: TrainParams
         print("warning: MLflow no longer has the run that began this training: its losses by step are lost", flush=True)
         for epoch in history:
             run.log(_metrics(epoch), step=epoch.epoch)
-
-
-def _source(params: DownloadParams) -> str | None:
-    return {"digits": None, "cifar10": shown(params.urls[0]), "imagefolder": str(Path(params.folder).resolve())}[
-        params.dataset
-    ]
 
 
 def initialise(classifier: Classifier, split: Split, *, seed: int) -> None:

@@ -17,10 +17,12 @@ from PIL import Image
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import server, ui
+from pipeline.artifacts import write_checksums
 from pipeline.core.errors import UserError, printable, shown
 from pipeline.core.yaml import dump_yaml
-from pipeline.datasets.archives import DamagedArchive, load_pickle, members, open_tar
-from pipeline.datasets.raw import open_source
+from pipeline.datasets.archives import DamagedArchive, members, open_tar
+from pipeline.datasets.pickles import load_pickle
+from pipeline.datasets.sources import open_source
 from pipeline.evaluation.plots import confusion_matrix
 from pipeline.images.decode import UnreadableImage, decode
 from pipeline.params import compose
@@ -85,6 +87,7 @@ def test_an_archive_that_goes_back_in_itself_ends(tmp_path: Path) -> None:
     header[124:136] = b"\xff" * 10 + b"\xfe\x00"  # a size of -512
     header[148:156] = b"%06o\0 " % checksum(bytes(header))
     (folder / "images.tar").write_bytes(bytes(header) + (folder / "images.tar").read_bytes())
+    write_checksums(folder)
     with pytest.raises(UserError, match="negative size"):
         list(open_source(folder, params=params()).blocks)
 

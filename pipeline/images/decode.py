@@ -20,6 +20,8 @@ from pipeline.params import Channels, Resize
 
 MAX_PIXELS = 2**27
 """Largest image that is decoded, in pixels (134 megapixels, 0.5 GB as RGB): a small file can announce more."""
+MAX_FILE_BYTES = 2**30
+"""Largest image file that is read."""
 # EPS runs Ghostscript, a program, on the file; the others are recognised by Pillow but have no decoder in it.
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # The picture itself and nothing else of a HEIC file; the processes that decode are as many as the cores.
