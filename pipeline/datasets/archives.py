@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any
 
 from pipeline.artifacts import missing, naming
 from pipeline.core.errors import UserError, first_line
@@ -24,10 +24,6 @@ _HEADER_TYPES = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
-_HEADER = tarfile.TarInfo().tobuf(tarfile.PAX_FORMAT)
-_PLAIN = (_HEADER[100:124], _HEADER[135:148], _HEADER[154:])
-"""What stands around name, size and checksum in the header of a file that has neither owner nor time."""
-_PLAIN_SUM = sum(_HEADER) - sum(_HEADER[124:135]) - sum(_HEADER[148:156]) + 8 * ord(" ")
 
 
 class DamagedArchive(ValueError):  # noqa: N818
@@ -40,17 +36,6 @@ class _TarInfo(tarfile.TarInfo):
     Python before 3.11.14 reads the same headers without end where a size is negative, and any reads the header of a
     header (a long name, pax) whole.
     """
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> Self:
-        """As tarfile has it, but headers in which only name and size vary, as `pack` writes them, are soon read."""
-        name, size = buf[:100].rstrip(b"\0"), buf[124:135]
-        plain = (buf[100:124], buf[135:148], buf[154:]) == _PLAIN and name.isascii() and b"\0" not in name
-        if not plain or size.strip(b"01234567") or buf[148:154] != b"%06o" % (_PLAIN_SUM + sum(name) + sum(size)):
-            return super().frombuf(buf, encoding, errors)  # type: ignore[arg-type]
-        member = cls(name.decode())
-        member.size = int(size, 8)
-        return member
 
     def _block(self, count: int) -> int:
         if count < 0:
