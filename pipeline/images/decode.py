@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import PurePath
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,18 +48,7 @@ _SIGNATURES = re.compile(
 )
 _RESAMPLE = Image.Resampling.BICUBIC
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""How an image is turned upright, by its EXIF orientation (Exif 2.32, tag 0x0112)."""
-logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # plugins log what they find odd; decode() tells it as a reason
+logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # plugins log what they find odd; decode() gives it as a reason
 
 
 class UnreadableImage(ValueError):  # noqa: N818
@@ -144,8 +132,8 @@ def _open(content: bytes, *, image_size: int) -> Image.Image:
     image.draft(None, (2 * image_size, 2 * image_size))
     with _quiet_stderr() if image.format == "TIFF" else nullcontext():
         image.load()
-    turn = _UPRIGHT.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
+    _turn_upright(image)
+    return image
 
 
 @contextmanager
@@ -161,12 +149,15 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(null)
 
 
-def _orientation(image: Image.Image) -> Any:
+def _turn_upright(image: Image.Image) -> None:
+    """Apply the EXIF orientation in place, so that what is damaged in the other EXIF data cannot lose the turn."""
     try:
-        return image.getexif().get(_ORIENTATION_TAG)
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
     # The parser raises nearly anything on damaged EXIF data; the picture itself is still good.
-    except Exception:
-        return None
+    except Exception:  # noqa: S110
+        pass
 
 
 def _to_channels(image: Image.Image, *, channels: Channels) -> Image.Image:
