@@ -41,8 +41,7 @@ ONLY_IN = {
     "ruamel": {"pipeline/core/yaml.py", "pipeline/params.py"},
     "PIL": {"pipeline/images/decode.py"},
     "pillow_heif": {"pipeline/images/decode.py"},
-    "pickle": set(),
-    "pickletools": {"pipeline/datasets/pickles.py"},
+    "pickle": {"pipeline/datasets/pickles.py"},
     "tarfile": {
         "pipeline/datasets/archives.py",
         "pipeline/datasets/cifar10.py",

@@ -338,7 +338,7 @@ def test_a_mirror_with_other_content_is_named_and_the_next_one_used(
     assert ARCHIVE.read_bytes() == CONTENT
 
 
-def test_wrong_content_everywhere_is_the_users_to_mend(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
+def test_wrong_content_everywhere_is_the_users_to_fix(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
     site = serve(b"other")
     status, told = run_main(capfd, dataset="cifar10", urls=[site.url, nowhere()], md5=md5(CONTENT))
     assert status == EXIT_USER
@@ -456,7 +456,7 @@ def test_a_truncated_local_archive_is_refused_and_what_was_there_stays(capfd: py
 
 
 @pytest.mark.parametrize("place", ["gone.tar.gz", "."])
-def test_no_local_archive_is_the_users_to_mend(place: str) -> None:
+def test_no_local_archive_is_the_users_to_fix(place: str) -> None:
     with pytest.raises(UserError, match=r"no such file|a folder, not an archive"):
         download(cifar10(place))
 

@@ -87,14 +87,14 @@ class Hostile:
 @pytest.mark.parametrize("value", [Hostile(), {b"data": Hostile()}, {b"label_names": [np.float64(1)]}])
 def test_a_pickle_that_wants_more_than_data_is_refused(tmp_path: Path, value: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"batches.meta refused \(.* is not admitted\)"):
+    with pytest.raises(UserError, match=r"batches.meta refused \(.* is not allowed\)"):
         open_source(cifar_folder(tmp_path / "raw", **{"batches.meta": value}), params=params())
     assert not Path("hostile").exists()
 
 
 def test_only_latin1_bytes_are_decoded() -> None:
     assert load_pickle(b"c_codecs\nencode\n(Vabc\nVlatin1\ntR.") == b"abc"
-    with pytest.raises(DamagedArchive, match="is not admitted"):
+    with pytest.raises(DamagedArchive, match="are not allowed"):
         load_pickle(b"c_codecs\nencode\n(Vabc\nVzlib\ntR.")
 
 
