@@ -65,7 +65,7 @@ def check_unreadable(spool: Spool, *, params: NormalizeParams) -> None:
 def _write(
     folder: Path, spool: Spool, splits: dict[str, Indices], *, source: Source, params: NormalizeParams
 ) -> dict[str, Any]:
-    """Write the arrays; return what `dataset.json` says of them. Pixels and features are read side by side."""
+    """Write the arrays; return the fields of `dataset.json`. Pixels and features are read side by side."""
     labels, stopped = spool.labels, Event()
     with ThreadPoolExecutor(1) as pool:
         arrays = pool.submit(_write_arrays, folder, spool, splits, stopped)

@@ -39,7 +39,7 @@ Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=Fal
 Dataset = Literal["digits", "cifar10", "imagefolder"]
 """The names of the data sources; how each is downloaded and read is in `pipeline/datasets/sources.py`."""
 Channels = Literal[1, 3]
-"""1 for grey, 3 for RGB."""
+"""1 for gray, 3 for RGB."""
 Resize = Literal["crop", "pad", "stretch"]
 Views = Literal["none", "mirror", "mirror_and_shift"]
 Selection = Literal["highest_accuracy", "latest_equivalent"]

@@ -154,7 +154,7 @@ def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
 def _damaged(error: Exception) -> Exception:
     """Return DamagedArchive for nearly anything that tarfile and zlib raise on damaged headers.
 
-    What the file system says of a file stays as it is.
+    An error of the file system that names a file is returned unchanged.
     """
     if isinstance(error, DamagedArchive) or (isinstance(error, OSError) and error.filename is not None):
         return error

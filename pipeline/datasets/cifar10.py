@@ -38,7 +38,7 @@ def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:
 
 
 def open_cifar10(folder: Path, *, description: Description, params: NormalizeParams) -> Source:
-    """Return the images of the archive; raises UserError where it lacks a batch, or one is not as documented."""
+    """Open the archive; raises UserError where a batch is missing, or one is not as documented."""
     archive = folder / ARCHIVE
     with report_damage(archive):
         tar = open_compressed_tar(archive)

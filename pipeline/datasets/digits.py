@@ -28,7 +28,7 @@ def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:  # n
 
 
 def open_digits(folder: Path, *, description: Description, params: NormalizeParams) -> Source:
-    """Return the digits with values from 0 to 255; raises UserError where the arrays are not the digits."""
+    """Open the digits, with values scaled to 0…255; raises UserError where the arrays are not the digits."""
     values = read_array(folder / "images.npy", dtype=np.uint8, dimensions=3)
     labels = read_array(folder / "labels.npy", dtype=np.int64, dimensions=1)
     in_range = 0 not in values.shape and values.max() <= WHITE and ((labels >= 0) & (labels < len(CLASS_NAMES))).all()

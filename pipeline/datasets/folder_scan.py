@@ -49,7 +49,7 @@ class Scan:
     examples: dict[str, str]
     """The first file of each reason."""
     splits: dict[str, Path]
-    """The folder of the class folders of each split."""
+    """The folder that holds the class folders, by split."""
     merged: dict[str, list[str]]
     """The folders whose images make up one class, for each `<split>/<class>` that has several; "." is its own."""
     classes: list[ClassFolder]
@@ -75,7 +75,7 @@ class _Tally:
 
 
 def scan(root: Path) -> Scan:
-    """Find splits, classes and images below `root`; raises UserError where they cannot be learnt from."""
+    """Find splits, classes and images below `root`; raises UserError where no model can learn from them."""
     layout = find_layout(root)
     class_names = sorted(each.name for each in layout.classes if each.split == "train")
     tally = _Tally()
@@ -103,7 +103,7 @@ def scan(root: Path) -> Scan:
 
 
 def describe(found: Scan) -> list[str]:
-    """Lines that account for every file: where the classes are, which have folders inside, how many files are used."""
+    """Return lines that account for every file: where the classes are, and how many files are used or not, and why."""
     where = ", ".join(f"{split} {str(path)!r}" for split, path in found.splits.items())
     not_used = sum(found.not_used.values())
     lines = [
@@ -132,7 +132,7 @@ def image_files(found: Scan) -> Iterator[tuple[str, Path]]:
 
 
 def _count(classes: list[ClassFolder], class_names: list[str], tally: _Tally) -> dict[str, dict[str, int]]:
-    """Images by split and class; the other files of the class folders go into the tally."""
+    """Return the number of images by split and class; add the other files of the class folders to the tally."""
     present = {each.split for each in classes}
     counts: dict[str, dict[str, int]] = {
         split: dict.fromkeys(class_names, 0) for split in ("train", "validation", "test") if split in present
@@ -177,7 +177,7 @@ def _tally_outside(root: Path, classes: Set[Path], unlabeled: Set[Path], tally: 
 
 
 def _is_photograph(name: str, kind: str) -> bool:
-    """Whether it may have been meant for a class; a PDF beside the class folders is no such thing."""
+    """Return whether a file may have been meant for a class, as a PDF beside the class folders is not."""
     return kind == IMAGE or (kind == UNDECODABLE and suffix(name) in RAW_SUFFIXES)
 
 
@@ -230,7 +230,7 @@ def _files(folder: Path, member: str, *, skip: Set[Path] = frozenset()) -> Itera
 
 
 def _kind(entry: os.DirEntry[str], *, images: Set[str]) -> str:
-    """What a file is by its suffix, or, if the suffix says nothing, by its first bytes."""
+    """Return what a file is by its suffix, or, where that has no meaning, by its first bytes."""
     if not entry.is_file():
         return OTHER
     found = suffix(entry.name)

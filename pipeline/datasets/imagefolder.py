@@ -106,7 +106,7 @@ class Chunk(NamedTuple):
 
 
 def open_imagefolder(folder: Path, *, description: Description, params: NormalizeParams) -> Source:
-    """Return the images in `images.tar`; large archives are decoded by several processes."""
+    """Open the images in `images.tar`; large archives are decoded by several processes."""
     archive = folder / ARCHIVE
     class_names = check_class_names(description.class_names, origin=str(folder / DESCRIPTION))
     num_files = sum(count for counts in description.counts.values() for count in counts.values())

@@ -1,4 +1,4 @@
-"""What every data source gives: a `Source` to read from, and `source.json`, which says what lies beside it."""
+"""What all data sources share: `Source`, from which images are read, and `source.json`, which describes its files."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def read_description(folder: Path) -> Description:
 
 
 def choose_channels(params: NormalizeParams, *, native: Channels) -> Channels:
-    """Return the number of channels to read: that of the parameters, or the source's own where they say auto."""
+    """Return the number of channels to read: that of the parameters, or the source's own where that is auto."""
     return native if params.channels == "auto" else params.channels
 
 

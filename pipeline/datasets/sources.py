@@ -1,4 +1,4 @@
-"""The table of data sources: how each is downloaded, and how its files are read.
+"""The table of data sources: how each is downloaded, and how its files are opened.
 
 A new one is a module beside this one with two functions, and a line in `SOURCES`.
 """
@@ -14,7 +14,7 @@ from pipeline.params import Dataset, DownloadParams, NormalizeParams
 
 
 class Download(Protocol):
-    """Write the raw data into an empty folder; return what `source.json` is to say besides the name.
+    """Write the raw data into an empty folder; return the other fields of its `source.json`.
 
     Raises UserError where the parameters or the data are at fault, TemporaryError where the network is.
     """

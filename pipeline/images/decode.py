@@ -21,7 +21,7 @@ MAX_PIXELS = 2**27
 """Largest image that is decoded, in pixels (134 megapixels, 0.5 GB as RGB): a small file can announce more."""
 MAX_FILE_BYTES = 2**30
 """Largest image file that is read."""
-# EPS runs Ghostscript, a program, on the file; the others are recognised by Pillow but have no decoder in it.
+# EPS runs Ghostscript, a program, on the file; the others are recognized by Pillow but have no decoder in it.
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # The picture itself and nothing else of a HEIC file; the processes that decode are as many as the cores.
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
@@ -56,7 +56,7 @@ class UnreadableImage(ValueError):  # noqa: N818
 
 
 def is_image_content(head: bytes) -> bool:
-    """Whether a file that begins with these bytes (12 or more) is a JPEG, PNG, GIF, WebP, AVIF or HEIC image."""
+    """Return whether a file that begins with these bytes (12 or more) is a JPEG, PNG, GIF, WebP, AVIF or HEIC image."""
     return _SIGNATURES.match(head) is not None
 
 
@@ -70,10 +70,10 @@ def check_suffix(name: str) -> None:
 def decode(content: bytes, *, image_size: int, channels: Channels, resize: Resize) -> npt.NDArray[np.uint8]:
     """Decode the first frame of an image file to (image_size, image_size, channels) uint8; raises UnreadableImage.
 
-    - EXIF orientation is applied (damaged EXIF data counts as none); colour profiles are not.
+    - EXIF orientation is applied (damaged EXIF data counts as none); color profiles are not.
     - Anything transparent is laid over white.
-    - CMYK, YCbCr and whatever else are converted as Pillow does, LAB (D50) to sRGB; grey from colour is ITU-R 601 luma.
-    - 16-bit grey, and 32-bit integers (as which Pillow gives some 16-bit files), are divided by 257 and rounded, so
+    - CMYK, YCbCr and whatever else are converted as Pillow does, LAB (D50) to sRGB; gray from color is ITU-R 601 luma.
+    - 16-bit gray, and 32-bit integers (as which Pillow gives some 16-bit files), are divided by 257 and rounded, so
       that 65535 is 255. Floats are fractions of white. Values outside 0…65535 or 0…1 have no known white: unreadable.
     - Size: see `to_size`. JPEG files more than four times too large are decoded at a half, quarter or eighth of their
       size, never below twice the wanted one, which is several times as fast.
@@ -99,7 +99,7 @@ def decode(content: bytes, *, image_size: int, channels: Channels, resize: Resiz
 def to_size(image: Image.Image, *, image_size: int, resize: Resize) -> Image.Image:
     """Bring an image to image_size x image_size: bicubic, antialiased; one of that size passes untouched.
 
-    `crop` keeps the largest square at the centre, `pad` the whole image between black bars, `stretch` neither cuts
+    `crop` keeps the largest square at the center, `pad` the whole image between black bars, `stretch` neither cuts
     nor keeps the proportions.
     """
     if image.size == (image_size, image_size):
@@ -118,13 +118,13 @@ def to_size(image: Image.Image, *, image_size: int, resize: Resize) -> Image.Ima
 
 
 def resize_pixels(pixels: npt.NDArray[np.uint8], *, image_size: int, channels: Channels) -> npt.NDArray[np.uint8]:
-    """(H, W) grey or (H, W, 3) RGB uint8 to (image_size, image_size, channels) uint8, stretched by `to_size`."""
+    """(H, W) gray or (H, W, 3) RGB uint8 to (image_size, image_size, channels) uint8, stretched by `to_size`."""
     image = _to_channels(Image.fromarray(pixels), channels=channels)
     return _pixels(to_size(image, image_size=image_size, resize="stretch"))
 
 
 def _open(content: bytes, *, image_size: int) -> Image.Image:
-    """The first frame, upright, loaded; its number of pixels is checked before any of them is decoded."""
+    """Load the first frame, upright; its number of pixels is checked before any of them is decoded."""
     image: Image.Image = Image.open(BytesIO(content), formats=_FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -150,7 +150,10 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 def _turn_upright(image: Image.Image) -> None:
-    """Apply the EXIF orientation in place, so that what is damaged in the other EXIF data cannot lose the turn."""
+    """Apply the EXIF orientation.
+
+    In place, Pillow turns the picture before it rewrites the other EXIF data, which may be damaged.
+    """
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:

@@ -50,7 +50,7 @@ def find_duplicates(spool: Spool, splits: Mapping[str, Indices], *, params: Norm
 def describe_duplicates(
     found: Duplicates, spool: Spool, splits: Mapping[str, Indices], *, params: NormalizeParams
 ) -> dict[str, Any]:
-    """Return what `dataset.json` says of duplicates: numbers, examples, and the test images that have one."""
+    """Return the fields of `dataset.json` about duplicates: numbers, examples, and the test images that have one."""
     exact, near = found.exact, found.near
     most_similar = sorted(near, key=lambda match: (-match.correlation, match.test))[:MAX_EXAMPLES]
     test = np.union1d(exact.test, np.array([match.test for match in near], np.int64))
