@@ -29,9 +29,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.ways import CIFAR10, CIFAR10_IMAGES, RECIPE, arrays
-from pipeline.artifacts import CIFAR10_ARCHIVE
+from pipeline.artifacts import write_checksums
 from pipeline.core.errors import UserError, report_errors
-from pipeline.datasets.raw import CIFAR_BATCHES, CIFAR_FOLDER, CIFAR_SIZE
+from pipeline.datasets.cifar10 import ARCHIVE as OFFICIAL_ARCHIVE
+from pipeline.datasets.cifar10 import ARCHIVE_FOLDER, BATCHES, IMAGE_SIZE
 from pipeline.normalize import normalize
 from pipeline.params import check_params, compose
 
@@ -54,7 +55,7 @@ def prepare_apart(images: Path | None, *, recipe: str = RECIPE) -> None:
 def prepare(images: Path | None, *, recipe: str) -> None:
     """Make what is missing, or was made from others. Raises UserError where there are no images, or other ones."""
     params = check_params(compose(recipe, {}), origin=recipe).normalize
-    origin = {"images": _origin(images)}
+    origin = {"images": _origin(images), "with": "checksums.md5"}
     _make_once(CIFAR10, origin, lambda folder: _make(folder, images))
     _make_once(
         arrays(recipe),
@@ -97,22 +98,23 @@ def _make(folder: Path, images: Path | None) -> None:
         with tarfile.open(ARCHIVE) as archive:
             archive.extractall(tree, filter="data")
     files = official_files(tree)
-    (folder / CIFAR_FOLDER).mkdir()
+    (folder / ARCHIVE_FOLDER).mkdir()
     for name, content in files.items():
-        (folder / CIFAR_FOLDER / name).write_bytes(content)
+        (folder / ARCHIVE_FOLDER / name).write_bytes(content)
     download = folder / "download"
     download.mkdir()
-    write_archive(download / CIFAR10_ARCHIVE, files)
+    write_archive(download / OFFICIAL_ARCHIVE, files)
     (download / "source.json").write_text('{"dataset": "cifar10"}')
+    write_checksums(download)
 
 
 def official_files(tree: Path) -> dict[str, bytes]:
     """The files of the official archive by name, for a tree `<split>/<class>/*.jpg`; each batch has all classes."""
     classes = sorted(path.name for path in (tree / "train").iterdir() if path.is_dir())
     paths = {split: _mixed(tree / split, classes) for split in ("train", "test")}
-    meta = {"label_names": classes, "num_cases_per_batch": len(paths["test"]), "num_vis": 3 * CIFAR_SIZE**2}
+    meta = {"label_names": classes, "num_cases_per_batch": len(paths["test"]), "num_vis": 3 * IMAGE_SIZE**2}
     files = {"batches.meta": pickle.dumps(meta, protocol=2)}
-    training = [name for name, split in CIFAR_BATCHES if split == "train"]
+    training = [name for name, split in BATCHES if split == "train"]
     for number, name in enumerate(training):
         start, end = (len(paths["train"]) * part // len(training) for part in (number, number + 1))
         files[name] = _batch(paths["train"][start:end], classes)
@@ -140,8 +142,8 @@ def _batch(paths: list[Path], classes: list[str]) -> bytes:
 
 def _pixels(path: Path) -> npt.NDArray[np.uint8]:
     pixels = np.asarray(Image.open(path))
-    if pixels.shape != (CIFAR_SIZE, CIFAR_SIZE, 3):
-        raise UserError(f"{path} is {pixels.shape}; allowed: {CIFAR_SIZE}x{CIFAR_SIZE} pixels of 3 channels")
+    if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
+        raise UserError(f"{path} is {pixels.shape}; allowed: {IMAGE_SIZE}x{IMAGE_SIZE} pixels of 3 channels")
     return pixels.transpose(2, 0, 1).reshape(-1)
 
 
@@ -149,7 +151,7 @@ def write_archive(path: Path, files: Mapping[str, bytes]) -> None:
     """The official archive, hardly compressed."""
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
         for name, content in files.items():
-            member = tarfile.TarInfo(f"{CIFAR_FOLDER}/{name}")
+            member = tarfile.TarInfo(f"{ARCHIVE_FOLDER}/{name}")
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
 

@@ -16,8 +16,9 @@ from benchmarks.cifar10 import add_images, prepare_apart
 from benchmarks.setting import PROJECT, clone, options, scratch, timed
 from benchmarks.table import header, medians
 from benchmarks.ways import CIFAR10, RECIPE
-from pipeline.artifacts import CIFAR10_ARCHIVE, file_md5
+from pipeline.artifacts import file_md5
 from pipeline.core.errors import report_errors
+from pipeline.datasets.cifar10 import ARCHIVE
 
 STAGES = ("download", "normalize", "train", "evaluate")
 NO_OPS, NO_OP, EMPTY = 5, "dvc repro, nothing to do", "dvc repro of an empty pipeline, nothing to do"
@@ -44,7 +45,7 @@ def make_empty_pipeline(folder: Path) -> None:
 
 def make_clone(folder: Path) -> None:
     """Of the project, with the parameters of the recipe and a store for MLflow."""
-    archive = (CIFAR10 / "download" / CIFAR10_ARCHIVE).resolve()
+    archive = (CIFAR10 / "download" / ARCHIVE).resolve()
     clone(folder)
     overrides = [f"download.urls=[{archive}]", f"download.md5={file_md5(archive)}"]
     options = [part for value in overrides for part in ("--set", value)]

@@ -25,8 +25,6 @@ DOWNLOAD = Path("artifacts/download")
 NORMALIZE = Path("artifacts/normalize")
 TRAIN = Path("artifacts/train")
 EVALUATE = Path("artifacts/evaluate")
-CIFAR10_ARCHIVE = "cifar-10-python.tar.gz"
-IMAGEFOLDER_ARCHIVE = "images.tar"
 HISTORY = "history.csv"
 """In `artifacts/train/`: a row for each epoch."""
 KEPT = "kept"
@@ -181,7 +179,7 @@ def write_array(path: Path, blocks: Iterable[npt.NDArray[Any]], *, shape: tuple[
 
 
 def copy_file(source: Path, target: Path) -> str:
-    """Returns the MD5 of what was written."""
+    """Copy a file; returns the MD5 of what was written."""
     with source.open("rb") as content, atomic(target) as file:
         tee = _Tee(file)
         shutil.copyfileobj(content, tee, length=2**20)

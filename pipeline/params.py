@@ -36,8 +36,10 @@ Count = Annotated[int, BeforeValidator(_refuse_bool), Field(strict=True)]
 """A whole number; `3.0`, `"3"` and `true` are refused."""
 Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 """A finite number; YAML reads `1e-3` as text (it wants `1.0e-3`), so text that is a number is taken as one."""
+Dataset = Literal["digits", "cifar10", "imagefolder"]
+"""The names of the data sources; how each is downloaded and read is in `pipeline/datasets/sources.py`."""
 Channels = Literal[1, 3]
-"""1 for grey, 3 for RGB."""
+"""1 for gray, 3 for RGB."""
 Resize = Literal["crop", "pad", "stretch"]
 Views = Literal["none", "mirror", "mirror_and_shift"]
 Selection = Literal["highest_accuracy", "latest_equivalent"]
@@ -65,7 +67,7 @@ class Section(BaseModel):
 class DownloadParams(Section):
     """Where the raw data comes from."""
 
-    dataset: Literal["digits", "cifar10", "imagefolder"] = Field(
+    dataset: Dataset = Field(
         description="digits (scikit-learn's, no download), cifar10 (fetched), or imagefolder (your own images)"
     )
     folder: Annotated[str, Field(min_length=1)] = Field(
@@ -80,6 +82,17 @@ class DownloadParams(Section):
     timeout_seconds: Annotated[Number, Field(gt=0)] = Field(
         description="cifar10: give a place up after this long without a byte from it"
     )
+
+    @property
+    def origin(self) -> str | None:
+        """Where the raw data comes from, without secrets; None where it comes with a package."""
+        match self.dataset:
+            case "cifar10":
+                return shown(self.urls[0])
+            case "imagefolder":
+                return str(Path(self.folder).resolve())
+            case _:
+                return None
 
     @model_validator(mode="after")
     def _without_passwords(self) -> Self:
@@ -96,7 +109,7 @@ class NormalizeParams(Section):
     """How raw images become arrays, and which of them train, validate and test."""
 
     image_size: Annotated[Count, Field(ge=8, le=1024)] = Field(description="pixels, height and width alike")
-    channels: Literal["auto", 1, 3] = Field(description="1 (grey), 3 (RGB), or auto: 1 for digits, 3 for the others")
+    channels: Literal["auto", 1, 3] = Field(description="1 (gray), 3 (RGB), or auto: what the data source has")
     resize: Resize = Field(
         description="how an image that is not square is made so: cut at the centre, padded with black, or stretched"
     )

@@ -25,8 +25,7 @@ import torch
 from pipeline.artifacts import CHECKSUMS, TRAIN, verify
 from pipeline.core.errors import PartialError, UserError, printable, report_errors
 from pipeline.core.processes import num_cores
-from pipeline.datasets.raw import MAX_FILE_BYTES
-from pipeline.images.decode import UnreadableImage, check_suffix, decode
+from pipeline.images.decode import MAX_FILE_BYTES, UnreadableImage, check_suffix, decode
 from pipeline.models.config import ModelConfig
 from pipeline.models.files import load_model
 from pipeline.models.inference import class_probabilities

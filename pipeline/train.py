@@ -7,14 +7,13 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.arrays import DatasetInfo, Split
 from pipeline.artifacts import HISTORY, KEPT, TRAIN, replace_folder, verify_splits, write_bytes, write_csv
-from pipeline.core.errors import UserError, first_line, report_errors, shown
+from pipeline.core.errors import UserError, first_line, report_errors
 from pipeline.core.processes import cpu_name
 from pipeline.core.settings import get_settings
 from pipeline.core.stage_code import code_md5
@@ -23,7 +22,7 @@ from pipeline.models.build import Classifier, build, memory_format, try_training
 from pipeline.models.config import ModelConfig, configure
 from pipeline.models.files import save_config, save_weights
 from pipeline.models.pretrained import load_pretrained
-from pipeline.params import DownloadParams, Params, TrainParams, load_params
+from pipeline.params import Params, TrainParams, load_params
 from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.runs import describe_dataset, training_run
 from pipeline.training import distributed
@@ -67,7 +66,7 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
             training_run(
                 experiment=info.dataset,
                 params=all_params.flat(),
-                dataset=describe_dataset(info.dataset, source=_source(all_params.download), digest=info.md5),
+                dataset=describe_dataset(info.dataset, source=all_params.download.origin, digest=info.md5),
                 hardware=_hardware(device),
                 training=training,
                 earlier=start.state["mlflow"] if start else None,
@@ -201,12 +200,6 @@ def _report_start(run: RunLogger, *, start: Checkpoint | None, params: TrainPara
         print("warning: MLflow no longer has the run that began this training: its losses by step are lost", flush=True)
         for epoch in history:
             run.log(_metrics(epoch), step=epoch.epoch)
-
-
-def _source(params: DownloadParams) -> str | None:
-    return {"digits": None, "cifar10": shown(params.urls[0]), "imagefolder": str(Path(params.folder).resolve())}[
-        params.dataset
-    ]
 
 
 def _print_network(

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline.artifacts import CIFAR10_ARCHIVE, write_checksums
-from pipeline.datasets.raw import CIFAR_FOLDER
+from pipeline.artifacts import write_checksums
+from pipeline.datasets import cifar10
 from pipeline.params import NormalizeParams
 from tests import conftest
 
@@ -61,8 +61,10 @@ def cifar_folder(folder: Path, *, per_batch: int = 20, **changes: Any) -> Path:
     """The official layout with few images; `changes` replaces batches, as `test_batch={...}`."""
     batches: dict[str, Any] = {f"data_batch_{number}": cifar_batch(number, per_batch) for number in range(5, 0, -1)}
     batches |= {"test_batch": cifar_batch(6, per_batch), "batches.meta": {b"label_names": [b"cat", b"dog"]}}
-    pickles = {f"{CIFAR_FOLDER}/{name}": pickle.dumps(value, 2) for name, value in {**batches, **changes}.items()}
-    write_tar(folder / CIFAR10_ARCHIVE, pickles, mode="w:gz")
+    pickles = {
+        f"{cifar10.ARCHIVE_FOLDER}/{name}": pickle.dumps(value, 2) for name, value in {**batches, **changes}.items()
+    }
+    write_tar(folder / cifar10.ARCHIVE, pickles, mode="w:gz")
     return _described(folder, "cifar10")
 
 

@@ -44,13 +44,11 @@ ONLY_IN = {
     "ruamel": {"pipeline/core/yaml.py", "pipeline/params.py"},
     "PIL": {"pipeline/images/decode.py"},
     "pillow_heif": {"pipeline/images/decode.py"},
-    "pickle": set(),
-    "pickletools": {"pipeline/datasets/archives.py"},
+    "pickle": {"pipeline/datasets/pickles.py"},
     "tarfile": {
         "pipeline/datasets/archives.py",
-        "pipeline/download.py",
+        "pipeline/datasets/cifar10.py",
         "pipeline/datasets/imagefolder.py",
-        "pipeline/datasets/raw.py",
     },
 }
 """Where a library may be imported; MLflow itself runs `served_model`."""

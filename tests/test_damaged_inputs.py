@@ -20,8 +20,9 @@ from PIL import Image
 
 from pipeline.artifacts import file_md5, read_array, verify, write_checksums
 from pipeline.core.errors import UserError
-from pipeline.datasets.archives import DamagedArchive, load_pickle
-from pipeline.datasets.raw import open_source
+from pipeline.datasets.archives import DamagedArchive
+from pipeline.datasets.pickles import load_pickle
+from pipeline.datasets.sources import open_source
 from pipeline.images.decode import UnreadableImage, decode
 from pipeline.models.build import build
 from pipeline.models.config import ModelConfig
@@ -233,7 +234,8 @@ def archive_in(folder: Path) -> Path:
 
 
 def read_all(folder: Path) -> bytes:
-    """Everything that comes out of it."""
+    """Everything that comes out of it, where its checksums were taken of the damaged files."""
+    write_checksums(folder)
     return b"".join(
         block.images.tobytes() + block.labels.tobytes() for block in open_source(folder, params=params()).blocks
     )

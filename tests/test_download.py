@@ -23,12 +23,13 @@ import pytest
 from PIL import Image
 
 from pipeline import download as step
-from pipeline.artifacts import CIFAR10_ARCHIVE
 from pipeline.core.errors import EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError
 from pipeline.core.yaml import dump_yaml, read_yaml
+from pipeline.datasets import cifar10 as cifar10_source
 from pipeline.datasets import fetch
 from pipeline.download import download
 from pipeline.params import DownloadParams, load_params
+from tests import conftest
 
 PROJECT = Path(__file__).parents[1]
 OUT = Path("artifacts/download")
@@ -170,8 +171,12 @@ def md5(content: bytes) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
+def download_params(**changes: object) -> DownloadParams:
+    return conftest.params(**{f"download__{name}": value for name, value in changes.items()}).download
+
+
 def cifar10(*urls: str, content: bytes = CONTENT, timeout_seconds: float = 300.0) -> DownloadParams:
-    return DownloadParams(dataset="cifar10", folder="-", urls=urls, md5=md5(content), timeout_seconds=timeout_seconds)
+    return download_params(dataset="cifar10", urls=urls, md5=md5(content), timeout_seconds=timeout_seconds)
 
 
 def listing() -> list[str]:
@@ -333,7 +338,7 @@ def test_a_mirror_with_other_content_is_named_and_the_next_one_used(
     assert ARCHIVE.read_bytes() == CONTENT
 
 
-def test_wrong_content_everywhere_is_the_users_to_mend(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
+def test_wrong_content_everywhere_is_the_users_to_fix(serve: Serve, capfd: pytest.CaptureFixture[str]) -> None:
     site = serve(b"other")
     status, told = run_main(capfd, dataset="cifar10", urls=[site.url, nowhere()], md5=md5(CONTENT))
     assert status == EXIT_USER
@@ -422,7 +427,7 @@ def test_the_default_is_torchvisions_archive() -> None:
     params = load_params(PROJECT / "params.yaml").download
     assert CIFAR10.url in params.urls
     assert params.md5 == CIFAR10.tgz_md5
-    assert CIFAR10.filename == CIFAR10_ARCHIVE
+    assert CIFAR10.filename == cifar10_source.ARCHIVE
 
 
 # ---- cifar10: from a local archive
@@ -451,7 +456,7 @@ def test_a_truncated_local_archive_is_refused_and_what_was_there_stays(capfd: py
 
 
 @pytest.mark.parametrize("place", ["gone.tar.gz", "."])
-def test_no_local_archive_is_the_users_to_mend(place: str) -> None:
+def test_no_local_archive_is_the_users_to_fix(place: str) -> None:
     with pytest.raises(UserError, match=r"no such file|a folder, not an archive"):
         download(cifar10(place))
 
@@ -503,8 +508,7 @@ def test_what_is_no_whole_archive_is_refused_even_with_the_right_sum(content: by
 
 
 def test_digits_are_scikit_learns() -> None:
-    params = DownloadParams(dataset="digits", folder="-", urls=("-",), md5="0" * 32, timeout_seconds=1)
-    download(params)
+    download(download_params(dataset="digits"))
     images, labels = np.load(OUT / "images.npy"), np.load(OUT / "labels.npy")
     assert (images.dtype, images.shape, images.min(), images.max()) == (np.uint8, (1797, 8, 8), 0, 16)
     assert (labels.dtype, labels.shape, labels[:10].tolist()) == (np.int64, (1797,), list(range(10)))
@@ -524,7 +528,7 @@ def test_another_dataset_takes_the_folder_over() -> None:
 
 
 def imagefolder(folder: str | Path = "images") -> DownloadParams:
-    return DownloadParams(dataset="imagefolder", folder=str(folder), urls=("-",), md5="0" * 32, timeout_seconds=1)
+    return download_params(dataset="imagefolder", folder=str(folder))
 
 
 def make_tree(*names: str, root: str | Path = "images") -> Path:

@@ -98,6 +98,41 @@ def test_exif_orientation_is_undone(orientation: int) -> None:
     assert (read(encoded(stored, exif=exif), image_size=32) == upright).all()
 
 
+MODES = ("1", "L", "P", "LA", "RGBA", "I;16")
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 7])
+@pytest.mark.parametrize("mode", MODES)
+def test_exif_orientation_is_undone_in_every_mode(mode: str, orientation: int) -> None:
+    upright = photo("L", 0, (32, 32))
+    upright.paste(200, (0, 0, 5, 16))
+    turn = {3: "ROTATE_180", 6: "ROTATE_90", 7: "TRANSVERSE"}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = upright.convert(mode).transpose(Image.Transpose[turn])
+    assert (
+        read(encoded(stored, exif=exif), image_size=32) == read(encoded(upright.convert(mode)), image_size=32)
+    ).all()
+
+
+@pytest.mark.parametrize(("error", "is_read"), [(struct.error("damaged"), True), (MemoryError(), False)])
+def test_damage_beside_the_orientation_does_not_lose_the_turn(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, is_read: bool
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    exif = Image.Exif()
+    exif[0x0112] = 2
+    content = encoded(np.fliplr(noise(1)), exif=exif)
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)
+    if is_read:
+        assert (read(content, image_size=32) == noise(1)).all()
+    else:
+        with pytest.raises(UnreadableImage, match="MemoryError"):
+            read(content)
+
+
 def test_damaged_exif_data_does_not_lose_the_picture() -> None:
     content = encoded(noise(1), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01\x12")
     assert read(content, image_size=32).shape == (32, 32, 3)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import TemporaryError, UserError
-from pipeline.datasets import imagefolder
-from pipeline.datasets.imagefolder import (
+from pipeline.datasets import folder_scan
+from pipeline.datasets.folder_scan import (
     COMPANION,
     HIDDEN,
     LOOSE,
@@ -365,12 +365,12 @@ def test_dvc_sees_changes_in_a_linked_file_and_behind_a_linked_root(tmp_path: Pa
 
 
 def test_a_folder_that_changes_while_it_is_read_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    root, original = tree("{cat,dog}/*3"), imagefolder._tally_outside
+    root, original = tree("{cat,dog}/*3"), folder_scan._tally_outside
 
     def tally_then_add(*arguments: Any) -> None:
         original(*arguments)
         tree("cat/late.jpg")
 
-    monkeypatch.setattr(imagefolder, "_tally_outside", tally_then_add)
+    monkeypatch.setattr(folder_scan, "_tally_outside", tally_then_add)
     with pytest.raises(TemporaryError, match="'data' changes while it is read; try again"):
         scan(root)

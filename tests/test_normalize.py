@@ -14,9 +14,12 @@ from PIL import Image
 from pipeline import normalize as step
 from pipeline.artifacts import file_md5, read_split
 from pipeline.core.errors import UserError
-from pipeline.datasets import raw
+from pipeline.datasets import decoding_pool, imagefolder
 from pipeline.images import blocks as blocks_module
-from pipeline.normalize import mean_and_deviation, normalize, report
+from pipeline.images import duplicate_search
+from pipeline.images.data_report import report
+from pipeline.images.statistics import mean_and_deviation
+from pipeline.normalize import normalize
 from tests.raw_folders import (
     NAMES,
     cifar_folder,
@@ -195,9 +198,10 @@ def test_the_number_of_processes_does_not_matter(tmp_path: Path, out: Path, monk
     made(tmp_path, out, files)
     first = contents(out)
     for module, name, value in (
-        (raw, "POOL_BYTES", 0),
+        (imagefolder, "POOL_BYTES", 0),
         (blocks_module, "BLOCK_IMAGES", 3),
-        (raw, "num_cores", lambda: 2),
+        (imagefolder, "num_cores", lambda: 2),
+        (decoding_pool, "num_cores", lambda: 2),
     ):
         monkeypatch.setattr(module, name, value)
     made(tmp_path, out, files)
@@ -210,9 +214,9 @@ def test_the_checksums_are_those_of_the_files(tmp_path: Path, out: Path) -> None
     assert len(md5) == 6
 
 
-@pytest.mark.parametrize("failing", ["write_json", "near_duplicates"])
+@pytest.mark.parametrize(("module", "failing"), [(step, "write_json"), (duplicate_search, "near_duplicates")])
 def test_nothing_is_lost_or_left_behind_when_it_fails(
-    tmp_path: Path, out: Path, monkeypatch: Any, failing: str
+    tmp_path: Path, out: Path, monkeypatch: Any, module: Any, failing: str
 ) -> None:
     made(tmp_path, out, plain_files(per_class=5))
     before = contents(out)
@@ -220,7 +224,7 @@ def test_nothing_is_lost_or_left_behind_when_it_fails(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(step, failing, fail)
+    monkeypatch.setattr(module, failing, fail)
     with pytest.raises(OSError, match="disk full"):
         made(tmp_path, out, plain_files(per_class=6))
     assert contents(out) == before

@@ -21,7 +21,7 @@ def test_every_recipe_is_valid(recipe: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
-        ("download__dataset", "mnist", "download.dataset is 'mnist'; allowed: 'digits', 'cifar10' or 'imagefolder'"),
+        ("download__dataset", "mnist", "download.dataset is 'mnist'; allowed: 'digits', 'cifar10'"),
         ("download__md5", "xyz", "download.md5 is 'xyz'"),
         ("download__urls", [], "download.urls"),
         ("download__urls", ["https://me:secret@host/a"], "download.urls: https://host/a comes with a user or password"),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from pipeline.artifacts import read_json
 from pipeline.core.errors import UserError
-from pipeline.datasets import raw
+from pipeline.datasets import decoding_pool, imagefolder
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_PIXELS, UnreadableImage, check_suffix, decode, is_image_content
 from pipeline.normalize import normalize
 from tests.raw_folders import encoded, image_folder, noise, params, plain_files
@@ -123,8 +123,9 @@ def test_images_without_a_decoder_count_as_unreadable(tmp_path: Path) -> None:
 
 
 def test_every_process_that_decodes_reads_heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(raw, "POOL_BYTES", 0)
-    monkeypatch.setattr(raw, "num_cores", lambda: 2)
+    monkeypatch.setattr(imagefolder, "POOL_BYTES", 0)
+    for module in (imagefolder, decoding_pool):
+        monkeypatch.setattr(module, "num_cores", lambda: 2)
     files = {
         f"train/{name}/{n}.heic": encoded(noise(n + 100 * (name == "dog")), "HEIF")
         for name in ("cat", "dog")

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.artifacts import CIFAR10_ARCHIVE
+from pipeline.artifacts import write_checksums
 from pipeline.core.errors import UserError
-from pipeline.datasets import raw
-from pipeline.datasets.archives import DamagedArchive, load_pickle, members, open_tar
-from pipeline.datasets.raw import open_source
+from pipeline.datasets import cifar10, decoding_pool, imagefolder
+from pipeline.datasets.archives import DamagedArchive, members, open_tar
+from pipeline.datasets.pickles import load_pickle
+from pipeline.datasets.sources import open_source
 from pipeline.images import blocks as blocks_module
 from pipeline.images.blocks import Block
 from tests.raw_folders import (
@@ -31,6 +32,8 @@ from tests.raw_folders import (
 
 
 def blocks(folder: Path, **changes: Any) -> list[Block]:
+    """All blocks, as of a folder whose checksums hold: what is wrong was so before they were taken."""
+    write_checksums(folder)
     return list(open_source(folder, params=params(**changes)).blocks)
 
 
@@ -54,6 +57,7 @@ def test_digits_of_their_own_size_are_scaled_to_the_range_of_bytes(tmp_path: Pat
 def test_digits_that_are_not_digits_are_refused(tmp_path: Path) -> None:
     folder = digits_folder(tmp_path / "raw")
     np.save(folder / "images.npy", np.full((1797, 8, 8), 17, np.uint8))
+    write_checksums(folder)
     with pytest.raises(UserError, match=r"not scikit-learn's digits.*dvc repro download"):
         open_source(folder, params=params())
 
@@ -83,14 +87,14 @@ class Hostile:
 @pytest.mark.parametrize("value", [Hostile(), {b"data": Hostile()}, {b"label_names": [np.float64(1)]}])
 def test_a_pickle_that_wants_more_than_data_is_refused(tmp_path: Path, value: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"batches.meta refused \(.* is not admitted\)"):
+    with pytest.raises(UserError, match=r"batches.meta refused \(.* is not allowed\)"):
         open_source(cifar_folder(tmp_path / "raw", **{"batches.meta": value}), params=params())
     assert not Path("hostile").exists()
 
 
 def test_only_latin1_bytes_are_decoded() -> None:
     assert load_pickle(b"c_codecs\nencode\n(Vabc\nVlatin1\ntR.") == b"abc"
-    with pytest.raises(DamagedArchive, match="is not admitted"):
+    with pytest.raises(DamagedArchive, match="are not allowed"):
         load_pickle(b"c_codecs\nencode\n(Vabc\nVzlib\ntR.")
 
 
@@ -112,7 +116,7 @@ def test_a_batch_that_is_not_as_documented_is_refused(tmp_path: Path, change: An
 
 
 def test_a_truncated_archive_is_refused(tmp_path: Path) -> None:
-    archive = cifar_folder(tmp_path / "raw") / CIFAR10_ARCHIVE
+    archive = cifar_folder(tmp_path / "raw") / cifar10.ARCHIVE
     archive.write_bytes(archive.read_bytes()[:-40_000])
     with pytest.raises(UserError, match=r"damaged|has no"):
         blocks(tmp_path / "raw")
@@ -143,9 +147,10 @@ def test_a_folder_of_images_of_all_kinds(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("limit", [0, 2**30])
 def test_blocks_are_the_same_from_one_process_and_from_several(tmp_path: Path, monkeypatch: Any, limit: int) -> None:
-    monkeypatch.setattr(raw, "POOL_BYTES", limit)
+    monkeypatch.setattr(imagefolder, "POOL_BYTES", limit)
     monkeypatch.setattr(blocks_module, "BLOCK_IMAGES", 7)
-    monkeypatch.setattr(raw, "num_cores", lambda: 2)
+    for module in (imagefolder, decoding_pool):
+        monkeypatch.setattr(module, "num_cores", lambda: 2)
     files = plain_files(per_class=30) | {"train/dog/bad.png": b"bad"}
     found = blocks(image_folder(tmp_path / "raw", files))
     assert [name for block in found for name in block.names] == list(files)[:-1]

@@ -8,7 +8,8 @@ import numpy as np
 from benchmarks.recipe import network
 from benchmarks.ways import CIFAR10, RECIPE, arrays, is_reached, seed
 from pipeline.arrays import DatasetInfo, Split
-from pipeline.datasets.raw import open_source
+from pipeline.datasets.cifar10 import open_cifar10
+from pipeline.datasets.source import Description
 from pipeline.params import check_params, compose
 from pipeline.training.device import prepare_torch
 from pipeline.training.loop import train, validate
@@ -18,7 +19,9 @@ def main() -> None:
     """Read, train, judge."""
     params = check_params(compose(RECIPE, {"train.seed": seed()}), origin=RECIPE)
     device, info = prepare_torch(params.train), DatasetInfo.read(arrays())
-    blocks = list(open_source(CIFAR10 / "download", params=params.normalize).blocks)
+    blocks = list(
+        open_cifar10(CIFAR10 / "download", description=Description(dataset="cifar10"), params=params.normalize).blocks
+    )
     images, labels = (
         {
             split: np.concatenate([getattr(block, kind) for block in blocks if block.split == split])

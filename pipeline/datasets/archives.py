@@ -1,31 +1,22 @@
-"""Archives from outside, read as data: no file is made from what is in them, and no pickle is run."""
+"""Tar archives from outside: their headers and files are read in place, and nothing is unpacked into a folder."""
 
 import gzip
-import pickletools
-import re
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Self
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from pipeline.artifacts import naming
-from pipeline.core.errors import first_line
+from pipeline.artifacts import missing, naming
+from pipeline.core.errors import UserError, first_line
+from pipeline.datasets.source import DOWNLOAD_AGAIN
 
 MAX_HEADER_BYTES = 2**20
-MAX_PICKLE_BYTES = 2**28
-"""Largest pickle that is read; one of CIFAR-10's has 31 MB."""
+MAX_MEMBER_BYTES = 2**28
+"""Largest file that `read_member` reads; the batches of CIFAR-10 have 31 MB."""
 MAX_UNPACKED_BYTES = 2**30
 """Largest compressed archive, unpacked; CIFAR-10's has 186 MB."""
-
-
-class DamagedArchive(ValueError):  # noqa: N818
-    """The reason, in one line, why an archive or something in it cannot be read."""
-
-
 _HEADER_TYPES = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -33,28 +24,18 @@ _HEADER_TYPES = (
     tarfile.XGLTYPE,
     tarfile.SOLARIS_XHDTYPE,
 )
-_HEADER = tarfile.TarInfo().tobuf(tarfile.PAX_FORMAT)
-_PLAIN = (_HEADER[100:124], _HEADER[135:148], _HEADER[154:])
-"""What stands around name, size and checksum in the header of a file that has neither owner nor time."""
-_PLAIN_SUM = sum(_HEADER) - sum(_HEADER[124:135]) - sum(_HEADER[148:156]) + 8 * ord(" ")
+
+
+class DamagedArchive(ValueError):  # noqa: N818
+    """The reason, in one line, why an archive or something in it cannot be read."""
 
 
 class _TarInfo(tarfile.TarInfo):
-    """Refuses a negative size, with which Python before 3.11.14 would go back in the archive and never end.
+    """A header whose size is checked before it is used.
 
-    And headers of headers (long names, pax) of more than MAX_HEADER_BYTES, which tarfile would read whole.
+    Python before 3.11.14 reads the same headers without end where a size is negative, and any reads the header of a
+    header (a long name, pax) whole.
     """
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> Self:
-        """As tarfile has it, but headers in which only name and size vary, as `pack` writes them, are soon read."""
-        name, size = buf[:100].rstrip(b"\0"), buf[124:135]
-        plain = (buf[100:124], buf[135:148], buf[154:]) == _PLAIN and name.isascii() and b"\0" not in name
-        if not plain or size.strip(b"01234567") or buf[148:154] != b"%06o" % (_PLAIN_SUM + sum(name) + sum(size)):
-            return super().frombuf(buf, encoding, errors)  # type: ignore[arg-type]
-        member = cls(name.decode())
-        member.size = int(size, 8)
-        return member
 
     def _block(self, count: int) -> int:
         if count < 0:
@@ -65,8 +46,19 @@ class _TarInfo(tarfile.TarInfo):
         return size
 
 
+@contextmanager
+def report_damage(archive: Path) -> Iterator[None]:
+    """Turn a missing or damaged archive of a download folder into a UserError that names the step to run again."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(missing(archive)) from None
+    except DamagedArchive as error:
+        raise UserError(f"{archive}: damaged ({error}); {DOWNLOAD_AGAIN}") from None
+
+
 def open_tar(path: Path, mode: Any) -> tarfile.TarFile:
-    """Raises DamagedArchive where it is none, OSError where there is no such file."""
+    """Open an archive; raises DamagedArchive where it is none, OSError where there is no such file."""
     try:
         return tarfile.open(path, mode, tarinfo=_TarInfo)
     except Exception as error:
@@ -74,9 +66,10 @@ def open_tar(path: Path, mode: Any) -> tarfile.TarFile:
 
 
 def open_compressed_tar(path: Path) -> tarfile.TarFile:
-    """A .tar.gz, unpacked once into a file without a name: in the compressed one, each look for a member starts anew.
+    """Unpack a .tar.gz into a file without a name, and open that: in the .tar.gz, each look-up starts at the beginning.
 
-    Raises DamagedArchive where it is none or has more than MAX_UNPACKED_BYTES, OSError where there is no such file.
+    That takes 8.8 s instead of 11.6 s for normalize of CIFAR-10. Raises DamagedArchive where it is no such archive or
+    has more than MAX_UNPACKED_BYTES, OSError where there is no such file.
     """
     unpacked = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # lives as long as the archive
     try:
@@ -93,27 +86,26 @@ def open_compressed_tar(path: Path) -> tarfile.TarFile:
         raise _damaged(error) from None
 
 
-def next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
-    """The next header, None at the end; raises DamagedArchive."""
+def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """Yield all headers and keep none in memory; raises DamagedArchive."""
+    while (member := _next_member(tar)) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all: 1 KB a file
+        yield member
+
+
+def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
     try:
         return tar.next()
     except Exception as error:
         raise _damaged(error) from None
 
 
-def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """All headers; of those that were given, none is kept in memory."""
-    while (member := next_member(tar)) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all: 1 KB a file
-        yield member
-
-
 def read_member(tar: tarfile.TarFile, name: str) -> bytes:
-    """Content of a file of up to MAX_PICKLE_BYTES; raises KeyError where there is none, DamagedArchive."""
+    """Return the content of a file of up to MAX_MEMBER_BYTES; raises KeyError where there is none, DamagedArchive."""
     try:
         member = tar.getmember(name)
-        if member.size > MAX_PICKLE_BYTES:
-            raise DamagedArchive(f"{name} has {member.size:,} bytes; allowed: {MAX_PICKLE_BYTES:,}")
+        if member.size > MAX_MEMBER_BYTES:
+            raise DamagedArchive(f"{name} has {member.size:,} bytes; allowed: {MAX_MEMBER_BYTES:,}")
         file = tar.extractfile(member) if member.isreg() else None
         return file.read() if file else b""
     except KeyError:
@@ -122,165 +114,48 @@ def read_member(tar: tarfile.TarFile, name: str) -> bytes:
         raise _damaged(error) from None
 
 
+def check_members(archive: Path) -> int:
+    """Read the names in an archive that was fetched, nothing else; returns how many there are.
+
+    Raises UserError where it is no tar archive, or one has a member that could be written outside the folder it is
+    unpacked in.
+    """
+    count = 0
+    try:
+        with open_tar(archive, "r") as tar:
+            for member in members(tar):
+                count += 1
+                _check_member(archive, member)
+    except DamagedArchive as error:
+        raise UserError(
+            f"{archive}: not a whole tar archive ({error}), although its MD5 is download.md5; "
+            "set download.urls and download.md5 to a whole one"
+        ) from None
+    return count
+
+
+def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
+    name = PurePosixPath(member.name)
+    problems = {
+        "an absolute path": name.is_absolute(),
+        "a path outside the archive's folder": ".." in name.parts,
+        "a link": member.islnk() or member.issym(),
+        "a device": member.isdev(),
+        "of an unknown kind": not (member.isfile() or member.isdir()),
+    }
+    wrong = next((problem for problem, present in problems.items() if present), None)
+    if wrong:
+        raise UserError(
+            f"{archive}: member {member.name!r} is {wrong}; allowed: files and folders inside its own folder; "
+            "set download.urls and download.md5 to an archive that can be trusted"
+        )
+
+
 def _damaged(error: Exception) -> Exception:
-    """tarfile and zlib raise nearly anything on damaged headers; what the file system says stays as it is."""
+    """Return DamagedArchive for nearly anything that tarfile and zlib raise on damaged headers.
+
+    An error of the file system that names a file is returned unchanged.
+    """
     if isinstance(error, DamagedArchive) or (isinstance(error, OSError) and error.filename is not None):
         return error
     return DamagedArchive(first_line(error))
-
-
-def load_pickle(content: bytes) -> Any:
-    """The dictionaries, lists, numbers, texts, bytes and numpy arrays of numbers in a pickle; raises DamagedArchive.
-
-    The opcodes are interpreted here, and whatever could call or import something is no part of that: a pickle that
-    wants more is refused. Byte strings of Python 2 come as text (latin-1).
-    """
-    try:
-        return _Reader(limit=2 * len(content)).read(content)
-    except DamagedArchive:
-        raise
-    # a damaged pickle makes the interpreter raise nearly anything: IndexError, TypeError, KeyError, …
-    except Exception as error:
-        raise DamagedArchive(f"damaged: {first_line(error)}") from None
-
-
-_LITERALS = (
-    {"INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT"}
-    | {"STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
-    | {"UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
-)
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_DTYPE = re.compile(r"[biuf][1248]")
-
-
-class _Array:
-    """An array whose content has not come yet."""
-
-    values: npt.NDArray[Any] | None = None
-
-
-class _Reader:
-    """The stack of pickle's machine. `limit`: bytes that texts may be turned into; each is written but once."""
-
-    def __init__(self, *, limit: int) -> None:
-        self._stack: list[Any] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
-        self._left = limit
-
-    def read(self, content: bytes) -> Any:
-        for opcode, argument, _ in pickletools.genops(content):
-            if opcode.name == "STOP":
-                return _plain(self._stack.pop())
-            self._step(opcode.name, argument)
-        raise DamagedArchive("damaged: no end")
-
-    def _step(self, name: str, argument: Any) -> None:
-        stack = self._stack
-        match name:
-            case "PROTO" | "FRAME":
-                pass
-            case "MARK":
-                self._marks.append(len(stack))
-            case "EMPTY_DICT" | "EMPTY_LIST":
-                stack.append({} if name == "EMPTY_DICT" else [])
-            case "BINPUT" | "LONG_BINPUT" | "PUT":
-                self._memo[argument] = stack[-1]
-            case "MEMOIZE":
-                self._memo[len(self._memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET" | "GET":
-                stack.append(self._memo[argument])
-            case "GLOBAL":
-                stack.append(_Name(argument))
-            case _ if name in _CONSTANTS:
-                stack.append(_CONSTANTS[name])
-            case _ if name in _LITERALS:
-                stack.append(argument)
-            case _:
-                self._combine(name)
-
-    def _combine(self, name: str) -> None:
-        """The opcodes that take something off the stack."""
-        stack = self._stack
-        match name:
-            case "TUPLE":
-                stack.append(tuple(self._since_mark()))
-            case "LIST":
-                stack.append(self._since_mark())
-            case "DICT":
-                pairs = self._since_mark()
-                stack.append({})
-                self._put(pairs)
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(name[-1])
-                stack[-count:] = [tuple(stack[-count:])]
-            case "APPEND" | "APPENDS":
-                items = self._since_mark() if name == "APPENDS" else [stack.pop()]
-                _of(list, stack[-1]).extend(items)
-            case "SETITEM" | "SETITEMS":
-                self._put(self._since_mark() if name == "SETITEMS" else [stack.pop(-2), stack.pop()])
-            case "STACK_GLOBAL":
-                stack[-2:] = [_Name(f"{_of(str, stack[-2])} {_of(str, stack[-1])}")]
-            case "REDUCE":
-                stack[-2:] = [self._call(stack[-2], stack[-1])]
-            case "BUILD":
-                self._build(stack.pop(), stack[-1])
-            case _:
-                raise DamagedArchive(f"the opcode {name} is not admitted")
-
-    def _put(self, pairs: list[Any]) -> None:
-        """Keys and values in turn, into the dictionary on top."""
-        keys = [_of((str, bytes), key) for key in pairs[::2]]  # to hash nested tuples may take for ever
-        _of(dict, self._stack[-1]).update(zip(keys, pairs[1::2], strict=True))
-
-    def _since_mark(self) -> list[Any]:
-        start = self._marks.pop()
-        items = self._stack[start:]
-        del self._stack[start:]
-        return items
-
-    def _call(self, name: Any, arguments: Any) -> Any:
-        """What stands for a call; nothing is called."""
-        match name, arguments:
-            case "_codecs encode", (str(text), "latin1" | "latin-1"):
-                self._left -= len(text)
-                if self._left < 0:
-                    raise DamagedArchive("it unfolds to more than it holds")
-                return text.encode("latin1")
-            case (("numpy.core.multiarray _reconstruct" | "numpy._core.multiarray _reconstruct"), _):
-                return _Array()
-            case "numpy dtype", (str(code), *_) if _DTYPE.fullmatch(code):
-                return np.dtype(code)
-        raise DamagedArchive(f"{_of(_Name, name)[:80]!r} with such arguments is not admitted")
-
-    def _build(self, state: Any, target: Any) -> None:
-        if isinstance(target, np.dtype):
-            if state[1] == ">":
-                raise DamagedArchive("numbers in big-endian order are not admitted")
-            return
-        _, shape, dtype, fortran, data = state
-        content = data.encode("latin1") if isinstance(data, str) else data
-        self._left -= len(content)
-        if self._left < 0:
-            raise DamagedArchive("it unfolds to more than it holds")
-        flat = np.frombuffer(content, _of(np.dtype, dtype))
-        _of(_Array, target).values = flat.reshape(shape, order="F" if fortran else "C")
-
-
-class _Name(str):
-    """Module and name of what a pickle would have imported."""
-
-    __slots__ = ()
-
-
-def _of(kind: Any, value: Any) -> Any:
-    if not isinstance(value, kind) or (isinstance(value, _Name) and kind is not _Name):
-        raise DamagedArchive(f"a {type(value).__name__} in the wrong place")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """The arrays of a dictionary in the place of what stood for them."""
-    if isinstance(value, dict):
-        return {key: entry.values if isinstance(entry, _Array) else entry for key, entry in value.items()}
-    return value

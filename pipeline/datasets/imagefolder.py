@@ -1,129 +1,65 @@
-"""A folder of the user's own images: every file in it accounted for, and the images packed into one archive."""
+"""A folder of the user's own images: packed into one archive by the download, decoded from it afterwards."""
 
 import os
 import tarfile
-from collections import Counter
-from collections.abc import Iterator, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import IO, Any, NamedTuple
 
-from pipeline.artifacts import atomic, naming
-from pipeline.core.errors import TemporaryError, UserError
-from pipeline.core.progress import progress
-from pipeline.datasets.layout import ClassFolder, entries, find_layout, is_hidden, listed, suffix
-from pipeline.images.decode import (
-    IMAGE_SUFFIXES,
-    RAW_SUFFIXES,
-    UNDECODABLE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    UnreadableImage,
-    check_suffix,
-    is_image_content,
+import numpy as np
+
+from pipeline.artifacts import atomic, expand, missing, naming
+from pipeline.core.errors import TemporaryError, UserError, printable
+from pipeline.core.processes import num_cores
+from pipeline.core.progress import in_bytes, progress
+from pipeline.core.project import copy_hint
+from pipeline.datasets.archives import members, open_tar, report_damage
+from pipeline.datasets.decoding_pool import decode_in_processes
+from pipeline.datasets.folder_scan import HIDDEN, UNDECODABLE, Scan, describe, image_files, scan
+from pipeline.datasets.source import (
+    DESCRIPTION,
+    DOWNLOAD_AGAIN,
+    Description,
+    Source,
+    check_class_names,
+    choose_channels,
 )
-from pipeline.params import bad_folder
+from pipeline.images.blocks import SPLITS, Block, block_length
+from pipeline.images.decode import MAX_FILE_BYTES, UnreadableImage, decode
+from pipeline.params import Channels, DownloadParams, NormalizeParams, Resize
 
-MAX_LOOSE_FRACTION = 0.01
-"""Most images that may lie beside the class folders, as a fraction of those in them: more may be a mistake."""
-MAX_MERGED_SHOWN = 5
-IMAGE = "images"
-UNDECODABLE = "images in formats that cannot be decoded"
-COMPANION = "camera raw files and videos beside an image of the same name"
-VIDEO = "videos"
-OTHER = "files that are no images"
-LOOSE = "images outside the class folders"
-UNLABELED = "images in folders without classes"
-OUTSIDE = "other files outside the class folders"
-HIDDEN = "hidden files, and what systems leave"
+ARCHIVE = "images.tar"
+POOL_BYTES = 2**24
+"""Archives smaller than this are decoded in this process: to start others would take longer (about a second)."""
 
 
-@dataclass(frozen=True)
-class Scan:
-    """What a folder of images holds, and what of it is used."""
-
-    class_names: list[str]
-    counts: dict[str, dict[str, int]]
-    """Images by split and class, readable or not: only `normalize` decodes them."""
-    undecodable: list[tuple[str, str]]
-    """(name as in the archive, reason) of images in class folders whose format has no decoder."""
-    ignored: list[str]
-    """Other files in class folders that are not used, named as the others are in the archive."""
-    not_used: dict[str, int]
-    """Files that are not used, by reason; their numbers and `total` add up to the number of files in the folder."""
-    examples: dict[str, str]
-    """The first file of each reason."""
-    splits: dict[str, Path]
-    """The folder of the class folders of each split."""
-    merged: dict[str, list[str]]
-    """The folders whose images make up one class, for each `<split>/<class>` that has several; "." is its own."""
-    classes: list[ClassFolder]
-
-    @property
-    def total(self) -> int:
-        return sum(sum(of_split.values()) for of_split in self.counts.values())
+def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:
+    """Write the images of `params.folder` to `images.tar`; print and return what was found and used."""
+    found = _scan(expand(params.folder))
+    size = pack(found, folder / ARCHIVE)
+    splits = ", ".join(f"{split} {sum(counts.values()):,}" for split, counts in found.counts.items())
+    print(f"imagefolder: {found.total:,} images of {len(found.class_names)} classes ({splits}), {in_bytes(size)}")
+    for line in describe(found):
+        print(f"imagefolder: {printable(line)}")
+    if found.not_used.get(UNDECODABLE):
+        print("imagefolder: those that cannot be decoded count as unreadable in normalize.max_unreadable_fraction")
+    # hidden files come and go, and `source.json` must not change with them
+    not_used = {reason: number for reason, number in found.not_used.items() if reason != HIDDEN}
+    return {
+        "class_names": found.class_names,
+        "counts": found.counts,
+        "ignored_files": found.ignored,
+        "undecodable_files": [{"file": name, "reason": reason} for name, reason in found.undecodable],
+        "files": {"found": found.total + sum(not_used.values()), "used": found.total, "not_used": not_used},
+    }
 
 
-@dataclass
-class _Tally:
-    """What is counted while the folder is walked."""
-
-    undecodable: list[tuple[str, str]] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-    not_used: Counter[str] = field(default_factory=Counter)
-    merged: dict[str, list[str]] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def leave_out(self, name: str, reason: str) -> None:
-        self.not_used[reason] += 1
-        self.examples.setdefault(reason, name)
-
-
-def scan(root: Path) -> Scan:
-    """Find splits, classes and images below `root`; raises UserError where they cannot be learnt from."""
-    layout = find_layout(root)
-    class_names = sorted(each.name for each in layout.classes if each.split == "train")
-    tally = _Tally()
-    counts = _count(layout.classes, class_names, tally)
-    _tally_outside(root, {each.path for each in layout.classes}, set(layout.unlabeled), tally)
-    visible, hidden = _num_files(root)
-    total = sum(sum(of_split.values()) for of_split in counts.values())
-    if visible != total + tally.not_used.total():
-        raise TemporaryError(f"download.folder: {str(root)!r} changes while it is read; try again")
-    _check_loose(tally, total=total)
-    _check_counts(root, counts)
-    if hidden:
-        tally.not_used[HIDDEN] = hidden
-    return Scan(
-        class_names=class_names,
-        counts=counts,
-        undecodable=tally.undecodable,
-        ignored=tally.ignored,
-        not_used=dict(sorted(tally.not_used.items())),
-        examples=tally.examples,
-        splits=layout.splits,
-        merged=tally.merged,
-        classes=layout.classes,
-    )
-
-
-def describe(found: Scan) -> list[str]:
-    """Lines that account for every file: where the classes are, which have folders inside, how many files are used."""
-    where = ", ".join(f"{split} {str(path)!r}" for split, path in found.splits.items())
-    not_used = sum(found.not_used.values())
-    lines = [
-        f"class folders: {where}",
-        f"{found.total + not_used:,} files: {found.total:,} used, {not_used:,} not used",
-    ]
-    lines += [
-        f"{member} takes the images of {len(folders):,} folders in it: {listed(folders)}; "
-        "if those are classes or other kinds of image, move them out of it"
-        for member, folders in list(found.merged.items())[:MAX_MERGED_SHOWN]
-    ]
-    if (more := len(found.merged) - MAX_MERGED_SHOWN) > 0:
-        lines.append(f"so do {more:,} more of the {len(found.classes):,} class folders")
-    for reason, number in found.not_used.items():
-        example = f", such as {found.examples[reason]}" if reason in found.examples else ""
-        lines.append(f"not used: {number:,} {reason}{example}")
-    return lines
+def _scan(folder: Path) -> Scan:
+    try:
+        return scan(folder)
+    except UserError as error:
+        raise UserError(f"{error}{copy_hint(folder)}") from None
 
 
 def pack(found: Scan, path: Path) -> int:
@@ -134,12 +70,10 @@ def pack(found: Scan, path: Path) -> int:
         tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as archive,
         progress("packing", total=found.total, unit="images") as advance,
     ):
-        for each in found.classes:
-            for name, file_path, kind in _files(each.path, each.member):
-                if kind == IMAGE:
-                    _add(archive, name, Path(file_path))
-                    packed += 1
-                    advance(1)
+        for name, image in image_files(found):
+            _add(archive, name, image)
+            packed += 1
+            advance(1)
         if packed != found.total:
             raise TemporaryError(
                 f"download.folder: {packed} images packed, but {found.total} counted before; it changes, try again"
@@ -155,116 +89,100 @@ def _add(archive: tarfile.TarFile, name: str, path: Path) -> None:
     archive.members.clear()  # type: ignore[attr-defined]  # it keeps every member, and memory would grow with the folder
 
 
-def _count(classes: list[ClassFolder], class_names: list[str], tally: _Tally) -> dict[str, dict[str, int]]:
-    """Images by split and class; the other files of the class folders go into the tally."""
-    present = {each.split for each in classes}
-    counts: dict[str, dict[str, int]] = {
-        split: dict.fromkeys(class_names, 0) for split in ("train", "validation", "test") if split in present
-    }
-    for each in classes:
-        kinds: Counter[str] = Counter()
-        folders: dict[str, None] = {}
-        for name, path, kind in _files(each.path, each.member):
-            kinds[kind] += 1
-            if kind == IMAGE:
-                folders[name.rpartition("/")[0]] = None
-                continue
-            tally.leave_out(name, kind)
-            if kind == UNDECODABLE:
-                tally.undecodable.append((name, _reason(path)))
-            else:
-                tally.ignored.append(name)
-        if len(folders) > 1:
-            tally.merged[each.member] = sorted(folder.removeprefix(each.member)[1:] or "." for folder in folders)
-        counts[each.split][each.name] = kinds.pop(IMAGE, 0)
-        if not counts[each.split][each.name]:
-            others = "".join(f", but {number} {kind}" for kind, number in sorted(kinds.items()))
-            raise bad_folder(f"{str(each.path)!r} has no images in it{others}", "add some, or remove the folder")
-    return counts
+class ImageFile(NamedTuple):
+    """Where the content of an image lies in the archive."""
+
+    name: str
+    label: int
+    offset: int
+    size: int
 
 
-def _reason(path: str) -> str:
-    try:
-        check_suffix(path)
-    except UnreadableImage as error:
-        return str(error)
-    raise AssertionError(path)
+class Chunk(NamedTuple):
+    """Consecutive files of one split."""
+
+    split: str
+    files: list[ImageFile]
 
 
-def _tally_outside(root: Path, classes: Set[Path], unlabeled: Set[Path], tally: _Tally) -> None:
-    """Count the files that are in no class folder."""
-    for name, _, kind in _files(root, "", skip=classes | unlabeled):
-        tally.leave_out(name, LOOSE if _is_photograph(name, kind) else OUTSIDE)
-    for folder in sorted(unlabeled):
-        for name, _, kind in _files(folder, folder.relative_to(root).as_posix()):
-            tally.leave_out(name, UNLABELED if _is_photograph(name, kind) else OUTSIDE)
+def open_imagefolder(folder: Path, *, description: Description, params: NormalizeParams) -> Source:
+    """Open the images in `images.tar`; large archives are decoded by several processes."""
+    archive = folder / ARCHIVE
+    class_names = check_class_names(description.class_names, origin=str(folder / DESCRIPTION))
+    num_files = sum(count for counts in description.counts.values() for count in counts.values())
+    channels = choose_channels(params, native=3)
+    length = block_length(params.image_size * params.image_size * channels)
+    chunks = _chunks(archive, class_names=class_names, num_files=num_files, length=length)
+    decode_chunk = partial(
+        _decode_chunk, archive, image_size=params.image_size, channels=channels, resize=params.resize
+    )
+    if not archive.is_file():
+        raise UserError(missing(archive))
+    if archive.stat().st_size >= POOL_BYTES and num_cores() > 1:
+        blocks = decode_in_processes(decode_chunk, chunks, first_name=lambda chunk: chunk.files[0].name)
+    else:
+        blocks = map(decode_chunk, chunks)
+    return Source(
+        description.dataset,
+        class_names,
+        channels,
+        num_files=num_files,
+        blocks=blocks,
+        ignored_files=description.ignored_files,
+        undecodable_files=[(each.file, each.reason) for each in description.undecodable_files],
+    )
 
 
-def _is_photograph(name: str, kind: str) -> bool:
-    """Whether it may have been meant for a class; a PDF beside the class folders is no such thing."""
-    return kind == IMAGE or (kind == UNDECODABLE and suffix(name) in RAW_SUFFIXES)
+def _chunks(archive: Path, *, class_names: tuple[str, ...], num_files: int, length: int) -> Iterator[Chunk]:
+    """Yield all files of the archive, in its order; only the headers are read."""
+    labels = {name: label for label, name in enumerate(class_names)}
+    split, files, found = "", list[ImageFile](), 0
+    for member in _members(archive):
+        next_split, class_name = _split_and_class(member.name, archive=archive)
+        if class_name not in labels:
+            raise UserError(f"{archive}: {member.name!r} is of no class in train; allowed: {', '.join(class_names)}")
+        if files and (next_split != split or len(files) == length):
+            yield Chunk(split, files)
+            files = []
+        split = next_split
+        files.append(ImageFile(member.name, labels[class_name], member.offset_data, member.size))
+        found += 1
+    if files:
+        yield Chunk(split, files)
+    if found != num_files:
+        raise UserError(f"{archive}: {found} files, but {DESCRIPTION} lists {num_files}; {DOWNLOAD_AGAIN}")
 
 
-def _check_loose(tally: _Tally, *, total: int) -> None:
-    loose = tally.not_used[LOOSE]
-    if loose > MAX_LOOSE_FRACTION * total:
-        raise bad_folder(
-            f"{loose} images lie outside the class folders, such as {tally.examples[LOOSE]!r}, and {total} in them",
-            f"sort them into the class folders, or move them away; up to {MAX_LOOSE_FRACTION:.0%} would be left out",
-        )
+def _members(archive: Path) -> Iterator[tarfile.TarInfo]:
+    with report_damage(archive), open_tar(archive, "r:") as tar:
+        yield from (member for member in members(tar) if member.type in (tarfile.REGTYPE, tarfile.AREGTYPE))
 
 
-def _check_counts(root: Path, counts: dict[str, dict[str, int]]) -> None:
-    """Each split that is carved from train takes an image of each class at least, and one must be left to train on."""
-    carved = [split for split in ("validation", "test") if split not in counts]
-    needed = 1 + len(carved)
-    small = {name: n for name, n in counts["train"].items() if n < needed}
-    if small:
-        found = ", ".join(f"{name} {n}" for name, n in list(small.items())[:5]) + (", …" if len(small) > 5 else "")
-        taken = f"{' and '.join(carved)} take one of each" if carved else "none would be left to train on"
-        raise UserError(
-            f"download.folder: {str(root)!r} has too few training images in {len(small)} of its classes: {found}; "
-            f"allowed: at least {needed} in each, as {taken}; add images, or remove the class"
-        )
+def _split_and_class(name: str, *, archive: Path) -> tuple[str, str]:
+    parts = name.split("/")
+    if len(parts) < 3 or parts[0] not in SPLITS or not name.isprintable():
+        raise UserError(f"{archive}: found {name!r}; allowed: <split>/<class>/…, split being {', '.join(SPLITS)}")
+    return parts[0], parts[1]
 
 
-def _num_files(root: Path) -> tuple[int, int]:
-    """How many files there are below `root`: visible ones, and those that are hidden or in a hidden folder."""
-    visible = hidden = 0
-    concealed = set[str]()
-    for folder, names, files in os.walk(root):
-        inside = folder in concealed
-        concealed.discard(folder)
-        concealed |= {str(Path(folder, name)) for name in names if inside or is_hidden(name)}
-        number = len(files) if inside else sum(map(is_hidden, files))
-        hidden, visible = hidden + number, visible + len(files) - number
-    return visible, hidden
+def _decode_chunk(archive: Path, chunk: Chunk, *, image_size: int, channels: Channels, resize: Resize) -> Block:
+    images = np.empty((len(chunk.files), image_size, image_size, channels), np.uint8)
+    readable, unreadable = list[ImageFile](), list[tuple[str, str]]()
+    with archive.open("rb") as content:
+        for file in chunk.files:
+            try:
+                images[len(readable)] = decode(
+                    _read(content, file), image_size=image_size, channels=channels, resize=resize
+                )
+                readable.append(file)
+            except UnreadableImage as error:
+                unreadable.append((file.name, str(error)))
+    labels = np.array([file.label for file in readable], np.int64)
+    return Block(chunk.split, images[: len(readable)], labels, [file.name for file in readable], unreadable)
 
 
-def _files(folder: Path, member: str, *, skip: Set[Path] = frozenset()) -> Iterator[tuple[str, str, str]]:
-    """(name in the archive, path, kind) of the files, sorted by code point, one folder in memory at a time."""
-    listed = entries(folder)
-    images = {name.rpartition(".")[0].lower() for name, _ in listed if suffix(name) in IMAGE_SUFFIXES}
-    for name, entry in listed:
-        full = f"{member}/{name}" if member else name
-        if not entry.is_dir():
-            yield full, entry.path, _kind(entry, images=images)
-        elif (path := Path(entry.path)) not in skip:
-            yield from _files(path, full, skip=skip)
-
-
-def _kind(entry: os.DirEntry[str], *, images: Set[str]) -> str:
-    """What a file is by its suffix, or, if the suffix says nothing, by its first bytes."""
-    if not entry.is_file():
-        return OTHER
-    found = suffix(entry.name)
-    if found in IMAGE_SUFFIXES:
-        return IMAGE
-    if found in RAW_SUFFIXES | VIDEO_SUFFIXES and entry.name.rpartition(".")[0].lower() in images:
-        return COMPANION
-    if found in UNDECODABLE_SUFFIXES:
-        return UNDECODABLE
-    if found in VIDEO_SUFFIXES:
-        return VIDEO
-    with open(entry.path, "rb", buffering=0) as content:  # noqa: PTH123
-        return IMAGE if is_image_content(content.read(16)) else OTHER
+def _read(content: IO[bytes], file: ImageFile) -> bytes:
+    if file.size > MAX_FILE_BYTES:
+        raise UnreadableImage(f"{file.size:,} bytes; allowed: {MAX_FILE_BYTES:,}")
+    content.seek(file.offset)
+    return content.read(file.size)

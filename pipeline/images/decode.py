@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import PurePath
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +19,9 @@ from pipeline.params import Channels, Resize
 
 MAX_PIXELS = 2**27
 """Largest image that is decoded, in pixels (134 megapixels, 0.5 GB as RGB): a small file can announce more."""
-# EPS runs Ghostscript, a program, on the file; the others are recognised by Pillow but have no decoder in it.
+MAX_FILE_BYTES = 2**30
+"""Largest image file that is read."""
+# EPS runs Ghostscript, a program, on the file; the others are recognized by Pillow but have no decoder in it.
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # The picture itself and nothing else of a HEIC file; the processes that decode are as many as the cores.
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
@@ -47,18 +48,7 @@ _SIGNATURES = re.compile(
 )
 _RESAMPLE = Image.Resampling.BICUBIC
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""How an image is turned upright, by its EXIF orientation (Exif 2.32, tag 0x0112)."""
-logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # plugins log what they find odd; decode() tells it as a reason
+logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # plugins log what they find odd; decode() gives it as a reason
 
 
 class UnreadableImage(ValueError):  # noqa: N818
@@ -66,7 +56,7 @@ class UnreadableImage(ValueError):  # noqa: N818
 
 
 def is_image_content(head: bytes) -> bool:
-    """Whether a file that begins with these bytes (12 or more) is a JPEG, PNG, GIF, WebP, AVIF or HEIC image."""
+    """Return whether a file that begins with these bytes (12 or more) is a JPEG, PNG, GIF, WebP, AVIF or HEIC image."""
     return _SIGNATURES.match(head) is not None
 
 
@@ -80,10 +70,10 @@ def check_suffix(name: str) -> None:
 def decode(content: bytes, *, image_size: int, channels: Channels, resize: Resize) -> npt.NDArray[np.uint8]:
     """Decode the first frame of an image file to (image_size, image_size, channels) uint8; raises UnreadableImage.
 
-    - EXIF orientation is applied (damaged EXIF data counts as none); colour profiles are not.
+    - EXIF orientation is applied (damaged EXIF data counts as none); color profiles are not.
     - Anything transparent is laid over white.
-    - CMYK, YCbCr and whatever else are converted as Pillow does, LAB (D50) to sRGB; grey from colour is ITU-R 601 luma.
-    - 16-bit grey, and 32-bit integers (as which Pillow gives some 16-bit files), are divided by 257 and rounded, so
+    - CMYK, YCbCr and whatever else are converted as Pillow does, LAB (D50) to sRGB; gray from color is ITU-R 601 luma.
+    - 16-bit gray, and 32-bit integers (as which Pillow gives some 16-bit files), are divided by 257 and rounded, so
       that 65535 is 255. Floats are fractions of white. Values outside 0…65535 or 0…1 have no known white: unreadable.
     - Size: see `to_size`. JPEG files more than four times too large are decoded at a half, quarter or eighth of their
       size, never below twice the wanted one, which is several times as fast.
@@ -109,7 +99,7 @@ def decode(content: bytes, *, image_size: int, channels: Channels, resize: Resiz
 def to_size(image: Image.Image, *, image_size: int, resize: Resize) -> Image.Image:
     """Bring an image to image_size x image_size: bicubic, antialiased; one of that size passes untouched.
 
-    `crop` keeps the largest square at the centre, `pad` the whole image between black bars, `stretch` neither cuts
+    `crop` keeps the largest square at the center, `pad` the whole image between black bars, `stretch` neither cuts
     nor keeps the proportions.
     """
     if image.size == (image_size, image_size):
@@ -128,13 +118,13 @@ def to_size(image: Image.Image, *, image_size: int, resize: Resize) -> Image.Ima
 
 
 def resize_pixels(pixels: npt.NDArray[np.uint8], *, image_size: int, channels: Channels) -> npt.NDArray[np.uint8]:
-    """(H, W) grey or (H, W, 3) RGB uint8 to (image_size, image_size, channels) uint8, stretched by `to_size`."""
+    """(H, W) gray or (H, W, 3) RGB uint8 to (image_size, image_size, channels) uint8, stretched by `to_size`."""
     image = _to_channels(Image.fromarray(pixels), channels=channels)
     return _pixels(to_size(image, image_size=image_size, resize="stretch"))
 
 
 def _open(content: bytes, *, image_size: int) -> Image.Image:
-    """The first frame, upright, loaded; its number of pixels is checked before any of them is decoded."""
+    """Load the first frame, upright; its number of pixels is checked before any of them is decoded."""
     image: Image.Image = Image.open(BytesIO(content), formats=_FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -142,8 +132,8 @@ def _open(content: bytes, *, image_size: int) -> Image.Image:
     image.draft(None, (2 * image_size, 2 * image_size))
     with _quiet_stderr() if image.format == "TIFF" else nullcontext():
         image.load()
-    turn = _UPRIGHT.get(_orientation(image))
-    return image if turn is None else image.transpose(turn)
+    _turn_upright(image)
+    return image
 
 
 @contextmanager
@@ -159,12 +149,18 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(null)
 
 
-def _orientation(image: Image.Image) -> Any:
+def _turn_upright(image: Image.Image) -> None:
+    """Apply the EXIF orientation.
+
+    In place, Pillow turns the picture before it rewrites the other EXIF data, which may be damaged.
+    """
     try:
-        return image.getexif().get(_ORIENTATION_TAG)
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
     # The parser raises nearly anything on damaged EXIF data; the picture itself is still good.
-    except Exception:
-        return None
+    except Exception:  # noqa: S110
+        pass
 
 
 def _to_channels(image: Image.Image, *, channels: Channels) -> Image.Image:

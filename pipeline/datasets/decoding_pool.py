@@ -1,0 +1,61 @@
+"""Decode chunks of image files side by side: one process for each core."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from pipeline.core.errors import UserError
+from pipeline.core.processes import num_cores
+from pipeline.images.blocks import Block
+
+Chunk = TypeVar("Chunk")
+
+
+def decode_in_processes(
+    decode: Callable[[Chunk], Block], chunks: Iterable[Chunk], *, first_name: Callable[[Chunk], str]
+) -> Iterator[Block]:
+    """Yield the blocks in the order of the chunks; a bounded number of chunks is in memory.
+
+    `decode` and the chunks must be picklable; `first_name` names the first file of a chunk. Raises UserError where a
+    process dies.
+
+    Processes are started by `spawn`: forked ones would inherit the locks of numpy's and tqdm's threads, which nobody
+    would release.
+    """
+    workers = num_cores()
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    pending: deque[tuple[Chunk, Future[Block]]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append((chunk, pool.submit(decode, chunk)))
+            if len(pending) > workers + 1:
+                yield pending[0][1].result()
+                pending.popleft()
+        for _, future in pending:
+            yield future.result()
+    except BrokenProcessPool:
+        raise UserError(
+            "a process that decodes images was killed (out of memory, or a file crashes the decoder), at or soon after "
+            f"{first_name(pending[0][0]) if pending else 'the start'}; free memory or remove the file"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the workers
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """Exit when the parent is gone, even if it was killed: the pool's own workers would wait forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

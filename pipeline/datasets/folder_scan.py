@@ -1,0 +1,246 @@
+"""What a folder of the user's own images holds: every file is counted, as used or with the reason why it is not."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipeline.core.errors import TemporaryError, UserError
+from pipeline.datasets.layout import ClassFolder, entries, find_layout, is_hidden, listed, suffix
+from pipeline.images.decode import (
+    IMAGE_SUFFIXES,
+    RAW_SUFFIXES,
+    UNDECODABLE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    UnreadableImage,
+    check_suffix,
+    is_image_content,
+)
+from pipeline.params import bad_folder
+
+MAX_LOOSE_FRACTION = 0.01
+"""Most images that may lie beside the class folders, as a fraction of those in them: more may be a mistake."""
+MAX_MERGED_SHOWN = 5
+IMAGE = "images"
+UNDECODABLE = "images in formats that cannot be decoded"
+COMPANION = "camera raw files and videos beside an image of the same name"
+VIDEO = "videos"
+OTHER = "files that are no images"
+LOOSE = "images outside the class folders"
+UNLABELED = "images in folders without classes"
+OUTSIDE = "other files outside the class folders"
+HIDDEN = "hidden files, and what systems leave"
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a folder of images holds, and what of it is used."""
+
+    class_names: list[str]
+    counts: dict[str, dict[str, int]]
+    """Images by split and class, readable or not: only `normalize` decodes them."""
+    undecodable: list[tuple[str, str]]
+    """(name as in the archive, reason) of images in class folders whose format has no decoder."""
+    ignored: list[str]
+    """Other files in class folders that are not used, named as the others are in the archive."""
+    not_used: dict[str, int]
+    """Files that are not used, by reason; their numbers and `total` add up to the number of files in the folder."""
+    examples: dict[str, str]
+    """The first file of each reason."""
+    splits: dict[str, Path]
+    """The folder that holds the class folders, by split."""
+    merged: dict[str, list[str]]
+    """The folders whose images make up one class, for each `<split>/<class>` that has several; "." is its own."""
+    classes: list[ClassFolder]
+
+    @property
+    def total(self) -> int:
+        return sum(sum(of_split.values()) for of_split in self.counts.values())
+
+
+@dataclass
+class _Tally:
+    """What is counted while the folder is walked."""
+
+    undecodable: list[tuple[str, str]] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    not_used: Counter[str] = field(default_factory=Counter)
+    merged: dict[str, list[str]] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def leave_out(self, name: str, reason: str) -> None:
+        self.not_used[reason] += 1
+        self.examples.setdefault(reason, name)
+
+
+def scan(root: Path) -> Scan:
+    """Find splits, classes and images below `root`; raises UserError where no model can learn from them."""
+    layout = find_layout(root)
+    class_names = sorted(each.name for each in layout.classes if each.split == "train")
+    tally = _Tally()
+    counts = _count(layout.classes, class_names, tally)
+    _tally_outside(root, {each.path for each in layout.classes}, set(layout.unlabeled), tally)
+    visible, hidden = _num_files(root)
+    total = sum(sum(of_split.values()) for of_split in counts.values())
+    if visible != total + tally.not_used.total():
+        raise TemporaryError(f"download.folder: {str(root)!r} changes while it is read; try again")
+    _check_loose(tally, total=total)
+    _check_counts(root, counts)
+    if hidden:
+        tally.not_used[HIDDEN] = hidden
+    return Scan(
+        class_names=class_names,
+        counts=counts,
+        undecodable=tally.undecodable,
+        ignored=tally.ignored,
+        not_used=dict(sorted(tally.not_used.items())),
+        examples=tally.examples,
+        splits=layout.splits,
+        merged=tally.merged,
+        classes=layout.classes,
+    )
+
+
+def describe(found: Scan) -> list[str]:
+    """Return lines that account for every file: where the classes are, and how many files are used or not, and why."""
+    where = ", ".join(f"{split} {str(path)!r}" for split, path in found.splits.items())
+    not_used = sum(found.not_used.values())
+    lines = [
+        f"class folders: {where}",
+        f"{found.total + not_used:,} files: {found.total:,} used, {not_used:,} not used",
+    ]
+    lines += [
+        f"{member} takes the images of {len(folders):,} folders in it: {listed(folders)}; "
+        "if those are classes or other kinds of image, move them out of it"
+        for member, folders in list(found.merged.items())[:MAX_MERGED_SHOWN]
+    ]
+    if (more := len(found.merged) - MAX_MERGED_SHOWN) > 0:
+        lines.append(f"so do {more:,} more of the {len(found.classes):,} class folders")
+    for reason, number in found.not_used.items():
+        example = f", such as {found.examples[reason]}" if reason in found.examples else ""
+        lines.append(f"not used: {number:,} {reason}{example}")
+    return lines
+
+
+def image_files(found: Scan) -> Iterator[tuple[str, Path]]:
+    """Yield (name in the archive, path) of each image that is used, sorted by code point."""
+    for each in found.classes:
+        for name, path, kind in _files(each.path, each.member):
+            if kind == IMAGE:
+                yield name, Path(path)
+
+
+def _count(classes: list[ClassFolder], class_names: list[str], tally: _Tally) -> dict[str, dict[str, int]]:
+    """Return the number of images by split and class; add the other files of the class folders to the tally."""
+    present = {each.split for each in classes}
+    counts: dict[str, dict[str, int]] = {
+        split: dict.fromkeys(class_names, 0) for split in ("train", "validation", "test") if split in present
+    }
+    for each in classes:
+        kinds: Counter[str] = Counter()
+        folders: dict[str, None] = {}
+        for name, path, kind in _files(each.path, each.member):
+            kinds[kind] += 1
+            if kind == IMAGE:
+                folders[name.rpartition("/")[0]] = None
+                continue
+            tally.leave_out(name, kind)
+            if kind == UNDECODABLE:
+                tally.undecodable.append((name, _reason(path)))
+            else:
+                tally.ignored.append(name)
+        if len(folders) > 1:
+            tally.merged[each.member] = sorted(folder.removeprefix(each.member)[1:] or "." for folder in folders)
+        counts[each.split][each.name] = kinds.pop(IMAGE, 0)
+        if not counts[each.split][each.name]:
+            others = "".join(f", but {number} {kind}" for kind, number in sorted(kinds.items()))
+            raise bad_folder(f"{str(each.path)!r} has no images in it{others}", "add some, or remove the folder")
+    return counts
+
+
+def _reason(path: str) -> str:
+    try:
+        check_suffix(path)
+    except UnreadableImage as error:
+        return str(error)
+    raise AssertionError(path)
+
+
+def _tally_outside(root: Path, classes: Set[Path], unlabeled: Set[Path], tally: _Tally) -> None:
+    """Count the files that are in no class folder."""
+    for name, _, kind in _files(root, "", skip=classes | unlabeled):
+        tally.leave_out(name, LOOSE if _is_photograph(name, kind) else OUTSIDE)
+    for folder in sorted(unlabeled):
+        for name, _, kind in _files(folder, folder.relative_to(root).as_posix()):
+            tally.leave_out(name, UNLABELED if _is_photograph(name, kind) else OUTSIDE)
+
+
+def _is_photograph(name: str, kind: str) -> bool:
+    """Return whether a file may have been meant for a class, as a PDF beside the class folders is not."""
+    return kind == IMAGE or (kind == UNDECODABLE and suffix(name) in RAW_SUFFIXES)
+
+
+def _check_loose(tally: _Tally, *, total: int) -> None:
+    loose = tally.not_used[LOOSE]
+    if loose > MAX_LOOSE_FRACTION * total:
+        raise bad_folder(
+            f"{loose} images lie outside the class folders, such as {tally.examples[LOOSE]!r}, and {total} in them",
+            f"sort them into the class folders, or move them away; up to {MAX_LOOSE_FRACTION:.0%} would be left out",
+        )
+
+
+def _check_counts(root: Path, counts: dict[str, dict[str, int]]) -> None:
+    """Each split that is carved from train takes an image of each class at least, and one must be left to train on."""
+    carved = [split for split in ("validation", "test") if split not in counts]
+    needed = 1 + len(carved)
+    small = {name: n for name, n in counts["train"].items() if n < needed}
+    if small:
+        found = ", ".join(f"{name} {n}" for name, n in list(small.items())[:5]) + (", …" if len(small) > 5 else "")
+        taken = f"{' and '.join(carved)} take one of each" if carved else "none would be left to train on"
+        raise UserError(
+            f"download.folder: {str(root)!r} has too few training images in {len(small)} of its classes: {found}; "
+            f"allowed: at least {needed} in each, as {taken}; add images, or remove the class"
+        )
+
+
+def _num_files(root: Path) -> tuple[int, int]:
+    """How many files there are below `root`: visible ones, and those that are hidden or in a hidden folder."""
+    visible = hidden = 0
+    concealed = set[str]()
+    for folder, names, files in os.walk(root):
+        inside = folder in concealed
+        concealed.discard(folder)
+        concealed |= {str(Path(folder, name)) for name in names if inside or is_hidden(name)}
+        number = len(files) if inside else sum(map(is_hidden, files))
+        hidden, visible = hidden + number, visible + len(files) - number
+    return visible, hidden
+
+
+def _files(folder: Path, member: str, *, skip: Set[Path] = frozenset()) -> Iterator[tuple[str, str, str]]:
+    """(name in the archive, path, kind) of the files, sorted by code point, one folder in memory at a time."""
+    listed = entries(folder)
+    images = {name.rpartition(".")[0].lower() for name, _ in listed if suffix(name) in IMAGE_SUFFIXES}
+    for name, entry in listed:
+        full = f"{member}/{name}" if member else name
+        if not entry.is_dir():
+            yield full, entry.path, _kind(entry, images=images)
+        elif (path := Path(entry.path)) not in skip:
+            yield from _files(path, full, skip=skip)
+
+
+def _kind(entry: os.DirEntry[str], *, images: Set[str]) -> str:
+    """Return what a file is by its suffix, or, where that has no meaning, by its first bytes."""
+    if not entry.is_file():
+        return OTHER
+    found = suffix(entry.name)
+    if found in IMAGE_SUFFIXES:
+        return IMAGE
+    if found in RAW_SUFFIXES | VIDEO_SUFFIXES and entry.name.rpartition(".")[0].lower() in images:
+        return COMPANION
+    if found in UNDECODABLE_SUFFIXES:
+        return UNDECODABLE
+    if found in VIDEO_SUFFIXES:
+        return VIDEO
+    with open(entry.path, "rb", buffering=0) as content:  # noqa: PTH123
+        return IMAGE if is_image_content(content.read(16)) else OTHER

@@ -1,0 +1,39 @@
+"""The report on a data set, from `dataset.json`: a table of counts, then what was found wrong."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.images.blocks import SPLITS
+
+
+def report(description: Mapping[str, Any]) -> str:
+    """Return the counts by class and split as a table, then unreadable files and duplicates, as lines of text."""
+    counts = description["counts"]
+    rows = {name: [counts[split][name] for split in SPLITS] for name in description["class_names"]}
+    total = ("all", [sum(counts[split].values()) for split in SPLITS])
+    if len(rows) > 10:
+        smallest, largest = (pick(rows, key=lambda name: sum(rows[name])) for pick in (min, max))
+        rows = {f"{name} ({word})": rows[name] for name, word in ((smallest, "fewest"), (largest, "most"))}
+        total = (f"all {len(description['class_names'])} classes", total[1])
+    width = max(len(name) for name in ("class", total[0], *rows))
+    table = [f"{'class':{width}}  {'  '.join(f'{split:>10}' for split in SPLITS)}"]
+    table += [f"{name:{width}}  {'  '.join(f'{count:>10,}' for count in row)}" for name, row in [*rows.items(), total]]
+    return "\n".join([*table, *_findings(description)])
+
+
+def _findings(description: Mapping[str, Any]) -> list[str]:
+    exact, near = description["exact_duplicates"], description["near_duplicates"]
+    unreadable, ignored = description["unreadable_files"], description["ignored_files"]
+    first = f" (first: {unreadable[0]['file']}: {unreadable[0]['reason']})" if unreadable else ""
+    num_test = sum(description["counts"]["test"].values())
+    found = near["test_images_with_one_in_train"]
+    return [
+        f"unreadable files: {len(unreadable)}{first}; files that are no images: {len(ignored)}",
+        f"exact duplicates within splits: {_join(exact['within'])}; across: {_join(exact['across'])}",
+        f"test images nearly like one in train or validation: {found} of {num_test:,} ({found / num_test:.2%}) "
+        f"at correlation {near['correlation']:g}",
+    ]
+
+
+def _join(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
