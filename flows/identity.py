@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
 from dvc.utils.serialize import parse_yaml
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterName
 from prefect.client.schemas.objects import FlowRun as PrefectFlowRun
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.exceptions import PrefectException
 from prefect.utilities.urls import url_for
 
-from flows.doctor import PAGE, prefect_client
 from flows.dvc_state import DAMAGED, cache_folder, cached_path, experiment_refs, outputs
-from flows.prefect_server import server_in_force
+from flows.prefect_server import PAGE_SIZE, prefect_client, server_in_force
 from flows.ui import mlflow_page
 from flows.workspace import EXPERIMENT_LABEL, made_store
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
@@ -160,10 +157,10 @@ class Sources:
         )
         try:
             with prefect_client(self.prefect) as client:
-                found = client.read_flow_runs(flow_run_filter=which, sort=FlowRunSort.ID_DESC, limit=PAGE)
+                found = client.read_flow_runs(flow_run_filter=which, sort=FlowRunSort.ID_DESC, limit=PAGE_SIZE)
                 return [_as_flow_run(run) for run in found]
-        except (httpx.HTTPError, PrefectException) as error:
-            self.note(f"Prefect was not looked at: {shown(self.prefect)}: {first_line(error)}")
+        except TemporaryError as error:
+            self.note(f"Prefect was not looked at: {error}")
             return []
 
     def file(self, commit: str | None, name: str) -> str:

@@ -28,7 +28,7 @@ from prefect.utilities.urls import url_for
 
 from flows import FLOW_NAME, PROJECT
 from flows.checks import check_inputs, check_mlflow
-from flows.doctor import settle_quietly, sign
+from flows.doctor import fix_quietly, register
 from flows.form import Overrides, Recipe
 from flows.gpu import gpu_slot
 from flows.prefect_server import ensure_server
@@ -147,8 +147,8 @@ def _make_experiment(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -
     name = experiment_name(PROJECT, f"{recipe}-{run_name}", f"{recipe}-{run_name}-{run_id[:8]}")
     if "PREFECT__FLOW_RUN_ID" in os.environ:  # which Prefect's worker sets
         threading.Thread(target=_end_with_worker, args=[os.getppid()], daemon=True).start()
-    sign(run_id, run_count=flow_run.run_count, project=PROJECT, experiment=name)
-    for line in settle_quietly(PROJECT):
+    register(run_id, run_count=flow_run.run_count, project=PROJECT, experiment=name)
+    for line in fix_quietly(PROJECT):
         get_run_logger().info(line)
     _mention_untracked()
     link = shown(url_for("flow-run", obj_id=run_id) or "")
