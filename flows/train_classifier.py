@@ -186,7 +186,7 @@ def _maker(workspace: Workspace, flow_run_id: str) -> Iterator[None]:
     if workspace.mlflow_run_id or not model.exists():
         yield
         return
-    command = [sys.executable, "-m", "flows.maker", file_md5(model), flow_run_id, workspace.experiment]
+    command = [sys.executable, "-m", "flows.trace", file_md5(model), "--used-by", flow_run_id, workspace.experiment]
     with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield
         output, errors = process.communicate()

@@ -10,7 +10,7 @@ import pytest
 
 from flows import doctor
 from flows.dvc_state import cache_folder, cached_path, missing_outputs
-from flows.identity import Sources
+from flows.lineage import Sources
 from pipeline.artifacts import write_json
 from pipeline.core.processes import HOST, PID, STARTED, life, this_process
 from pipeline.datasets.fetch import find_archive
