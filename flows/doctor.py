@@ -1,243 +1,177 @@
-"""What killed runs left in MLflow, Prefect, DVC and on the disk: found, and with `--fix` settled.
+"""Fix what killed runs left in MLflow, in Prefect and on the disk, and report what is wrong with DVC's files.
 
-`python -m flows.doctor [--fix]`. What is alive is never touched; of what runs on another host nothing can be known, so
-it is left alone. Exit status: 0 nothing found or all of it settled, 1 something is left to do.
+`python -m flows.doctor [--fix]`. Nothing of a living process, or of one on another host, is touched.
+Exit status: 0 nothing found or all of it fixed, 1 something is left to do.
 """
 
 import argparse
 import fcntl
+import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
 import psutil
 from prefect import get_client
-from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    TaskRunFilter,
-    TaskRunFilterState,
-    TaskRunFilterStateType,
-)
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
-from prefect.exceptions import PrefectException
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelled, Crashed
 from prefect.types._datetime import now
 
 from flows import FLOW_NAME, PROJECT, server
-from flows.dvc_state import (
-    HARDLINK_LOCK,
-    HERE,
-    RWLOCK,
-    dead_lockers,
-    hardlink_lock,
-    missing_outputs,
-    release_dead_lockers,
-)
-from flows.prefect_server import server_in_force
+from flows.dvc_state import DAMAGED, experiment_refs, missing_outputs
+from flows.prefect_server import PAGE_SIZE, prefect_client, server_in_force
 from flows.workspace import EXPERIMENT_LABEL, FOLDER, find_leftovers, is_held, made_store, remove_leftovers
-from pipeline.core.errors import TemporaryError, UserError, report_errors, shown
+from pipeline.core.errors import TemporaryError, UserError, first_line, report_errors
 from pipeline.core.processes import HOST, PID, life, this_process
 
 PROJECT_LABEL = "process.project"
 RUN_COUNT_LABEL = "process.run_count"
-LIVE_STATES = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
-PAGE = 200
+LIVE = {"state": {"type": {"any_": [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]}}}
 CHECKPOINTS = Path(".cache/checkpoints")
 CHECKPOINT_DAYS = 14
-SILENCE = timedelta(hours=1)
-"""A flow run that says nothing of its process is worth a word after this long."""
+MAX_SILENCE = timedelta(hours=1)
+"""How long a flow run may be live without a record of its process before it is reported."""
+RWLOCK, HARDLINK_LOCK = Path(".dvc/tmp/rwlock"), Path(".dvc/tmp/lock")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found; `settle` does what `cure` says, and returns whether it could.
-
-    Without `settle`, `cure` is for the user to do, or empty where it is only worth knowing.
-    """
+    """What was found. `fix` applies the remedy, or returns False; without `fix`, the remedy, if any, is the user's."""
 
     what: str
-    cure: str = ""
-    settle: Callable[[], bool] | None = None
+    remedy: str = ""
+    fix: Callable[[], bool | None] | None = None
 
 
 Check = Callable[[Path], Iterator[Finding]]
 
 
-def sign(flow_run_id: str, *, run_count: int, project: Path = PROJECT, experiment: str = "") -> None:
-    """Write down, in Prefect, which process makes this flow run: what `prefect_runs` goes by."""
+def register(flow_run_id: str, *, run_count: int, project: Path = PROJECT, experiment: str = "") -> None:
+    """Run in Prefect which process makes this flow run; `prefect_runs` reads it."""
     labels: dict[str, Any] = {**this_process(), PROJECT_LABEL: str(project), RUN_COUNT_LABEL: run_count}
     labels |= {EXPERIMENT_LABEL: experiment} if experiment else {}
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(UUID(flow_run_id), labels)
 
 
-def settle_quietly(project: Path = PROJECT) -> Iterator[str]:
-    """At the start of a flow run: settle what can be settled without asking; a line for each thing settled.
+def fix_quietly(project: Path = PROJECT) -> list[str]:
+    """Fix what killed flow runs left, at the start of another one; returns a line for each thing fixed.
 
-    MLflow, which takes 2 s to import, is looked at only where a killed run left traces elsewhere.
+    MLflow, which takes 2 s to import, is checked only where another check has found something to fix.
     """
-    found = [finding for check in QUICK_CHECKS for finding in _examine(check, project) if finding.settle]
-    if not found:
-        return
-    yield from (line for finding in found for line, settled in [_settle(finding)] if settled)
-    command = [sys.executable, "-m", "flows.doctor", "--only-mlflow"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
-    yield from (line for line in done.stdout.splitlines() if line.startswith("settled"))
+    with chdir(project):
+        found = [finding for check in QUICK_CHECKS for finding in _run(check, project) if finding.fix]
+        found += [finding for finding in _run(mlflow_runs, project) if finding.fix] if found else []
+        results = [_handle(finding, fix=True) for finding in found]
+    return [line for line, fixed in results if fixed]
 
 
 def mlflow_runs(project: Path) -> Iterator[Finding]:
-    """Runs that MLflow holds to be running, though their process is dead."""
+    """Find runs that are RUNNING in MLflow though their process is dead, and results that MLflow did not get yet."""
     uri = made_store(project)
     if uri is None:
         return
-    # MLflow takes 2 s to import; a flow run's start does not need it
-    from pipeline.tracking.outbox import flush_outbox, queued_runs  # noqa: PLC0415
-    from pipeline.tracking.search import find_running, mark_killed  # noqa: PLC0415
-    from pipeline.tracking.store import connect  # noqa: PLC0415
+    # MLflow takes 2 s to import; most flow runs start without it
+    from pipeline.tracking.outbox import flush_outbox, queued_runs  # noqa: PLC0415  # see above
+    from pipeline.tracking.search import find_running, mark_killed  # noqa: PLC0415  # see above
+    from pipeline.tracking.store import connect  # noqa: PLC0415  # see above
 
     connect(uri)
     for run in find_running():
         name = f"MLflow run {run.run_id} ({run.name}) is RUNNING"
         if run.life == "dead":
-            yield Finding(
-                f"{name}, but its process {run.tags[PID]} is dead",
-                "marked KILLED",
-                lambda run=run: mark_killed(run),  # type: ignore[misc]
-            )
+            what = f"{name}, but its process {run.tags[PID]} is dead"
+            yield Finding(what, "marked KILLED", partial(mark_killed, run))
         elif run.life == "elsewhere":
             yield Finding(f"{name} on another host, {run.tags[HOST]}")
     for path in queued_runs():
-        what = f"{path.parent} keeps what MLflow should have had of a run"
-        yield Finding(what, "delivered", flush_outbox)
+        yield Finding(f"{path.parent} keeps what MLflow should have had of a run", "delivered", flush_outbox)
 
 
 def prefect_runs(project: Path) -> Iterator[Finding]:
-    """Flow runs of ours that Prefect holds to be under way, though their process is dead."""
+    """Find flow runs of this flow that are live in Prefect though their process is dead."""
     found = server_in_force(project)
     if found is None:
         yield Finding("Prefect's flow runs were not looked at: no server of this project is running")
         return
-    url = found.api_url
-    try:
-        with prefect_client(url) as client:
-            runs = _live_runs(client)
-    except (httpx.HTTPError, PrefectException) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        yield Finding(f"Prefect's flow runs were not looked at: {shown(url)}: {reason}")
-        return
-    for run in runs:
-        yield from _judge(run, url=url)
-
-
-@contextmanager
-def prefect_client(url: str) -> Iterator[SyncPrefectClient]:
-    with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
-        yield client
-
-
-def _live_runs(client: SyncPrefectClient) -> list[FlowRun]:
+    flow, live = FlowFilter.model_validate({"name": {"any_": [FLOW_NAME]}}), FlowRunFilter.model_validate(LIVE)
     runs: list[FlowRun] = []
-    flows = FlowFilter(name=FlowFilterName(any_=[FLOW_NAME]))
-    live = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=LIVE_STATES)))
-    # the client's own defaults for order and limit, None, are refused by the server
-    while page := client.read_flow_runs(
-        flow_filter=flows, flow_run_filter=live, sort=FlowRunSort.ID_DESC, limit=PAGE, offset=len(runs)
-    ):
-        runs += page
-    return runs
+    with prefect_client(found.api_url) as client:
+        while page := client.read_flow_runs(
+            flow_filter=flow, flow_run_filter=live, sort=FlowRunSort.ID_DESC, limit=PAGE_SIZE, offset=len(runs)
+        ):
+            runs += page
+    for run in runs:
+        yield from _check_flow_run(run, url=found.api_url)
 
 
-def _judge(run: FlowRun, *, url: str) -> Iterator[Finding]:
+def _check_flow_run(run: FlowRun, *, url: str) -> Iterator[Finding]:
     assert run.state
     name = f"Prefect flow run {run.id} ({run.name}) is {run.state.name}"
     labels = {key: str(value) for key, value in run.labels.items()}
-    signed = run.state.type != StateType.PENDING and labels.get(RUN_COUNT_LABEL) == str(run.run_count)
-    fate = life(labels) if signed else "unknown"  # what an earlier attempt signed says nothing of this one
+    # what an earlier attempt has registered says nothing of this one
+    registered = run.state.type != StateType.PENDING and labels.get(RUN_COUNT_LABEL) == str(run.run_count)
+    fate = life(labels) if registered else "unknown"
     if fate == "dead" and not is_held(Path(labels[PROJECT_LABEL]), str(run.id)):
-        state = Cancelled if run.state.type == StateType.CANCELLING else Crashed
-        message = f"its process {labels[PID]} on {labels[HOST]} ended without a word"
-        yield Finding(
-            f"{name}, but its process {labels[PID]} is dead",
-            f"set to {state.__name__}",
-            lambda: _end_run(run, state(message=message), url=url),
-        )
+        make_state = Cancelled if run.state.type == StateType.CANCELLING else Crashed
+        state: State[Any] = make_state(message=f"its process {labels[PID]} on {labels[HOST]} ended without a word")
+        what = f"{name}, but its process {labels[PID]} is dead"
+        yield Finding(what, f"set to {state.name}", partial(_end_flow_run, run.id, state, url=url))
     elif fate == "elsewhere":
         yield Finding(f"{name} on another host, {labels[HOST]}")
-    elif fate == "unknown" and now("UTC") - run.state.timestamp > SILENCE:
+    elif fate == "unknown" and now("UTC") - run.state.timestamp > MAX_SILENCE:
         remedy = f"if nothing runs it: prefect flow-run delete {run.id}"
         yield Finding(f"{name} since {run.state.timestamp:%Y-%m-%d %H:%M} UTC, by an unknown process", remedy)
 
 
-def _end_run(run: FlowRun, state: State[Any], *, url: str) -> bool:
-    """Set the flow run, and those of its task runs that have no end, to the state."""
+def _end_flow_run(run_id: UUID, state: State[Any], *, url: str) -> None:
+    """Set the flow run, and those of its task runs that are live, to the state."""
+    of_run, live = FlowRunFilter.model_validate({"id": {"any_": [run_id]}}), TaskRunFilter.model_validate(LIVE)
     with prefect_client(url) as client:
-        tasks = client.read_task_runs(
-            flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run.id])),
-            task_run_filter=TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=LIVE_STATES))),
-            sort=TaskRunSort.ID_DESC,
-            limit=PAGE,
-        )
-        for task in tasks:
+        for task in client.read_task_runs(
+            flow_run_filter=of_run, task_run_filter=live, sort=TaskRunSort.ID_DESC, limit=PAGE_SIZE
+        ):
             client.set_task_run_state(task.id, state, force=True)
-        client.set_flow_run_state(run.id, state, force=True)
-    return True
+        client.set_flow_run_state(run_id, state, force=True)
 
 
 def prefect_server(project: Path) -> Iterator[Finding]:
-    """The record of the project's own server, when that is dead."""
-    if server.forget_dead(project, remove=False):
-        yield Finding(
-            "the Prefect server on record in .prefect/server.json is dead",
-            "record removed",
-            lambda: server.forget_dead(project),
-        )
+    """Report the record of a dead Prefect server of the project; the next server replaces it."""
+    if server.has_dead_record(project):
+        yield Finding("the Prefect server on record in .prefect/server.json is dead")
 
 
 def workspaces(project: Path) -> Iterator[Finding]:
-    """Clones of killed flow runs."""
-    for name in find_leftovers(project):
-        folder = FOLDER / name
-        yield Finding(
-            f"workspace {folder} has no living flow run",
-            "removed",
-            lambda folder=folder: remove_leftovers(project) is not None and not (project / folder).exists(),  # type: ignore[misc]
-        )
+    """Find clones of killed flow runs."""
+    if names := find_leftovers(project):
+        what = f"no living flow run has the workspaces in {FOLDER}: {', '.join(names)}"
+        yield Finding(what, "removed", lambda: bool(remove_leftovers(project)) and not find_leftovers(project))
 
 
 def checkpoints(project: Path) -> Iterator[Finding]:
-    """Those of trainings that nobody took up again for long: code, data or parameters have changed since."""
-    folder = project / CHECKPOINTS
-    for lock in sorted(folder.glob("*.lock")):
-        newest = max(path.stat().st_mtime for path in [lock, *lock.with_suffix("").glob("*")])
+    """Find checkpoints that no training has resumed for long: code, data or parameters have changed since."""
+    for lock in sorted((project / CHECKPOINTS).glob("*.lock")):
+        folder = lock.with_suffix("")
+        newest = max(path.stat().st_mtime for path in [lock, *folder.glob("*")])
         if time.time() - newest > CHECKPOINT_DAYS * 24 * 3600:
-            yield Finding(
-                f"{lock.with_suffix('').relative_to(project)}, the checkpoints of a training, are older than "
-                f"{CHECKPOINT_DAYS} days",
-                "removed",
-                lambda lock=lock: _remove_checkpoints(lock),  # type: ignore[misc]
-            )
+            name = folder.relative_to(project)
+            what = f"{name}, the checkpoints of a training, are older than {CHECKPOINT_DAYS} days"
+            yield Finding(what, "removed", partial(_remove_checkpoints, lock))
 
 
 def _remove_checkpoints(lock: Path) -> bool:
-    """False where a training holds the lock."""
+    """Remove the checkpoints; returns False where a training holds the lock."""
     with lock.open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -251,78 +185,52 @@ def _remove_checkpoints(lock: Path) -> bool:
     return True
 
 
+def temporary_files(project: Path) -> Iterator[Finding]:
+    """Find files that `pipeline.artifacts` had not yet renamed when their process was killed.
+
+    Folders, `.<folder>.new.tmp`, do not name their process; the next run of the step removes them.
+    """
+    for path in sorted([*project.glob("artifacts/**/.*.tmp"), *project.glob(".prefect/.*.tmp")]):
+        pid = path.name.split(".")[-2]  # of .<file>.<pid>.tmp
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            what = f"{path.relative_to(project)} was left by a dead process"
+            yield Finding(what, "removed", partial(path.unlink, missing_ok=True))
+
+
 def dvc_locks(project: Path) -> Iterator[Finding]:
-    """Locks of dead processes; `.dvc/tmp/lock` by itself is none, since the kernel lets go of it."""
+    """Report locks that stop all of DVC. Of single files, it drops those of dead processes and names living ones."""
     try:
-        for pid in dead_lockers(project):
-            what = f"{RWLOCK} holds locks of the dead process {pid}"
-            yield Finding(what, "released", lambda: release_dead_lockers(project))
-    except (ValueError, KeyError, AttributeError):
+        json.loads((project / RWLOCK).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        pass
+    except ValueError:
         yield Finding(f"{RWLOCK} is damaged", f"if no dvc command runs here: rm {RWLOCK}")
-    if hardlink_lock(project):
+    lock = project / HARDLINK_LOCK
+    if lock.exists() and lock.stat().st_nlink > 1:  # by `core.hardlink_lock`; nothing says who made the link
         yield Finding(f"{HARDLINK_LOCK} is taken", f"if no dvc command runs here: rm {HARDLINK_LOCK}")
 
 
 def missing_objects(project: Path) -> Iterator[Finding]:
-    """Outputs that `dvc checkout` or `dvc exp apply` could not bring."""
-    for missing in missing_outputs(project):
-        if missing.damaged:
-            remedy = "`git checkout dvc.lock`" if missing.owner == HERE else f"`dvc exp remove {missing.owner}`"
-            yield Finding(f"{missing.owner}: dvc.yaml or dvc.lock cannot be read ({missing.damaged})", remedy)
-            continue
-        outputs = f"DVC's cache lacks files of {', '.join(missing.outputs)}"
-        if missing.owner == HERE:
-            yield Finding(f"{HERE}: {outputs}", "`dvc pull` fetches them, `dvc repro` makes them")
-        else:
-            remedy = f"`dvc exp apply {missing.owner} && dvc repro` makes them, `dvc exp remove` forgets it"
-            yield Finding(f"experiment {missing.owner}: {outputs}", remedy)
-
-
-def temporary_files(project: Path) -> Iterator[Finding]:
-    """What `pipeline.artifacts` renames once it is whole, of processes that were killed before that."""
-    for path in sorted([*project.glob("artifacts/**/.*.tmp"), *project.glob(".prefect/.*.tmp")]):
-        if _is_abandoned(path, project):
-            yield Finding(
-                f"{path.relative_to(project)} was left by a dead process",
-                "removed",
-                lambda path=path: _is_abandoned(path, project) and _remove(path),  # type: ignore[misc]
-            )
-
-
-def _is_abandoned(path: Path, project: Path) -> bool:
-    """Whether nobody can be writing this: `.<file>.<pid>.tmp`, `.<folder>.new.tmp` or `.<folder>.old.tmp`."""
-    name, _, word = path.name.removesuffix(".tmp").removeprefix(".").rpartition(".")
-    if word.isdigit():
-        return not psutil.pid_exists(int(word))
-    if word == "old" and not path.with_name(name).exists():
-        return False  # what is left of the good one
-    return word in {"new", "old"} and time.time() - path.stat().st_mtime > 60 and not _runs_step(project)
-
-
-def _runs_step(project: Path) -> bool:
-    """Whether a step may run here: of another user's process, the folder is not known (None)."""
-    processes = psutil.process_iter(["cwd", "cmdline"])
-    return any(
-        found.info["cwd"] in (None, str(project))
-        and any(word.startswith("pipeline.") for word in found.info["cmdline"] or [])
-        for found in processes
-    )
-
-
-def _remove(path: Path) -> bool:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-    return True
+    """Report outputs that `dvc checkout` or `dvc exp apply` could not bring."""
+    for ref in [None, *experiment_refs(project)]:
+        name = ref.rpartition("/")[2] if ref else ""
+        owner = f"experiment {name}" if name else "this checkout"
+        try:
+            if missing := missing_outputs(project, ref):
+                fetch = f"`dvc exp apply {name} && dvc repro` makes them, `dvc exp remove {name}` forgets it"
+                remedy = fetch if name else "`dvc pull` fetches them, `dvc commit` or `dvc repro` makes them"
+                yield Finding(f"{owner}: DVC's cache lacks files of {', '.join(missing)}", remedy)
+        except DAMAGED as error:
+            remedy = f"`dvc exp remove {name}`" if name else "`git checkout dvc.lock`"
+            yield Finding(f"{owner}: dvc.lock cannot be read ({first_line(error)})", remedy)
 
 
 QUICK_CHECKS: tuple[Check, ...] = (prefect_runs, prefect_server, workspaces, dvc_locks, temporary_files)
 CHECKS: tuple[Check, ...] = (mlflow_runs, *QUICK_CHECKS, checkpoints, missing_objects)
 
 
-def _examine(check: Check, project: Path) -> list[Finding]:
-    """What a check finds; that it cannot look any further is a finding too."""
+def _run(check: Check, project: Path) -> list[Finding]:
+    """Return what a check finds; an error that ends the check is a finding too."""
     found: list[Finding] = []
     try:
         found.extend(check(project))  # keeps what came before an error
@@ -331,41 +239,30 @@ def _examine(check: Check, project: Path) -> list[Finding]:
     return found
 
 
-def _settle(finding: Finding) -> tuple[str, bool]:
-    """Try; returns the line to print, and whether it is settled."""
-    assert finding.settle
-    try:
-        done, reason = finding.settle(), "it is in use; try again"
-    except (UserError, TemporaryError, OSError, httpx.HTTPError, PrefectException) as error:
-        done, reason = False, " ".join(str(error).split())
-    return (f"settled  {finding.what}: {finding.cure}", True) if done else (f"found    {finding.what}; {reason}", False)
-
-
-def _report(finding: Finding, *, fix: bool) -> tuple[str, bool]:
-    """The line to print, and whether nothing is left to do."""
-    if finding.settle:
-        return _settle(finding) if fix else (f"found    {finding.what}", False)
-    return (f"found    {finding.what}; {finding.cure}", False) if finding.cure else (f"note     {finding.what}", True)
+def _handle(finding: Finding, *, fix: bool) -> tuple[str, bool]:
+    """Apply a remedy of ours if `fix`; returns the line to print, and whether nothing is left to do."""
+    reason = finding.remedy
+    if finding.fix:
+        reason = "`--fix` fixes it"
+        try:
+            if fix and finding.fix() is not False:
+                return f"fixed    {finding.what}: {finding.remedy}", True
+            reason = "it is in use; try again" if fix else reason
+        except (UserError, TemporaryError, OSError) as error:
+            reason = first_line(error)
+    return (f"found    {finding.what}; {reason}", False) if reason else (f"note     {finding.what}", True)
 
 
 def main() -> None:
-    """Look, print, settle."""
-    parser = argparse.ArgumentParser(
-        prog="python -m flows.doctor",
-        description="Find what killed runs left in MLflow, Prefect, DVC and on the disk. Living runs are left alone.",
-        epilog="Exit status: 0 nothing found or all of it settled, 1 something is left to do.",
-    )
-    parser.add_argument("--fix", action="store_true", help="settle what can be settled")
-    parser.add_argument("--only-mlflow", action="store_true", help=argparse.SUPPRESS)
+    """Run all checks, fix what can be fixed where `--fix` is given, print the findings."""
+    parser = argparse.ArgumentParser(prog="python -m flows.doctor", description=__doc__)
+    parser.add_argument("--fix", action="store_true", help="fix what can be fixed")
     arguments = parser.parse_args()
     with report_errors(), chdir(PROJECT):
-        checks = (mlflow_runs,) if arguments.only_mlflow else CHECKS
-        findings = [finding for check in checks for finding in _examine(check, PROJECT)]
-        results = [_report(finding, fix=arguments.fix or arguments.only_mlflow) for finding in findings]
+        findings = [finding for check in CHECKS for finding in _run(check, PROJECT)]
+        results = [_handle(finding, fix=arguments.fix) for finding in findings]
     print("\n".join(line for line, _ in results) or "nothing found")
-    if not arguments.fix and any(finding.settle for finding in findings):
-        print("`python -m flows.doctor --fix` settles what it can")
-    sys.exit(0 if all(settled for _, settled in results) else 1)
+    sys.exit(0 if all(fixed for _, fixed in results) else 1)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,22 @@
 """The Prefect server that flow runs use: the one that the user configured, or the project's own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 from prefect import get_client
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.exceptions import PrefectException, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import PROJECT, server
 from flows.settings import PrefectServer, configured_server, remedy
 from pipeline.core.errors import TemporaryError, UserError, first_line, shown
 from pipeline.core.network import has_host, is_server
+
+PAGE_SIZE = 200
+"""How many records the server gives for one request at most, by its default."""
 
 
 def server_in_force(project: Path = PROJECT) -> PrefectServer | None:
@@ -40,6 +47,16 @@ def ensure_server() -> PrefectServer:
         with temporary_settings({PREFECT_API_URL: found.api_url}):
             _check_answers(found.api_url, found.source)
     return found
+
+
+@contextmanager
+def prefect_client(url: str) -> Iterator[SyncPrefectClient]:
+    """Yield a client of the server at this address; raises TemporaryError where a request in the block fails."""
+    try:
+        with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+            yield client
+    except (httpx.HTTPError, PrefectException) as error:
+        raise TemporaryError(f"{shown(url)}: {first_line(error)}") from None
 
 
 def _check_answers(url: str, source: str) -> None:

@@ -1,10 +1,10 @@
-"""Make a recorded run again, and say of each stage whether the same came out.
+"""Run the stages of a recorded run again, and report for each stage whether its outputs are the same.
 
-`python -m flows.reproduce ID [--from-cache] [--keep-workspace]`. The run's commit, the changes that were not committed,
-its parameters and the raw data, as DVC has kept it, are put into a fresh clone, and every other stage runs there again.
-ID is an MLflow run's or, where MLflow has no such run (as on another machine), a git commit or a DVC experiment: then
-its dvc.lock says what is to come out. MLflow gets a run for it that is tagged `reproduces`, so it does not pass for a
-new result. Exit status: 0 identical, 1 something differs, 2 a mistake to fix.
+`python -m flows.reproduce ID [--from-cache] [--keep-workspace]`. The run's commit, its uncommitted changes, its
+parameters and the raw data, from DVC's cache, are put into a fresh clone, and every other stage runs there again. ID is
+an MLflow run's or, where MLflow has no such run (as on another machine), a git commit or a DVC experiment: then its
+dvc.lock has the expected hashes. The new MLflow run is tagged `reproduces`, so that it does not pass for a new result.
+Exit status: 0 identical, 1 something differs, 2 a mistake to fix.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from uuid import uuid4
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import PROJECT
-from flows.dvc_state import cache_folder, cached_path, experiment_refs, outputs
+from flows.dvc_state import cache_folder, cached_path, experiment_refs, listing, outputs
 from flows.gpu import gpu_slot, needed_gpu
 from flows.prefect_server import ensure_server
 from flows.workspace import KEPT, StepError, Workspace, made_store, open_recorded
@@ -41,41 +41,42 @@ Hashes = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What became of one stage: `differences` has a line for each file with another hash; None: nothing to compare."""
+class StageResult:
+    """How one stage compares: `differences` has a line for each file with another hash (None: nothing to compare)."""
 
     stage: str
     differences: tuple[str, ...] | None
-    remark: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
         if self.differences is None:
             return f"{self.stage:<11} not compared: the run did not record its hashes"
         outcome = f"differs: {'; '.join(self.differences)}" if self.differences else "identical"
-        return f"{self.stage:<11} {outcome}{self.remark}"
+        return f"{self.stage:<11} {outcome}{self.note}"
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The outcome; `environment` names packages and hardware, `damaged` kept copies, that are not the same.
+    """The comparison of a run with the recorded one.
 
-    `environment` is None where there was nothing to compare.
+    `environment` has a line for each package or part of the hardware that differs (None: nothing to compare), `damaged`
+    one for each stored copy of the recorded model that is no longer that.
     """
 
-    verdicts: tuple[Verdict, ...]
+    stages: tuple[StageResult, ...]
     environment: tuple[str, ...] | None
     damaged: tuple[str, ...]
     mlflow_run_id: str | None
 
     @property
     def identical(self) -> bool:
-        return all(verdict.differences == () for verdict in self.verdicts) and not self.damaged
+        return all(stage.differences == () for stage in self.stages) and not self.damaged
 
 
 def find(project: Path, wanted: str) -> Run:
-    """What to make again: an MLflow run, else what a commit or an experiment has in its dvc.lock.
+    """Return the MLflow run of this id, else the dvc.lock of the commit or experiment of this name as a run.
 
-    Raises UserError where there is none, or it made no model.
+    Raises UserError where there is none, it made no model, or its code is not known.
     """
     run = None
     if made_store(project):
@@ -88,8 +89,8 @@ def find(project: Path, wanted: str) -> Run:
     commit = run.tags.get(COMMIT, UNKNOWN)
     if commit == UNKNOWN or run.tags.get("git.dirty") == UNKNOWN:
         raise UserError(
-            f"MLflow run {wanted}: its code was not known to git then, so it cannot be made again; train again in a "
-            "checkout whose code git knows (the run's log has git's reason), and name that run"
+            f"MLflow run {wanted}: git did not know its code, so it cannot be run again; train again in a checkout "
+            "whose code git knows (the run's log has git's reason), and name that run"
         )
     if not find_commit(project, commit):
         raise UserError(
@@ -103,7 +104,7 @@ def _connect(project: Path) -> None:
 
 
 def _find_locked(project: Path, wanted: str) -> Run:
-    """What a commit or an experiment has in its dvc.lock, as a run that MLflow does not have (without a status)."""
+    """Return the dvc.lock of a commit or an experiment as a run without a status, which MLflow does not have."""
     refs = {ref.rpartition("/")[2]: ref for ref in experiment_refs(project)}
     commit = find_commit(project, refs.get(wanted, wanted))
     if commit is None:
@@ -112,58 +113,39 @@ def _find_locked(project: Path, wanted: str) -> Run:
             "`python -m flows.trace HEAD` list what there is"
         )
     made = outputs(read_committed(project, commit, "dvc.lock") or "")
-    lacking = [folder for folder in (NORMALIZE, TRAIN) if str(folder) not in made]
-    if lacking:
-        raise UserError(f"commit {commit}: its dvc.lock has no {lacking[0]}; name a commit made after `dvc repro`")
+    missing = [folder for folder in (NORMALIZE, TRAIN) if str(folder) not in made]
+    if missing:
+        raise UserError(f"commit {commit}: its dvc.lock has no {missing[0]}; name a commit made after `dvc repro`")
     evaluation = {Path(path).name: md5 for path, md5 in made.items() if Path(path).parent == EVALUATE}
     tags = {f"dvc.{folder.name}": made[str(folder)] for folder in (DOWNLOAD, NORMALIZE, TRAIN) if str(folder) in made}
     tags |= {COMMIT: commit, "git.dirty": "false", "outputs.evaluate": json.dumps(evaluation)}
-    listing = cached_path(cache_folder(project), made[str(TRAIN)])
-    if listing.exists():  # else the folder is compared as a whole
-        files = {file["relpath"]: file["md5"] for file in json.loads(listing.read_text(encoding="utf-8"))}
+    if files := listing(cache_folder(project), made[str(TRAIN)]):  # else the folder is compared as a whole
         tags |= {"outputs.train": json.dumps(files), "model.md5": files["best.safetensors"]}
     return Run(commit, wanted, "", 0, tags, {}, {})
 
 
 def reproduce(project: Path, run: Run, *, from_cache: bool, keep: bool) -> Reproduction:
-    """Make it again; raises UserError where the clone cannot be made, StepError where a stage fails."""
+    """Run the stages again; raises UserError where the clone cannot be made, StepError where a stage fails."""
     dirty = run.tags.get("git.dirty") == "true"
     difference = (read_file(run, "uncommitted.diff") if dirty else None) or b""
     if dirty and not difference:
         raise UserError(f"MLflow run {run.run_id}: its uncommitted.diff is gone from MLflow, so its code is not known")
     _connect(project)
-    damaged = tuple(_damaged_copies(project, run))  # before DVC, which notices too, puts them right
-    variables = {"PIPELINE_REPRODUCES": run.run_id}
+    damaged = tuple(_damaged_copies(project, run))  # before DVC, which notices too, replaces them
     name = f"reproduce-{uuid4().hex[:8]}"
-    with (
-        _tell_kept(project / KEPT / name),
-        open_recorded(
-            project,
-            commit=run.tags[COMMIT],
-            difference=difference,
-            name=name,
-            variables=variables,
-            keep="always" if keep else "never",
-        ) as workspace,
-    ):
-        data = recorded_hashes(run, DOWNLOAD)
-        kept_data = bool(data) and workspace.restore(DOWNLOAD, data[str(DOWNLOAD)])
-        if not kept_data:
-            params = read_yaml(workspace.folder / PARAMS_FILE)
-            check_is_folder(workspace.folder / params["download"]["folder"])
-        for folder in STAGES[kept_data:]:
-            workspace.reproduce(
-                folder.name,
-                on_line=lambda line: _follow(line, workspace, run),
-                again=not from_cache,
-                slot=partial(_slot, workspace.folder) if folder == TRAIN else nullcontext,
-            )
-        verdicts = tuple(_compare(run, folder, made=_made(workspace.folder, folder)) for folder in STAGES[kept_data:])
-        if kept_data:
-            verdicts = (Verdict(DOWNLOAD.name, (), remark=" (DVC has kept the data)"), *verdicts)
+    clone = open_recorded(
+        project,
+        commit=run.tags[COMMIT],
+        difference=difference,
+        name=name,
+        variables={"PIPELINE_REPRODUCES": run.run_id},
+        keep="always" if keep else "never",
+    )
+    with _report_kept(project / KEPT / name), clone as workspace:
+        stages = tuple(_run_stages(workspace, run, from_cache=from_cache))
     again = find_run(workspace.mlflow_run_id) if workspace.mlflow_run_id else None
     result = Reproduction(
-        verdicts,
+        stages,
         tuple(_environment_differences(run, again)) if again else None,
         damaged,
         workspace.mlflow_run_id,
@@ -175,9 +157,28 @@ def reproduce(project: Path, run: Run, *, from_cache: bool, keep: bool) -> Repro
     return result
 
 
+def _run_stages(workspace: Workspace, run: Run, *, from_cache: bool) -> Iterator[StageResult]:
+    """Run all stages but a download of which DVC has the data; yield how each compares."""
+    data = recorded_hashes(run, DOWNLOAD)
+    has_data = bool(data) and workspace.restore(DOWNLOAD, data[str(DOWNLOAD)])
+    if has_data:
+        yield StageResult(DOWNLOAD.name, (), note=" (DVC has kept the data)")
+    else:
+        params = read_yaml(workspace.folder / PARAMS_FILE)
+        check_is_folder(workspace.folder / params["download"]["folder"])
+    for folder in STAGES[has_data:]:
+        workspace.reproduce(
+            folder.name,
+            on_line=lambda line: _print_line(line, workspace, run),
+            again=not from_cache,
+            slot=partial(_slot, workspace.folder) if folder == TRAIN else nullcontext,
+        )
+        yield _compare(run, folder, made=_made(workspace.folder, folder))
+
+
 @contextmanager
-def _tell_kept(clone: Path) -> Iterator[None]:
-    """Say where the clone was kept, whether or not a stage failed."""
+def _report_kept(clone: Path) -> Iterator[None]:
+    """Print where the clone was kept, whether or not a stage failed."""
     try:
         yield
     finally:
@@ -195,8 +196,8 @@ def _slot(clone: Path) -> Iterator[None]:
         yield
 
 
-def _follow(line: str, workspace: Workspace, run: Run) -> None:
-    """Show a stage's line; where the recorded code is too old to tag its run as a reproduction, tag it here."""
+def _print_line(line: str, workspace: Workspace, run: Run) -> None:
+    """Print a stage's line; where the recorded code is too old to tag its run as a reproduction, tag it here."""
     print(f"  | {line}", flush=True)
     if "MLflow run" in line and workspace.mlflow_run_id not in (None, run.run_id):
         with warn_on_failure("the run is not marked as a reproduction"):
@@ -204,7 +205,7 @@ def _follow(line: str, workspace: Workspace, run: Run) -> None:
 
 
 def _made(clone: Path, folder: Path) -> Hashes:
-    """What a stage made: DVC's hash of the folder and, of train and evaluate, the hash of each file."""
+    """Return what a stage made: DVC's hash of the folder and, of train and evaluate, the hash of each file."""
     made = {}
     if folder in (TRAIN, EVALUATE):
         made = {path.name: file_md5(path) for path in sorted((clone / folder).iterdir()) if path.is_file()}
@@ -214,7 +215,7 @@ def _made(clone: Path, folder: Path) -> Hashes:
 
 
 def recorded_hashes(run: Run, folder: Path) -> Hashes:
-    """What the run says its stage made, as `_made` has it."""
+    """Return what the run recorded of its stage, as `_made` does."""
     if folder in (TRAIN, EVALUATE):
         hashes: dict[str, str] = json.loads(run.tags.get(f"outputs.{folder.name}", "{}"))
         if hashes or folder == EVALUATE:
@@ -225,16 +226,16 @@ def recorded_hashes(run: Run, folder: Path) -> Hashes:
     return {} if md5 == UNKNOWN else {str(folder): md5}
 
 
-def _compare(run: Run, folder: Path, *, made: Hashes) -> Verdict:
+def _compare(run: Run, folder: Path, *, made: Hashes) -> StageResult:
     recorded = recorded_hashes(run, folder)
     lines = tuple(
         f"{name} was {md5}, is {made.get(name, 'missing')}" for name, md5 in recorded.items() if made.get(name) != md5
     )
-    return Verdict(folder.name, lines if recorded else None)
+    return StageResult(folder.name, lines if recorded else None)
 
 
 def _environment_differences(run: Run, again: Run) -> Iterator[str]:
-    """Packages and hardware that are not the same in the two runs."""
+    """Yield a line for each package and each part of the hardware that is not the same in the two runs."""
     if not run.status:
         yield "environment not compared: a commit is compared with its dvc.lock alone; an MLflow run has it too"
         return
@@ -256,9 +257,9 @@ def _packages(text: bytes | None) -> dict[str, str]:
 
 
 def _damaged_copies(project: Path, run: Run) -> Iterator[str]:
-    """The kept copies of the recorded model that are no longer that."""
+    """Yield a line for each stored copy of the recorded model that has another hash."""
     md5 = run.tags.get("model.md5")
-    if md5 is None:  # then nothing says what the file in DVC's cache is to be
+    if md5 is None:  # then the expected hash is not known
         return
     cached = cached_path(cache_folder(project), md5)
     recorded = recorded_model_md5(run.run_id) if run.status else md5
@@ -274,7 +275,7 @@ def _damaged_copies(project: Path, run: Run) -> Iterator[str]:
 
 
 def _report(result: Reproduction) -> Iterator[str]:
-    yield from map(str, result.verdicts)
+    yield from map(str, result.stages)
     yield from result.environment or ()
     if result.environment == ():
         yield "environment identical (package versions, CPU, threads, GPU)"
@@ -287,10 +288,10 @@ def _report(result: Reproduction) -> Iterator[str]:
 
 
 def main() -> None:
-    """Find the run, make it again, compare."""
+    """Find the run, run it again, compare."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.reproduce",
-        description="Make a recorded run again in a fresh clone, and say of each stage whether the same came out.",
+        description="Run a recorded run's stages again in a fresh clone, and compare what each stage makes.",
         epilog="Exit status: 0 identical, 1 something differs, 2 a mistake to fix, 75 another try may help.",
     )
     parser.add_argument("run", metavar="ID", help="an MLflow run, else a git commit or a DVC experiment")

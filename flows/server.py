@@ -129,17 +129,14 @@ def stop(project: Path = PROJECT) -> Server | None:
     return server
 
 
-def forget_dead(project: Path = PROJECT, *, remove: bool = True) -> bool:
-    """Whether the server on record is dead; removes such a record."""
+def has_dead_record(project: Path = PROJECT) -> bool:
+    """Return whether the server on record is dead; `start` and `stop` replace or remove such a record."""
     folder = project / ".prefect"
     if not (folder / "server.json").exists():
         return False
     with (folder / "server.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # while one is being started, its record is not whole
-        dead = (folder / "server.json").exists() and _recorded(project) is None
-        if dead and remove:
-            (folder / "server.json").unlink()
-        return dead
+        return _record(project).exists() and _recorded(project) is None
 
 
 def _record(project: Path) -> Path:

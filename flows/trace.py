@@ -1,7 +1,9 @@
-"""From any one id to all the others and the files.
+"""Print all that belongs to a model, from any one id of it.
 
 `python -m flows.trace ID [--json]`. ID: a git commit, a DVC experiment, an MLflow run id, a Prefect flow run's id or
 name, the MD5 of a model, or the path of one. Exit status: 0 found, 2 nothing known of it.
+
+`python -m flows.trace MODEL_MD5 --used-by FLOW_RUN_ID EXPERIMENT` is for a flow run that took a model from DVC's cache.
 """
 
 import argparse
@@ -12,85 +14,54 @@ from contextlib import chdir
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from flows import PROJECT
-from flows.identity import MODEL, Experiment, FlowRun, Trace, trace
+from flows.lineage import MODEL, Trace, record_use, trace
 from pipeline.core.errors import report_errors
-
-UNKNOWN = "not known"
 
 
 def as_text(found: Trace) -> str:
-    """A table of what belongs together."""
-    rows = [
-        *_code(found),
-        ("data", f"{found.data_set or UNKNOWN}, MD5 {found.data_md5 or UNKNOWN}"),
-        *(
-            ("parameters" if not index else "", f"{name} {new} (committed: {old})")
-            for index, (name, (old, new)) in enumerate(found.changed.items())
-        ),
-        *([] if found.changed else [("parameters", "as committed")]),
-        *_mlflow(found),
-        *_several("experiment", [_experiment(one) for one in found.experiments]),
-        *_several("flow run", [_flow_run(one) for one in found.flow_runs]),
-        ("model", f"MD5 {found.model_md5}" if found.model_md5 else "none"),
-        *_several(
-            "files", [f"{file.path} {file.md5}  {file.cached or 'not in the DVC cache'}" for file in found.files]
-        ),
-    ]
-    return "\n".join(f"{name:<12}{value}" for name, value in rows)
+    """Return a table of what belongs together."""
+    return "\n".join(
+        f"{name if not index else '':<12}{line}"
+        for name, lines in _rows(found)
+        for index, line in enumerate(lines or ["none"])
+    )
 
 
-def _code(found: Trace) -> Iterator[tuple[str, str]]:
-    how = {None: "uncommitted changes not known", True: "with uncommitted changes", False: "nothing uncommitted"}
-    yield "code", f"commit {found.commit or UNKNOWN}, {how[found.dirty]}"
-    if found.uncommitted:
-        yield "", f"not committed: {', '.join(found.uncommitted)}"
+def _rows(found: Trace) -> Iterator[tuple[str, list[str]]]:
+    changes = {None: "uncommitted changes not known", True: "with uncommitted changes", False: "nothing uncommitted"}
+    code = [f"commit {found.commit or 'not known'}, {changes[found.dirty]}"]
+    yield "code", code + ([f"not committed: {', '.join(found.uncommitted)}"] if found.uncommitted else [])
+    yield "data", [f"{found.data_set or 'not known'}, MD5 {found.data_md5 or 'not known'}"]
+    changed = [f"{name} {new} (committed: {old})" for name, (old, new) in found.changed.items()]
+    yield "parameters", changed or ["as committed"]
+    yield "MLflow run", list(_run_lines(found))
+    here = {True: "dvc exp apply {}", False: "no longer in this repository"}
+    yield "experiment", [f"{one.name}  ({here[bool(one.commit)].format(one.name)})" for one in found.experiments]
+    parts = [(run.run_id, run.name, run.state or "state not known", run.link) for run in found.flow_runs]
+    yield "flow run", ["  ".join(filter(None, one)) for one in parts]
+    yield "model", [f"MD5 {found.model_md5}"] if found.model_md5 else []
+    yield "files", [f"{file.path} {file.md5}  {file.cached or 'not in the DVC cache'}" for file in found.files]
 
 
-def _mlflow(found: Trace) -> Iterator[tuple[str, str]]:
-    run = found.run
-    if run is None:
-        yield "MLflow run", "none"
-        return
-    yield "MLflow run", f"{run.run_id} ({run.name}) {run.status}, {_time(run.started)}"
-    if found.run_link:
-        yield "", found.run_link
-    shown = {name: value for name, value in run.metrics.items() if name.startswith(("test_", "validation_"))}
-    yield from (("", f"{name} {value:.6g}") for name, value in sorted(shown.items()))
-    yield from (("", f"made again by {run_id}: {result}") for run_id, result in found.reproductions)
-
-
-def _experiment(one: Experiment) -> str:
-    return f"{one.name}  (dvc exp apply {one.name})" if one.commit else f"{one.name}  (no longer in this repository)"
-
-
-def _flow_run(one: FlowRun) -> str:
-    return "  ".join(filter(None, [one.run_id, one.name, one.state or "state not known", one.link]))
-
-
-def _several(name: str, values: Sequence[str]) -> list[tuple[str, str]]:
-    return [(name if not index else "", value) for index, value in enumerate(values or ["none"])]
-
-
-def _time(milliseconds: int) -> str:
-    return datetime.fromtimestamp(milliseconds / 1000).astimezone().strftime("%Y-%m-%d %H:%M:%S %z")
+def _run_lines(found: Trace) -> Iterator[str]:
+    if run := found.run:
+        started = datetime.fromtimestamp(run.started / 1000).astimezone()
+        yield f"{run.run_id} ({run.name}) {run.status}, {started:%Y-%m-%d %H:%M:%S %z}"
+        yield from filter(None, [found.run_link])
+        metrics = {name: value for name, value in run.metrics.items() if name.startswith(("test_", "validation_"))}
+        yield from (f"{name} {value:.6g}" for name, value in sorted(metrics.items()))
+        yield from (f"made again by {run_id}: {result}" for run_id, result in found.reproductions)
 
 
 def as_json(traces: Sequence[Trace], notes: Sequence[str]) -> str:
-    """The same, for programs: {"traces": […], "notes": […]}; MLflow's system metrics and own tags are left out."""
-    return json.dumps({"traces": [_plain(found) for found in traces], "notes": notes}, indent=2)
-
-
-def _plain(found: Trace) -> dict[str, Any]:
-    values = asdict(found)
-    if values["run"]:
-        for kind, own in (("metrics", "system/"), ("tags", "mlflow.")):
-            values["run"][kind] = {
-                name: value for name, value in values["run"][kind].items() if not name.startswith(own)
-            }
-    return values
+    """Return the same for programs: {"traces": […], "notes": […]}, without MLflow's system metrics and own tags."""
+    plain = [asdict(found) for found in traces]
+    for run in filter(None, (values["run"] for values in plain)):
+        for kind, prefix in (("metrics", "system/"), ("tags", "mlflow.")):
+            run[kind] = {name: value for name, value in run[kind].items() if not name.startswith(prefix)}
+    return json.dumps({"traces": plain, "notes": notes}, indent=2)
 
 
 def main() -> None:
@@ -104,17 +75,25 @@ def main() -> None:
         "id", metavar="ID", help="git commit, DVC experiment, MLflow run, Prefect flow run, MD5 or path of a model"
     )
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument(
+        "--used-by",
+        nargs=2,
+        metavar=("FLOW_RUN_ID", "EXPERIMENT"),
+        help="print only the id of the MLflow run that made the model (ID is its MD5), or an empty line; tag the run "
+        "with a flow run that took the model from DVC's cache",
+    )
     arguments = parser.parse_args()
     path = Path(arguments.id)
     file = next((candidate.resolve() for candidate in (path / MODEL, path) if os.path.isfile(candidate)), None)  # noqa: PTH113  (no error where an id is no path)
     with report_errors(), chdir(PROJECT):
+        if arguments.used_by:
+            flow_run_id, experiment = arguments.used_by
+            print(record_use(arguments.id, flow_run_id=flow_run_id, experiment=experiment) or "")
+            return
         traces, notes = trace(PROJECT, arguments.id, file=file)
-        print(as_json(traces, notes) if arguments.json else _page(traces, notes))
-
-
-def _page(traces: Sequence[Trace], notes: Sequence[str]) -> str:
-    head = [f"{len(traces)} belong to this, newest first:"] if len(traces) > 1 else []
-    return "\n\n".join([*head, *map(as_text, traces), *(f"note: {note}" for note in notes)])
+        head = [f"{len(traces)} belong to this, newest first:"] if len(traces) > 1 else []
+        text = "\n\n".join([*head, *map(as_text, traces), *(f"note: {note}" for note in notes)])
+        print(as_json(traces, notes) if arguments.json else text)
 
 
 if __name__ == "__main__":

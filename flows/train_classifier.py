@@ -28,7 +28,7 @@ from prefect.utilities.urls import url_for
 
 from flows import FLOW_NAME, PROJECT
 from flows.checks import check_inputs
-from flows.doctor import settle_quietly, sign
+from flows.doctor import fix_quietly, register
 from flows.form import Overrides, Recipe
 from flows.gpu import gpu_slot
 from flows.prefect_server import ensure_server
@@ -147,8 +147,8 @@ def _make_experiment(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -
     name = experiment_name(PROJECT, f"{recipe}-{run_name}", f"{recipe}-{run_name}-{run_id[:8]}")
     if "PREFECT__FLOW_RUN_ID" in os.environ:  # which Prefect's worker sets
         threading.Thread(target=_end_with_worker, args=[os.getppid()], daemon=True).start()
-    sign(run_id, run_count=flow_run.run_count, project=PROJECT, experiment=name)
-    for line in settle_quietly(PROJECT):
+    register(run_id, run_count=flow_run.run_count, project=PROJECT, experiment=name)
+    for line in fix_quietly(PROJECT):
         get_run_logger().info(line)
     _mention_untracked()
     link = shown(url_for("flow-run", obj_id=run_id) or "")
@@ -186,7 +186,7 @@ def _maker(workspace: Workspace, flow_run_id: str) -> Iterator[None]:
     if workspace.mlflow_run_id or not model.exists():
         yield
         return
-    command = [sys.executable, "-m", "flows.maker", file_md5(model), flow_run_id, workspace.experiment]
+    command = [sys.executable, "-m", "flows.trace", file_md5(model), "--used-by", flow_run_id, workspace.experiment]
     with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield
         output, errors = process.communicate()

@@ -10,7 +10,7 @@ import pytest
 
 from flows import doctor
 from flows.dvc_state import cache_folder, cached_path, missing_outputs
-from flows.identity import Sources
+from flows.lineage import Sources
 from pipeline.artifacts import write_json
 from pipeline.core.processes import HOST, PID, STARTED, life, this_process
 from pipeline.datasets.fetch import find_archive
@@ -58,10 +58,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_doctor_reports_an_experiment_that_is_damaged_and_looks_at_the_others(project: Path, lock: str) -> None:
     add_experiment("a-damaged", lock)
     add_experiment("b-incomplete", LOCK % ("a" * 32))
-    damaged, incomplete = doctor._examine(doctor.missing_objects, project)
+    damaged, incomplete = doctor._run(doctor.missing_objects, project)
     assert damaged.what.startswith("experiment a-damaged: ") or damaged.what.startswith("a-damaged: ")
     assert "dvc.lock cannot be read (" in damaged.what
-    assert damaged.cure == "`dvc exp remove a-damaged`"
+    assert damaged.remedy == "`dvc exp remove a-damaged`"
     assert incomplete.what == "experiment b-incomplete: DVC's cache lacks files of model"
 
 
@@ -70,8 +70,8 @@ def test_a_damaged_listing_in_the_cache_is_a_missing_output(project: Path) -> No
     listing = cached_path(cache_folder(project), md5)
     listing.parent.mkdir(parents=True)
     listing.write_text("[{")
-    add_experiment("a", LOCK % md5)
-    assert [missing.outputs for missing in missing_outputs(project)] == [("model",)]
+    experiment = add_experiment("a", LOCK % md5)
+    assert missing_outputs(project, experiment) == ["model"]
 
 
 def test_what_a_check_found_before_it_failed_is_kept(project: Path) -> None:
@@ -79,7 +79,7 @@ def test_what_a_check_found_before_it_failed_is_kept(project: Path) -> None:
         yield doctor.Finding("first")
         raise OSError("gone")
 
-    assert [finding.what for finding in doctor._examine(check, project)] == ["first", "check were not looked at: gone"]
+    assert [finding.what for finding in doctor._run(check, project)] == ["first", "check were not looked at: gone"]
 
 
 def test_a_trace_looks_at_the_other_experiments(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from dvc.config import Config
 
 from flows import dvc_worker, workspace
 from flows.dvc_state import experiment_refs
-from flows.identity import Sources
+from flows.lineage import Sources
 from pipeline.artifacts import DOWNLOAD
 from pipeline.core.errors import UserError, shown
 from pipeline.core.git import code_state

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import identity, server
-from flows.identity import Trace, trace
+from flows import lineage, server
+from flows.lineage import Trace, trace
 from flows.trace import as_json, as_text
 from pipeline.core.errors import UserError
 from tests.conftest import flow_run
@@ -101,7 +101,7 @@ def test_without_mlflow_the_experiment_is_told(project: Path, only: Trace, monke
 @pytest.mark.parametrize("wanted", ["nonsense", "it's", "0" * 32, "--", "00000000-0000-4000-8000-000000000000"])
 def test_what_is_unknown_is_told_with_the_places(project: Path, wanted: str) -> None:
     with pytest.raises(UserError, match=r"nothing known of it; looked at: commits .* MLflow .* Prefect") as error:
-        identity.trace(project, wanted)
+        lineage.trace(project, wanted)
     assert "\n" not in str(error.value)
 
 
