@@ -18,6 +18,7 @@ from pipeline.arrays import DatasetInfo, Split
 from pipeline.artifacts import HISTORY, KEPT, TRAIN, replace_folder, verify_splits, write_bytes, write_csv
 from pipeline.core.errors import UserError, first_line, report_errors, shown
 from pipeline.core.processes import cpu_name
+from pipeline.core.results import StepResult, write_result
 from pipeline.core.stage_code import code_md5
 from pipeline.models.airbench import Airbench
 from pipeline.models.build import Classifier, build, memory_format, try_training
@@ -194,6 +195,7 @@ def _save(checkpoint: Checkpoint, checkpoints: Checkpoints, *, run: tracking.Run
 def _say_run(run: tracking.Run, *, start: Checkpoint | None, params: TrainParams) -> None:
     """Name the run, and say where the training goes on; a run that lacks the epochs until there is told them."""
     print(f"MLflow run {run.run_id}", flush=True)
+    write_result(StepResult(mlflow_run_id=run.run_id))
     if start is None:
         return
     history = [Epoch(**row) for row in start.state["history"]]
