@@ -20,7 +20,7 @@ from flows import FLOW_NAME, PROJECT
 from flows.prefect_server import ensure_server
 from flows.train_classifier import train_classifier
 from flows.worker import ensure_work_pool
-from flows.workspace import find_repository
+from flows.git import find_repository
 from pipeline.core.errors import UserError, report_errors, shown
 from pipeline.core.git import git
 

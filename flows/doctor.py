@@ -52,7 +52,8 @@ from flows.dvc_state import (
     release_dead_lockers,
 )
 from flows.prefect_server import server_in_force
-from flows.workspace import EXPERIMENT_LABEL, FOLDER, find_leftovers, is_held, made_store, remove_leftovers
+from flows.workspace import EXPERIMENT_LABEL, made_store
+from flows.workspace_folders import FOLDER, find_leftovers, is_held, remove_leftovers
 from pipeline.core.errors import TemporaryError, UserError, report_errors, shown
 from pipeline.core.processes import HOST, PID, life, this_process
 

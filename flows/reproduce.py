@@ -1,4 +1,4 @@
-"""Make a recorded run again, and say of each stage whether the same came out.
+"""Make a recorded run again, and report for each stage whether the same came out.
 
 `python -m flows.reproduce ID [--from-cache] [--keep-workspace]`. The run's commit, the changes that were not committed,
 its parameters and the raw data, as DVC has kept it, are put into a fresh clone, and every other stage runs there again.
@@ -11,20 +11,17 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import chdir, contextmanager, nullcontext
+from contextlib import chdir, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
-from prefect.settings import PREFECT_API_URL, temporary_settings
-
 from flows import PROJECT
+from flows.dvc_client import StepError
 from flows.dvc_state import cache_folder, cached_path, experiment_refs, outputs
-from flows.gpu import gpu_slot, needed_gpu
-from flows.prefect_server import ensure_server
-from flows.workspace import KEPT, StepError, Workspace, made_store, open_recorded
+from flows.workspace import KEPT, Workspace, made_store, open_recorded
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.core.errors import EXIT_TEMPORARY, EXIT_USER, UserError, report_errors
 from pipeline.core.git import UNKNOWN, find_commit, read_committed
@@ -34,6 +31,7 @@ from pipeline.params import PARAMS_FILE, check_is_folder
 from pipeline.tracking import runs as tracking
 from pipeline.tracking.runs import Record
 
+MODEL = "best.safetensors"
 STAGES = (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE)
 Hashes = Mapping[str, str]
 
@@ -120,7 +118,7 @@ def _find_locked(project: Path, wanted: str) -> Record:
     listing = cached_path(cache_folder(project), made[str(TRAIN)])
     if listing.exists():  # else the folder is compared as a whole
         files = {file["relpath"]: file["md5"] for file in json.loads(listing.read_text(encoding="utf-8"))}
-        tags |= {"outputs.train": json.dumps(files), "model.md5": files["best.safetensors"]}
+        tags |= {"outputs.train": json.dumps(files), "model.md5": files[MODEL]}
     return Record(commit, wanted, "", 0, tags, {}, {})
 
 
@@ -133,9 +131,9 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
     _connect(project)
     damaged = tuple(_damaged_copies(project, run))  # before DVC, which notices too, puts them right
     variables = {"PIPELINE_REPRODUCES": run.run_id}
-    name = f"reproduce-{uuid4().hex[:8]}"
+    name, since = f"reproduce-{uuid4().hex[:8]}", int(time.time() * 1000)
     with (
-        _tell_kept(project / KEPT / name),
+        _report_kept(project / KEPT / name),
         open_recorded(
             project,
             commit=run.tags[tracking.COMMIT],
@@ -145,38 +143,27 @@ def reproduce(project: Path, run: Record, *, from_cache: bool, keep: bool) -> Re
             keep="always" if keep else "never",
         ) as workspace,
     ):
-        data = recorded_hashes(run, DOWNLOAD)
-        kept_data = bool(data) and workspace.restore(DOWNLOAD, data[str(DOWNLOAD)])
-        if not kept_data:
-            params = read_yaml(workspace.folder / PARAMS_FILE)
-            check_is_folder(workspace.folder / params["download"]["folder"])
-        for folder in STAGES[kept_data:]:
-            workspace.reproduce(
-                folder.name,
-                on_line=lambda line: _follow(line, workspace, run),
-                again=not from_cache,
-                slot=partial(_slot, workspace.folder) if folder == TRAIN else nullcontext,
-            )
-        verdicts = tuple(_compare(run, folder, made=_made(workspace.folder, folder)) for folder in STAGES[kept_data:])
-        if kept_data:
-            verdicts = (Verdict(DOWNLOAD.name, (), remark=" (DVC has kept the data)"), *verdicts)
-    again = tracking.find_run(workspace.mlflow_run_id) if workspace.mlflow_run_id else None
+        verdicts, has_run = _reproduce_stages(workspace, run, from_cache=from_cache)
+        model = workspace.folder / TRAIN / MODEL
+        again = _find_new_run(run, handed_over=workspace.mlflow_run_id, model=model, since=since) if has_run else None
     result = Reproduction(
         verdicts,
         tuple(_environment_differences(run, again)) if again else None,
         damaged,
-        workspace.mlflow_run_id,
+        again.run_id if again else workspace.mlflow_run_id,
     )
     if again:
         outcome = "identical" if result.identical else "differs"
         with tracking.told("the outcome is not in MLflow"):
-            tracking.Run(again.run_id).tag({"reproduction.result": outcome})
+            tracking.Run(again.run_id).tag({tracking.REPRODUCES: run.run_id, "reproduction.result": outcome})
+    elif has_run:
+        print("warning: the new MLflow run is unknown: it is not tagged as a reproduction", file=sys.stderr)
     return result
 
 
 @contextmanager
-def _tell_kept(clone: Path) -> Iterator[None]:
-    """Say where the clone was kept, whether or not a stage failed."""
+def _report_kept(clone: Path) -> Iterator[None]:
+    """Print where the clone was kept, whether or not a stage failed."""
     try:
         yield
     finally:
@@ -184,22 +171,36 @@ def _tell_kept(clone: Path) -> Iterator[None]:
             print(f"kept the clone: {clone}", file=sys.stderr)
 
 
-@contextmanager
-def _slot(clone: Path) -> Iterator[None]:
-    """Wait for the GPU as a flow run does; where none is needed, no server is either."""
-    if needed_gpu(clone):
-        with temporary_settings({PREFECT_API_URL: ensure_server().api_url}), gpu_slot(clone):
-            yield
-    else:
-        yield
+def _reproduce_stages(workspace: Workspace, run: Record, *, from_cache: bool) -> tuple[tuple[Verdict, ...], bool]:
+    """Reproduce the stages; returns a verdict for each, and whether train or evaluate had to run."""
+    data = recorded_hashes(run, DOWNLOAD)
+    kept_data = bool(data) and workspace.restore(DOWNLOAD, data[str(DOWNLOAD)])
+    if not kept_data:
+        params = read_yaml(workspace.folder / PARAMS_FILE)
+        check_is_folder(workspace.folder / params["download"]["folder"])
+    stages = STAGES[kept_data:]
+    outcomes = {
+        folder: workspace.reproduce(folder.name, on_line=_print_line, again=not from_cache) for folder in stages
+    }
+    verdicts = tuple(_compare(run, folder, made=_made(workspace.folder, folder)) for folder in stages)
+    if kept_data:
+        verdicts = (Verdict(DOWNLOAD.name, (), remark=" (DVC has kept the data)"), *verdicts)
+    return verdicts, "ran" in (outcomes[TRAIN], outcomes[EVALUATE])
 
 
-def _follow(line: str, workspace: Workspace, run: Record) -> None:
-    """Show a stage's line; where the recorded code is too old to tag its run as a reproduction, tag it here."""
+def _print_line(line: str) -> None:
     print(f"  | {line}", flush=True)
-    if "MLflow run" in line and workspace.mlflow_run_id not in (None, run.run_id):
-        with tracking.told("the run is not marked as a reproduction"):
-            tracking.Run(str(workspace.mlflow_run_id)).tag({tracking.REPRODUCES: run.run_id})
+
+
+def _find_new_run(run: Record, *, handed_over: str | None, model: Path, since: int) -> Record | None:
+    """Find the MLflow run that the stages made after `since` (milliseconds), or None.
+
+    Code too old to hand over the id has tagged the run as a reproduction or, older still, with the model's hash.
+    """
+    if handed_over:
+        return tracking.find_run(handed_over)
+    found = tracking.find_runs({tracking.REPRODUCES: run.run_id}) + tracking.find_runs({"model.md5": file_md5(model)})
+    return next((one for one in found if one.started >= since and one.run_id != run.run_id), None)
 
 
 def _made(clone: Path, folder: Path) -> Hashes:
@@ -219,7 +220,7 @@ def recorded_hashes(run: Record, folder: Path) -> Hashes:
         if hashes or folder == EVALUATE:
             return hashes
         if "model.md5" in run.tags:
-            return {"best.safetensors": run.tags["model.md5"]}
+            return {MODEL: run.tags["model.md5"]}
     md5 = run.tags.get(f"dvc.{folder.name}", UNKNOWN)
     return {} if md5 == UNKNOWN else {str(folder): md5}
 

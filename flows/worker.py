@@ -23,7 +23,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from flows import FLOW_NAME, PROJECT, server
 from flows.prefect_server import ensure_server, server_in_force
 from flows.settings import OWN_NAME, PrefectServer
-from flows.workspace import check_checkout
+from flows.git import check_checkout
 from pipeline.core.errors import TemporaryError, UserError, report_errors
 
 POOL = "local"
