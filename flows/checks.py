@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.gpu import visible_gpu
+import pynvml
+
 from pipeline.artifacts import check_weights, expand
 from pipeline.core.errors import UserError
 
@@ -36,12 +37,29 @@ def check_inputs(params: Mapping[str, Any]) -> None:
 
 
 def check_device(device: str, *, field: str) -> None:
-    """Raise UserError where this machine certainly lacks the device; to ask PyTorch would take seconds."""
+    """Raise UserError where this machine certainly has no such device; to ask PyTorch would take seconds."""
     has_none = device == "mps" and sys.platform != "darwin"
     if device == "cuda":
-        has_none = not any(path.exists() for path in OTHER_GPUS) and visible_gpu() is None
+        has_none = not any(path.exists() for path in OTHER_GPUS) and not _may_have_nvidia_gpu()
     if has_none:
         raise UserError(f"{field} is {device}, but this machine has none; allowed: auto, cpu; correct it")
+
+
+def _may_have_nvidia_gpu() -> bool:
+    """Whether NVIDIA's driver lists a GPU that CUDA_VISIBLE_DEVICES does not hide, or does not say."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+    if not visible or visible.startswith("-"):
+        return False
+    try:
+        pynvml.nvmlInit()
+        try:
+            return bool(pynvml.nvmlDeviceGetCount() > 0)
+        finally:
+            pynvml.nvmlShutdown()
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
+        return False
+    except pynvml.NVMLError:
+        return True
 
 
 def _is_small(folder: Path) -> bool:

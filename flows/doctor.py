@@ -31,7 +31,8 @@ from prefect.types._datetime import now
 from flows import FLOW_NAME, PROJECT, server
 from flows.dvc_state import DAMAGED, experiment_refs, missing_outputs
 from flows.prefect_server import PAGE_SIZE, prefect_client, server_in_force
-from flows.workspace import EXPERIMENT_LABEL, FOLDER, find_leftovers, is_held, made_store, remove_leftovers
+from flows.workspace import EXPERIMENT_LABEL, made_store
+from flows.workspace_folders import FOLDER, find_leftovers, is_held, remove_leftovers
 from pipeline.core.errors import TemporaryError, UserError, first_line, report_errors
 from pipeline.core.processes import HOST, PID, life, this_process
 

@@ -1,25 +1,20 @@
-"""DVC in a process of its own: reproduces stages of a clone, one request after the other.
+"""The DVC process of a workspace: does with DVC what the flow run asks for (`dvc_protocol`), one request at a time.
 
-`python -m flows.dvc_worker CLONE` reads JSON requests, one a line, from stdin, and answers each with one line on stdout
-that begins with MARK; all other lines are the output of the stages and of DVC. Before it runs a stage's command, rather
-than take the stage's files from the cache, it says so, `{"starting": stage}`, and waits for a line. It leads a process
-group with the stages in it: on SIGTERM it lives on until the stage has ended, and if its parent dies, it ends the
-stage.
+`python -m flows.dvc_worker CLONE`, started by `dvc_client`. It leads a process group with the stages in it. On SIGTERM
+it lives on until the stage has ended; if its parent dies, it ends the stage.
 """
 
-import json
 import logging
 import os
-import queue
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+import dvc.stage.run
 import psutil
 from configobj import ConfigObj
 from dvc.config import Config
@@ -29,30 +24,34 @@ from dvc.stage.exceptions import StageCmdFailedError
 from dvc_data.hashfile.hash_info import HashInfo
 from scmrepo.exceptions import SCMError
 
-from flows.workspace import FOLDER, GRACE_SECONDS, MARK, in_use
+from flows.dvc_protocol import GRACE_SECONDS, Action, Answer, Request
+from flows.workspace_folders import FOLDER, in_use
 from pipeline.core.errors import EXIT_USER
+from pipeline.core.processes import call_at_parent_end
 
 REMOTE_VARIABLE = "PIPELINE_DVC_REMOTE"
 """URL of a DVC remote to take files from and put them into: for a project that is thrown away after the run."""
 REMOTE = "shared"
-GIVEN = frozenset(os.environ)
+RECEIVED_VARIABLES = frozenset(os.environ)
 """The names of the variables that this process was started with."""
 
 
-class _Lines(logging.Handler):
-    """Prints what DVC has to say, remembers whether it ran a command, and calls `on_start` just before it does.
+class CommandError(StageCmdFailedError):  # type: ignore[misc]  # DVC ships no types
+    """DVC's error for a stage's command that failed, with the exit status (else only its message has it)."""
 
-    DVC tells that a command is about to run on the thread that will run it, and has let go of its lock by then.
-    """
+    def __init__(self, command: str, status: int | None = None) -> None:
+        super().__init__(command, status)
+        self.status = 1 if status is None else status
+
+
+class _Lines(logging.Handler):
+    """Prints DVC's warnings and progress, and remembers whether DVC ran a command: only its log says so."""
 
     ran = False
-    on_start: Callable[[str], None] = staticmethod(lambda stage: None)
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message.startswith("Running stage"):
-            self.ran = True
-            self.on_start(str(record.args[0] if isinstance(record.args, tuple) and record.args else ""))
+        self.ran = self.ran or message.startswith("Running stage")
         if message.startswith("Some of the cache files do not exist"):
             return  # then the stage runs
         if record.levelno >= logging.WARNING or message.startswith(("Stage ", "> ")):
@@ -91,27 +90,27 @@ def share_cores(clone: Path, *, project: Path) -> None:
 
     By default they spin, which is twice as fast for a run that is alone, and many times as slow for runs side by side.
     """
-    if "OMP_WAIT_POLICY" not in GIVEN:
+    if "OMP_WAIT_POLICY" not in RECEIVED_VARIABLES:
         os.environ.pop("OMP_WAIT_POLICY", None)
         if set(in_use(project)) - {clone.relative_to((project / FOLDER).resolve()).parts[0]}:
             os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
-def reproduce(repo: Any, stage: str) -> dict[str, Any]:
-    """Reproduce one stage; the outcome is ran, restored (from the cache) or unchanged."""
+def reproduce(repo: Any, stage: str) -> Answer:
+    """Reproduce one stage."""
     LINES.ran = False
     share_cores(Path(repo.root_dir), project=Path(os.environ["PIPELINE_PROJECT"]))
     stages = repo.reproduce(targets=[stage], single_item=True, pull=REMOTE_VARIABLE in os.environ)
-    return {"outcome": "ran" if LINES.ran else "restored" if stages else "unchanged"}
+    return Answer("ran" if LINES.ran else "restored" if stages else "unchanged")
 
 
-def remake(repo: Any, stage: str) -> dict[str, Any]:
+def remake(repo: Any, stage: str) -> Answer:
     """Run one stage whatever DVC has of it, and keep what it makes out of the cache, whose files are the originals."""
     repo.reproduce(targets=[stage], single_item=True, force=True, no_commit=True)
-    return {"outcome": "ran"}
+    return Answer("ran")
 
 
-def restore(repo: Any, recorded: str) -> dict[str, Any]:
+def restore(repo: Any, recorded: str) -> Answer:
     """Put the content of this MD5 in an output's place, "PATH MD5": from DVC's cache, else from a remote."""
     path, _, md5 = recorded.rpartition(" ")
     [out] = repo.find_outs_by_path(path)
@@ -122,24 +121,26 @@ def restore(repo: Any, recorded: str) -> dict[str, Any]:
                 repo.cloud.pull(hashes)
         out.checkout(force=True)
     except DvcException:
-        return {"outcome": "missing"}
-    return {"outcome": "restored"}
+        return Answer("missing")
+    return Answer("restored")
 
 
-def save(repo: Any, name: str) -> dict[str, Any]:
+def save(repo: Any, name: str) -> Answer:
     """Save the clone's files as the experiment `name`."""
     uncached = [str(out.fs_path) for out in repo.index.outs if not out.use_cache and out.exists]
-    return {"commit": repo.experiments.save(name=name, force=True, include_untracked=uncached)}
+    repo.experiments.save(name=name, force=True, include_untracked=uncached)
+    return Answer()
 
 
-def push(repo: Any, name: str) -> dict[str, Any]:
+def push(repo: Any, name: str) -> Answer:
     """Bring the experiment `name` into the project."""
     result = repo.experiments.push("origin", [name], push_cache=False)
     if name not in result.get("success", []) + result.get("up_to_date", []):
-        return {"status": 1, "error": f"experiment {name}: the project has another one of this name; run again"}
+        reason = f"experiment {name}: the project has another one of this name; run again"
+        return Answer(status=1, reason=reason)
     if REMOTE_VARIABLE in os.environ:
         _share(repo, name)
-    return {}
+    return Answer()
 
 
 def _share(repo: Any, name: str) -> None:
@@ -151,7 +152,7 @@ def _share(repo: Any, name: str) -> None:
         project.experiments.push("origin", [name], push_cache=False)
 
 
-ACTIONS: dict[str, Callable[[Any, str], dict[str, Any]]] = {
+ACTIONS: dict[Action, Callable[[Any, str], Answer]] = {
     "reproduce": reproduce,
     "remake": remake,
     "restore": restore,
@@ -160,59 +161,39 @@ ACTIONS: dict[str, Callable[[Any, str], dict[str, Any]]] = {
 }
 
 
-def answer(repo: Any, request: dict[str, str]) -> dict[str, Any]:
-    """Do what is asked; a failure is an answer too: {"status": exit status, "error": one line or nothing}."""
-    [(action, argument)] = request.items()
+def answer(repo: Any, request: Request) -> Answer:
+    """Do what is asked; a failure is an answer too."""
     try:
-        return ACTIONS[action](repo, argument)
+        return ACTIONS[request.action](repo, request.argument)
     except (DvcException, SCMError) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, StageCmdFailedError):
-            return {"status": _status(str(cause)), "error": ""}
-        return {"status": EXIT_USER, "error": " ".join(f"{error} {'' if cause is error else cause}".split())}
+        return _failure(error)
 
 
-def _status(message: str) -> int:
-    """DVC tells the exit status of a command in words only; a negative one is a signal's number."""
-    status = message.rpartition("exited with ")[2]
-    return int(status) if status.lstrip("-").isdigit() else 1
+def _failure(error: Exception) -> Answer:
+    cause = error.__cause__ or error
+    if isinstance(cause, CommandError):
+        return Answer(status=cause.status)
+    return Answer(status=EXIT_USER, reason=" ".join(f"{error} {'' if cause is error else cause}".split()))
 
 
-class _Requests:
-    """Reads requests on a thread, so that the parent's death shows at once, in the middle of a stage too."""
+class _Stop:
+    """SIGTERM: true from then on; where no stage runs, the process ends at once."""
 
-    def __init__(self, stream: IO[str]) -> None:
-        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        self._busy = threading.Event()
-        self._stopping = False
-        signal.signal(signal.SIGTERM, self._stop)
-        threading.Thread(target=self._read, args=[stream], daemon=True).start()
+    def __init__(self) -> None:
+        self.came = False
+        signal.signal(signal.SIGTERM, self._handle)
 
-    def next(self) -> dict[str, str] | None:
-        self._busy.clear()
-        line = None if self._stopping else self._lines.get()
-        self._busy.set()
-        return None if line is None else json.loads(line)
-
-    def wait_to_start(self, stage: str) -> None:
-        """Return once the parent lets the stage's command start; end where the parent has ended."""
-        print(f"\n{MARK}{json.dumps({'starting': stage})}", flush=True)
-        if self._lines.get() is None:
-            os._exit(1)
-
-    def _stop(self, signum: int, _frame: FrameType | None) -> None:
-        self._stopping = True
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        self.came = True
         if not psutil.Process().children():
             os._exit(128 + signum)
 
-    def _read(self, stream: IO[str]) -> None:
-        for line in stream:
-            self._lines.put(line)
-        self._lines.put(None)
-        if self._busy.is_set() and not self._stopping:
-            os.killpg(0, signal.SIGTERM)
-            time.sleep(GRACE_SECONDS)
-            os.killpg(0, signal.SIGKILL)
+
+def _end_group() -> None:
+    """End this process and its stage, to whose output nobody listens any more."""
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _private_stdin() -> IO[str]:
@@ -224,20 +205,28 @@ def _private_stdin() -> IO[str]:
     return stream
 
 
+def _send(message: Answer) -> None:
+    print(message.to_line(), end="", flush=True)
+
+
 def main() -> None:
-    """Serve requests until stdin ends."""
+    """Serve requests until stdin ends or SIGTERM comes."""
     clone, project = Path(sys.argv[1]), Path(os.environ["PIPELINE_PROJECT"])
-    requests = _Requests(_private_stdin())
+    stop = _Stop()
+    call_at_parent_end(_end_group)
+    requests = _private_stdin()
+    dvc.stage.run.StageCmdFailedError = CommandError
     logger = logging.getLogger("dvc")
     logger.handlers, logger.propagate = [LINES], False
-    LINES.on_start = requests.wait_to_start
     logger.setLevel(logging.INFO)
-    logging.getLogger("dvc_data").setLevel(logging.ERROR)  # tells the same
+    logging.getLogger("dvc_data").setLevel(logging.ERROR)  # it warns of what DVC warns of too
     configure(clone, project=project)
     os.chdir(clone)
     with Repo(str(clone)) as repo:
-        while request := requests.next():
-            print(f"\n{MARK}{json.dumps(answer(repo, request))}", flush=True)
+        for line in requests:
+            _send(answer(repo, Request.from_line(line)))
+            if stop.came:
+                break
 
 
 if __name__ == "__main__":
@@ -246,4 +235,4 @@ if __name__ == "__main__":
     try:
         main()
     except (DvcException, SCMError) as error:
-        print(f"\n{MARK}{json.dumps({'status': EXIT_USER, 'error': ' '.join(str(error).split())})}", flush=True)
+        _send(Answer(status=EXIT_USER, reason=" ".join(str(error).split())))

@@ -10,20 +10,18 @@ Exit status: 0 identical, 1 something differs, 2 a mistake to fix.
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import chdir, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
-from prefect.settings import PREFECT_API_URL, temporary_settings
-
 from flows import PROJECT
+from flows.dvc_client import StepError
+from flows.dvc_protocol import Outcome
 from flows.dvc_state import cache_folder, cached_path, experiment_refs, listing, outputs
-from flows.gpu import gpu_slot, needed_gpu
-from flows.prefect_server import ensure_server
-from flows.workspace import KEPT, StepError, Workspace, made_store, open_recorded
+from flows.workspace import KEPT, Workspace, made_store, open_recorded
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.core.errors import EXIT_TEMPORARY, EXIT_USER, UserError, report_errors
 from pipeline.core.git import UNKNOWN, find_commit, read_committed
@@ -32,10 +30,11 @@ from pipeline.params import PARAMS_FILE, check_is_folder
 from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.models import recorded_model_md5
 from pipeline.tracking.provenance import COMMIT, HARDWARE, REPRODUCES
-from pipeline.tracking.search import Run, find_run, read_file
+from pipeline.tracking.search import Run, find_run, find_runs, read_file
 from pipeline.tracking.store import connect, warn_on_failure
 from pipeline.tracking.store_uri import tracking_uri
 
+MODEL = "best.safetensors"
 STAGES = (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE)
 Hashes = Mapping[str, str]
 
@@ -46,13 +45,14 @@ class StageResult:
 
     stage: str
     differences: tuple[str, ...] | None
+    outcome: Outcome = "restored"
     note: str = ""
 
     def __str__(self) -> str:
         if self.differences is None:
             return f"{self.stage:<11} not compared: the run did not record its hashes"
-        outcome = f"differs: {'; '.join(self.differences)}" if self.differences else "identical"
-        return f"{self.stage:<11} {outcome}{self.note}"
+        result = f"differs: {'; '.join(self.differences)}" if self.differences else "identical"
+        return f"{self.stage:<11} {result}{self.note}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _find_locked(project: Path, wanted: str) -> Run:
     tags = {f"dvc.{folder.name}": made[str(folder)] for folder in (DOWNLOAD, NORMALIZE, TRAIN) if str(folder) in made}
     tags |= {COMMIT: commit, "git.dirty": "false", "outputs.evaluate": json.dumps(evaluation)}
     if files := listing(cache_folder(project), made[str(TRAIN)]):  # else the folder is compared as a whole
-        tags |= {"outputs.train": json.dumps(files), "model.md5": files["best.safetensors"]}
+        tags |= {"outputs.train": json.dumps(files), "model.md5": files[MODEL]}
     return Run(commit, wanted, "", 0, tags, {}, {})
 
 
@@ -132,7 +132,7 @@ def reproduce(project: Path, run: Run, *, from_cache: bool, keep: bool) -> Repro
         raise UserError(f"MLflow run {run.run_id}: its uncommitted.diff is gone from MLflow, so its code is not known")
     _connect(project)
     damaged = tuple(_damaged_copies(project, run))  # before DVC, which notices too, replaces them
-    name = f"reproduce-{uuid4().hex[:8]}"
+    name, since = f"reproduce-{uuid4().hex[:8]}", int(time.time() * 1000)
     clone = open_recorded(
         project,
         commit=run.tags[COMMIT],
@@ -143,17 +143,21 @@ def reproduce(project: Path, run: Run, *, from_cache: bool, keep: bool) -> Repro
     )
     with _report_kept(project / KEPT / name), clone as workspace:
         stages = tuple(_run_stages(workspace, run, from_cache=from_cache))
-    again = find_run(workspace.mlflow_run_id) if workspace.mlflow_run_id else None
+        has_run = any(stage.outcome == "ran" for stage in stages if stage.stage in (TRAIN.name, EVALUATE.name))
+        model = workspace.folder / TRAIN / MODEL
+        again = _find_new_run(run, handed_over=workspace.mlflow_run_id, model=model, since=since) if has_run else None
     result = Reproduction(
         stages,
         tuple(_environment_differences(run, again)) if again else None,
         damaged,
-        workspace.mlflow_run_id,
+        again.run_id if again else workspace.mlflow_run_id,
     )
     if again:
         outcome = "identical" if result.identical else "differs"
         with warn_on_failure("the outcome is not in MLflow"):
-            RunLogger(again.run_id).set_tags({"reproduction.result": outcome})
+            RunLogger(again.run_id).set_tags({REPRODUCES: run.run_id, "reproduction.result": outcome})
+    elif has_run:
+        print("warning: the new MLflow run is unknown: it is not tagged as a reproduction", file=sys.stderr)
     return result
 
 
@@ -167,13 +171,9 @@ def _run_stages(workspace: Workspace, run: Run, *, from_cache: bool) -> Iterator
         params = read_yaml(workspace.folder / PARAMS_FILE)
         check_is_folder(workspace.folder / params["download"]["folder"])
     for folder in STAGES[has_data:]:
-        workspace.reproduce(
-            folder.name,
-            on_line=lambda line: _print_line(line, workspace, run),
-            again=not from_cache,
-            slot=partial(_slot, workspace.folder) if folder == TRAIN else nullcontext,
-        )
-        yield _compare(run, folder, made=_made(workspace.folder, folder))
+        outcome = workspace.reproduce(folder.name, on_line=_print_line, again=not from_cache)
+        compared = _compare(run, folder, made=_made(workspace.folder, folder))
+        yield replace(compared, outcome=outcome)
 
 
 @contextmanager
@@ -186,22 +186,19 @@ def _report_kept(clone: Path) -> Iterator[None]:
             print(f"kept the clone: {clone}", file=sys.stderr)
 
 
-@contextmanager
-def _slot(clone: Path) -> Iterator[None]:
-    """Wait for the GPU as a flow run does; where none is needed, no server is either."""
-    if needed_gpu(clone):
-        with temporary_settings({PREFECT_API_URL: ensure_server().api_url}), gpu_slot(clone):
-            yield
-    else:
-        yield
-
-
-def _print_line(line: str, workspace: Workspace, run: Run) -> None:
-    """Print a stage's line; where the recorded code is too old to tag its run as a reproduction, tag it here."""
+def _print_line(line: str) -> None:
     print(f"  | {line}", flush=True)
-    if "MLflow run" in line and workspace.mlflow_run_id not in (None, run.run_id):
-        with warn_on_failure("the run is not marked as a reproduction"):
-            RunLogger(str(workspace.mlflow_run_id)).set_tags({REPRODUCES: run.run_id})
+
+
+def _find_new_run(run: Run, *, handed_over: str | None, model: Path, since: int) -> Run | None:
+    """Find the MLflow run that the stages made after `since` (milliseconds), or None.
+
+    Code too old to hand over the id has tagged the run as a reproduction or, older still, with the model's hash.
+    """
+    if handed_over:
+        return find_run(handed_over)
+    found = find_runs({REPRODUCES: run.run_id}) + find_runs({"model.md5": file_md5(model)})
+    return next((one for one in found if one.started >= since and one.run_id != run.run_id), None)
 
 
 def _made(clone: Path, folder: Path) -> Hashes:
@@ -221,7 +218,7 @@ def recorded_hashes(run: Run, folder: Path) -> Hashes:
         if hashes or folder == EVALUATE:
             return hashes
         if "model.md5" in run.tags:
-            return {"best.safetensors": run.tags["model.md5"]}
+            return {MODEL: run.tags["model.md5"]}
     md5 = run.tags.get(f"dvc.{folder.name}", UNKNOWN)
     return {} if md5 == UNKNOWN else {str(folder): md5}
 

@@ -1,4 +1,4 @@
-"""What a flow run tells at its end: a table for the terminal, and the artifact that Prefect shows."""
+"""What a flow run reports at its end: a table for the terminal, and the artifact that Prefect shows."""
 
 import csv
 import html
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.workspace import Outcome
+from flows.dvc_protocol import Outcome
 from pipeline.artifacts import EVALUATE, TRAIN, read_json
 from pipeline.core.errors import shown
 
@@ -28,7 +28,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a flow run; `recalls` is the share of a class's test images that were found, by class."""
+    """The result of a flow run; `recalls` is the share of a class's test images classified as it, by class."""
 
     experiment: str
     steps: Sequence[Step]
@@ -88,13 +88,13 @@ def changed_params(committed: Mapping[str, Any], params: Mapping[str, Any]) -> d
         for section, fields in params.items()
         for field, value in fields.items()
     }
-    return {name: (_told(old), _told(new)) for name, (old, new) in pairs.items() if old != new}
+    return {name: (_without_secrets(old), _without_secrets(new)) for name, (old, new) in pairs.items() if old != new}
 
 
-def _told(value: Any) -> Any:
-    """Addresses without what may be secret in them."""
+def _without_secrets(value: Any) -> Any:
+    """Remove passwords and tokens from addresses; other values stay."""
     if isinstance(value, list):
-        return [_told(part) for part in value]
+        return [_without_secrets(part) for part in value]
     return shown(value) if isinstance(value, str) else value
 
 

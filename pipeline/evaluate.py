@@ -8,6 +8,7 @@ from pipeline.arrays import DatasetInfo, Split
 from pipeline.artifacts import EVALUATE, TRAIN, verify, verify_splits, write_bytes, write_csv, write_json
 from pipeline.core.errors import TemporaryError, UserError, report_errors
 from pipeline.core.processes import num_cores
+from pipeline.core.results import StepResult, write_result
 from pipeline.evaluation import plots
 from pipeline.evaluation.metrics import Evaluation, evaluate
 from pipeline.models.files import load_model
@@ -83,6 +84,7 @@ def _record(result: Evaluation, *, model_md5: str, experiment: str) -> None:
             "no MLflow run here made this model (it was pulled, or trained elsewhere): a new run holds its evaluation"
         )
     print(f"MLflow run {run.run_id}", flush=True)
+    write_result(StepResult(mlflow_run_id=run.run_id))
     run.log({f"test_{name.removeprefix('test_')}": value for name, value in result.metrics.items()}, step=0)
     with store_errors():
         if not run.flush():

@@ -15,6 +15,7 @@ from pipeline.arrays import DatasetInfo, Split
 from pipeline.artifacts import HISTORY, KEPT, TRAIN, replace_folder, verify_splits, write_bytes, write_csv
 from pipeline.core.errors import UserError, first_line, report_errors
 from pipeline.core.processes import cpu_name
+from pipeline.core.results import StepResult, write_result
 from pipeline.core.settings import get_settings
 from pipeline.core.stage_code import code_md5
 from pipeline.models.airbench import Airbench
@@ -192,6 +193,7 @@ def _save(checkpoint: Checkpoint, checkpoints: Checkpoints, *, run: RunLogger) -
 def _report_start(run: RunLogger, *, start: Checkpoint | None, params: TrainParams) -> None:
     """Print the run and where the training resumes, and log the epochs before that to a run that does not have them."""
     print(f"MLflow run {run.run_id}", flush=True)
+    write_result(StepResult(mlflow_run_id=run.run_id))
     if start is None:
         return
     history = [Epoch(**row) for row in start.state["history"]]

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import pynvml
 import pytest
 from prefect import get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.concurrency.sync import concurrency
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
-from flows import deploy, gpu, server, train_classifier, worker
+from flows import deployments, server, train_classifier
 from flows.form import Overrides
 from pipeline.core.errors import UserError
 from pipeline.core.yaml import read_yaml
@@ -150,11 +148,11 @@ def test_the_nightly_schedule_is_off_until_enabled(site: Site) -> None:
 
 
 def test_a_schedule_that_was_switched_on_stays_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "PROJECT", site.project)
+    monkeypatch.setattr(deployments, "PROJECT", site.project)
     with get_client(sync_client=True) as client:
         found = client.read_deployment_by_name("train-classifier/nightly")
         client.update_deployment_schedule(found.id, found.schedules[0].id, active=True)
-        names = worker.deploy(site.environment["PREFECT_API_URL"])
+        names = deployments.deploy_all(site.environment["PREFECT_API_URL"])
         [schedule] = client.read_deployment_by_name("train-classifier/nightly").schedules
         assert schedule.active
         client.update_deployment_schedule(found.id, schedule.id, active=False)
@@ -205,61 +203,10 @@ def test_overrides_hold_what_was_given_and_no_more() -> None:
     assert Overrides().flat() == {}
 
 
-def clone_for(device: str, *, parent: Path) -> Path:
-    (parent / device).mkdir()
-    (parent / device / "params.yaml").write_text(f"train: {{device: {device}}}\n")
-    return parent / device
-
-
-def test_one_gpu_gets_one_training(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(gpu, "visible_gpu", lambda: "GPU-5f3a")
-    with gpu.gpu_slot(clone_for("auto", parent=tmp_path)):
-        with pytest.raises(TimeoutError), concurrency("gpu-5f3a", timeout_seconds=1):
-            pass
-        with gpu.gpu_slot(clone_for("cpu", parent=tmp_path)):
-            pass
-    with concurrency("gpu-5f3a", timeout_seconds=300):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("visible", "found"),
-    [
-        (None, "GPU-5f3a"),
-        ("1,0", "GPU-77b0"),
-        ("GPU-77", "GPU-77b0"),
-        ("MIG-1", "MIG-1"),
-        ("2", None),
-        ("-1", None),
-        ("", None),
-    ],
-)
-def test_a_gpu_has_one_name_however_it_is_chosen(
-    monkeypatch: pytest.MonkeyPatch, visible: str | None, found: str | None
-) -> None:
-    for name in ("nvmlInit", "nvmlShutdown"):
-        monkeypatch.setattr(pynvml, name, lambda: None)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", ["GPU-5f3a", "GPU-77b0"].__getitem__)
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpu.visible_gpu() == found
-
-
-def test_without_a_gpu_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    monkeypatch.setattr(gpu, "concurrency", None)
-    with gpu.gpu_slot(clone_for("auto", parent=tmp_path)):
-        pass
-
-
 def test_a_worker_without_a_checkout_takes_code_from_git_and_files_from_the_remote(site: Site, tmp_path: Path) -> None:
     url, remote = f"file://{site.project}", tmp_path / "remote"
     remote.mkdir()
-    deploy.deploy_from_git(url, deploy.resolve_remote_revision(url, "HEAD"))
+    deployments.deploy_from_git(url, deployments.resolve_remote_revision(url, "HEAD"))
     environment = {**site.environment, "TOY": str(tmp_path), "PIPELINE_DVC_REMOTE": str(remote)}
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "git", "--type", "process", "--run-once"]
     for attempt in (1, 2):  # each in a clone with a cache of its own
@@ -277,10 +224,10 @@ def test_a_worker_without_a_checkout_takes_code_from_git_and_files_from_the_remo
 
 def test_a_password_in_the_address_is_refused_and_not_told() -> None:
     with pytest.raises(UserError, match="--git: found a password") as error:
-        deploy.resolve_remote_revision("https://user:secret@host/repository.git", "0" * 40)
+        deployments.resolve_remote_revision("https://user:secret@host/repository.git", "0" * 40)
     assert "secret" not in str(error.value)
 
 
 def test_a_revision_that_is_not_there_is_one_line(site: Site) -> None:
     with pytest.raises(UserError, match=r"--revision: .* has no 'nothing'; allowed: a branch"):
-        deploy.resolve_remote_revision(str(site.project), "nothing")
+        deployments.resolve_remote_revision(str(site.project), "nothing")

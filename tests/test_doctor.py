@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import TaskRunSort
 from prefect.states import Running
 
-from flows import doctor, dvc_state, workspace
+from flows import doctor, dvc_state, workspace_folders
 from flows.train_classifier import train_classifier
 from pipeline.core.processes import HOST, PID, start_of, this_process
 from tests import test_flows
@@ -104,7 +104,7 @@ def task_states(flow_run_id: str) -> list[str]:
 
 
 def workspaces(project: Path) -> set[str]:
-    return {path.name for path in (project / workspace.FOLDER).glob("*") if path.is_dir()}
+    return {path.name for path in (project / workspace_folders.FOLDER).glob("*") if path.is_dir()}
 
 
 def test_what_killed_runs_left_is_fixed_and_the_living_are_left_alone(tracked: Path, api_url: str) -> None:
@@ -274,19 +274,20 @@ def cached(project: Path, experiment: str, path: str) -> str:
 
 
 def test_a_taken_workspace_is_no_leftover(project: Path) -> None:
-    with workspace._own_folder(project, "one") as (folder, _):
-        assert workspace.is_held(project, "one")
-        assert workspace.find_leftovers(project) == []
+    with workspace_folders.own_folder(project, "one") as (folder, _):
+        assert workspace_folders.is_held(project, "one")
+        assert workspace_folders.find_leftovers(project) == []
         (folder.parent / "two").mkdir()
         assert fix(doctor.workspaces, project) == [True]
         assert folder.exists()
-    wait_until(lambda: not workspace.is_held(project, "one"))
+    wait_until(lambda: not workspace_folders.is_held(project, "one"))
 
 
 def test_a_flow_run_ends_when_its_worker_was_killed() -> None:
     flow = (
-        "import os; from flows.train_classifier import _end_with_worker; "
-        "worker = os.getppid(); print(os.getpid(), flush=True); _end_with_worker(worker)"
+        "import os, signal; from pipeline.core.processes import call_at_parent_end; "
+        "call_at_parent_end(lambda: os.kill(os.getpid(), signal.SIGTERM)); "
+        "print(os.getpid(), flush=True); signal.pause()"
     )
     worker = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {flow!r}])"],

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import requests
 
-from flows import PROJECT, checks, train_classifier, worker
+from flows import PROJECT, checks, command_line, worker
 from flows.checks import check_device, check_inputs
+from flows.train_classifier import train_classifier
 from pipeline.artifacts import file_md5
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.params import compose
@@ -98,13 +99,13 @@ def test_a_store_without_a_server_is_not_asked(monkeypatch: pytest.MonkeyPatch) 
 def test_the_flow_is_refused_before_a_server_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_classifier, "ensure_server", lambda: pytest.fail("a server is started"))
+    monkeypatch.setattr(command_line, "ensure_server", lambda: pytest.fail("a server is started"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     weights = ["--set", "train.weights=no.pth", "--set", f"train.weights_md5={'a' * 32}"]
     for arguments, status, told in ((weights, 2, "no such file no.pth"), ([], 75, "does not answer")):
         monkeypatch.setattr("sys.argv", ["train_classifier", *arguments])
         with pytest.raises(SystemExit) as left:
-            train_classifier.main()
+            command_line.main(train_classifier)
         [line] = capsys.readouterr().err.splitlines()
         assert (left.value.code, line.startswith("error: ")) == (status, True)
         assert told in line

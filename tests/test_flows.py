@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from flows import train_classifier, workspace
-from flows.workspace import StepError, Workspace, open_workspace
+from flows import command_line, flow_run, git, train_classifier, workspace, workspace_folders
+from flows.dvc_client import StepError
+from flows.workspace import Workspace, open_workspace
 from pipeline.core.errors import UserError
 from pipeline.core.settings import get_settings
 from pipeline.core.yaml import read_yaml
@@ -42,7 +42,12 @@ while (told / f"{stage}.wait").exists():
     time.sleep(0.05)
 if (told / f"{stage}.exit").exists():
     print("error: train.device is 'cuda'; allowed: cpu", file=sys.stderr)
-    sys.exit(int((told / f"{stage}.exit").read_text()))
+    status = int((told / f"{stage}.exit").read_text())
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
+if (told / f"{stage}.result").exists():
+    Path(os.environ["PIPELINE_RESULT_FILE"]).write_text((told / f"{stage}.result").read_text())
 folder = Path("artifacts") / stage
 folder.mkdir(parents=True, exist_ok=True)
 if stage == "evaluate":
@@ -129,7 +134,7 @@ def run(project: Path, *arguments: str, api_url: str) -> tuple[int, str]:
 @pytest.fixture
 def run_here(project: Path, api_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
     """A flow run in this process, which saves the import of Prefect; gives its last state."""
-    monkeypatch.setattr(train_classifier, "PROJECT", project)
+    monkeypatch.setattr(flow_run, "PROJECT", project)
     return lambda: train_classifier.train_classifier("digits", {}, return_state=True)
 
 
@@ -173,31 +178,13 @@ def test_a_flow_run_is_an_experiment_and_leaves_the_checkout_alone(project: Path
     [name] = dvc(project, "exp", "list", "--name-only").split()
     assert name.startswith("digits-")
     assert f"dvc exp apply {name}" in text
-    assert not [path for path in (project / workspace.FOLDER).iterdir() if path.is_dir()]
+    assert not [path for path in (project / workspace_folders.FOLDER).iterdir() if path.is_dir()]
     dvc(project, "exp", "apply", name)
     assert read_yaml(project / "artifacts/train/out.txt")["train"]["epochs"] == 9
     assert json.loads((project / "artifacts/evaluate/metrics.json").read_text())["accuracy"] == 0.983
     assert (project / "toy.py").read_text().endswith("# changed\n")
     dvc(project, "repro")
     assert len(ran(project)) == 4
-
-
-def test_only_a_training_that_has_to_run_waits_for_the_gpu(
-    project: Path, run_here: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    waited: list[list[str]] = []
-
-    @contextmanager
-    def slot(clone: Path) -> Iterator[None]:
-        waited.append(ran(project))
-        yield
-        waited.append(ran(project))
-
-    monkeypatch.setattr(train_classifier, "gpu_slot", slot)
-    assert run_here().is_completed()
-    assert waited == [["download", "normalize"], ["download", "normalize", "train"]]
-    assert run_here().is_completed()
-    assert len(waited) == 2
 
 
 def test_what_dvc_has_already_is_shown_as_cached(project: Path, run_here: Callable[[], Any]) -> None:
@@ -214,7 +201,7 @@ def test_a_mistake_found_by_a_stage_is_one_line(
     (project.parent / "train.exit").write_text("2")
     state = run_here()
     assert (state.name, state.message) == ("Failed", "train: train.device is 'cuda'; allowed: cpu")
-    assert train_classifier._report(state, recipe="digits") == 2
+    assert command_line.report(state, recipe="digits") == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: train: train.device is 'cuda'; allowed: cpu"
     assert ran(project) == ["download", "normalize", "train"]
     assert "refs/exps" not in output(project, "git", "for-each-ref").decode()
@@ -235,7 +222,7 @@ def test_the_clone_of_a_failed_run_is_kept_where_that_is_asked_for(project: Path
     [kept] = (project / workspace.KEPT).iterdir()
     assert text.splitlines()[-1] == f"kept the clone: {workspace.KEPT / kept.name}"
     assert (kept / "artifacts/normalize/out.txt").exists()
-    assert not [path for path in (project / workspace.FOLDER).iterdir() if path.is_dir()]
+    assert not [path for path in (project / workspace_folders.FOLDER).iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize(
@@ -252,7 +239,7 @@ def test_what_may_pass_is_tried_again(
         monkeypatch.setattr(task, "retry_delay_seconds", [0.0, 0.0, 0.0])
     (project.parent / f"{stage}.exit").write_text(str(status))
     state = run_here()
-    assert train_classifier._report(state, recipe="digits") == status
+    assert command_line.report(state, recipe="digits") == status
     assert ran(project).count(stage) == attempts
 
 
@@ -263,7 +250,7 @@ def test_ending_a_flow_run_ends_its_stage(project: Path, api_url: str, number: i
     process.communicate()
     assert process.wait() in {-number, 128 + number}
     assert not running_in(project)
-    assert not [path for path in (project / workspace.FOLDER).iterdir() if path.is_dir()]
+    assert not [path for path in (project / workspace_folders.FOLDER).iterdir() if path.is_dir()]
 
 
 def test_a_second_sigterm_does_not_cut_short_what_a_stage_puts_in_order(project: Path, api_url: str) -> None:
@@ -280,7 +267,9 @@ def test_a_stage_does_not_outlive_a_killed_flow_run(project: Path, api_url: str)
     process = start_run_until("download", project=project, api_url=api_url)
     process.kill()
     process.communicate()
-    wait_until(lambda: len(workspace.remove_leftovers(project)) == 1)  # once the DVC process has let go of its lock
+    wait_until(
+        lambda: len(workspace_folders.remove_leftovers(project)) == 1
+    )  # once the DVC process has let go of its lock
     wait_until(lambda: not running_in(project))  # the stage may still put things in order
 
 
@@ -300,9 +289,9 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_leftovers_of_the_dead_are_removed_and_the_living_are_not(project: Path, opened: Workspace) -> None:
-    dead = project / workspace.FOLDER / "dead"
+    dead = project / workspace_folders.FOLDER / "dead"
     (dead / "clone").mkdir(parents=True)
-    assert workspace.remove_leftovers(project) == ["dead"]
+    assert workspace_folders.remove_leftovers(project) == ["dead"]
     assert not dead.exists()
     assert opened.folder.exists()
 
@@ -326,6 +315,25 @@ def test_lines_and_exit_status_of_a_stage_come_through(project: Path, opened: Wo
         opened.reproduce("download", on_line=lines.append)
     assert caught.value.status == 7
     assert lines[-2:] == ["download begins", "error: train.device is 'cuda'; allowed: cpu"]
+
+
+@pytest.mark.parametrize(
+    ("written", "run_id"), [(None, None), ('{"mlflow_run_id": "5f3a', None), ('{"mlflow_run_id": "5f3a"}', "5f3a")]
+)
+def test_the_mlflow_run_is_what_the_stage_hands_over(
+    project: Path, opened: Workspace, written: str | None, run_id: str | None
+) -> None:
+    if written:
+        (project.parent / "download.result").write_text(written)
+    assert opened.reproduce("download", on_line=print) == "ran"
+    assert opened.mlflow_run_id == run_id
+
+
+def test_a_killed_stage_has_its_signal_as_status(project: Path, opened: Workspace) -> None:
+    (project.parent / "download.exit").write_text("-9")
+    with pytest.raises(StepError, match=r"download: ") as caught:
+        opened.reproduce("download", on_line=print)
+    assert caught.value.status in (-signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -353,16 +361,16 @@ def test_a_prefect_server_that_does_not_answer_is_one_line(project: Path) -> Non
 def test_a_checkout_without_a_commit_is_refused(project: Path) -> None:
     shutil.rmtree(project / ".git")
     with pytest.raises(UserError, match="not in a git repository"):
-        workspace.take_snapshot(project)
+        git.take_snapshot(project)
     output(project, "git", "init", "-q")
     with pytest.raises(UserError, match="no git commit yet"):
-        workspace.take_snapshot(project)
+        git.take_snapshot(project)
 
 
 def test_experiment_names_are_valid_and_unique(project: Path) -> None:
     output(project, "git", "update-ref", "refs/exps/ab/cdef/digits-a", "HEAD")
-    assert workspace.experiment_name(project, "digits-a", "digits-a-1") == "digits-a-1"
-    assert workspace.experiment_name(project, "my images/b~1") == "my-images-b-1"
+    assert git.experiment_name(project, "digits-a", "digits-a-1") == "digits-a-1"
+    assert git.experiment_name(project, "my images/b~1") == "my-images-b-1"
 
 
 def test_the_tracking_store_is_the_projects_unless_the_user_names_one(

@@ -2,16 +2,13 @@
 
 import os
 import shlex
-import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import pynvml
 import pytest
 
-from flows.gpu import visible_gpu
-from flows.workspace import git_identity, take_snapshot
+from flows.git import git_identity, take_snapshot
 from pipeline.core.errors import UserError
 from pipeline.core.git import UNKNOWN, code_state, find_commit, git, read_committed, setting
 from pipeline.tracking.provenance import COMMIT
@@ -225,22 +222,3 @@ def test_a_flow_run_in_a_checkout_of_another_user_is_refused_with_gits_own_remed
 def test_what_a_git_hook_sets_points_git_to_no_other_repository(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_DIR", os.devnull)
     assert code_state(project, tracked="params.yaml").dirty == "false"
-
-
-def test_a_driver_that_does_not_list_its_gpus_makes_trainings_wait_for_one_another(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    error: type[Exception] = pynvml.NVMLError_LibRmVersionMismatch
-
-    def fail() -> None:
-        raise error
-
-    monkeypatch.setattr(pynvml, "nvmlInit", fail)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert visible_gpu() == f"of-{socket.gethostname()}"
-    assert "one training at a time on this host" in capsys.readouterr().out
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert visible_gpu() is None
-    error = pynvml.NVMLError_DriverNotLoaded
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    assert visible_gpu() is None

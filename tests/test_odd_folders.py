@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy
 from dvc.config import Config
 
-from flows import dvc_worker, workspace
+from flows import dvc_worker, git, workspace
 from flows.dvc_state import experiment_refs
 from flows.lineage import Sources
 from pipeline.artifacts import DOWNLOAD
@@ -110,11 +110,11 @@ def larger_repository(top: Path) -> Path:
 def test_a_folder_of_a_larger_repository_is_found(tmp_path: Path) -> None:
     (tmp_path / "ml").mkdir()
     with pytest.raises(UserError, match="not in a git repository; run `git init`"):
-        workspace.check_checkout(tmp_path / "ml")
+        git.check_checkout(tmp_path / "ml")
     (tmp_path / "ml" / "dvc.yaml").touch()
     start_repository(tmp_path)
-    assert workspace.find_repository(tmp_path / "ml") == (tmp_path.resolve(), Path("ml"))
-    assert workspace.find_repository(tmp_path) == (tmp_path.resolve(), Path())
+    assert git.find_repository(tmp_path / "ml") == (tmp_path.resolve(), Path("ml"))
+    assert git.find_repository(tmp_path) == (tmp_path.resolve(), Path())
 
 
 def test_a_project_that_the_larger_repository_does_not_track_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_project_that_the_larger_repository_does_not_track_is_refused_in_one_l
     (tmp_path / "ml" / ".dvc").mkdir(parents=True)
     (tmp_path / "ml" / ".dvc" / "config").touch()
     with pytest.raises(UserError, match=r"does not track dvc.yaml here; run `git add \.` and commit") as error:
-        workspace.check_checkout(tmp_path / "ml")
+        git.check_checkout(tmp_path / "ml")
     assert "\n" not in str(error.value)
 
 

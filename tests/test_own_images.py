@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from flows import PROJECT, train_classifier
-from flows.train_classifier import parse_arguments, read_overrides
+from flows import PROJECT, command_line
+from flows.command_line import parse_arguments, read_overrides
+from flows.train_classifier import train_classifier
 from pipeline.core.errors import UserError
 
 
@@ -17,7 +18,7 @@ def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies in the folder is not looked at."""
-    monkeypatch.setattr(train_classifier, "check_inputs", lambda _params: None)
+    monkeypatch.setattr(command_line, "check_inputs", lambda _params: None)
 
 
 def folder_of(*arguments: str) -> str:
@@ -57,7 +58,7 @@ def test_a_mistake_is_one_line_before_a_server_starts(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["train_classifier", *arguments])
     with pytest.raises(SystemExit) as status:
-        train_classifier.main()
+        command_line.main(train_classifier)
     assert status.value.code == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
@@ -65,6 +66,6 @@ def test_a_mistake_is_one_line_before_a_server_starts(
 
 
 def test_another_checkout_is_checked_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(train_classifier, "PROJECT", tmp_path)
+    monkeypatch.setattr(command_line, "PROJECT", tmp_path)
     with pytest.raises(UserError, match="not in a git repository"):
         read_overrides(parse_arguments([]))

@@ -3,13 +3,14 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flows import reproduce, workspace
-from flows.dvc_state import cache_folder
+from flows import reproduce, workspace, workspace_folders
+from flows.dvc_state import cache_folder, cached_path
 from pipeline.artifacts import file_md5
 from pipeline.core.errors import UserError
 from pipeline.core.git import git
@@ -60,7 +61,7 @@ def again(recorded: Path) -> tuple[int, str]:
 def state(project: Path) -> Any:
     """What a reproduction leaves alone: the checkout and DVC's cache; and no workspace is left."""
     cache = sorted(str(path) for path in (project / ".dvc/cache").rglob("*"))
-    spaces = [path for path in (project / workspace.FOLDER).iterdir() if path.is_dir()]
+    spaces = [path for path in (project / workspace_folders.FOLDER).iterdir() if path.is_dir()]
     return git(project, "diff", "HEAD"), git(project, "status", "--porcelain"), cache, spaces
 
 
@@ -90,6 +91,18 @@ def test_another_package_version_or_hardware_is_named(
         "environment torch: was 2.11.0, is 2.15.0",
         f"hardware    cpu: was abacus, is {copy.tags['hardware.cpu']}",
     ]
+
+
+def test_a_run_of_older_code_is_found_by_its_tags(
+    project: Path, again: tuple[int, str], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [copy] = find_runs({REPRODUCES: run.run_id})
+    model = cached_path(cache_folder(project), run.tags["model.md5"])
+    find = partial(reproduce._find_new_run, run, handed_over=None, model=model)
+    assert find(since=copy.started) == copy
+    monkeypatch.setattr(reproduce, "REPRODUCES", "not.yet.tagged")
+    assert find(since=copy.started) == copy
+    assert find(since=copy.started + 1) is None
 
 
 def test_another_hash_is_named_with_its_file(project: Path, run: Run) -> None:

@@ -3,7 +3,9 @@
 import os
 import platform
 import socket
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -63,6 +65,18 @@ def _has_start(pid: int, started: str) -> bool:
         return start_of(pid) == started
     # not Linux, or the record of an older version: right unless the clock was set since
     return abs(psutil.Process(pid).create_time() - float(started)) < START_TOLERANCE_SECONDS
+
+
+def call_at_parent_end(action: Callable[[], object]) -> None:
+    """Call `action`, on a thread, within a second after the process that started this one has ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        action()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def num_cores() -> int:

@@ -38,6 +38,8 @@ class Settings:
     DVC_EXP_NAME."""
     reproduces: str | None
     """PIPELINE_REPRODUCES: the id of the MLflow run that this training makes again, or None."""
+    result_file: str
+    """PIPELINE_RESULT_FILE: the file for a step's result; empty: the step writes none."""
     own_prefect_api_url: str
     """PIPELINE_OWN_PREFECT_API_URL: the address that `make prefect-env` printed for the project's own server."""
 
@@ -97,6 +99,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         flow_run_link=text("PIPELINE_FLOW_RUN_LINK"),
         experiment=environment.get("PIPELINE_EXPERIMENT", text("DVC_EXP_NAME")),
         reproduces=text("PIPELINE_REPRODUCES") or None,
+        result_file=environ.get("PIPELINE_RESULT_FILE", ""),
         own_prefect_api_url=text("PIPELINE_OWN_PREFECT_API_URL"),
         dvc_root=text("DVC_ROOT"),
         in_dvc_stage="DVC_STAGE" in environment,

@@ -1,0 +1,133 @@
+"""What a flow run does around its four tasks: it opens a workspace, lets a task reproduce its stage, and summarizes."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager
+from typing import Any
+
+from prefect import Task, get_run_logger, runtime
+from prefect.artifacts import create_markdown_artifact
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Completed
+from prefect.utilities.urls import url_for
+
+from flows import PROJECT
+from flows.doctor import fix_quietly, register
+from flows.dvc_client import StepError
+from flows.git import experiment_name, untracked_files
+from flows.summary import Step, Summary, as_markdown, changed_params, read_summary
+from flows.ui import mlflow_page
+from flows.workspace import Keep, Workspace, open_workspace
+from pipeline.artifacts import TRAIN, file_md5
+from pipeline.core.errors import EXIT_TEMPORARY, TemporaryError, UserError, shown
+from pipeline.core.processes import call_at_parent_end
+from pipeline.core.yaml import dump_yaml, read_yaml
+from pipeline.params import PARAMS_FILE, compose
+
+EXPECTED_ERRORS = (UserError, TemporaryError, StepError, OSError)
+"""Errors that a user can act on: the flow run fails with the error's one line as its message."""
+_CACHED = {"restored": "its files came from DVC's cache", "unchanged": "nothing to do"}
+
+
+class _OneLine(logging.Filter):
+    """Logs an error that is a full message in one line without its traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, (StepError, UserError, TemporaryError)):
+            record.msg, record.args, record.exc_info = str(error), (), None
+        return True
+
+
+for _name in ("prefect.task_runs", "prefect.flow_runs"):
+    logging.getLogger(_name).addFilter(_OneLine())
+
+
+def log(line: str) -> None:
+    """Log a line of a stage or of DVC in the flow run or task run."""
+    get_run_logger().info(line)
+
+
+def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Whether a retry may help: the stage's exit status says so, or it was killed (by a full memory, an admin)."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, StepError) and error.status in (EXIT_TEMPORARY, -signal.SIGKILL, 128 + signal.SIGKILL)
+
+
+def reproduce(stage: str, workspace: Workspace) -> State[Step]:
+    """Bring a DVC stage up to date; returns the task's state, which says whether the stage had to run."""
+    start = time.monotonic()
+    outcome = workspace.reproduce(stage, on_line=log)
+    step = Step(stage, outcome, time.monotonic() - start)
+    if outcome == "ran":
+        return Completed(data=step)
+    return Completed(name="Cached", message=_CACHED[outcome], data=step)
+
+
+@contextmanager
+def open_flow_run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> Iterator[Workspace]:
+    """Compose the parameters, register this process in Prefect, fix what killed runs left, and open the workspace."""
+    with chdir(PROJECT):
+        params = compose(recipe, overrides)
+    run_id, run_name = str(runtime.flow_run.id), str(runtime.flow_run.name)
+    experiment = experiment_name(PROJECT, f"{recipe}-{run_name}", f"{recipe}-{run_name}-{run_id[:8]}")
+    if "PREFECT__FLOW_RUN_ID" in os.environ:  # which Prefect's worker sets
+        # a flow run whose worker was killed could be neither cancelled nor seen
+        call_at_parent_end(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    register(run_id, run_count=runtime.flow_run.run_count, project=PROJECT, experiment=experiment)
+    for line in fix_quietly(PROJECT):
+        log(line)
+    _warn_of_untracked_files()
+    link = shown(url_for("flow-run", obj_id=run_id) or "")
+    with open_workspace(
+        PROJECT,
+        params=params,
+        params_text=dump_yaml(params),
+        experiment=experiment,
+        flow_run_id=run_id,
+        variables={"PIPELINE_FLOW_RUN_NAME": run_name, "PIPELINE_FLOW_RUN_LINK": link},
+        keep=keep,
+    ) as workspace:
+        yield workspace
+
+
+def _warn_of_untracked_files() -> None:
+    if files := untracked_files(PROJECT):
+        first = ", ".join(files[:3]) + (", …" if len(files) > 3 else "")
+        get_run_logger().warning("git does not track %s: left out of this run; `git add` what it needs", first)
+
+
+def summarize(workspace: Workspace, steps: Sequence[Step], *, start: float) -> Summary:
+    """Summarize a finished flow run, which began at `start` of the monotonic clock, and publish it in Prefect."""
+    run_id = workspace.mlflow_run_id or _find_maker(workspace)
+    seconds = time.monotonic() - start
+    experiment = workspace.experiment
+    summary = read_summary(workspace.folder, experiment=experiment, steps=steps, seconds=seconds, mlflow_run_id=run_id)
+    committed, params = (read_yaml(path) for path in (workspace.committed_params, workspace.folder / PARAMS_FILE))
+    text = as_markdown(
+        summary,
+        changes=changed_params(committed, params),
+        flow_run_id=str(runtime.flow_run.id),
+        mlflow_link=mlflow_page(run_id) if run_id else None,
+    )
+    create_markdown_artifact(text, key="summary", description=experiment)
+    return summary
+
+
+def _find_maker(workspace: Workspace) -> str | None:
+    """Find the MLflow run that made the model, by the model's hash: it came from the cache, or its code is old."""
+    model = workspace.folder / TRAIN / "best.safetensors"
+    if not model.exists():
+        return None
+    used_by = ["--used-by", str(runtime.flow_run.id), workspace.experiment]
+    # a process of its own: to find the run, MLflow reads where its store is from environment variables
+    command = [sys.executable, "-m", "flows.trace", file_md5(model), *used_by]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        get_run_logger().warning("the MLflow run that made the model is unknown: %s", done.stderr.strip())
+    return done.stdout.strip() or None

@@ -1,0 +1,74 @@
+"""The checkout as git has it: whether it can be cloned, its uncommitted changes, its experiments, who commits."""
+
+import os
+import re
+from pathlib import Path
+
+from pipeline.core.errors import UserError
+from pipeline.core.git import check_committed, git, setting
+
+
+def check_checkout(project: Path) -> None:
+    """Raise UserError where no clone can be made: in a read-only folder, without a commit, in a merge."""
+    find_repository(project)
+    if not os.access(project, os.W_OK):
+        raise UserError(f"{project}: this user cannot write there; make the folder writable, or clone the repository")
+    if not (project / ".dvc" / "config").exists():
+        raise UserError(f"{project}: not a DVC repository; run `dvc init` and commit .dvc/config")
+    check_committed(project, "dvc.yaml")
+    if unmerged := git(project, "diff", "--name-only", "--diff-filter=U"):
+        raise UserError(f"{', '.join(unmerged.split())}: merge conflict; resolve it or run `git merge --abort`")
+    changed = git(project, "status", "--porcelain", "--untracked-files=no")
+    if changed and git(project, "rev-parse", "--is-shallow-repository") == "true":
+        raise UserError(
+            f"{project}: a shallow clone with uncommitted changes; run `git fetch --unshallow`, or commit them"
+        )
+
+
+def find_repository(project: Path) -> tuple[Path, Path]:
+    """Return the top folder of the git repository, and the project's folder relative to it (mostly `.`).
+
+    Raises UserError where there is no repository, or git refuses to use it.
+    """
+    top, subfolder = git(project, "rev-parse", "--show-toplevel", "--show-prefix").partition("\n")[::2]
+    return Path(top), Path(subfolder)
+
+
+def take_snapshot(project: Path) -> str:
+    """Make a commit of HEAD with the uncommitted changes to tracked files; neither files nor index are touched.
+
+    Raises UserError as `check_checkout` does.
+    """
+    check_checkout(project)
+    changes = git(project, "stash", "create")
+    return changes or git(project, "rev-parse", "HEAD")
+
+
+def apply_difference(difference: bytes, top: Path, *, commit: str) -> None:
+    """Apply a recorded `git diff` to the clone at `top`; raises UserError where it does not apply to its commit."""
+    patch = top.parent / "uncommitted.diff"
+    patch.write_bytes(difference)
+    try:
+        git(top, "apply", "--index", "--whitespace=nowarn", str(patch))
+    except UserError as error:
+        raise UserError(f"the recorded changes do not apply to commit {commit}: {error}") from None
+
+
+def untracked_files(project: Path) -> list[str]:
+    """Return the files that are neither tracked nor ignored: a clone does not have them."""
+    return git(project, "ls-files", "--others", "--exclude-standard").splitlines()
+
+
+def experiment_name(project: Path, *wishes: str) -> str:
+    """Return the first of `wishes`, made valid for git refs, that no experiment of the project has."""
+    refs = git(project, "for-each-ref", "--format=%(refname)", "refs/exps")
+    taken = {ref.rpartition("/")[2] for ref in refs.split()}
+    names = [re.sub(r"[^0-9A-Za-z]+", "-", wish).strip("-") for wish in wishes]
+    return next((name for name in names if name not in taken), names[-1])
+
+
+def git_identity(project: Path) -> dict[str, str]:
+    """Return environment variables with who commits: the user that git knows, else a stand-in, since DVC needs one."""
+    name, email = setting(project, "user.name") or "flow", setting(project, "user.email") or "flow@localhost"
+    roles = {"AUTHOR", "COMMITTER"}
+    return {f"GIT_{role}_NAME": name for role in roles} | {f"GIT_{role}_EMAIL": email for role in roles}
