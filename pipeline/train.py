@@ -29,7 +29,8 @@ from pipeline.tracking.runs import describe_dataset, training_run
 from pipeline.training import distributed
 from pipeline.training.checkpoints import Checkpoint, Checkpoints, checkpoints_of, fingerprint
 from pipeline.training.curves import curves
-from pipeline.training.device import choose_device, prepare_torch
+from pipeline.training.device import choose_device, gpu_uuids, prepare_torch
+from pipeline.training.gpu_lock import describe_holder, exclusive_gpus
 from pipeline.training.initialize import initialize_from_images
 from pipeline.training.loop import TrainingResult, train
 from pipeline.training.selection import Epoch
@@ -41,23 +42,34 @@ def main() -> None:
         all_params = load_params()
         params, info = all_params.train, DatasetInfo.read()
         check_params_fit_data(params, info)
-        if params.processes > 1 and not distributed.is_launched():
-            device = choose_device(params.device, field="train.device")
-            distributed.launch("pipeline.train", processes=params.processes, device=device)
-            return
-        device = prepare_torch(params)
-        with distributed.process_group(device, processes=params.processes):
-            if distributed.is_local_rank_0():
-                verify_splits("train", "validation")
-            classifier = _make_classifier(params, info, device=device)
-            with _memory_errors_explained(params):
-                if distributed.rank() == 0:
-                    _train_and_record(classifier, all_params, info)
-                else:
-                    _train_as_other_rank(classifier, params, info)
+        device = choose_device(params.device, field="train.device")
+        processes = distributed.num_local_processes(params.processes)
+        distributed.check_num_devices(processes, device=device)
+        gpus = gpu_uuids(device, processes=processes)
+        # the MLflow run is created inside: a training that waits for a GPU has no run yet
+        with exclusive_gpus(gpus if distributed.acts_for_its_machine() else []):
+            if params.processes > 1 and not distributed.is_launched():
+                distributed.launch("pipeline.train", processes=params.processes)
+            else:
+                _train_in_this_process(all_params, info, gpus=gpus)
 
 
-def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetInfo) -> None:
+def _train_in_this_process(all_params: Params, info: DatasetInfo, *, gpus: Sequence[str]) -> None:
+    """Train as the only process, or as one rank of several."""
+    params = all_params.train
+    device = prepare_torch(params)
+    with distributed.process_group(device, processes=params.processes):
+        if distributed.is_local_rank_0():
+            verify_splits("train", "validation")
+        classifier = _make_classifier(params, info, device=device)
+        with _memory_errors_explained(params):
+            if distributed.rank() == 0:
+                _train_and_record(classifier, all_params, info, gpus=gpus)
+            else:
+                _train_as_other_rank(classifier, params, info)
+
+
+def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetInfo, *, gpus: Sequence[str]) -> None:
     """Train, alone or as rank 0, and write the model, the checkpoints and the MLflow run."""
     params, device = all_params.train, next(classifier.parameters()).device
     training = fingerprint(**_determinants(params, info, device=device), reproduces=get_settings().reproduces)
@@ -75,6 +87,7 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
             distributed.failure_announced(),  # inside, as ending the run may take seconds
         ):
             _report_start(run, start=start, params=params)
+            describe_holder(gpus, f"MLflow run {run.run_id}")
             distributed.broadcast_bytes(start.to_bytes() if start else b"")
             result = train(
                 classifier,

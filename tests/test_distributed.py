@@ -15,7 +15,7 @@ from safetensors.torch import load
 
 from pipeline.core.errors import UserError
 from pipeline.core.yaml import dump_yaml
-from pipeline.training.distributed import launch
+from pipeline.training import distributed
 from tests.conftest import DEFAULTS, PROJECT, read_until, run_step, start_step, write_normalized
 
 pytestmark = pytest.mark.slow
@@ -119,7 +119,27 @@ def test_processes_end_when_their_launcher_was_killed(workspace: Path) -> None:
 
 def test_more_processes_than_devices_are_refused() -> None:
     with pytest.raises(UserError, match=r"train.processes is 2, but this machine has 1 of mps; allowed: up to 1"):
-        launch("pipeline.train", processes=2, device=torch.device("mps"))
+        distributed.check_num_devices(2, device=torch.device("mps"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "acts"),
+    [
+        ({}, True),
+        ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "0"}, True),
+        ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "1"}, False),
+        (
+            {"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "0", distributed.RENDEZVOUS_VARIABLE: "f"},
+            False,
+        ),  # its launcher does
+    ],
+)
+def test_one_process_of_a_machine_takes_the_gpus_of_all(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], acts: bool
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.acts_for_its_machine() == acts
 
 
 def test_torchrun_itself_may_start_them(workspace: Path) -> None:
@@ -160,7 +180,7 @@ distributed.LAG_SECONDS = 0
 cpu = torch.device("cpu")
 with report_errors():
     if not distributed.is_launched():
-        distributed.launch("alone", processes=2, device=cpu)
+        distributed.launch("alone", processes=2)
         sys.exit()
     with distributed.process_group(cpu, processes=2):
         if distributed.rank() == 1:

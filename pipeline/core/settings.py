@@ -99,7 +99,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         flow_run_link=text("PIPELINE_FLOW_RUN_LINK"),
         experiment=environment.get("PIPELINE_EXPERIMENT", text("DVC_EXP_NAME")),
         reproduces=text("PIPELINE_REPRODUCES") or None,
-        result_file=environ.get("PIPELINE_RESULT_FILE", ""),
+        result_file=text("PIPELINE_RESULT_FILE"),
         own_prefect_api_url=text("PIPELINE_OWN_PREFECT_API_URL"),
         dvc_root=text("DVC_ROOT"),
         in_dvc_stage="DVC_STAGE" in environment,

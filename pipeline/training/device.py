@@ -37,6 +37,28 @@ def prepare_torch(params: TrainParams) -> torch.device:
     return device
 
 
+def gpu_uuids(device: torch.device, *, processes: int) -> list[str]:
+    """Return the UUIDs of the GPUs on which this many processes of this machine train; an empty list without CUDA.
+
+    Process n trains on the n-th GPU that is visible to PyTorch; an instance of NVIDIA's MIG counts as a GPU.
+    """
+    if device.type != "cuda":
+        return []
+    return [_gpu_uuid(number) for number in range(min(processes, torch.cuda.device_count()))]
+
+
+def _gpu_uuid(number: int) -> str:
+    uuid = str(torch.cuda.get_device_properties(number).uuid)
+    if uuid.strip("0-"):
+        return uuid
+    print(
+        f"warning: the driver reports no UUID for GPU {number}: a training that sees it under another number "
+        "(CUDA_VISIBLE_DEVICES) does not wait for this one",
+        flush=True,
+    )
+    return str(number)
+
+
 def autocast_dtype(mixed_precision: str, *, device: torch.device) -> torch.dtype | None:
     """Return the dtype of `train.mixed_precision`, which applies on cuda alone; None for float32."""
     if device.type != "cuda" or mixed_precision == "none":

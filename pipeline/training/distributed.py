@@ -54,16 +54,33 @@ def is_local_rank_0() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def launch(module: str, *, processes: int, device: torch.device) -> None:
-    """Run `python -m module` in this many processes on this machine by torchrun; exits as the first one that fails.
+def num_local_processes(processes: int) -> int:
+    """Return how many of the processes of a training run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
 
-    Raises UserError where the machine has fewer devices of the kind, TemporaryError where a process was killed.
+
+def acts_for_its_machine() -> bool:
+    """Return whether this process acts for all ranks of this machine before they form the process group.
+
+    That is their launcher, or local rank 0 where the user's own torchrun started them.
     """
+    return not is_launched() or (RENDEZVOUS_VARIABLE not in os.environ and is_local_rank_0())
+
+
+def check_num_devices(processes: int, *, device: torch.device) -> None:
+    """Raise UserError where this machine has fewer devices of this kind than processes are to run here."""
     most = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, processes)
     if processes > most:
         raise UserError(
             f"train.processes is {processes}, but this machine has {most} of {device.type}; allowed: up to {most}"
         )
+
+
+def launch(module: str, *, processes: int) -> None:
+    """Run `python -m module` in this many processes on this machine by torchrun; exits as the first one that fails.
+
+    Raises TemporaryError where a process was killed.
+    """
     # half a second to import, which one process alone need not spend
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415  # see above
 
