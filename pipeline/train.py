@@ -3,7 +3,6 @@
 Which epoch is the best is decided in `pipeline.training.loop.best_epochs`.
 """
 
-import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -27,14 +26,12 @@ from pipeline.models.pretrained import load_pretrained
 from pipeline.params import DownloadParams, Params, TrainParams, load_params
 from pipeline.tracking import runs as tracking
 from pipeline.training import distributed
-from pipeline.training.batches import Augmentation, TrainingBatches
 from pipeline.training.checkpoints import Checkpoint, Checkpoints, checkpoints_of, fingerprint
 from pipeline.training.curves import curves
 from pipeline.training.device import choose_device
+from pipeline.training.initialize import initialize_from_images
 from pipeline.training.loop import Trained, prepare_torch, train
 from pipeline.training.selection import Epoch
-
-WHITENING_IMAGES = 5_000
 
 
 @contextmanager
@@ -160,7 +157,8 @@ def _make_classifier(params: TrainParams, info: DatasetInfo, *, device: torch.de
     classifier = build(config)
     drawn = load_pretrained(classifier, config=config, md5=params.weights_md5)
     if config.weights is None and isinstance(classifier.network, Airbench):
-        initialise(classifier, _read_split("train", params, info, device=torch.device("cpu")), seed=params.seed)
+        split = _read_split("train", params, info, device=torch.device("cpu"))
+        initialize_from_images(classifier, split, seed=params.seed)
     try_training(classifier, config=config, batch_size=params.batch_size)
     classifier.to(device).to(memory_format=memory_format(params))
     _say_start(classifier, config=config, params=params, device=device, drawn=drawn)
@@ -208,14 +206,6 @@ def _source(params: DownloadParams) -> str | None:
     return {"digits": None, "cifar10": shown(params.urls[0]), "imagefolder": str(Path(params.folder).resolve())}[
         params.dataset
     ]
-
-
-def initialise(classifier: Classifier, split: Split, *, seed: int) -> None:
-    """Set what an Airbench takes from the images of the train split before its first step; it lies on the CPU."""
-    assert isinstance(classifier.network, Airbench)
-    size = min(len(split), 500)
-    batches = TrainingBatches(split, batch_size=size, seed=seed, epoch=0, augmentation=Augmentation())
-    classifier.network.whiten(images.cpu() for images, _ in itertools.islice(batches, WHITENING_IMAGES // size))
 
 
 def _say_start(

@@ -8,7 +8,7 @@ from pipeline.models.airbench import EPSILON, Airbench
 from pipeline.models.build import Classifier, build
 from pipeline.models.inference import logits_of
 from pipeline.params import check_params, compose
-from pipeline.train import initialise
+from pipeline.training.initialize import initialize_from_images
 from pipeline.training.loop import Trained, train
 from tests.conftest import train_params
 from tests.test_model import config
@@ -73,7 +73,7 @@ def run(**changes: object) -> tuple[Classifier, Trained]:
     torch.manual_seed(0)
     classifier = build(config("airbench", classes=3))
     split = split_of(96, seed=1)
-    initialise(classifier, split, seed=0)
+    initialize_from_images(classifier, split, seed=0)
     return classifier, train(classifier, params=params, train_split=split, validation_split=split_of(24, seed=2))
 
 
@@ -90,7 +90,7 @@ def test_what_is_not_trained_stays() -> None:
     torch.manual_seed(0)
     before = build(config("airbench", classes=3))
     assert isinstance(before.network, Airbench)
-    initialise(before, split_of(96, seed=1), seed=0)
+    initialize_from_images(before, split_of(96, seed=1), seed=0)
     assert torch.equal(trained.last["network.0.weight"], before.network.whitening.weight)
     assert torch.equal(trained.last["network.4.weight"], torch.ones(64))
 

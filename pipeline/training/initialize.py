@@ -1,0 +1,18 @@
+"""First weights that are computed from images."""
+
+import itertools
+
+from pipeline.arrays import Split
+from pipeline.models.airbench import Airbench
+from pipeline.models.build import Classifier
+from pipeline.training.batches import Augmentation, TrainingBatches
+
+WHITENING_IMAGES = 5_000
+
+
+def initialize_from_images(classifier: Classifier, split: Split, *, seed: int) -> None:
+    """Set the whitening filters of an Airbench, which is on the CPU, from images of the train split."""
+    assert isinstance(classifier.network, Airbench)
+    size = min(len(split), 500)
+    batches = TrainingBatches(split, batch_size=size, seed=seed, epoch=0, augmentation=Augmentation())
+    classifier.network.whiten(images.cpu() for images, _ in itertools.islice(batches, WHITENING_IMAGES // size))
