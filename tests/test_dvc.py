@@ -79,6 +79,11 @@ def test_the_committed_lock_file_is_of_the_committed_code_and_parameters() -> No
                 assert dep["md5"] == file_md5(PROJECT / dep["path"]), f"{dep['path']} changed: run `dvc repro`"
 
 
+def test_compiled_modules_are_no_part_of_the_code_of_a_stage() -> None:
+    command = [sys.executable, "-m", "dvc", "check-ignore", "pipeline/models/__pycache__/lenet.cpython-311.pyc"]
+    assert subprocess.run(command, cwd=PROJECT, capture_output=True, check=False).returncode == 0
+
+
 def test_data_comes_out_with_the_committed_hashes(project: Path) -> None:
     committed, made = (read_yaml(folder / "dvc.lock")["stages"] for folder in (PROJECT, project))
     for stage in ("download", "normalize"):
