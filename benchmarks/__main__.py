@@ -1,10 +1,10 @@
-"""The benchmarks for the CPU, one after another, in an hour: `python -m benchmarks [--images FOLDER]`.
+"""Run the benchmarks for the CPU, one after another, in an hour: `python -m benchmarks [--images FOLDER]`.
 
 `make bench IMAGES=FOLDER` does the same. Without the folder of JPEG files, `<split>/<class>/*.jpg`, the images are
 looked for beside the project (see benchmarks/cifar10.py). Nothing else should run on the machine meanwhile.
 
-They are time_to_accuracy, ingest, floor, epochs, windows, repro and overhead; `python -m benchmarks.<name>` is one of
-them alone. Not among them: accuracy and selection, which are many whole trainings, and fast94, which wants a GPU.
+They are time_to_accuracy, ingest, floor, epochs, windows, repro and overhead; `python -m benchmarks.<name>` runs one of
+them alone. Not among them are accuracy and selection, which are many whole trainings, and fast94, which needs a GPU.
 """
 
 import argparse
@@ -23,11 +23,11 @@ BENCHMARKS = {
     "repro": True,
     "overhead": False,
 }
-"""Their names, and whether they take the images of CIFAR-10."""
+"""By name: whether the benchmark takes the option --images."""
 
 
 def main() -> None:
-    """Print what each prints; a failure of one does not keep the others from running."""
+    """Run all of them; where one fails, the others still run, and the exit status is 1."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

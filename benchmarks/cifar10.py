@@ -1,14 +1,14 @@
-"""CIFAR-10 for the benchmarks, made once in `.cache/benchmarks/cifar10/` (1 GB); its time counts in none of them.
+"""Prepare CIFAR-10 for the benchmarks, once, in `.cache/benchmarks/cifar10/` (1 GB); its time counts in none of them.
 
 `python -m benchmarks.cifar10 [--images FOLDER] [--recipe RECIPE]` takes a tree of JPEG files, `<split>/<class>/*.jpg`
 with the splits train and test, or the archive of such a tree beside the project, and makes
 
     images/                the tree
     cifar-10-batches-py/   the same pixels in the layout of the official archive, as torchvision reads them
-    download/              that archive, as the pipeline's download leaves it
-    normalize/<recipe>/    the same pixels as the pipeline's normalize leaves them by the recipe
+    download/              that archive, as the pipeline's download writes it
+    normalize/<recipe>/    the same pixels, as the pipeline's normalize writes them for the recipe
 
-What is there, made from the same images by the same parameters, stays.
+What was already made from the same images with the same parameters stays.
 """
 
 import argparse
@@ -40,12 +40,12 @@ ARCHIVE = Path("../shared/data/cifar10-jpeg.tar.gz")
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """The option that says where the images are."""
+    """Add the option --images, the folder of the images."""
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="a tree <split>/<class>/*.jpg: train and test")
 
 
 def prepare_apart(images: Path | None, *, recipe: str = RECIPE) -> None:
-    """Prepare in another process: its memory would count as that of every process that this one starts after it."""
+    """Prepare in another process: this one's peak of memory would count for every process that it starts later."""
     option = ["--images", str(images)] if images else []
     done = subprocess.run([sys.executable, "-m", "benchmarks.cifar10", *option, "--recipe", recipe], check=False)
     if done.returncode:
@@ -53,7 +53,7 @@ def prepare_apart(images: Path | None, *, recipe: str = RECIPE) -> None:
 
 
 def prepare(images: Path | None, *, recipe: str) -> None:
-    """Make what is missing, or was made from others. Raises UserError where there are no images, or other ones."""
+    """Make what is missing or was made from other images; raise UserError where there are no images of CIFAR-10."""
     params = check_params(compose(recipe, {}), origin=recipe).normalize
     origin = {"images": _origin(images), "with": "checksums.md5"}
     _make_once(CIFAR10, origin, lambda folder: _make(folder, images))
@@ -65,7 +65,7 @@ def prepare(images: Path | None, *, recipe: str) -> None:
 
 
 def _make_once(folder: Path, description: Mapping[str, Any], make: Callable[[Path], object]) -> None:
-    """Leave the folder as it is if it was made by the same description; make it whole or not at all."""
+    """Make the folder, whole or not at all, unless it was made from the same description."""
     mark, text = folder / "made_from.json", json.dumps(description, indent=2)
     if mark.exists() and mark.read_text() == text:
         return
@@ -79,7 +79,7 @@ def _make_once(folder: Path, description: Mapping[str, Any], make: Callable[[Pat
 
 
 def _origin(images: Path | None) -> str:
-    """The tree or archive."""
+    """Return the path of the tree or the archive."""
     if images is None and not ARCHIVE.is_file():
         raise UserError(
             "found no images of CIFAR-10; name a tree <split>/<class>/*.jpg of them: make bench IMAGES=FOLDER, "
@@ -109,20 +109,20 @@ def _make(folder: Path, images: Path | None) -> None:
 
 
 def official_files(tree: Path) -> dict[str, bytes]:
-    """The files of the official archive by name, for a tree `<split>/<class>/*.jpg`; each batch has all classes."""
+    """Return the files of the official archive by name, from `<split>/<class>/*.jpg`; each batch has all classes."""
     classes = sorted(path.name for path in (tree / "train").iterdir() if path.is_dir())
     paths = {split: _mixed(tree / split, classes) for split in ("train", "test")}
     meta = {"label_names": classes, "num_cases_per_batch": len(paths["test"]), "num_vis": 3 * IMAGE_SIZE**2}
     files = {"batches.meta": pickle.dumps(meta, protocol=2)}
     training = [name for name, split in BATCHES if split == "train"]
     for number, name in enumerate(training):
-        start, end = (len(paths["train"]) * part // len(training) for part in (number, number + 1))
+        start, end = (len(paths["train"]) * index // len(training) for index in (number, number + 1))
         files[name] = _batch(paths["train"][start:end], classes)
     return {**files, "test_batch": _batch(paths["test"], classes)}
 
 
 def _mixed(folder: Path, classes: list[str]) -> list[Path]:
-    """The files of a split, one of each class in turn."""
+    """Return the files of a split, one of each class in turn."""
     by_class = [sorted((folder / name).glob("*.jpg")) for name in classes]
     if not all(by_class):
         raise UserError(f"{folder}: a class of train has no *.jpg in it; allowed: <split>/<class>/*.jpg of CIFAR-10")
@@ -130,7 +130,7 @@ def _mixed(folder: Path, classes: list[str]) -> list[Path]:
 
 
 def _batch(paths: list[Path], classes: list[str]) -> bytes:
-    """One file of the official archive: a pickled dictionary of pixels (n, 3072), channels first, and labels."""
+    """Return a file of the official archive: a pickled dictionary of pixels (n, 3072), channels first, and labels."""
     content: dict[str, Any] = {
         "data": np.stack([_pixels(path) for path in paths]),
         "labels": [classes.index(path.parent.name) for path in paths],
@@ -148,7 +148,7 @@ def _pixels(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def write_archive(path: Path, files: Mapping[str, bytes]) -> None:
-    """The official archive, hardly compressed."""
+    """Write the archive in the official layout, with the lowest compression."""
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(f"{ARCHIVE_FOLDER}/{name}")
@@ -160,7 +160,7 @@ def main() -> None:
     """Prepare the images."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cifar10", description="Prepare CIFAR-10.")
     add_images(parser)
-    parser.add_argument("--recipe", default=RECIPE, help=f"by which the arrays are made; default: {RECIPE}")
+    parser.add_argument("--recipe", default=RECIPE, help=f"the recipe of the arrays; default: {RECIPE}")
     arguments = parser.parse_args()
     prepare(arguments.images, recipe=arguments.recipe)
 

@@ -1,4 +1,4 @@
-"""What an epoch of the recipe cifar10_lenet costs with a checkpoint and with MLflow, each in turn in one process.
+"""Measure what an epoch of cifar10_lenet costs with a checkpoint and with MLflow, each in turn in one process.
 
 `python -m benchmarks.epochs [ROUNDS]` prints the medians, the median ratios within the rounds, and the seconds that
 MLflow takes for the finished model. The images are random pixels in the number and size of CIFAR-10's, since time does
@@ -31,14 +31,14 @@ from pipeline.training.device import prepare_torch
 
 @contextlib.contextmanager
 def mlflow_run(*, number: int) -> Iterator[RunLogger]:
-    """As the train step has it."""
+    """Open a run in MLflow as the train step does."""
     dataset = describe_dataset("random", source=None, digest="0" * 32)
     with training_run(experiment="benchmark", params=PARAMS.flat(), dataset=dataset, training=str(number)) as run:
         yield run
 
 
 def logged_epoch(splits: Splits, *, number: int) -> tuple[float, float]:
-    """The seconds of one that MLflow is told of as it runs, and those of the model's upload."""
+    """Return the seconds of an epoch that is logged to MLflow, and those of the upload of the model."""
     classifier = fresh()
     with mlflow_run(number=number) as run, tempfile.TemporaryDirectory() as folder:
         seconds = epoch(
@@ -56,12 +56,12 @@ def logged_epoch(splits: Splits, *, number: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure each way in turn and print the table."""
     rounds = options("epochs", __doc__, repeats="ROUNDS", default=8).parse_args().repeats
     print(header(seeds="0"))
     prepare_torch(PARAMS.train)
     splits = random_splits()
-    alone, checkpoint, logged = "epoch alone", "epoch and its checkpoint", "epoch told to MLflow"
+    alone, checkpoint, logged = "epoch alone", "epoch and its checkpoint", "epoch logged to MLflow"
     seconds: dict[str, list[float]] = {alone: [], checkpoint: [], logged: []}
     uploads = []
     with scratch() as folder:
@@ -71,8 +71,8 @@ def main() -> None:
         checkpoints = Checkpoints(Path(folder) / "checkpoints")
         for number in range(rounds + 1):
             with contextlib.redirect_stdout(io.StringIO()):
-                told, upload = logged_epoch(splits, number=number)
-            found = {alone: epoch(fresh(), splits), logged: told}
+                logged_seconds, upload = logged_epoch(splits, number=number)
+            found = {alone: epoch(fresh(), splits), logged: logged_seconds}
             found[checkpoint] = epoch(fresh(), splits, save=checkpoints.write)
             for way, value in found.items() if number else ():  # the first round warms up
                 seconds[way].append(value)

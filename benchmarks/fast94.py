@@ -1,8 +1,8 @@
-"""The recipe cifar10_fast94 on a GPU: seconds, accuracy over seeds, utilisation, and how far from the floor.
+"""Measure the recipe cifar10_fast94 on a GPU: seconds, accuracy over seeds, utilization, and distance from the floor.
 
 `python -m benchmarks.fast94 [SEEDS] [--images FOLDER] [--train-images N]` trains once to warm up, then once a seed.
-"Seconds" are those of the training with its judgements of the validation split, from data on the disk to the last
-weights; test accuracy is the mean over the recipe's views. `--train-images` makes it short, to try it on a CPU.
+The seconds are those of training and validation, from data on the disk to the last weights. The test accuracy is that
+of the mean over the recipe's views. `--train-images` makes it short, to try it on a CPU.
 """
 
 import statistics
@@ -12,14 +12,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cifar10 import add_images, prepare_apart
-from benchmarks.recipe import accuracy, first, load, network
+from benchmarks.recipe import accuracy_on, first, load, network
 from benchmarks.setting import options, positive
 from benchmarks.table import header, mean_and_deviation, table
 from benchmarks.ways import arrays
 from pipeline.arrays import DatasetInfo
 from pipeline.core.errors import report_errors
 from pipeline.models.build import Classifier
-from pipeline.models.inference import logits_of
 from pipeline.params import Params, check_params, compose
 from pipeline.training.device import prepare_torch
 from pipeline.training.initialize import initialize_from_images
@@ -29,12 +28,13 @@ RECIPE, SIDE = "cifar10_fast94", 4096
 
 
 def wait(device: torch.device) -> None:
+    """Wait until a GPU has done what was sent to it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def matrix_rate(device: torch.device) -> float:
-    """bfloat16 operations a second."""
+    """Return bfloat16 operations a second of a large matrix product."""
     side = SIDE if device.type == "cuda" else SIDE // 4
     matrix, repeats = torch.rand(side, side, device=device, dtype=torch.bfloat16), 20
     matrix @ matrix
@@ -47,7 +47,7 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def operations(classifier: Classifier, *, device: torch.device) -> float:
-    """Of an image, forward and backward."""
+    """Return the operations of an image, forward and backward."""
     counter, number = FlopCounterMode(display=False), 64
     with counter:
         classifier(torch.zeros(number, 3, 32, 32, device=device)).sum().backward()
@@ -55,7 +55,7 @@ def operations(classifier: Classifier, *, device: torch.device) -> float:
 
 
 def one(seed: int, params: Params, *, device: torch.device, train_images: int | None) -> list[float]:
-    """Seconds, test accuracy, and the share of the time in which the GPU had work, in that order."""
+    """Train once; return seconds, test accuracy, and the fraction of the time in which the GPU was busy."""
     values = params.train.model_copy(update={"seed": seed})
     start = time.perf_counter()
     classifier, splits = load(values, arrays(RECIPE))
@@ -72,15 +72,14 @@ def one(seed: int, params: Params, *, device: torch.device, train_images: int | 
     )
     wait(device)
     seconds = time.perf_counter() - start
-    views = params.evaluate.test_time_augmentation
-    logits = logits_of(classifier, splits["test"], batch_size=2_000, views=views)
-    return [seconds, accuracy(logits, splits["test"].labels), statistics.mean(used) / 100]
+    accuracy = accuracy_on(splits["test"], classifier, views=params.evaluate.test_time_augmentation)
+    return [seconds, accuracy, statistics.mean(used) / 100]
 
 
 def main() -> None:
     """Measure and print."""
     parser = options("fast94", __doc__, repeats="SEEDS", default=10)
-    parser.add_argument("--train-images", type=positive, metavar="N", help="only as many; default: all")
+    parser.add_argument("--train-images", type=positive, metavar="N", help="train on this many images; default: all")
     add_images(parser)
     arguments = parser.parse_args()
     params, few = check_params(compose(RECIPE, {}), origin=RECIPE), arguments.train_images
@@ -92,7 +91,7 @@ def main() -> None:
     print(torch.cuda.get_device_name() if device.type == "cuda" else "CPU", end="\n\n", flush=True)
     one(0, params, device=device, train_images=few)  # warms up
     found = [one(seed, params, device=device, train_images=few) for seed in range(arguments.repeats)]
-    rows = [["seed", "seconds", "test accuracy", "GPU at work"]]
+    rows = [["seed", "seconds", "test accuracy", "GPU busy"]]
     rows += [[str(seed), f"{s:.2f}", f"{a:.2%}", f"{u:.0%}"] for seed, (s, a, u) in enumerate(found)]
     seconds, accuracies, _ = zip(*found, strict=True)
     rows += [["mean ± sd", mean_and_deviation(seconds, ".2f"), mean_and_deviation(accuracies, ".2%"), ""]]

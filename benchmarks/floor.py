@@ -1,4 +1,4 @@
-"""Where the time of an epoch of cifar10_lenet goes, and how far it is from what the machine could do.
+"""Measure where the time of an epoch of cifar10_lenet goes, and how far it is from what the machine could do.
 
 `python -m benchmarks.floor [ROUNDS]` counts the operations of forward and backward pass, measures the machine's matrix
 rate (float32, 2048 x 2048) and memory bandwidth, and prints the least time they allow, the time taken, and the
@@ -20,12 +20,12 @@ from benchmarks.table import header, table
 from pipeline.core.errors import report_errors
 from pipeline.training.device import prepare_torch
 
-SIDE, COPIED = 2048, 2**28
-SHOWN = 10
+SIDE, COPIED_BYTES = 2048, 2**28
+MAX_OPERATORS = 10
 
 
 def operations() -> float:
-    """Of an image: forward and backward, a multiplication and an addition being two."""
+    """Return the operations of an image, forward and backward; a multiplication and an addition count as two."""
     images = PARAMS.train.batch_size
     classifier, counter = fresh(), FlopCounterMode(display=False)
     with counter:
@@ -35,29 +35,32 @@ def operations() -> float:
 
 
 def seconds(work: Callable[[], object]) -> float:
+    """Return how long one call takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-def shares(splits: Splits) -> str:
-    """The operators' own time in an epoch, as a table."""
+def operator_table(splits: Splits) -> str:
+    """Return the own time of the operators in an epoch, as a table."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         epoch(fresh(), splits)
     events = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
-    rows = [[event.key, f"{event.self_cpu_time_total / total:.1%}", f"{event.count:,}"] for event in events[:SHOWN]]
-    rest = sum(event.self_cpu_time_total for event in events[SHOWN:]) / total
+    rows = [
+        [event.key, f"{event.self_cpu_time_total / total:.1%}", f"{event.count:,}"] for event in events[:MAX_OPERATORS]
+    ]
+    rest = sum(event.self_cpu_time_total for event in events[MAX_OPERATORS:]) / total
     return table([["operator", "share of the time", "calls"], *rows, ["all others", f"{rest:.1%}", ""]])
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure rates and epochs in turn and print the tables."""
     rounds = options("floor", __doc__, repeats="ROUNDS", default=7).parse_args().repeats
     print(header(seeds="0"))
     prepare_torch(PARAMS.train)
     splits = random_splits()
-    matrix, memory, copy = torch.rand(SIDE, SIDE), *torch.zeros(2, COPIED, dtype=torch.uint8)
+    matrix, memory, copy = torch.rand(SIDE, SIDE), *torch.zeros(2, COPIED_BYTES, dtype=torch.uint8)
     works: dict[str, Callable[[], object]] = {
         "matrix": lambda: matrix @ matrix,
         "memory": lambda: copy.copy_(memory),
@@ -65,25 +68,24 @@ def main() -> None:
     }
     taken = [{name: seconds(work) for name, work in works.items()} for _ in range(rounds + 1)][1:]  # the first warms up
     found = {name: statistics.median([each[name] for each in taken]) for name in works}
-    rate, bandwidth = 2 * SIDE**3 / found["matrix"], 2 * COPIED / found["memory"]
+    rate, bandwidth = 2 * SIDE**3 / found["matrix"], 2 * COPIED_BYTES / found["memory"]
     flops = operations()
     # a validation image goes forward only, a third of it and a little more
     least = flops * (TRAIN_IMAGES + VALIDATION_IMAGES / 3) / rate
     read = (TRAIN_IMAGES + VALIDATION_IMAGES) * 32 * 32 * 3 / bandwidth
-    rows = [["", ""]]
-    rows += [["operations of an image, forward and backward", f"{flops / 1e6:.2f} million"]]
-    rows += [
+    rows = [
+        ["", ""],
+        ["operations of an image, forward and backward", f"{flops / 1e6:.2f} million"],
         ["matrix rate, float32", f"{rate / 1e9:.0f} GFLOP/s"],
         ["memory, read and write", f"{bandwidth / 1e9:.1f} GB/s"],
-    ]
-    rows += [
         ["floor of an epoch, operations", f"{least:.2f} s"],
         ["floor of an epoch, reading the pixels", f"{read:.3f} s"],
+        ["epoch taken", f"{found['epoch']:.2f} s"],
+        ["times the floor", f"{found['epoch'] / (least + read):.2f}"],
     ]
-    rows += [["epoch taken", f"{found['epoch']:.2f} s"], ["times the floor", f"{found['epoch'] / (least + read):.2f}"]]
     print(table(rows))
     print()
-    print(shares(splits))
+    print(operator_table(splits))
 
 
 if __name__ == "__main__":

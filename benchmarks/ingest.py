@@ -1,4 +1,4 @@
-"""JPEG files into arrays: the pipeline's steps download and normalize, and torchvision's ImageFolder and DataLoader.
+"""Measure JPEG files into arrays: the steps download and normalize against torchvision's ImageFolder and DataLoader.
 
 `python -m benchmarks.ingest [ROUNDS] [--images FOLDER] [--large]` runs each way in turn, as a process of its own, and
 prints the medians, the median of the ratios within the rounds, and images a second. The start-up (the interpreter and
@@ -37,7 +37,7 @@ BASE = "normalize, all cores"
 
 @contextmanager
 def workspace(images: Path) -> Iterator[Path]:
-    """A folder in which the steps run on these images."""
+    """Yield a folder in which the steps run on these images."""
     with scratch() as name:
         overrides = {"download.dataset": "imagefolder", "download.folder": str(images.resolve())}
         (Path(name) / "params.yaml").write_text(dump_yaml(compose(RECIPE, overrides)))
@@ -45,7 +45,7 @@ def workspace(images: Path) -> Iterator[Path]:
 
 
 def start(command: list[str], folder: Path, *, one_core: bool = False) -> subprocess.Popen[bytes]:
-    """The command, in the folder; on one core it is as on a machine that has one only."""
+    """Start a command in the folder; `one_core` pins it to one core, as on a machine that has only one."""
     prefix = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))] if one_core else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PROJECT), *_python_path()])}
     return subprocess.Popen([*prefix, *command], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
@@ -56,7 +56,7 @@ def _python_path() -> list[str]:
 
 
 def seconds(command: list[str], folder: Path, *, one_core: bool = False) -> float:
-    """From start to end."""
+    """Return the seconds from the start of a command to its end."""
     begin = time.perf_counter()
     with start(command, folder, one_core=one_core) as child:
         status = child.wait()
@@ -70,7 +70,7 @@ def _check(command: list[str], status: int) -> None:
 
 
 def one_round(images: Path) -> dict[str, float]:
-    """Each way once."""
+    """Return the seconds of each way, run once."""
     with workspace(images) as folder:
         download = seconds(DOWNLOAD, folder)
         all_cores = seconds(NORMALIZE, folder)
@@ -86,7 +86,7 @@ def one_round(images: Path) -> dict[str, float]:
 
 
 def times(images: Path, *, rounds: int) -> str:
-    """The table of seconds."""
+    """Return the table of seconds."""
     count = _count(images)
     found = [one_round(images) for _ in range(rounds)]
     taken = {way: [each[way] for each in found] for way in found[0]}
@@ -103,7 +103,7 @@ def _count(images: Path) -> int:
 
 
 def peak(command: list[str], folder: Path) -> tuple[int, int]:
-    """Bytes: most of all its processes together, as sampled; and of the largest one, as the kernel has it."""
+    """Return peaks in bytes: of all processes together, as sampled, and of the largest one, from the kernel."""
     child = start(command, folder)
     process, together = psutil.Process(child.pid), 0
     while True:
@@ -117,19 +117,19 @@ def peak(command: list[str], folder: Path) -> tuple[int, int]:
 
 
 def _resident_bytes(process: psutil.Process) -> int:
-    """Of a process and all below it; a page that several share is divided among them (PSS)."""
+    """Return the memory of a process and its children; a page that several share is divided among them (PSS)."""
     try:
         tree = (process, *process.children(recursive=True))
         return sum(int(each.memory_full_info().pss) for each in tree)
-    except (psutil.NoSuchProcess, psutil.AccessDenied):  # one ended meanwhile: another sample follows
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # one ended during the sample; another sample follows
         return 0
 
 
-def memory(images: Path, *, shares: list[Fraction]) -> str:
-    """The table of peaks."""
+def memory(images: Path, *, fractions: list[Fraction]) -> str:
+    """Return the table of peaks, for each of these fractions of the images."""
     rows = [["images", "way", "all processes (MB)", "largest process (MB)"]]
-    for share in shares:
-        with resampled(images, share=share) as tree, workspace(tree) as folder:
+    for fraction in fractions:
+        with resampled(images, fraction=fraction) as tree, workspace(tree) as folder:
             seconds(DOWNLOAD, folder)
             ways = {BASE: NORMALIZE, "torchvision, all cores": [*TORCHVISION, str(tree.resolve())]}
             for way, command in ways.items():
@@ -139,9 +139,9 @@ def memory(images: Path, *, shares: list[Fraction]) -> str:
 
 
 @contextmanager
-def resampled(images: Path, *, share: Fraction) -> Iterator[Path]:
-    """A tree of links to the first files of each class, or to every file several times."""
-    if share == 1:
+def resampled(images: Path, *, fraction: Fraction) -> Iterator[Path]:
+    """Yield a tree of links to the first files of each class, or to every file several times."""
+    if fraction == 1:
         yield images
         return
     with scratch() as name:
@@ -149,7 +149,7 @@ def resampled(images: Path, *, share: Fraction) -> Iterator[Path]:
             target = Path(name) / source.relative_to(images.resolve())
             target.mkdir(parents=True)
             files = sorted(source.glob("*.jpg"))
-            for number in range(int(len(files) * share)):
+            for number in range(int(len(files) * fraction)):
                 copy, index = divmod(number, len(files))
                 (target / f"{copy}-{files[index].name}").symlink_to(files[index])
         yield Path(name)
@@ -167,8 +167,8 @@ def main() -> None:
     print(header(seeds="none"))
     images = CIFAR10_IMAGES
     print(times(images, rounds=arguments.repeats), flush=True)
-    shares = [Fraction(1, 10), Fraction(1), *([Fraction(10)] if arguments.large else [])]
-    print(f"\npeaks of memory\n{memory(images, shares=shares)}")
+    fractions = [Fraction(1, 10), Fraction(1), *([Fraction(10)] if arguments.large else [])]
+    print(f"\npeaks of memory\n{memory(images, fractions=fractions)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An epoch of the recipe cifar10_lenet on random images, for the benchmarks that compare epochs."""
+"""Train an epoch of the recipe cifar10_lenet on random images, for the benchmarks that compare epochs."""
 
 import time
 from typing import Any
@@ -32,6 +32,7 @@ CONFIG = ModelConfig(
 
 
 def random_split(number: int, *, seed: int) -> Split:
+    """Return a split of random pixels and labels."""
     draw = np.random.default_rng(seed)
     images = draw.integers(0, 256, (number, 32, 32, 3), dtype=np.uint8)
     labels = draw.integers(0, 10, number)
@@ -39,15 +40,17 @@ def random_split(number: int, *, seed: int) -> Split:
 
 
 def random_splits() -> Splits:
+    """Return train and validation in the size of CIFAR-10."""
     return random_split(TRAIN_IMAGES, seed=1), random_split(VALIDATION_IMAGES, seed=2)
 
 
 def fresh() -> Classifier:
+    """Return the network with fresh weights."""
     return build(CONFIG).to(memory_format=torch.channels_last)
 
 
 def epoch(classifier: Classifier, splits: Splits, **callbacks: Any) -> float:
-    """The seconds of one."""
+    """Return the seconds of one epoch with its validation; `callbacks` are those of `train`."""
     start = time.perf_counter()
     train(classifier, params=PARAMS.train, train_split=splits[0], validation_split=splits[1], **callbacks)
     return time.perf_counter() - start

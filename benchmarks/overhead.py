@@ -1,4 +1,4 @@
-"""What DVC, MLflow and Prefect cost around a training: each way in turn, several times, on the digits.
+"""Measure what DVC, MLflow and Prefect cost around a training of the digits, each way in turn.
 
 `python -m benchmarks.overhead [ROUNDS]` clones the commit that is checked out into a temporary folder for each round
 and prints the median seconds of each way. Nothing else should run on the machine meanwhile.
@@ -13,11 +13,12 @@ from pipeline.core.errors import report_errors
 
 LOOP = """
 import time
-from pipeline.training.batches import DatasetInfo, Split
+from pipeline.arrays import DatasetInfo, Split
+from pipeline.models.build import build
+from pipeline.models.config import configure
+from pipeline.params import load_params
 from pipeline.training.device import prepare_torch
 from pipeline.training.loop import train
-from pipeline.models.build import build, configure
-from pipeline.params import load_params
 params, info = load_params().train, DatasetInfo.read()
 device = prepare_torch(params)
 splits = {name: Split.read(name, info=info, device=device) for name in ("train", "validation")}
@@ -25,17 +26,18 @@ start = time.perf_counter()
 train(build(configure(params, info)), params=params, train_split=splits["train"], validation_split=splits["validation"])
 print(time.perf_counter() - start)
 """
-ELSEWHERE = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME")
-"""Variables by which runs would go to the user's own servers."""
+SERVER_VARIABLES = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME")
+"""Left out: they would send the runs to the user's own servers."""
 FLOW = [sys.executable, "-m", "flows.train_classifier"]
 
 
 def run(*command: str, cwd: Path) -> tuple[float, str]:
-    return timed(*command, cwd=cwd, without=ELSEWHERE)
+    """Run a command without the user's servers; return its seconds and its output."""
+    return timed(*command, cwd=cwd, without=SERVER_VARIABLES)
 
 
 def one_round(folder: Path) -> dict[str, float]:
-    """Each way once; the flow runs in a clone of its own, so that its cache is empty."""
+    """Run each way once; the flow has a clone of its own, so that its cache is empty."""
     repro, flow = folder / "repro", folder / "flow"
     for copy in (repro, flow):
         clone(copy)
@@ -53,7 +55,7 @@ def one_round(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run the rounds; print the table."""
+    """Run the rounds and print the table."""
     rounds = options("overhead", __doc__, repeats="ROUNDS", default=3).parse_args().repeats
     print(header(seeds="0"))
     found = []

@@ -1,10 +1,10 @@
-"""What `dvc repro` costs: where nothing is to be done, and around the training of cifar10_lenet.
+"""Measure what `dvc repro` costs: with nothing to do, and around the training of cifar10_lenet.
 
 `python -m benchmarks.repro [ROUNDS] [--images FOLDER]` measures in turn
 
     dvc repro of the project, all up to date, against dvc repro of a pipeline of as many stages that do nothing
     dvc repro of cifar10_lenet from the archive to the evaluation, in a fresh clone of the commit that is checked out
-    with an empty cache, against one process that reads the archive, trains and judges (benchmarks/ways/bare.py)
+    with an empty cache, against one process that reads the archive, trains and evaluates (benchmarks/ways/bare.py)
 
 The archive lies on this machine, and MLflow's store is made once, before. Nothing else should run meanwhile.
 """
@@ -26,11 +26,12 @@ REPRO, BARE = f"dvc repro of {RECIPE}", "bare loop, the archive read once"
 
 
 def seconds(*command: str, cwd: Path) -> float:
+    """Return the seconds of a command, without the user's MLflow server."""
     return timed(*command, cwd=cwd, without=("MLFLOW_TRACKING_URI", "PYTHONPATH"))[0]
 
 
 def make_empty_pipeline(folder: Path) -> None:
-    """As many stages, each of which depends on the one before."""
+    """Make a DVC project of as many stages as ours, each of which copies the output of the one before."""
     folder.mkdir()
     before, stages = "start", []
     (folder / before).write_text("")
@@ -44,17 +45,17 @@ def make_empty_pipeline(folder: Path) -> None:
 
 
 def make_clone(folder: Path) -> None:
-    """Of the project, with the parameters of the recipe and a store for MLflow."""
+    """Make a clone of the project, with the parameters of the recipe and a store for MLflow."""
     archive = (CIFAR10 / "download" / ARCHIVE).resolve()
     clone(folder)
     overrides = [f"download.urls=[{archive}]", f"download.md5={file_md5(archive)}"]
-    options = [part for value in overrides for part in ("--set", value)]
+    options = [argument for value in overrides for argument in ("--set", value)]
     seconds(sys.executable, "-m", "pipeline.params", "--recipe", RECIPE, *options, cwd=folder)
     seconds(sys.executable, "-c", "from pipeline.tracking.store import connect; connect()", cwd=folder)
 
 
 def one_round(folder: Path) -> dict[str, list[float]]:
-    """The seconds of each way; that of doing nothing several times in turn."""
+    """Return the seconds of each way; those with nothing to do are measured several times in turn."""
     make_clone(folder / "clone")
     make_empty_pipeline(folder / "empty")
     found = {REPRO: [seconds("dvc", "repro", cwd=folder / "clone")]}
@@ -67,7 +68,7 @@ def one_round(folder: Path) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    """Run the rounds; print the tables."""
+    """Run the rounds and print the tables."""
     parser = options("repro", __doc__, repeats="ROUNDS", default=3)
     add_images(parser)
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Which epoch is kept, and what that costs in test accuracy: on the digits, and on few images of one's own.
+"""Measure what the choice of the kept epoch costs in test accuracy: on the digits, and on few images of one's own.
 
 `python -m benchmarks.selection [SEEDS] [--images FOLDER]` trains with seeds 0, 1, … (which draw the splits of one's own
 images too), measures the test split after each epoch, and applies the rules of `train.selection` afterwards, without
-and with `train.early_stopping_epochs: 5`. "Earliest" is the rule of before: the first epoch of the highest accuracy.
+and with `train.early_stopping_epochs: 5`. "Earliest" is an earlier rule: the first epoch of the highest accuracy.
 Own images are the first few of some classes of CIFAR-10, with the recipe my_images and LeNet at 32 pixels.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cifar10 import add_images, prepare_apart
-from benchmarks.recipe import load
+from benchmarks.recipe import accuracy_on, load
 from benchmarks.setting import options, scratch
 from benchmarks.table import header, mean_and_deviation, table
 from benchmarks.ways import CIFAR10_IMAGES
@@ -21,7 +21,7 @@ from pipeline.core.errors import report_errors
 from pipeline.download import download
 from pipeline.normalize import normalize
 from pipeline.params import Params, Selection, check_params, compose
-from pipeline.training.loop import train, validate
+from pipeline.training.loop import train
 from pipeline.training.selection import Epoch, epochs_since_best, select_epoch
 
 PATIENCE = 5
@@ -55,18 +55,19 @@ Rule = Callable[[Run], int]
 
 
 def selected(selection: Selection, *, patience: int | None = None) -> Rule:
-    """What the training loop keeps; where it stops early depends on nothing that comes later."""
+    """Return the rule of the training loop; where it stops early depends on nothing that comes later."""
 
     def rule(run: Run) -> int:
-        known: dict[str, Any] = {"selection": selection, "num_images": run.num_images}
+        options: dict[str, Any] = {"selection": selection, "num_images": run.num_images}
         ends = range(1, len(run.history) + 1)
-        stops = (end for end in ends if patience and epochs_since_best(run.history[:end], **known) >= patience)
-        return select_epoch(run.history[: next(stops, len(run.history))], **known).epoch
+        stops = (end for end in ends if patience and epochs_since_best(run.history[:end], **options) >= patience)
+        return select_epoch(run.history[: next(stops, len(run.history))], **options).epoch
 
     return rule
 
 
 def earliest(run: Run) -> int:
+    """Return the first epoch of the highest validation accuracy."""
     accuracies = [epoch.validation_accuracy for epoch in run.history]
     return accuracies.index(max(accuracies)) + 1
 
@@ -82,7 +83,7 @@ RULES: Mapping[str, Rule] = {
 
 
 def trained(params: Params, folder: Path) -> Run:
-    """Download, normalize and train; `folder` is empty or of an earlier seed."""
+    """Download, normalize and train; `folder` is empty or from an earlier seed."""
     download(params.download, folder=folder / "download")
     normalize(folder / "download", folder / "normalize", params=params.normalize)
     classifier, splits = load(params.train, folder / "normalize")
@@ -91,7 +92,7 @@ def trained(params: Params, folder: Path) -> Run:
 
     def on_epoch(epoch: Epoch, _speed: float) -> None:
         history.append(epoch)
-        test.append(validate(classifier, splits["test"], loss=params.train.loss)[1])
+        test.append(accuracy_on(splits["test"], classifier))
 
     own = params.train.model_copy(update={"early_stopping_epochs": None})
     train(
@@ -105,7 +106,7 @@ def trained(params: Params, folder: Path) -> Run:
 
 
 def link_images(folder: Path, *, classes: int, images: int) -> None:
-    """A tree `<split>/<class>/` of the first images of the first classes."""
+    """Make a tree `<split>/<class>/` of links to the first images of the first classes."""
     for source in sorted(path for path in (CIFAR10_IMAGES / "train").iterdir() if path.is_dir())[:classes]:
         for split, number in (("train", images), ("test", TEST_IMAGES)):
             target = folder / split / source.name
@@ -115,12 +116,12 @@ def link_images(folder: Path, *, classes: int, images: int) -> None:
 
 
 def differences(runs: Sequence[Run], rule: Rule) -> list[float]:
-    """The kept epoch's test accuracy less the last one's, by seed."""
+    """Return by seed the test accuracy of the kept epoch, minus that of the last one."""
     return [run.test[rule(run) - 1] - run.test[-1] for run in runs]
 
 
 def summary(name: str, runs: Sequence[Run]) -> list[list[str]]:
-    """A row for each rule."""
+    """Return a row for each rule."""
     rows = []
     for label, rule in RULES.items():
         accuracies, less = [run.test[rule(run) - 1] for run in runs], differences(runs, rule)
@@ -131,7 +132,7 @@ def summary(name: str, runs: Sequence[Run]) -> list[list[str]]:
 
 
 def by_seed(runs: Sequence[Run]) -> list[list[str]]:
-    """A row for each seed: kept epoch and test accuracy of each rule that does not stop early."""
+    """Return a row for each seed: kept epoch and test accuracy of each rule that does not stop early."""
     rules = {label: rule for label, rule in RULES.items() if "stopped" not in label}
     rows = [["seed", *rules]]
     for seed, run in enumerate(runs):
@@ -140,7 +141,7 @@ def by_seed(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def main() -> None:
-    """Train and print."""
+    """Train with each seed and print the tables."""
     parser = options("selection", __doc__, repeats="SEEDS", default=5)
     add_images(parser)
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the benchmarks have in common before they measure: options, and folders and programs to work in."""
+"""Options of the benchmarks, and the folders, programs and clones that they measure."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def options(name: str, documentation: str | None, *, repeats: str, default: int) -> argparse.ArgumentParser:
-    """A parser that takes how often to measure: `repeats`, called ROUNDS or SEEDS in its help."""
+    """Return a parser with the argument `repeats`, how often to measure; its help calls it ROUNDS or SEEDS."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=documentation,
@@ -28,22 +28,22 @@ def options(name: str, documentation: str | None, *, repeats: str, default: int)
 
 
 def positive(text: str) -> int:
-    """For argparse."""
+    """Read a whole number from 1 for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a whole number from 1")
     return int(text)
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:
-    """An empty folder on the project's file system."""
+    """Return an empty temporary folder on the file system of the project."""
     CIFAR10.parent.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryDirectory(dir=CIFAR10.parent.resolve())
 
 
 def timed(*command: str, cwd: Path, without: Sequence[str] = ()) -> tuple[float, str]:
-    """The seconds of a program of this environment, some variables left out, and what it printed.
+    """Run a program of this environment; return its seconds and its output.
 
-    Raises UserError where it fails.
+    `without` names variables that it does not get. Raises UserError where it fails.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "true"}
@@ -59,7 +59,7 @@ def timed(*command: str, cwd: Path, without: Sequence[str] = ()) -> tuple[float,
 
 
 def clone(folder: Path) -> None:
-    """Of the commit that is checked out; raises UserError where the checkout has other code."""
+    """Clone the commit that is checked out; raise UserError where the checkout has uncommitted code."""
     _, changes = timed("git", "status", "--porcelain", "--", "*.py", "dvc.yaml", "recipes", cwd=PROJECT)
     if changes:
         raise UserError(f"found uncommitted changes, which a clone would lack: {changes}; commit them first")

@@ -1,11 +1,11 @@
-"""What the benchmarks print: a header that says what was measured on what, and tables of medians and ratios."""
+"""What the benchmarks print: a header with commit, hardware and versions, and tables of medians and ratios."""
 
 import math
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pipeline.core.errors import UserError
@@ -22,33 +22,39 @@ def medians(
     digits: int = 1,
     more: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str:
-    """A row for each way: median and single values, `more` columns by heading and way, and the ratio to `base`."""
+    """Return a table with a row for each way: median, single values, columns of `more`, and the ratio to `base`.
+
+    `more` has the text of a column by its heading and by way.
+    """
     more = more or {}
     rounds = max(map(len, seconds.values()))
     rows = [["way", f"median of {rounds} (s)", "each (s)", *more, *([f"ratio to {base}"] if base else [])]]
     for way, found in seconds.items():
-        each = ", ".join(_shown(value, digits) for value in found)
-        row = [way, _shown(statistics.median(found), digits), each, *(column.get(way, "") for column in more.values())]
-        rows.append([*row, *([_shown_ratio(median_ratio(found, seconds[base]))] if base else [])])
+        each = ", ".join(_format(value, digits) for value in found)
+        row = [way, _format(statistics.median(found), digits), each, *(column.get(way, "") for column in more.values())]
+        rows.append([*row, *([_format_ratio(median_ratio(found, seconds[base]))] if base else [])])
     return table(rows)
 
 
 def median_ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
-    """The median over the rounds of the ratio within a round: what slows the machine down slows down both."""
+    """Return the median over the rounds of the ratio within a round: what slows the machine down slows down both."""
     return statistics.median(one / other for one, other in zip(seconds, base, strict=True))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The first row is the heading."""
+    """Return a Markdown table; the first row is the heading."""
     heading, *others = (f"| {' | '.join(row)} |" for row in rows)
     return "\n".join([heading, f"|{' --- |' * len(rows[0])}", *others])
 
 
 def header(*, seeds: str) -> str:
-    """Date, commit, hardware, versions and what the seeds are."""
-    commit, changes = (_git(*question) for question in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain")))
+    """Return what was measured on what: date, commit, hardware, versions and seeds.
+
+    The commit is "unknown" without git or a repository, the version of a package that is not installed "missing".
+    """
+    commit, changes = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain")
     changed = {None: " with changes unknown", "": ""}.get(changes, " with uncommitted changes")
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
     return (
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {commit or UNKNOWN}{changed}\n"
         f"{num_cores()} cores of {cpu_name()}\n"
@@ -58,22 +64,30 @@ def header(*, seeds: str) -> str:
 
 
 def _git(*arguments: str) -> str | None:
+    """Return git's answer for the current folder; None where there is no git, or no repository."""
     try:
         return git(Path.cwd(), *arguments)
     except UserError:
         return None
 
 
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
 def mean_and_deviation(values: Sequence[float], form: str) -> str:
-    """`93.98% ± 0.12%` for the form `.2%`; the deviation is that of a sample."""
+    """Return `93.98% ± 0.12%` for the form `.2%`: mean and standard deviation of a sample."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):{form}} ± {deviation:{form}}"
 
 
-def _shown(value: float, digits: int) -> str:
-    """Infinity stands for what did not come to its end."""
+def _format(value: float, digits: int) -> str:
+    """Return a number as text; infinity means that the target was not reached."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "not reached"
 
 
-def _shown_ratio(value: float) -> str:
+def _format_ratio(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "–"  # noqa: RUF001  # a dash: there is no ratio

@@ -1,4 +1,4 @@
-"""Seconds to the test accuracy of the PyTorch tutorial "Training a Classifier", each way from the start of its process.
+"""Measure the seconds to the test accuracy of the PyTorch tutorial "Training a Classifier", process start included.
 
 `python -m benchmarks.time_to_accuracy [ROUNDS] [--ways ours,tutorial,…] [--images FOLDER]` runs in turn
 
@@ -11,7 +11,7 @@ on the same images, each with PyTorch's default number of threads, and prints th
 within the rounds. The seed is the number of the round. Nothing else should run on the machine meanwhile.
 
 Epochs, rates and batch sizes of ours, dataloader and lightning were chosen by the time they take to this accuracy. Ours
-judges each test image together with its mirror image, as `evaluate.test_time_augmentation: mirror` does.
+evaluates each test image together with its mirror image, as `evaluate.test_time_augmentation: mirror` does.
 """
 
 import argparse
@@ -32,7 +32,7 @@ ACCURACY = re.compile(r"accuracy (\d\.\d{4})")
 
 
 def run(way: str, *, seed: int, target: float) -> tuple[float, float]:
-    """Seconds from the start of the process to the target, infinity where it is not reached; and the last accuracy."""
+    """Return the seconds to the target, infinity where it is not reached, and the last accuracy."""
     command = [sys.executable, "-m", f"benchmarks.ways.{way}", str(seed), str(target)]
     seconds, accuracy = math.inf, 0.0
     start = time.perf_counter()
@@ -50,7 +50,7 @@ def run(way: str, *, seed: int, target: float) -> tuple[float, float]:
 
 
 def measure(ways: list[str], *, rounds: int, target: float) -> str:
-    """The table."""
+    """Run the ways in turn and return the table."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     accuracies: dict[str, list[str]] = {way: [] for way in ways}
     for seed in range(rounds):
@@ -62,8 +62,8 @@ def measure(ways: list[str], *, rounds: int, target: float) -> str:
     return medians(seconds, base="ours" if "ours" in ways else None, more={"test accuracy": reached})
 
 
-def _share(text: str) -> float:
-    """For argparse."""
+def _fraction(text: str) -> float:
+    """Read a number between 0 and 1 for argparse."""
     try:
         value = float(text)
     except ValueError:
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument(
         "--ways", default=",".join(WAYS), help=f"some of {','.join(WAYS)}, separated by commas; default: all"
     )
-    parser.add_argument("--target", type=_share, default=TARGET, help=f"test accuracy; default: {TARGET}")
+    parser.add_argument("--target", type=_fraction, default=TARGET, help=f"test accuracy; default: {TARGET}")
     add_images(parser)
     arguments = parser.parse_args()
     ways = list(dict.fromkeys(arguments.ways.split(",")))

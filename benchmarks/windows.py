@@ -1,9 +1,9 @@
-"""Training on more images than memory is to hold: seconds and memory, from a file against from memory.
+"""Measure training on more images than fit in memory: seconds and memory, from a file against from memory.
 
-`python -m benchmarks.windows [ROUNDS]` makes files of random images in the size of CIFAR-10's (3 GB, for the while),
-trains LeNet on each for an epoch by the settings of cifar10_lenet, each way in turn in a process of its own that warms
-up first, and prints the seconds for as many images as CIFAR-10 has, their median ratio, and the highest resident memory
-of the process. The files have just been written: they are in the system's cache.
+`python -m benchmarks.windows [ROUNDS]` makes files of random images in the size of CIFAR-10's (3 GB, removed at the
+end), trains LeNet on each for an epoch by the settings of cifar10_lenet, each way in turn in a process of its own that
+warms up first, and prints the seconds for as many images as CIFAR-10 has, their median ratio, and the highest resident
+memory of the process. The files have just been written: they are in the system's cache.
 """
 
 import multiprocessing
@@ -28,16 +28,16 @@ RESIDENT = f"{UNIT:,} images in memory"
 
 
 def write_images(path: Path, number: int) -> None:
-    """(number, 32, 32, 3) uint8."""
+    """Write random pixels (number, 32, 32, 3) uint8."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(number, 32, 32, 3))
     draw = np.random.default_rng(0)
     for start in range(0, number, UNIT):
-        part = array[start : start + UNIT]
-        part[:] = draw.integers(0, 256, part.shape, dtype=np.uint8)
+        block = array[start : start + UNIT]
+        block[:] = draw.integers(0, 256, block.shape, dtype=np.uint8)
 
 
 def measure(path: Path, *, in_memory: bool) -> tuple[float, float]:
-    """Seconds of an epoch for UNIT images, and the most memory that this process had, in MB."""
+    """Return the seconds of an epoch for UNIT images, and the peak of this process's memory in MB."""
     prepare_torch(PARAMS.train)
     images = np.load(path, mmap_mode=None if in_memory else "c")
     split = Split.of(
@@ -56,7 +56,7 @@ def measure(path: Path, *, in_memory: bool) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure each way in a process of its own and print the table."""
     rounds = options("windows", __doc__, repeats="ROUNDS", default=3).parse_args().repeats
     print(header(seeds="0"))
     context = multiprocessing.get_context("spawn")

@@ -21,10 +21,11 @@ import numpy.typing as npt
 from pipeline.core.errors import UserError, first_line
 from pipeline.core.project import copy_hint, pipeline_cache_folder, project_folder
 
-DOWNLOAD = Path("artifacts/download")
-NORMALIZE = Path("artifacts/normalize")
-TRAIN = Path("artifacts/train")
-EVALUATE = Path("artifacts/evaluate")
+ARTIFACTS = Path("artifacts")
+DOWNLOAD = ARTIFACTS / "download"
+NORMALIZE = ARTIFACTS / "normalize"
+TRAIN = ARTIFACTS / "train"
+EVALUATE = ARTIFACTS / "evaluate"
 HISTORY = "history.csv"
 """In `artifacts/train/`: a row for each epoch."""
 KEPT = "kept"
@@ -303,7 +304,7 @@ def _cure(folder: Path) -> str:
     DVC takes a cached file for whole if it is write-protected, or if its time of change is the old one; it even puts
     it, damaged, in the place of one newly made.
     """
-    if folder not in (DOWNLOAD, NORMALIZE, TRAIN):
+    if folder.parent != ARTIFACTS:
         return "copy the folder again from where it came"
     return (
         f"`rm -rf {folder} && dvc repro {folder.name}` brings it back; if this comes again, DVC's cache is damaged: "
@@ -313,7 +314,7 @@ def _cure(folder: Path) -> str:
 
 def missing(path: Path) -> str:
     """One line for a file between steps that is not there."""
-    if path.parent not in (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE):
+    if path.parent.parent != ARTIFACTS:
         return f"{path}: no such file"
     return f"{path}: no such file; `dvc repro {path.parent.name}` makes it, `dvc pull` fetches it"
 

@@ -132,7 +132,9 @@ class NormalizeParams(Section):
 class TrainParams(Section):
     """What is trained, and how."""
 
-    model: str = Field(description="lenet, airbench, or the name of any torchvision classification model (resnet18, …)")
+    model: str = Field(
+        description="lenet, airbench or another of pipeline/models/build.py, or any of torchvision (resnet18, …)"
+    )
     weights: str | None = Field(
         description="null (from scratch), DEFAULT (torchvision's pretrained), or a .safetensors or .pth file of weights"
     )

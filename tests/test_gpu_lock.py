@@ -19,6 +19,7 @@ import torch
 
 from pipeline import train
 from pipeline.tracking import runs
+from pipeline.tracking.logger import RunLogger
 from pipeline.training import gpu_lock
 from pipeline.training.device import gpu_uuids
 from pipeline.training.gpu_lock import describe_holder, exclusive_gpus, lock_file
@@ -318,11 +319,11 @@ def test_a_training_holds_its_gpu_before_it_has_a_run_and_names_the_run_then(
         assert is_locked("5f3a")
         return training_run(**arguments)
 
-    def report(*arguments: Any, run: runs.Run, **others: Any) -> None:
+    def report(*arguments: Any, run: RunLogger, **others: Any) -> None:
         found.append((lock_file("5f3a").read_text(), run.run_id))
         report_epoch(*arguments, run=run, **others)
 
-    monkeypatch.setattr(runs, "training_run", create_run)
+    monkeypatch.setattr(train, "training_run", create_run)
     monkeypatch.setattr(train, "report_epoch", report)
     train.main()
     [(text, run_id)] = found

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from pipeline.artifacts import file_md5
 from pipeline.core.errors import UserError
-from pipeline.models.build import Classifier, build, try_training
+from pipeline.models.build import OWN_NETWORKS, Classifier, build, try_training
 from pipeline.models.config import ModelConfig
 from pipeline.models.files import load_model, save_config, save_weights
 from pipeline.models.lenet import LeNet
@@ -83,7 +83,8 @@ def test_a_vision_transformer_takes_the_size_of_the_images() -> None:
 
 
 def test_an_unknown_model_suggests_close_names() -> None:
-    with pytest.raises(UserError, match=r"train.model is 'resnet81'; allowed: lenet, airbench or .*resnet18"):
+    own = ", ".join(OWN_NETWORKS)
+    with pytest.raises(UserError, match=rf"train.model is 'resnet81'; allowed: {own} or .*resnet18"):
         build(config("resnet81"))
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.core.yaml import dump_yaml
-from pipeline.params import check_params, compose, load_params, main, parse_override, recipe_path
+from pipeline.params import SECTIONS, check_params, compose, load_params, main, parse_override, recipe_path
 from tests.conftest import DEFAULTS, PROJECT, params
 
 
@@ -84,7 +84,7 @@ def test_overrides_win_over_the_recipe_and_comments_stay(workspace: object) -> N
         ({"train.epoch": 3}, "unknown key 'train.epoch'; allowed:"),
         (
             {"trian.epochs": 3},
-            "unknown section 'trian'; allowed: download, normalize, train, evaluate (did you mean train?)",
+            f"unknown section 'trian'; allowed: {', '.join(SECTIONS)} (did you mean train?)",
         ),
         ({"train.epochs": "three"}, "override: train.epochs is 'three'; allowed: a valid integer"),
     ],

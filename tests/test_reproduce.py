@@ -110,8 +110,9 @@ def test_another_hash_is_named_with_its_file(project: Path, run: Run) -> None:
     result = from_cache(project, replace(run, tags=tags))
     assert not result.identical
     assert result.mlflow_run_id is None
-    assert [bool(stage.differences) for stage in result.stages] == [False, False, True, False]
-    assert "history.csv was f" in str(result.stages[2])
+    [stage] = [stage for stage in result.stages if stage.differences]
+    assert str(stage).startswith("train ")
+    assert "history.csv was f" in str(stage)
 
 
 def test_a_model_changed_by_hand_in_mlflow_is_told_and_a_clone_can_be_kept(project: Path, run: Run) -> None:

@@ -1,5 +1,8 @@
 """Which epoch is kept, when a training stops early, and who is told why."""
 
+from dataclasses import fields
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,7 +21,11 @@ from tests.test_train import QUICK, split_of
 
 def history(*results: tuple[float, float]) -> list[Epoch]:
     """Epochs of these validation accuracies and losses."""
-    return [Epoch(number, 0.1, 0.5, 0.5, loss, accuracy) for number, (accuracy, loss) in enumerate(results, 1)]
+    others: dict[str, Any] = {field.name: 0.5 for field in fields(Epoch)}
+    return [
+        Epoch(**others | {"epoch": number, "validation_loss": loss, "validation_accuracy": accuracy})
+        for number, (accuracy, loss) in enumerate(results, 1)
+    ]
 
 
 def kept(

@@ -350,7 +350,7 @@ def runs() -> list[mlflow.entities.Run]:
             {"cutout_size": 99},
             "error: train.cutout_size is 99, but the images have 32 pixels a side; allowed: up to 31",
         ),
-        ({"model": "lent"}, "error: train.model is 'lent'; allowed: lenet, airbench or"),
+        ({"model": "lent"}, "error: train.model is 'lent'; allowed: lenet, airbench"),
         ({"weights": "gone.pth"}, "error: train.weights: no such file gone.pth"),
         pytest.param(
             {"device": "cuda"},

@@ -1,22 +1,22 @@
-"""The recipe cifar10_lenet without the tools around it: one process that reads the archive, trains and judges once.
+"""Run the recipe cifar10_lenet without the tools around it: one process reads the archive, trains and evaluates once.
 
-`python -m benchmarks.ways.bare [SEED]`; arrays are made from the archive in `.cache/benchmarks/cifar10/download/`.
+`python -m benchmarks.ways.bare [SEED]` makes the arrays from the archive in `.cache/benchmarks/cifar10/download/`.
 """
 
 import numpy as np
 
-from benchmarks.recipe import network
+from benchmarks.recipe import accuracy_on, network
 from benchmarks.ways import CIFAR10, RECIPE, arrays, is_reached, seed
 from pipeline.arrays import DatasetInfo, Split
 from pipeline.datasets.cifar10 import open_cifar10
 from pipeline.datasets.source import Description
 from pipeline.params import check_params, compose
 from pipeline.training.device import prepare_torch
-from pipeline.training.loop import train, validate
+from pipeline.training.loop import train
 
 
 def main() -> None:
-    """Read, train, judge."""
+    """Read, train and evaluate."""
     params = check_params(compose(RECIPE, {"train.seed": seed()}), origin=RECIPE)
     device, info = prepare_torch(params.train), DatasetInfo.read(arrays())
     blocks = list(
@@ -30,15 +30,17 @@ def main() -> None:
         for kind in ("images", "labels")
     )
     held_out = np.arange(len(images["train"])) % 10 == 0
-    parts = {
+    arrays_by_split = {
         "train": (images["train"][~held_out], labels["train"][~held_out]),
         "validation": (images["train"][held_out], labels["train"][held_out]),
         "test": (images["test"], labels["test"]),
     }
-    splits = {name: Split.of(*part, mean=info.mean, std=info.std, device=device) for name, part in parts.items()}
+    splits = {
+        name: Split.of(*pair, mean=info.mean, std=info.std, device=device) for name, pair in arrays_by_split.items()
+    }
     classifier = network(params.train, info).to(device)
     train(classifier, params=params.train, train_split=splits["train"], validation_split=splits["validation"])
-    is_reached(validate(classifier, splits["test"], loss=params.train.loss)[1])
+    is_reached(accuracy_on(splits["test"], classifier))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tutorial's network and data, trained well: larger batches, Nesterov's momentum, a one-cycle learning rate."""
+"""Train the tutorial's network well: larger batches, Nesterov's momentum, a one-cycle learning rate."""
 
 import torch
 from torch import nn, optim
@@ -10,7 +10,7 @@ EPOCHS, LEARNING_RATE = 2, 0.05
 
 
 def main() -> None:
-    """Train, and judge after each epoch."""
+    """Train, and evaluate after each epoch."""
     torch.manual_seed(seed())
     train_loader, test_loader = loaders()
     net, criterion = Net(), nn.CrossEntropyLoss()

@@ -1,4 +1,4 @@
-"""JPEG files into arrays by torchvision: `python -m benchmarks.ways.imagefolder TREE` reads every file once."""
+"""Read JPEG files into arrays by torchvision, each once: `python -m benchmarks.ways.imagefolder TREE`."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from pipeline.core.processes import num_cores
 
 
 def main() -> None:
-    """Read the splits, one after the other."""
+    """Read one split after the other."""
     for split in sorted(Path(sys.argv[1]).iterdir()):
         images = datasets.ImageFolder(split, transform=transforms.PILToTensor())
         loader = DataLoader(images, batch_size=256, num_workers=num_cores())

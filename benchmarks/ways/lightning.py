@@ -1,4 +1,4 @@
-"""What `dataloader` does, by PyTorch Lightning."""
+"""Do what `dataloader` does, by PyTorch Lightning."""
 
 from typing import Any
 

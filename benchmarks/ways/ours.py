@@ -1,15 +1,14 @@
-"""The pipeline's own training, on the arrays that its normalize made: a split is held out for validation.
+"""Train by the pipeline, on the arrays that its normalize made; a split is held out for validation.
 
-Four fifths of an epoch are enough, where each test image is judged with its mirror image.
+Four fifths of an epoch are enough, as each test image is evaluated together with its mirror image.
 """
 
 import torch
 
-from benchmarks.recipe import accuracy, first, load
+from benchmarks.recipe import accuracy_on, first, load
 from benchmarks.ways import RECIPE, arrays, is_reached, seed
-from pipeline.models.inference import logits_of
 from pipeline.params import check_params, compose
-from pipeline.training.loop import VALIDATION_BATCH_SIZE, train
+from pipeline.training.loop import train
 
 OVERRIDES = {
     "train.optimizer": "muon",
@@ -24,19 +23,18 @@ OVERRIDES = {
     "train.device": "cpu",
 }
 
-SHARE = 0.8
-"""Of the train split's images, among which all classes are mixed."""
+TRAIN_FRACTION = 0.8
+"""Of the images of the train split, in which all classes are mixed."""
 
 
 def main() -> None:
-    """Train, then judge on the test split."""
+    """Train, then evaluate on the test split."""
     more = {"train.seed": seed(), "train.cpu_threads": torch.get_num_threads()}  # as many threads as the other ways
     params = check_params(compose(RECIPE, OVERRIDES | more), origin=RECIPE).train
     classifier, splits = load(params, arrays())
-    used = first(splits["train"], int(SHARE * len(splits["train"])))
+    used = first(splits["train"], int(TRAIN_FRACTION * len(splits["train"])))
     train(classifier, params=params, train_split=used, validation_split=splits["validation"])
-    logits = logits_of(classifier, splits["test"], batch_size=VALIDATION_BATCH_SIZE, views="mirror")
-    is_reached(accuracy(logits, splits["test"].labels))
+    is_reached(accuracy_on(splits["test"], classifier, views="mirror"))
 
 
 if __name__ == "__main__":

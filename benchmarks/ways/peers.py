@@ -1,4 +1,4 @@
-"""What the ways that use torchvision have in common: its CIFAR10 data set, and the tutorial's network."""
+"""The CIFAR10 data set of torchvision and the tutorial's network, for the ways that use them."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ BATCH, TEST_BATCH, WORKERS = 64, 500, 2
 
 
 class PackedCIFAR10(datasets.CIFAR10):  # type: ignore[misc]  # torchvision ships no types
-    """CIFAR10 whose files have other MD5s than the official ones: only that they are there is checked."""
+    """CIFAR10 whose files have other MD5s than the official ones: only their presence is checked."""
 
     train_list = tuple((name, None) for name, _ in datasets.CIFAR10.train_list)
     test_list = tuple((name, None) for name, _ in datasets.CIFAR10.test_list)
@@ -44,13 +44,13 @@ class Net(nn.Module):
 
 
 def dataset(*, train: bool) -> Any:
-    """PIL images turned into tensors of -1 to 1, one at a time."""
+    """Return the data set, whose images become tensors of -1 to 1 one at a time."""
     to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
     return PackedCIFAR10(CIFAR10, train=train, transform=to_tensor)
 
 
 def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Training and test images in batches of a usual size, by workers that live on from epoch to epoch."""
+    """Return training and test images in batches of a usual size, from workers that live from epoch to epoch."""
     return (
         DataLoader(dataset(train=True), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True),
         DataLoader(dataset(train=False), TEST_BATCH, num_workers=WORKERS, persistent_workers=True),
@@ -59,7 +59,7 @@ def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 @torch.no_grad()
 def accuracy(net: nn.Module, loader: DataLoader[Any]) -> float:
-    """Correct answers among all images of the loader."""
+    """Return the fraction of correct predictions over all images of the loader."""
     correct = total = 0
     for images, labels in loader:
         correct += int((net(images).argmax(1) == labels).sum().item())

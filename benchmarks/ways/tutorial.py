@@ -1,6 +1,6 @@
-"""As the PyTorch tutorial "Training a Classifier" has it: batches of 4, two epochs, then the test set.
+"""Train as the PyTorch tutorial "Training a Classifier" does: batches of 4, two epochs, then the test set.
 
-Where two epochs do not reach the target, it goes on epoch by epoch.
+Where two epochs do not reach the target, it continues epoch by epoch.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ EPOCHS, MAX_EPOCHS = 2, 4
 
 
 def train_epoch(epoch: int, net: nn.Module, loader: DataLoader[Any], optimizer: optim.Optimizer) -> None:
-    """One pass, which prints the mean loss of every 2,000 mini-batches."""
+    """Train one pass, and print the mean loss of every 2,000 mini-batches."""
     criterion = nn.CrossEntropyLoss()
     running_loss = 0.0
     for i, (inputs, labels) in enumerate(loader, start=1):
@@ -31,7 +31,7 @@ def train_epoch(epoch: int, net: nn.Module, loader: DataLoader[Any], optimizer: 
 
 
 def main() -> None:
-    """Train, and judge after the second and each further epoch."""
+    """Train, and evaluate after the second and each further epoch."""
     torch.manual_seed(seed())
     train_loader = DataLoader(dataset(train=True), batch_size=4, shuffle=True, num_workers=2)
     test_loader = DataLoader(dataset(train=False), batch_size=4, shuffle=False, num_workers=2)

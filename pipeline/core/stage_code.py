@@ -1,4 +1,4 @@
-"""The code of a stage: the files that decide what it writes, as `dvc.yaml` lists them.
+"""The stages of `dvc.yaml`, and the code of each: the files that decide what it writes.
 
 DVC runs a stage again where one of them changed; the checkpoint fingerprint and MLflow's tag `code.md5` hash the same
 files.
@@ -11,6 +11,14 @@ from pipeline.core.yaml import read_yaml
 
 PACKAGE = "pipeline"
 PROJECT = Path(__file__).resolve().parents[2]
+
+
+def stage_names(*, project: Path = PROJECT) -> list[str]:
+    """Return the names of the stages in the order of `dvc.yaml`, which is the order in which they run.
+
+    Raises UserError where `dvc.yaml` is missing or cannot be read.
+    """
+    return list(read_yaml(project / "dvc.yaml")["stages"])
 
 
 def code_files(stage: str, *, project: Path = PROJECT) -> list[Path]:

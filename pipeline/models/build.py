@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,15 @@ from pipeline.models.lenet import LeNet
 from pipeline.models.torchvision import build_torchvision_network
 from pipeline.params import TrainParams
 
-# by the name in `train.model`; all other names are torchvision's
-OWN_NETWORKS: Mapping[str, type[LeNet | Airbench]] = {"lenet": LeNet, "airbench": Airbench}
+
+class OwnNetwork(Protocol):
+    """A class of networks (B, channels, image_size, image_size) float32 → (B, num_classes) logits."""
+
+    def __call__(self, *, num_classes: int, channels: int, image_size: int) -> nn.Module: ...
+
+
+OWN_NETWORKS: Mapping[str, OwnNetwork] = {"lenet": LeNet, "airbench": Airbench}
+"""Our own networks, by the name in `train.model`; all other names are torchvision's."""
 
 
 class Classifier(nn.Module):

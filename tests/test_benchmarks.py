@@ -1,0 +1,72 @@
+"""The benchmarks start without the tools that they do not measure, and find what they import from the pipeline."""
+
+import ast
+import re
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+
+from benchmarks import table
+from pipeline.core.errors import UserError
+from tests.conftest import PROJECT
+from tests.test_architecture import imports
+
+FILES = sorted(PROJECT.glob("benchmarks/**/[!_]*.py"))
+MEASURE_MLFLOW = {"epochs"}
+"""Benchmarks that import MLflow, as they measure it; `repro` and `overhead` measure it in processes of their own."""
+IMPORT = re.compile(r"from (pipeline[\w.]*) import ([\w, ]+)")
+
+
+def module_file(name: str) -> Path | None:
+    """Return the file of one of our modules; None for the modules of others."""
+    file = PROJECT / Path(*name.split(".")).with_suffix(".py")
+    return file if file.is_file() else None
+
+
+def loaded_files(path: Path) -> set[Path]:
+    """Return the files of this project that are loaded with one of them, itself included."""
+    found, pending = set[Path](), [path]
+    while pending:
+        file = pending.pop()
+        if file not in found:
+            found.add(file)
+            pending += [other for other in map(module_file, imports(file)) if other]
+    return found
+
+
+def top_level_names(path: Path) -> set[str]:
+    nodes = ast.parse(path.read_text()).body
+    return {name.id for node in nodes for name in ast.walk(node) if isinstance(name, ast.Name)} | {
+        node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    }
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.stem not in MEASURE_MLFLOW], ids=lambda path: path.stem
+)
+def test_a_benchmark_starts_without_the_tools_that_it_does_not_measure(path: Path) -> None:
+    imported = set[str]().union(*(imports(file) for file in loaded_files(path)))
+    assert not {"mlflow", "prefect", "dvc"} & {name.partition(".")[0] for name in imported}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_a_benchmark_imports_is_there_also_in_code_that_it_starts_as_text(path: Path) -> None:
+    for module, names in IMPORT.findall(path.read_text()):
+        file = module_file(module)
+        for name in names.split(", "):
+            assert (file and name in top_level_names(file)) or module_file(f"{module}.{name.split(' ')[0]}")
+
+
+def test_the_header_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> str:
+        raise PackageNotFoundError
+
+    def no_git(*_: object) -> str:
+        raise UserError("git: not found; install it")
+
+    monkeypatch.setattr(table, "version", missing)
+    monkeypatch.setattr(table, "git", no_git)
+    text = table.header(seeds="0")
+    assert "commit unknown with changes unknown" in text
+    assert "mlflow missing, prefect missing" in text
