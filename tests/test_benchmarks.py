@@ -54,8 +54,9 @@ def test_a_benchmark_starts_without_the_tools_that_it_does_not_measure(path: Pat
 def test_what_a_benchmark_imports_is_there_also_in_code_that_it_starts_as_text(path: Path) -> None:
     for module, names in IMPORT.findall(path.read_text()):
         file = module_file(module)
-        for name in names.split(", "):
-            assert (file and name in top_level_names(file)) or module_file(f"{module}.{name.split(' ')[0]}")
+        for imported in names.split(", "):
+            name = imported.split(" ")[0]  # before "as"
+            assert (file and name in top_level_names(file)) or module_file(f"{module}.{name}")
 
 
 def test_the_header_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from pipeline import train
-from pipeline.tracking import runs
 from pipeline.tracking.logger import RunLogger
+from pipeline.tracking.runs import training_run
 from pipeline.training import gpu_lock
 from pipeline.training.device import gpu_uuids
 from pipeline.training.gpu_lock import describe_holder, exclusive_gpus, lock_file
@@ -313,7 +313,7 @@ def test_a_training_holds_its_gpu_before_it_has_a_run_and_names_the_run_then(
     write_normalized(workspace)
     configure(workspace, epochs=1)
     monkeypatch.setattr(train, "gpu_uuids", lambda device, *, processes: ["5f3a"])
-    training_run, report_epoch, found = runs.training_run, train.report_epoch, []
+    report_epoch, found = train.report_epoch, []
 
     def create_run(**arguments: Any) -> Any:
         assert is_locked("5f3a")
