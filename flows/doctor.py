@@ -121,7 +121,8 @@ def _check_flow_run(run: FlowRun, *, url: str) -> Iterator[Finding]:
     fate = life(labels) if registered else "unknown"
     if fate == "dead" and not is_held(Path(labels[PROJECT_LABEL]), str(run.id)):
         make_state = Cancelled if run.state.type == StateType.CANCELLING else Crashed
-        state: State[Any] = make_state(message=f"its process {labels[PID]} on {labels[HOST]} ended without a final state")
+        message = f"its process {labels[PID]} on {labels[HOST]} ended without a final state"
+        state: State[Any] = make_state(message=message)
         what = f"{name}, but its process {labels[PID]} is dead"
         yield Finding(what, f"set to {state.name}", partial(_end_flow_run, run.id, state, url=url))
     elif fate == "elsewhere":
