@@ -97,7 +97,7 @@ def mlflow_runs(project: Path) -> Iterator[Finding]:
         elif run.life == "elsewhere":
             yield Finding(f"{name} on another host, {run.tags[HOST]}")
     for path in queued_runs():
-        yield Finding(f"{path.parent} keeps what MLflow should have had of a run", "delivered", flush_outbox)
+        yield Finding(f"{path.parent} has results of a run that MLflow has not received", "sent", flush_outbox)
 
 
 def prefect_runs(project: Path) -> Iterator[Finding]:
@@ -126,7 +126,8 @@ def _check_flow_run(run: FlowRun, *, url: str) -> Iterator[Finding]:
     fate = life(labels) if registered else "unknown"
     if fate == "dead" and not is_held(Path(labels[PROJECT_LABEL]), str(run.id)):
         make_state = Cancelled if run.state.type == StateType.CANCELLING else Crashed
-        state: State[Any] = make_state(message=f"its process {labels[PID]} on {labels[HOST]} ended without a word")
+        message = f"its process {labels[PID]} on {labels[HOST]} ended without a final state"
+        state: State[Any] = make_state(message=message)
         what = f"{name}, but its process {labels[PID]} is dead"
         yield Finding(what, f"set to {state.name}", partial(_end_flow_run, run.id, state, url=url))
     elif fate == "elsewhere":

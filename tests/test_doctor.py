@@ -64,7 +64,7 @@ def start_training(project: Path, epochs: int, *, api_url: str) -> subprocess.Po
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
-    """As the end of a container would: nobody has time for a last word."""
+    """As the end of a container would: no process has time to record its end."""
     victims = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for victim in victims:
         victim.kill()
@@ -124,7 +124,7 @@ def test_what_killed_runs_left_is_fixed_and_the_living_are_left_alone(tracked: P
     assert state
     assert (state.type, state.message) == (
         StateType.CRASHED,
-        f"its process {first.pid} on {socket.gethostname()} ended without a word",
+        f"its process {first.pid} on {socket.gethostname()} ended without a final state",
     )
     assert set(task_states(dead)) <= {"Completed", "Cached", "Crashed"}
     [other] = workspaces(tracked)
