@@ -22,7 +22,8 @@ from pipeline.download import download
 from pipeline.normalize import normalize
 from pipeline.params import Params, Selection, check_params, compose
 from pipeline.training.loop import train
-from pipeline.training.selection import Epoch, epochs_since_best, select_epoch
+from pipeline.training.selection import epochs_since_best, select_epoch
+from pipeline.training.state import Epoch
 
 PATIENCE = 5
 TEST_IMAGES = 200

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 import pipeline  # noqa: F401  # it gives a home to a user who has none
-from pipeline.core.errors import EXIT_USER, printable
+from pipeline.core.errors import EXIT_USER, escape_control_chars
 from pipeline.core.network import keep_loopback_off_proxies
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def _report_bad_settings(kind: type[BaseException], error: BaseException, trace:
     if not isinstance(error, ValueError) or not any(name.startswith("prefect.settings") for name in modules):
         sys.__excepthook__(kind, error, trace)
         return
-    reason = printable(" ".join(str(error).partition("For further information")[0].split()))
+    reason = escape_control_chars(" ".join(str(error).partition("For further information")[0].split()))
     place = os.environ.get("PREFECT_PROFILES_PATH") or Path(os.environ["PREFECT_HOME"]) / "profiles.toml"
     remedy = f"correct it in the PREFECT_… variables, .env, prefect.toml, pyproject.toml or {place}"
     print(f"error: Prefect's settings: {reason}; {remedy}", file=sys.stderr, flush=True)

@@ -28,8 +28,8 @@ from pipeline.core.errors import (
     EXIT_USER,
     TemporaryError,
     UserError,
+    redact_url,
     report_errors,
-    shown,
 )
 from pipeline.params import compose, parse_override
 from pipeline.tracking.store_uri import check_connection, check_recording, tracking_uri
@@ -115,7 +115,7 @@ def _images_folder(text: str) -> str:
 def _server_settings(server: PrefectServer) -> dict[Any, Any]:
     """Prefect's settings for the flow run; Prefect logs the page of the run, which must not hold a password."""
     settings = {PREFECT_API_URL: server.api_url}
-    if server.source is None or shown(server.api_url) != server.api_url:
+    if server.source is None or redact_url(server.api_url) != server.api_url:
         settings[PREFECT_UI_URL] = server.page
     return settings
 

@@ -30,7 +30,7 @@ from flows import FLOW_NAME, PROJECT
 from flows.git import find_repository
 from flows.prefect_server import ensure_server
 from flows.train_classifier import train_classifier
-from pipeline.core.errors import UserError, report_errors, shown
+from pipeline.core.errors import UserError, redact_url, report_errors
 from pipeline.core.git import git
 
 LOCAL_POOL = "local"
@@ -85,8 +85,10 @@ def _active_schedules() -> set[str]:
 
 def resolve_remote_revision(url: str, revision: str) -> str:
     """Return the commit that a branch, tag or full hash names there; raises UserError where there is none."""
-    if shown(url) != url:  # Prefect would keep it, and show it to everybody
-        raise UserError(f"--git: found a password in the address of {shown(url)}; use git's credential helper there")
+    if redact_url(url) != url:  # Prefect would keep it, and show it to everybody
+        raise UserError(
+            f"--git: found a password in the address of {redact_url(url)}; use git's credential helper there"
+        )
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     lines = git(PROJECT, "ls-remote", "--", url).splitlines()
@@ -94,7 +96,9 @@ def resolve_remote_revision(url: str, revision: str) -> str:
     wishes = (revision, f"refs/heads/{revision}", f"refs/tags/{revision}^{{}}", f"refs/tags/{revision}")
     found = next((commits[wish] for wish in wishes if wish in commits), None)
     if found is None:
-        raise UserError(f"--revision: {shown(url)} has no {revision!r}; allowed: a branch, a tag or a full commit hash")
+        raise UserError(
+            f"--revision: {redact_url(url)} has no {revision!r}; allowed: a branch, a tag or a full commit hash"
+        )
     return found
 
 
@@ -113,7 +117,7 @@ def deploy_from_git(url: str, commit: str) -> UUID:
             client.create_flow_from_name(FLOW_NAME),
             GIT_NAME,
             version=commit[:8],
-            description=f"Train a classifier with the code of {shown(url)} at {commit[:8]}.",
+            description=f"Train a classifier with the code of {redact_url(url)} at {commit[:8]}.",
             entrypoint=ENTRYPOINT,
             pull_steps=steps,
             work_pool_name=GIT_POOL,

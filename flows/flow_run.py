@@ -24,7 +24,7 @@ from flows.summary import Step, Summary, as_markdown, changed_params, read_summa
 from flows.ui import mlflow_page
 from flows.workspace import Keep, Workspace, open_workspace
 from pipeline.artifacts import TRAIN, file_md5
-from pipeline.core.errors import EXIT_TEMPORARY, TemporaryError, UserError, shown
+from pipeline.core.errors import EXIT_TEMPORARY, TemporaryError, UserError, redact_url
 from pipeline.core.processes import call_at_parent_end
 from pipeline.core.yaml import dump_yaml, read_yaml
 from pipeline.params import PARAMS_FILE, compose
@@ -83,7 +83,7 @@ def open_flow_run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> I
     for line in fix_quietly(PROJECT):
         log(line)
     _warn_of_untracked_files()
-    link = shown(url_for("flow-run", obj_id=run_id) or "")
+    link = redact_url(url_for("flow-run", obj_id=run_id) or "")
     with open_workspace(
         PROJECT,
         params=params,

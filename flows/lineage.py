@@ -23,7 +23,7 @@ from flows.prefect_server import PAGE_SIZE, prefect_client, server_in_force
 from flows.ui import mlflow_page
 from flows.workspace import EXPERIMENT_LABEL, made_store
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
-from pipeline.core.errors import TemporaryError, UserError, first_line, shown
+from pipeline.core.errors import TemporaryError, UserError, first_line, redact_url
 from pipeline.core.git import UNKNOWN, find_commit, git, read_committed
 from pipeline.core.sqlite import sqlite_path
 from pipeline.tracking.logger import RunLogger
@@ -150,7 +150,7 @@ class Sources:
                     run_id=str(run.id),
                     name=run.name,
                     state=run.state.name if run.state else None,
-                    link=shown(url_for("flow-run", obj_id=run.id) or "") or None,
+                    link=redact_url(url_for("flow-run", obj_id=run.id) or "") or None,
                     experiment=str(run.labels.get(EXPERIMENT_LABEL) or "") or None,
                 )
                 for run in runs
@@ -173,7 +173,7 @@ class Sources:
         with self.noting(f"commit {commit}: params.yaml cannot be read"):
             sections = parse_yaml(self.file(commit, "params.yaml"), "params.yaml") or {}
             return {
-                f"{section}.{name}": ", ".join(map(shown, value)) if isinstance(value, list) else str(value)
+                f"{section}.{name}": ", ".join(map(redact_url, value)) if isinstance(value, list) else str(value)
                 for section, fields in sections.items()
                 for name, value in fields.items()
             }
@@ -212,7 +212,7 @@ def trace(project: Path, wanted: str, *, file: Path | None = None) -> tuple[list
         return traces, notes
     name = f"{file} (MD5 {wanted})" if file else wanted
     places = ["commits of this repository", f"{len(sources.experiments)} DVC experiments"]
-    places += [f"runs, tags and model hashes in MLflow ({shown(tracking_uri(project))})"] if sources.mlflow else []
+    places += [f"runs, tags and model hashes in MLflow ({redact_url(tracking_uri(project))})"] if sources.mlflow else []
     places += ["Prefect's flow runs"] if sources.prefect else []
     raise UserError("; ".join([f"{name}: nothing known of it; looked at: {', '.join(places)}", *notes]))
 

@@ -12,7 +12,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import PROJECT, server
 from flows.settings import PrefectServer, configured_server, remedy
-from pipeline.core.errors import TemporaryError, UserError, first_line, shown
+from pipeline.core.errors import TemporaryError, UserError, first_line, redact_url
 from pipeline.core.network import has_host, is_server
 
 PAGE_SIZE = 200
@@ -56,25 +56,25 @@ def prefect_client(url: str) -> Iterator[SyncPrefectClient]:
         with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
             yield client
     except (httpx.HTTPError, PrefectException) as error:
-        raise TemporaryError(f"{shown(url)}: {first_line(error)}") from None
+        raise TemporaryError(f"{redact_url(url)}: {first_line(error)}") from None
 
 
 def _check_answers(url: str, source: str) -> None:
     """Raise UserError where the address is no Prefect API that lets us in, TemporaryError where nothing answers."""
     allowed = "allowed: the address of Prefect's API, as http://HOST:4200/api"
     if not (is_server(url) and has_host(url)):
-        raise UserError(f"{source}: found {shown(url)!r}, no address of a server; {allowed}; correct it")
+        raise UserError(f"{source}: found {redact_url(url)!r}, no address of a server; {allowed}; correct it")
     client = get_client(sync_client=True)
     if client.api_healthcheck() is not None:
-        raise TemporaryError(f"{source}: no server answers at {shown(url)}; start it, or {remedy(source)}")
+        raise TemporaryError(f"{source}: no server answers at {redact_url(url)}; start it, or {remedy(source)}")
     try:
         client.raise_for_api_version_mismatch()
     except PrefectHTTPStatusError as error:
         status = error.response.status_code
         raise UserError(
-            f"{source}: {shown(url)} refuses the login (HTTP status {status}); set PREFECT_API_AUTH_STRING, or for "
-            "Prefect Cloud PREFECT_API_KEY"
+            f"{source}: {redact_url(url)} refuses the login (HTTP status {status}); set "
+            "PREFECT_API_AUTH_STRING, or for Prefect Cloud PREFECT_API_KEY"
         ) from None
     except (RuntimeError, ValueError, TypeError) as error:
         problem = first_line(error) if "incompatible" in str(error) else "it does not answer as Prefect's API does"
-        raise UserError(f"{source}: found {shown(url)}: {problem}; {allowed}; correct it") from None
+        raise UserError(f"{source}: found {redact_url(url)}: {problem}; {allowed}; correct it") from None

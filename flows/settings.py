@@ -17,7 +17,7 @@ from prefect.context import get_settings_context
 from prefect.settings import PREFECT_API_URL, PREFECT_PROFILES_PATH, load_profiles
 
 from flows import PROJECT, ports
-from pipeline.core.errors import UserError, shown
+from pipeline.core.errors import UserError, redact_url
 from pipeline.core.network import LOOPBACK
 from pipeline.core.settings import PROXY_VARIABLES, get_settings
 from pipeline.core.sqlite import sqlite_uri
@@ -42,7 +42,7 @@ class PrefectServer:
     @property
     def page(self) -> str:
         """Address of its pages, without a password."""
-        return shown(self.api_url).removesuffix("/api")
+        return redact_url(self.api_url).removesuffix("/api")
 
     def environment(self) -> dict[str, str]:
         """What a process needs to use it; links name its pages, not those of another one."""

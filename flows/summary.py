@@ -9,7 +9,7 @@ from typing import Any
 
 from flows.dvc_protocol import Outcome
 from pipeline.artifacts import EVALUATE, TRAIN, read_json
-from pipeline.core.errors import shown
+from pipeline.core.errors import redact_url
 
 NEXT_RECIPE = "cifar10_lenet"
 
@@ -95,7 +95,7 @@ def _without_secrets(value: Any) -> Any:
     """Remove passwords and tokens from addresses; other values stay."""
     if isinstance(value, list):
         return [_without_secrets(part) for part in value]
-    return shown(value) if isinstance(value, str) else value
+    return redact_url(value) if isinstance(value, str) else value
 
 
 def _results(summary: Summary) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from flows import PROJECT, ports, server
 from flows.settings import configured_server
 from pipeline.artifacts import write_json
-from pipeline.core.errors import UserError, report_errors, shown
+from pipeline.core.errors import UserError, redact_url, report_errors
 from pipeline.core.network import LOOPBACK, is_server
 from pipeline.core.processes import start_of
 from pipeline.core.project import artifact_folder
@@ -50,7 +50,7 @@ def mlflow_page(run_id: str, *, project: Path = PROJECT) -> str:
     """Address of a run's page: on the server that MLFLOW_TRACKING_URI names, else on that of `make ui`."""
     uri = tracking_uri(project)
     if is_server(uri):
-        return f"{shown(uri).rstrip('/')}/#/runs/{run_id}"
+        return f"{redact_url(uri).rstrip('/')}/#/runs/{run_id}"
     found = server.read_record(_mlflow_record(project))
     port = found.port if found else _named_port() or MLFLOW_PORT
     return f"http://127.0.0.1:{port}/#/runs/{run_id}"
@@ -73,7 +73,7 @@ def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
     """
     uri = tracking_uri(project)
     if is_server(uri):
-        yield f"{shown(uri)} (yours, from MLFLOW_TRACKING_URI)"
+        yield f"{redact_url(uri)} (yours, from MLFLOW_TRACKING_URI)"
         return
     _check_host()
     _ensure_store(uri, project=project)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ruamel.yaml import YAML
 
 from pipeline.artifacts import write_text
-from pipeline.core.errors import UserError, report_errors, shown
+from pipeline.core.errors import UserError, redact_url, report_errors
 from pipeline.core.validation import describe_value, explain, list_choices
 from pipeline.core.yaml import dump_yaml, read_yaml
 
@@ -88,7 +88,7 @@ class DownloadParams(Section):
         """Where the raw data comes from, without secrets; None where it comes with a package."""
         match self.dataset:
             case "cifar10":
-                return shown(self.urls[0])
+                return redact_url(self.urls[0])
             case "imagefolder":
                 return str(Path(self.folder).resolve())
             case _:
@@ -99,7 +99,7 @@ class DownloadParams(Section):
         for url in self.urls:
             if "@" in url.partition("://")[2].partition("/")[0]:
                 raise ValueError(
-                    f"urls: {shown(url)} comes with a user or password, which every run would record; "
+                    f"urls: {redact_url(url)} comes with a user or password, which every run would record; "
                     "put it into ~/.netrc"
                 )
         return self
@@ -266,7 +266,7 @@ class Params(Section):
     def flat(self) -> dict[str, Any]:
         """`{"train.epochs": 20, …}` to be recorded: addresses without user, password and query."""
         values = {f"{step}.{name}": value for step, section in self for name, value in section}
-        return values | {"download.urls": ", ".join(map(shown, self.download.urls))}
+        return values | {"download.urls": ", ".join(map(redact_url, self.download.urls))}
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
@@ -318,7 +318,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     try:
         return name.strip(), YAML(typ="safe", pure=True).load(value)
     except Exception:  # see read_yaml
-        raise UserError(f"--set: the value in {shown(text)!r} is not valid YAML") from None
+        raise UserError(f"--set: the value in {redact_url(text)!r} is not valid YAML") from None
 
 
 def _assign(values: Any, name: str, value: Any, *, origin: str) -> None:

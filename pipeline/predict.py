@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.artifacts import CHECKSUMS, TRAIN, verify
-from pipeline.core.errors import PartialError, UserError, printable, report_errors
+from pipeline.core.errors import PartialError, UserError, escape_control_chars, report_errors
 from pipeline.core.processes import num_cores
 from pipeline.images.decode import MAX_FILE_BYTES, UnreadableImage, check_suffix, decode
 from pipeline.models.config import ModelConfig
@@ -117,7 +117,11 @@ def main() -> None:
         for prediction in predict(arguments.images, folder=folder):
             if prediction.unreadable:
                 unreadable += 1
-                print(f"error: {printable(f'{prediction.path}: {prediction.unreadable}')}", file=sys.stderr, flush=True)
+                print(
+                    f"error: {escape_control_chars(f'{prediction.path}: {prediction.unreadable}')}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             else:
                 print(_as_json(prediction) if arguments.json else _as_text(prediction, top=arguments.top), flush=True)
         if unreadable:
@@ -141,7 +145,7 @@ def _as_json(prediction: Prediction) -> str:
 def _as_text(prediction: Prediction, *, top: int) -> str:
     first = list(prediction.probabilities.items())[:top]
     classes = ", ".join(f"{name} {probability:.1%}" for name, probability in first)
-    return printable(f"{prediction.path}: {classes}")
+    return escape_control_chars(f"{prediction.path}: {classes}")
 
 
 def _verify_model(folder: Path) -> None:

@@ -33,7 +33,7 @@ from pipeline.training.device import choose_device, gpu_uuids, prepare_torch
 from pipeline.training.gpu_lock import describe_holder, exclusive_gpus
 from pipeline.training.initialize import initialize_from_images
 from pipeline.training.loop import TrainingResult, train
-from pipeline.training.selection import Epoch
+from pipeline.training.state import Epoch
 
 
 def main() -> None:

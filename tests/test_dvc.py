@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.artifacts import NORMALIZE, file_md5, verify
+from pipeline.artifacts import NORMALIZE, bytes_md5, file_md5, verify
 from pipeline.core.errors import UserError
 from pipeline.core.stage_code import stage_names
 from pipeline.core.yaml import read_yaml
@@ -76,7 +76,16 @@ def test_the_committed_lock_file_is_of_the_committed_code_and_parameters() -> No
         assert stage["params"]["params.yaml"] == {name: params[name]}
         for dep in stage["deps"]:
             if dep["path"].startswith("pipeline/"):
-                assert dep["md5"] == file_md5(PROJECT / dep["path"]), f"{dep['path']} changed: run `dvc repro`"
+                assert dep["md5"] == dvc_md5(PROJECT / dep["path"]), f"{dep['path']} changed: run `dvc repro`"
+
+
+def dvc_md5(path: Path) -> str:
+    """Return DVC's hash of a file, or of a folder of Python modules."""
+    if path.is_file():
+        return file_md5(path)
+    modules = sorted(path.rglob("*.py"))
+    listing = [{"md5": file_md5(each), "relpath": str(each.relative_to(path))} for each in modules]
+    return f"{bytes_md5(json.dumps(listing, sort_keys=True).encode())}.dir"
 
 
 def test_compiled_modules_are_no_part_of_the_code_of_a_stage() -> None:

@@ -14,7 +14,7 @@ from flows import dvc_worker, git, workspace
 from flows.dvc_state import experiment_refs
 from flows.lineage import Sources
 from pipeline.artifacts import DOWNLOAD
-from pipeline.core.errors import UserError, shown
+from pipeline.core.errors import UserError, redact_url
 from pipeline.core.git import code_state
 from pipeline.core.settings import get_settings
 from pipeline.core.sqlite import sqlite_path, sqlite_uri
@@ -44,7 +44,7 @@ def test_the_address_of_a_database_opens_its_file(odd: Path) -> None:
     with sqlalchemy.create_engine(uri).connect() as connection:
         connection.execute(sqlalchemy.text("CREATE TABLE t (x)"))
     assert list(odd.iterdir()) == [odd / "x.db"] == [sqlite_path(uri)]
-    assert shown(uri) == uri
+    assert redact_url(uri) == uri
 
 
 @pytest.mark.parametrize("path", ["/a/mlflow.db", "/a b/é#1/mlflow.db"])

@@ -18,7 +18,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import server, ui
 from pipeline.artifacts import write_checksums
-from pipeline.core.errors import UserError, printable, shown
+from pipeline.core.errors import UserError, escape_control_chars, redact_url
 from pipeline.core.yaml import dump_yaml
 from pipeline.datasets import cifar10
 from pipeline.datasets.archives import DamagedArchive, members, open_tar
@@ -154,7 +154,7 @@ def test_an_archive_cannot_bring_in_a_class_name_that_no_folder_has(tmp_path: Pa
 
 
 def test_terminal_codes_are_spelt_out() -> None:
-    assert printable("a\x1b[2J\u202e\udc80b\n") == r"a\x1b[2J\u202e\udc80b\n"
+    assert escape_control_chars("a\x1b[2J\u202e\udc80b\n") == r"a\x1b[2J\u202e\udc80b\n"
 
 
 def test_names_of_classes_are_text_in_a_plot() -> None:
@@ -202,8 +202,8 @@ def test_a_tar_header_that_is_a_bomb_is_refused_without_reading_it(tmp_path: Pat
 
 
 def test_addresses_are_shown_without_what_may_be_secret() -> None:
-    assert shown("postgresql://me:pa#s?s@host/db") == "postgresql://host/db"
-    assert shown("https://me:secret@host/a.tar.gz?token=secret#secret") == "https://host/a.tar.gz"
+    assert redact_url("postgresql://me:pa#s?s@host/db") == "postgresql://host/db"
+    assert redact_url("https://me:secret@host/a.tar.gz?token=secret#secret") == "https://host/a.tar.gz"
 
 
 def test_a_password_in_the_prefect_address_is_not_shown(tmp_path: Path) -> None:

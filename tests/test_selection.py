@@ -12,7 +12,8 @@ from pipeline.params import Selection, check_params, compose
 from pipeline.training.checkpoints import Checkpoint
 from pipeline.training.curves import curves
 from pipeline.training.loop import train
-from pipeline.training.selection import Epoch, best_epochs, epochs_since_best, select_epoch
+from pipeline.training.selection import best_epochs, epochs_since_best, select_epoch
+from pipeline.training.state import Epoch
 from tests.conftest import train_params
 from tests.test_model import config
 from tests.test_resume import run, stopped

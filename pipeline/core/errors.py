@@ -1,4 +1,7 @@
-"""Errors that a user can act on: one line and an exit status, never a traceback."""
+"""Errors that a user can act on: one line and an exit status, never a traceback.
+
+The text of an error is written where it is raised; the texts about parameter values are in `core/validation.py`.
+"""
 
 import os
 import signal
@@ -10,25 +13,21 @@ from typing import Any, NoReturn
 from pipeline.core.project import temporary_folder_owner
 from pipeline.core.settings import get_settings
 
-EXIT_USER = 2
-"""Exit status for a mistake that only the user can fix: trying again is of no use."""
-EXIT_PARTIAL = 3
-"""Exit status where some items of many failed, each named with the reason, and all the others were done."""
-EXIT_TEMPORARY = 75
-"""Exit status for a failure that may pass, such as the network (EX_TEMPFAIL of sysexits.h): try again."""
+EXIT_USER = 2  # a mistake that only the user can fix: a retry does not help
+EXIT_PARTIAL = 3  # some items of many failed, each reported with its reason; all others were done
+EXIT_TEMPORARY = 75  # a failure that may pass, such as of the network: retry (EX_TEMPFAIL of sysexits.h)
 EXIT_INTERRUPTED = 128 + signal.SIGINT
 EXIT_PIPE = 128 + signal.SIGPIPE
 EXIT_TERMINATED = 128 + signal.SIGTERM
-STARTS_AGAIN = "the same command starts again"
-"""What an interrupted step says, unless the exception says more."""
+STARTS_AGAIN = "the same command starts again"  # the remedy of an interrupted step, unless the exception has its own
 
 
 class UserError(ValueError):
-    """A mistake in the input, told in one line: what was found, where, what is allowed, what to do."""
+    """A mistake in the input, as one line: which field or file, what was found, what is allowed, what to do."""
 
 
 class TemporaryError(RuntimeError):
-    """A failure of the surroundings, told in one line, that may be gone at the next try."""
+    """A failure of the environment, as one line, that may have passed at the next try."""
 
 
 class PartialError(RuntimeError):
@@ -39,18 +38,18 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised in the main thread while `report_errors` is active."""
 
 
-def printable(text: str) -> str:
-    """The text with control characters, terminal codes and direction marks spelt out, as `\\x1b`."""
+def escape_control_chars(text: str) -> str:
+    """Return the text with control characters, terminal codes and direction marks escaped, as `\\x1b`."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def first_line(error: object) -> str:
-    """What an error says, in one line, or its kind where it says nothing."""
-    return printable(next(iter(str(error).strip().splitlines()), type(error).__name__))
+    """Return the first line of an error's message, or its type where it has none."""
+    return escape_control_chars(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
-def shown(place: str) -> str:
-    """A URL or path without what may be secret in it: user, password and query."""
+def redact_url(place: str) -> str:
+    """Return a URL or path without what may be secret in it: user, password and query."""
     scheme, separator, rest = place.partition("://")
     if not separator or scheme.partition("+")[0] == "sqlite":  # a file, whose name may have a # in it
         return place
@@ -61,9 +60,9 @@ def shown(place: str) -> str:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """Turn what a user can act on, and SIGTERM, into one line on stderr and an exit status.
+    """Turn errors that a user can act on, and SIGTERM, into one line on stderr and an exit status.
 
-    Anything else is a defect of ours and keeps its traceback.
+    Any other exception is a defect of ours and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -81,7 +80,7 @@ def report_errors() -> Iterator[None]:
         _leave(f"interrupted; {error.args[0] if error.args else STARTS_AGAIN}", EXIT_INTERRUPTED)
     except MemoryError:
         _leave("the memory is full; end other programs, or lower the batch size", EXIT_USER)
-    except BrokenPipeError:  # `… | head`: who reads our output has seen enough
+    except BrokenPipeError:  # as in `… | head`: the reader of our output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_PIPE)
     except OSError as error:
@@ -101,12 +100,12 @@ def _terminate(_signum: int, _frame: Any) -> NoReturn:
 
 
 def _leave(message: str, status: int) -> NoReturn:
-    # DVC takes a stage's outputs away before it runs the stage, but keeps them in its cache
+    # DVC removes a stage's outputs before it runs the stage, but keeps them in its cache
     settings = get_settings()
     in_checkout = not settings.in_flow_clone and temporary_folder_owner() is None
     if settings.in_dvc_stage and in_checkout:
         message += "; `dvc checkout` brings the last good outputs back"
         if settings.in_dvc_experiment:  # `dvc exp run -S` has written its values into the file
             message += ", `git checkout params.yaml` the committed parameters"
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    print(f"error: {escape_control_chars(' '.join(message.split()))}", file=sys.stderr, flush=True)
     sys.exit(status)

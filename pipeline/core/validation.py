@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.core.errors import shown
+from pipeline.core.errors import redact_url
 
 
 def explain(
@@ -43,7 +43,7 @@ def first_problem(error: ValidationError) -> str:
 def describe_value(value: Any) -> str:
     """A value as it was written, without secrets; lists and mappings, which YAML can fold without end, only if flat."""
     if isinstance(value, str):
-        return repr(shown(value))
+        return repr(redact_url(value))
     if isinstance(value, Mapping):
         return "a mapping" if value else "{}"
     if isinstance(value, list | tuple):

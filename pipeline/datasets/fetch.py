@@ -13,7 +13,7 @@ import requests
 import urllib3
 
 from pipeline.artifacts import expand, file_md5, kept_folder, naming
-from pipeline.core.errors import TemporaryError, UserError, printable, shown
+from pipeline.core.errors import TemporaryError, UserError, escape_control_chars, redact_url
 from pipeline.core.progress import in_bytes, progress
 from pipeline.core.project import copy_hint
 from pipeline.core.settings import get_settings
@@ -29,7 +29,7 @@ class _PlaceError(Exception):
     """One place of the archive did not serve; the next is tried."""
 
     def __init__(self, reason: str, *, may_pass: bool, found_md5: str | None = None) -> None:
-        super().__init__(printable(reason))  # some of it is the server's own words
+        super().__init__(escape_control_chars(reason))  # some of it is the server's own words
         self.may_pass = may_pass
         """Whether the same place may serve at another time: true for the network, false for a missing file."""
         self.found_md5 = found_md5
@@ -57,8 +57,8 @@ def _try_places(params: DownloadParams, *, kept: Path) -> Path:
                 return _check_local(local, params.md5)
             return _fetch(place, params, partial=kept.parent / f"{params.md5}.partial").replace(kept)
         except _PlaceError as failure:
-            print(f"{shown(place)}: {failure}", flush=True)
-            failures[shown(place)] = failure
+            print(f"{redact_url(place)}: {failure}", flush=True)
+            failures[redact_url(place)] = failure
     raise _no_place_served(failures, params.md5)
 
 
@@ -90,7 +90,7 @@ def _local_path(place: str) -> Path | None:
     elif not scheme:
         return expand(place)
     raise UserError(
-        f"download.urls: found {shown(place)!r}; allowed: http://…, https://…, file:///… or a path; correct it"
+        f"download.urls: found {redact_url(place)!r}; allowed: http://…, https://…, file:///… or a path; correct it"
     )
 
 
@@ -142,7 +142,7 @@ def _fetch(url: str, params: DownloadParams, *, partial: Path) -> Path:
         partial.unlink()
         if not resumed:
             break
-        print(f"{shown(url)}: the resumed download has MD5 {found}; fetching it anew", flush=True)
+        print(f"{redact_url(url)}: the resumed download has MD5 {found}; fetching it anew", flush=True)
     raise _PlaceError(f"{in_bytes(size)} with MD5 {found}", may_pass=False, found_md5=found)
 
 
@@ -159,7 +159,7 @@ def _receive_all(url: str, params: DownloadParams, *, partial: Path) -> bool:
             size = _size(partial)
             if not failure.may_pass or size <= longest or resumes == MAX_RESUMES:
                 raise
-            print(f"{shown(url)}: {failure}; going on", flush=True)
+            print(f"{redact_url(url)}: {failure}; going on", flush=True)
             longest = size
         time.sleep(RESUME_PAUSE_SECONDS)
     raise AssertionError("the last attempt returns or raises")
@@ -224,7 +224,9 @@ def _append(response: requests.Response, partial: Path, *, offset: int) -> None:
     length = response.headers.get("Content-Length", "")
     total = offset + int(length) if length.isdecimal() else None
     size = in_bytes(total) if total is not None else "size unknown"
-    print(f"{shown(response.url)}: {f'resuming at {in_bytes(offset)}' if offset else 'fetching'}, {size}", flush=True)
+    print(
+        f"{redact_url(response.url)}: {f'resuming at {in_bytes(offset)}' if offset else 'fetching'}, {size}", flush=True
+    )
     with (
         naming(partial),
         partial.open("ab" if offset else "wb") as file,

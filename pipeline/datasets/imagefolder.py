@@ -10,7 +10,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from pipeline.artifacts import atomic, expand, missing, naming
-from pipeline.core.errors import TemporaryError, UserError, printable
+from pipeline.core.errors import TemporaryError, UserError, escape_control_chars
 from pipeline.core.processes import num_cores
 from pipeline.core.progress import in_bytes, progress
 from pipeline.core.project import copy_hint
@@ -41,7 +41,7 @@ def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:
     splits = ", ".join(f"{split} {sum(counts.values()):,}" for split, counts in found.counts.items())
     print(f"imagefolder: {found.total:,} images of {len(found.class_names)} classes ({splits}), {in_bytes(size)}")
     for line in describe(found):
-        print(f"imagefolder: {printable(line)}")
+        print(f"imagefolder: {escape_control_chars(line)}")
     if found.not_used.get(UNDECODABLE):
         print("imagefolder: those that cannot be decoded count as unreadable in normalize.max_unreadable_fraction")
     # hidden files come and go, and `source.json` must not change with them

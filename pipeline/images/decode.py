@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pillow_heif
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from pipeline.core.errors import printable
+from pipeline.core.errors import escape_control_chars
 from pipeline.params import Channels, Resize
 
 MAX_PIXELS = 2**27
@@ -210,5 +210,5 @@ def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _one_line(error: Exception) -> str:
-    reason = printable(" ".join(str(error).split()))
+    reason = escape_control_chars(" ".join(str(error).split()))
     return reason if isinstance(error, OSError) and reason else f"damaged ({type(error).__name__}: {reason})"

@@ -8,7 +8,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Experiment, ViewType
 from mlflow.exceptions import MlflowException
 
-from pipeline.core.errors import UserError, shown
+from pipeline.core.errors import UserError, redact_url
 from pipeline.core.network import is_server
 from pipeline.core.project import artifact_folder, project_folder
 from pipeline.core.settings import get_settings
@@ -52,7 +52,7 @@ def _experiment_of_id(wanted: str) -> Experiment:
             raise
         raise UserError(
             f"MLFLOW_EXPERIMENT_ID: found {wanted!r}; allowed: the id of an experiment in "
-            f"{shown(mlflow.get_tracking_uri())}, as `mlflow experiments search` lists them; correct or unset it"
+            f"{redact_url(mlflow.get_tracking_uri())}, as `mlflow experiments search` lists them; correct or unset it"
         ) from None
 
 

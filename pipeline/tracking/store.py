@@ -20,7 +20,7 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from mlflow.utils.credentials import get_default_host_creds
 
 from pipeline.artifacts import bytes_md5
-from pipeline.core.errors import TemporaryError, UserError, first_line, shown
+from pipeline.core.errors import TemporaryError, UserError, first_line, redact_url
 from pipeline.core.network import is_server, keep_loopback_off_proxies
 from pipeline.core.project import artifact_folder, project_folder
 from pipeline.core.sqlite import sqlite_path, sqlite_uri
@@ -46,7 +46,7 @@ def connect(uri: str | None = None) -> None:
     uri = uri or tracking_uri(project)
     if message := relocate(uri, project):
         print(message, file=sys.stderr, flush=True)
-    if shown(uri) != uri:
+    if redact_url(uri) != uri:
         os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # it would print the password too
     with store_errors(uri):
         if is_server(uri):
@@ -155,7 +155,7 @@ def warn_on_failure(what: str) -> Iterator[None]:
 def error_reason(error: Exception, *, uri: str | None = None) -> str:
     """Return MLflow's message in one line, without the password that the address of its store may hold."""
     uri = uri or mlflow.get_tracking_uri()
-    return first_line(error).replace(uri, shown(uri))
+    return first_line(error).replace(uri, redact_url(uri))
 
 
 def store_md5() -> str:

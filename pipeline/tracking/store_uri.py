@@ -8,7 +8,7 @@ from urllib.request import url2pathname
 
 import requests
 
-from pipeline.core.errors import TemporaryError, UserError, shown
+from pipeline.core.errors import TemporaryError, UserError, redact_url
 from pipeline.core.network import has_host, is_server
 from pipeline.core.settings import get_settings
 from pipeline.core.sqlite import sqlite_path, sqlite_uri
@@ -51,7 +51,7 @@ def check_tracking_uri(uri: str) -> None:
         problem = "is no store that runs can be recorded in here"
     if problem:
         raise UserError(
-            f"MLFLOW_TRACKING_URI: found {shown(uri)!r}, which {problem}; allowed: {ALLOWED_STORES}; "
+            f"MLFLOW_TRACKING_URI: found {redact_url(uri)!r}, which {problem}; allowed: {ALLOWED_STORES}; "
             "unset it to record into mlflow.db here"
         )
 
@@ -73,11 +73,11 @@ def _file_store(uri: str) -> str:
     folder = Path(url2pathname(urlsplit(uri).path) if uri.lower().startswith("file:") else uri)
     if folder.is_file() or (folder.suffix in DATABASE_SUFFIXES and not folder.exists()):
         return (
-            f"MLFLOW_TRACKING_URI: found {shown(uri)!r}, a file without the kind of database; "
+            f"MLFLOW_TRACKING_URI: found {redact_url(uri)!r}, a file without the kind of database; "
             f"allowed: {ALLOWED_STORES}; set it to {sqlite_uri(folder)}"
         )
     line = (
-        f"MLFLOW_TRACKING_URI: found {shown(uri)!r}, a file store, which MLflow no longer supports; "
+        f"MLFLOW_TRACKING_URI: found {redact_url(uri)!r}, a file store, which MLflow no longer supports; "
         f"allowed: {ALLOWED_STORES}"
     )
     if not folder.is_dir():
@@ -97,7 +97,7 @@ def unreachable(uri: str, reason: str) -> str:
     else:
         remedy = "start that database, and check name and password"
     return (
-        f"MLFLOW_TRACKING_URI is {shown(uri)}, which does not answer ({reason}); {remedy}, "
+        f"MLFLOW_TRACKING_URI is {redact_url(uri)}, which does not answer ({reason}); {remedy}, "
         "or unset the variable to record into mlflow.db here"
     )
 
@@ -105,7 +105,8 @@ def unreachable(uri: str, reason: str) -> str:
 def missing_package(uri: str, package: str | None) -> str:
     """Return the message on a database whose driver is not installed."""
     extra = " (`make install EXTRAS=postgresql`)" if uri.lower().startswith("postgresql") else ""
-    return f"MLFLOW_TRACKING_URI is {shown(uri)}, for which the Python package {package} is missing; install it{extra}"
+    address = redact_url(uri)
+    return f"MLFLOW_TRACKING_URI is {address}, for which the Python package {package} is missing; install it{extra}"
 
 
 def check_recording(uri: str) -> None:
@@ -124,7 +125,7 @@ def check_recording(uri: str) -> None:
         if value.lower() not in ("", "0", "false") and not is_server(uri):
             raise UserError(
                 f"{name}: found {value!r}; allowed only with an MLflow server (MLFLOW_TRACKING_URI=http://…), "
-                f"not with {shown(uri)}; unset it"
+                f"not with {redact_url(uri)}; unset it"
             )
 
 

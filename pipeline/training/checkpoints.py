@@ -1,8 +1,9 @@
 """Checkpoints, from which an interrupted training resumes: `.cache/checkpoints/<fingerprint>/`, outside DVC's outputs.
 
-A checkpoint is one safetensors file: tensors, and the rest of the state as JSON; nothing is ever unpickled. Its name
-holds the step and the MD5 of its content, so that one rename makes it valid, and damage is detected. The fingerprint is
-a hash of all that determines the training: another training never sees the file.
+What a checkpoint holds is in `state.py`, when it is written in `saving.py`. It is one safetensors file: tensors, and
+the rest of the state as JSON; nothing is ever unpickled. Its name holds the step and the MD5 of its content, so that
+one rename makes it valid, and damage is detected. The fingerprint is a hash of all that determines the training:
+another training never sees the file.
 """
 
 import fcntl

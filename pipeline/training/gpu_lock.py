@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from pipeline.core.errors import first_line, printable
+from pipeline.core.errors import escape_control_chars, first_line
 from pipeline.core.project import project_folder
 
 LOCK_FOLDER = Path("/tmp")  # noqa: S108  # shared on purpose: TMPDIR may name a folder of this user alone
@@ -46,7 +46,7 @@ def describe_holder(uuids: Sequence[str], text: str) -> None:
     """Add to the lock files of these GPUs what is known of their holder only after it has locked them."""
     for uuid in uuids:
         with suppress(OSError), os.fdopen(_open(lock_file(uuid)), "ab") as file:
-            file.write(f", {printable(text)}".encode())
+            file.write(f", {escape_control_chars(text)}".encode())
 
 
 def lock_file(uuid: str) -> Path:
@@ -61,7 +61,7 @@ def _locked(uuid: str) -> Iterator[None]:
     try:
         with suppress(OSError):  # a full disk
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, printable(f"process {os.getpid()} in {project_folder()}").encode(), 0)
+            os.pwrite(descriptor, escape_control_chars(f"process {os.getpid()} in {project_folder()}").encode(), 0)
         yield
     finally:
         os.ftruncate(descriptor, 0)

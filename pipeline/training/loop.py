@@ -25,8 +25,8 @@ from pipeline.training.non_finite import NonFiniteGuard, check_validation_loss
 from pipeline.training.optimizer import set_learning_rate
 from pipeline.training.saving import CheckpointSaver
 from pipeline.training.schedule import learning_rate
-from pipeline.training.selection import Epoch, Kept, is_finished, select_epoch
-from pipeline.training.state import TrainingState, copy_weights
+from pipeline.training.selection import Kept, is_finished, select_epoch
+from pipeline.training.state import Epoch, TrainingState, copy_weights
 
 VALIDATION_BATCH_SIZE = 500
 

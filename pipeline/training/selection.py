@@ -5,18 +5,7 @@ from dataclasses import dataclass
 
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.params import Selection, TrainParams
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One row of the history: losses and accuracies are sums over images divided by images."""
-
-    epoch: int
-    learning_rate: float
-    train_loss: float
-    train_accuracy: float
-    validation_loss: float
-    validation_accuracy: float
+from pipeline.training.state import Epoch
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,18 @@ from pipeline.training.checkpoints import Checkpoint
 from pipeline.training.device import autocast_dtype
 from pipeline.training.lookahead import Lookahead
 from pipeline.training.optimizer import make_optimizers
-from pipeline.training.selection import Epoch
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One row of the history: losses and accuracies are sums over images divided by images."""
+
+    epoch: int
+    learning_rate: float
+    train_loss: float
+    train_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
 
 
 class TrainingState:
