@@ -59,7 +59,7 @@ Check = Callable[[Path], Iterator[Finding]]
 
 
 def register(flow_run_id: str, *, run_count: int, project: Path = PROJECT, experiment: str = "") -> None:
-    """Run in Prefect which process makes this flow run; `prefect_runs` reads it."""
+    """Record in Prefect which process makes this flow run; `prefect_runs` reads it."""
     labels: dict[str, Any] = {**this_process(), PROJECT_LABEL: str(project), RUN_COUNT_LABEL: run_count}
     labels |= {EXPERIMENT_LABEL: experiment} if experiment else {}
     with get_client(sync_client=True) as client:
@@ -221,7 +221,7 @@ def missing_objects(project: Path) -> Iterator[Finding]:
             if missing := missing_outputs(project, ref):
                 fetch = f"`dvc exp apply {name} && dvc repro` makes them, `dvc exp remove {name}` forgets it"
                 remedy = fetch if name else "`dvc pull` fetches them, `dvc commit` or `dvc repro` makes them"
-                yield Finding(f"{owner}: DVC's cache lacks files of {', '.join(missing)}", remedy)
+                yield Finding(f"{owner}: files are missing in DVC's cache: {', '.join(missing)}", remedy)
         except DAMAGED as error:
             remedy = f"`dvc exp remove {name}`" if name else "`git checkout dvc.lock`"
             yield Finding(f"{owner}: dvc.lock cannot be read ({first_line(error)})", remedy)

@@ -86,7 +86,7 @@ def _write_config(config: dict[str, Any], path: Path) -> None:
 
 
 def share_cores(clone: Path, *, project: Path) -> None:
-    """While other flow runs go on here, let a stage's threads sleep where they wait for one another.
+    """While other flow runs are running here, let a stage's threads sleep where they wait for one another.
 
     By default they spin, which is twice as fast for a run that is alone, and many times as slow for runs side by side.
     """

@@ -104,7 +104,7 @@ def _warn_of_untracked_files() -> None:
 
 def summarize(workspace: Workspace, steps: Sequence[Step], *, start: float) -> Summary:
     """Summarize a finished flow run, which began at `start` of the monotonic clock, and publish it in Prefect."""
-    run_id = workspace.mlflow_run_id or _find_maker(workspace)
+    run_id = workspace.mlflow_run_id or _find_run_of_model(workspace)
     seconds = time.monotonic() - start
     experiment = workspace.experiment
     summary = read_summary(workspace.folder, experiment=experiment, steps=steps, seconds=seconds, mlflow_run_id=run_id)
@@ -119,7 +119,7 @@ def summarize(workspace: Workspace, steps: Sequence[Step], *, start: float) -> S
     return summary
 
 
-def _find_maker(workspace: Workspace) -> str | None:
+def _find_run_of_model(workspace: Workspace) -> str | None:
     """Find the MLflow run that made the model, by the model's hash: it came from the cache, or its code is old."""
     model = workspace.folder / TRAIN / "best.safetensors"
     if not model.exists():

@@ -28,13 +28,14 @@ HOUR = 3600
     retry_condition_fn=may_pass,
     timeout_seconds=6 * HOUR,
     cache_policy=NO_CACHE,
+    persist_result=False,
 )
 def download(workspace: Workspace) -> State[Step]:
     """Fetch the raw data, or find it on this machine."""
     return reproduce("download", workspace)
 
 
-@task(task_run_name="normalize", timeout_seconds=6 * HOUR, cache_policy=NO_CACHE)
+@task(task_run_name="normalize", timeout_seconds=6 * HOUR, cache_policy=NO_CACHE, persist_result=False)
 def normalize(workspace: Workspace) -> State[Step]:
     """Turn the raw data into arrays of one size, and split them."""
     return reproduce("normalize", workspace)
@@ -47,6 +48,7 @@ def normalize(workspace: Workspace) -> State[Step]:
     retry_condition_fn=may_pass,
     timeout_seconds=7 * 24 * HOUR,
     cache_policy=NO_CACHE,
+    persist_result=False,
 )
 def train(workspace: Workspace) -> State[Step]:
     """Train the network; a retry resumes from the last checkpoint."""
@@ -60,6 +62,7 @@ def train(workspace: Workspace) -> State[Step]:
     retry_condition_fn=may_pass,
     timeout_seconds=6 * HOUR,
     cache_policy=NO_CACHE,
+    persist_result=False,
 )
 def evaluate(workspace: Workspace) -> State[Step]:
     """Evaluate the model on the test split."""

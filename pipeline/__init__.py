@@ -41,6 +41,7 @@ def _ensure_streams() -> None:
 
 _ensure_user()
 _ensure_streams()
+get_settings.cache_clear()  # a notebook may set variables after this import
 
 
 def _end_soon() -> None:

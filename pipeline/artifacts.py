@@ -39,16 +39,16 @@ Labels = npt.NDArray[np.int64]
 
 
 def kept_folder(name: str) -> Path:
-    """A folder in `pipeline_cache_folder`, relative in the project.
+    """Return a folder below `pipeline_cache_folder`, as a relative path where that is in the project.
 
-    DVC empties a step's own folder before it runs the step.
+    It holds what must outlive a stage: DVC empties a stage's outputs before it runs the stage.
     """
     project = project_folder()
     return pipeline_cache_folder(Path() if project == Path.cwd() else project) / name
 
 
 def expand(path: str) -> Path:
-    """A path that the user wrote, `~` included."""
+    """Return the path that a user wrote, with `~` replaced."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser raises where there is no such user
 
 
@@ -241,32 +241,32 @@ def write_checksums(folder: Path, *, known: Mapping[str, str] | None = None) -> 
     write_text(folder / CHECKSUMS, "".join(lines))
 
 
-def verify(folder: Path, names: Iterable[str] | None = None, *, strangers: bool = False) -> dict[str, str]:
+def verify(folder: Path, names: Iterable[str] | None = None, *, allow_unlisted: bool = False) -> dict[str, str]:
     """Compare files with the folder's `checksums.md5` before they are used; returns MD5 by name, of all listed files.
 
-    `names`: the files that will be read, by default all that are listed. `strangers`: let files be that are not listed.
+    `names` are the files that will be read, by default all that are listed. `allow_unlisted` accepts further files.
     Raises UserError naming the first file that is missing, changed or not listed.
     """
     listing = folder / CHECKSUMS
     listed = _read_checksums(listing)
     for name in listed if names is None else names:
         if problem := _problem(folder / name, md5=listed.get(name), listing=listing):
-            raise UserError(f"{folder / name}: {problem}; {_cure(folder)}")
-    for name in [] if strangers else _files(folder):
+            raise UserError(f"{folder / name}: {problem}; {_remedy(folder)}")
+    for name in [] if allow_unlisted else _files(folder):
         if name not in listed:
-            hint = f"remove it if another program left it, else {_cure(folder)}"
+            hint = f"remove it if another program left it, else {_remedy(folder)}"
             raise UserError(f"{folder / name}: not listed in {listing}; {hint}")
     return listed
 
 
 def verify_splits(*splits: str) -> None:
-    """`verify` what steps after normalize read: `dataset.json` and the arrays of these splits."""
+    """Verify what steps after normalize read: `dataset.json` and the arrays of these splits."""
     arrays = (f"{split}_{kind}.npy" for split in splits for kind in ("images", "labels"))
     verify(NORMALIZE, ["dataset.json", *arrays])
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of the files but for `checksums.md5` and hidden ones, which file managers leave."""
+    """Return the names of the files except `checksums.md5` and hidden ones, which file managers leave."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*") if path.is_file())
     return sorted(name for name in names if name != CHECKSUMS)
 
@@ -281,12 +281,12 @@ def _read_checksums(path: Path) -> dict[str, str]:
     found = [re.fullmatch("([0-9a-f]{32})  (.+)", line) for line in lines]
     listed = {match[2]: match[1] for match in found if match}
     if not listed or len(listed) != len(lines) - 1 or lines[-1]:  # the last line has an end too
-        raise UserError(f"{path}: damaged or empty; {_cure(path.parent)}")
+        raise UserError(f"{path}: damaged or empty; {_remedy(path.parent)}")
     return listed
 
 
 def _problem(path: Path, *, md5: str | None, listing: Path) -> str | None:
-    """What is wrong with a file that the listing says has this MD5, if anything is."""
+    """Return what is wrong with a file whose listed MD5 is `md5`, or None."""
     if md5 is None:
         return f"not listed in {listing}"
     try:
@@ -298,11 +298,11 @@ def _problem(path: Path, *, md5: str | None, listing: Path) -> str | None:
     return f"{size:,} bytes with MD5 {found} instead of {md5}, by {listing}" if size else f"empty, not so by {listing}"
 
 
-def _cure(folder: Path) -> str:
-    """How to get a whole folder again.
+def _remedy(folder: Path) -> str:
+    """Return how to restore an undamaged folder.
 
-    DVC takes a cached file for whole if it is write-protected, or if its time of change is the old one; it even puts
-    it, damaged, in the place of one newly made.
+    DVC trusts a cached file that is write-protected or has its old modification time; it even replaces a newly made
+    file by the damaged one.
     """
     if folder.parent != ARTIFACTS:
         return "copy the folder again from where it came"
@@ -313,14 +313,14 @@ def _cure(folder: Path) -> str:
 
 
 def missing(path: Path) -> str:
-    """One line for a file between steps that is not there."""
+    """Return the message about a missing file between two steps."""
     if path.parent.parent != ARTIFACTS:
         return f"{path}: no such file"
     return f"{path}: no such file; `dvc repro {path.parent.name}` makes it, `dvc pull` fetches it"
 
 
 def bytes_md5(content: bytes) -> str:
-    """MD5 in hexadecimal, to know the content again."""
+    """Return the MD5 of the content in hexadecimal."""
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
@@ -338,6 +338,6 @@ def check_weights(path: Path, md5: str | None) -> None:
 
 
 def file_md5(path: Path) -> str:
-    """MD5 of a file's content in hexadecimal, as DVC records it."""
+    """Return the MD5 of a file's content in hexadecimal, as DVC records it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -36,7 +36,7 @@ def main() -> None:
         classifier, config = load_model(TRAIN, checkpoint=params.checkpoint)
         if config.class_names != info.class_names:
             raise UserError(
-                f"{TRAIN}: the model knows other classes than {info.dataset}; `dvc repro train` makes it anew"
+                f"{TRAIN}: the classes of the model are not those of {info.dataset}; `dvc repro train` trains it again"
             )
         if md5[f"{params.checkpoint}.safetensors"] != md5[MODEL]:
             print(f"evaluates the last epoch; predict and MLflow have {MODEL}, of the epoch that train.selection kept")

@@ -111,16 +111,16 @@ class NormalizeParams(Section):
     image_size: Annotated[Count, Field(ge=8, le=1024)] = Field(description="pixels, height and width alike")
     channels: Literal["auto", 1, 3] = Field(description="1 (gray), 3 (RGB), or auto: what the data source has")
     resize: Resize = Field(
-        description="how an image that is not square is made so: cut at the centre, padded with black, or stretched"
+        description="how an image that is not square is made so: cut at the center, padded with black, or stretched"
     )
     validation_fraction: Annotated[Number, Field(gt=0, lt=1)] = Field(
-        description="share of train set aside for validation in each class (where the source has no validation split)"
+        description="fraction of train used for validation in each class (where the source has no validation split)"
     )
     test_fraction: Annotated[Number, Field(gt=0, lt=1)] = Field(
-        description="share of all images set aside for test in each class (where the source has no test split)"
+        description="fraction of all images used for test in each class (where the source has no test split)"
     )
     max_unreadable_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        description="stop if more than this share of the files cannot be read"
+        description="stop if more than this fraction of the files cannot be read"
     )
     near_duplicate_correlation: Annotated[Number, Field(gt=0, le=1)] = Field(
         description="a test image that correlates at least this much with a training image is a near-duplicate; the "
@@ -158,13 +158,13 @@ class TrainParams(Section):
         description="scale gradients down to this total norm; null: never"
     )
     bias_learning_rate_factor: Annotated[Number, Field(gt=0)] = Field(
-        description="times learning_rate for the biases of batch normalisation; their weight decay is divided by it"
+        description="times learning_rate for the biases of batch normalization; their weight decay is divided by it"
     )
     schedule: Literal["constant", "step", "linear", "cosine", "one_cycle"] = Field(
         description="course of the learning rate"
     )
     warmup_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        description="share of all steps over which the learning rate climbs to its peak"
+        description="fraction of all steps over which the learning rate climbs to its peak"
     )
     step_epochs: Annotated[Number, Field(gt=0)] = Field(description="step: epochs between two drops")
     step_factor: Annotated[Number, Field(gt=0, le=1)] = Field(
@@ -202,7 +202,7 @@ class TrainParams(Section):
         "shuffled together"
     )
     processes: Annotated[Count, Field(ge=1)] = Field(
-        description="data-parallel by torchrun, one a GPU or each with cpu_threads; each has its share of every batch"
+        description="data-parallel by torchrun, one a GPU or each with cpu_threads; each has its slice of every batch"
     )
     cpu_threads: Annotated[Count, Field(ge=0)] = Field(
         description="threads on the CPU; sums depend on it, so the same number gives the same bits; 0: one a core"
@@ -231,7 +231,7 @@ class TrainParams(Section):
         if self.batch_size % self.processes:
             raise ValueError(
                 f"batch_size is {self.batch_size}, but processes {self.processes}; allowed: a multiple of it, as each "
-                "process has an equal share of a batch"
+                "process has an equal slice of a batch"
             )
         if self.loss == "mse" and self.label_smoothing > 0:
             raise ValueError("label_smoothing is for loss: cross_entropy; set it to 0 for mse")
@@ -239,7 +239,7 @@ class TrainParams(Section):
 
 
 class EvaluateParams(Section):
-    """How the model is judged on the test split."""
+    """How the model is evaluated on the test split."""
 
     checkpoint: Literal["best", "last"] = Field(
         description="best: the epoch that train.selection keeps; last: the last epoch"
@@ -248,10 +248,10 @@ class EvaluateParams(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
     cpu_threads: Annotated[Count, Field(ge=0)] = Field(description="threads on the CPU; 0: one a core")
     test_time_augmentation: Views = Field(
-        description="judge by the mean over views: the image and its mirror image, and these shifted by a pixel"
+        description="mean of the logits over views: the image and its mirror image, and these shifted by a pixel"
     )
     top_k: Annotated[Count, Field(ge=2)] = Field(
-        description="also count a hit among the k likeliest, given more classes"
+        description="also report the accuracy among the k most probable classes, where there are more"
     )
 
 

@@ -36,7 +36,7 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image file, or why it could not be read."""
+    """The class probabilities of one image file, or why it could not be read."""
 
     path: Path
     probabilities: dict[str, float]
@@ -151,7 +151,7 @@ def _as_text(prediction: Prediction, *, top: int) -> str:
 def _verify_model(folder: Path) -> None:
     """Raises UserError where a file of the model is not as it was written; a foreign folder may have no checksums."""
     if folder == TRAIN or (folder / CHECKSUMS).exists():
-        verify(folder, ["model.json", "best.safetensors"], strangers=folder != TRAIN)
+        verify(folder, ["model.json", "best.safetensors"], allow_unlisted=folder != TRAIN)
 
 
 def _model_folder(model: str | None) -> Path:

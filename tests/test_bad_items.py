@@ -62,7 +62,7 @@ def test_the_doctor_reports_an_experiment_that_is_damaged_and_looks_at_the_other
     assert damaged.what.startswith("experiment a-damaged: ") or damaged.what.startswith("a-damaged: ")
     assert "dvc.lock cannot be read (" in damaged.what
     assert damaged.remedy == "`dvc exp remove a-damaged`"
-    assert incomplete.what == "experiment b-incomplete: DVC's cache lacks files of model"
+    assert incomplete.what == "experiment b-incomplete: files are missing in DVC's cache: model"
 
 
 def test_a_damaged_listing_in_the_cache_is_a_missing_output(project: Path) -> None:

@@ -366,7 +366,7 @@ def test_damaged_weights_are_the_ones_written_or_refused(model: Path, changes: l
     path.write_bytes(damaged(content, changes, head=head))
 
     def check() -> None:
-        verify(model, strangers=True)
+        verify(model, allow_unlisted=True)
         found = load_model(model)[0].state_dict()
         assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 

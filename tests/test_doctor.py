@@ -261,7 +261,7 @@ def test_what_the_cache_lost_is_reported_with_the_way_to_get_it_back(project: Pa
     assert found(doctor.missing_objects, project) == []
     Path(cached(project, name, "artifacts/evaluate/per_class.csv")).unlink()
     [finding] = doctor.missing_objects(project)
-    assert finding.what == f"experiment {name}: DVC's cache lacks files of artifacts/evaluate/per_class.csv"
+    assert finding.what == f"experiment {name}: files are missing in DVC's cache: artifacts/evaluate/per_class.csv"
     assert f"dvc exp apply {name} && dvc repro" in finding.remedy
     assert finding.fix is None
 

@@ -71,7 +71,7 @@ def test_an_identical_image_correlates_fully() -> None:
     assert match == Match(0, 1, 1.0)
 
 
-def test_images_of_one_colour_are_left_out() -> None:
+def test_images_of_one_color_are_left_out() -> None:
     flat = np.full((2, 32, 32, 3), 80, np.uint8)
     assert near(flat, flat, correlation=0.01) == []
 
@@ -96,7 +96,7 @@ def test_correlations_are_those_of_the_differences_between_cells(size: int, chan
 
 
 def exhaustive(test: Any, others: Any) -> list[Match]:
-    """Every image's likeliest other one, by all products."""
+    """Every image's most similar other one, by all products."""
     values, sides = features(others).astype(int), [features(test), mirrored(features(test))]
     products = np.maximum(*(side.astype(int) @ values.T for side in sides))
     norms = [np.sqrt((each.astype(int) ** 2).sum(axis=1)) for each in (sides[0], values)]

@@ -88,9 +88,13 @@ def dvc_md5(path: Path) -> str:
     return f"{bytes_md5(json.dumps(listing, sort_keys=True).encode())}.dir"
 
 
-def test_compiled_modules_are_no_part_of_the_code_of_a_stage() -> None:
-    command = [sys.executable, "-m", "dvc", "check-ignore", "pipeline/models/__pycache__/lenet.cpython-311.pyc"]
-    assert subprocess.run(command, cwd=PROJECT, capture_output=True, check=False).returncode == 0
+def test_what_is_no_module_is_no_part_of_the_code_of_a_stage() -> None:
+    names = ("__pycache__/lenet.cpython-311.pyc", ".lenet.py.swp", "lenet.py~", ".DS_Store")
+    for name in names:
+        command = [sys.executable, "-m", "dvc", "check-ignore", f"pipeline/models/{name}"]
+        assert subprocess.run(command, cwd=PROJECT, capture_output=True, check=False).returncode == 0, name
+    command = [sys.executable, "-m", "dvc", "check-ignore", "pipeline/models/mlp.py"]
+    assert subprocess.run(command, cwd=PROJECT, capture_output=True, check=False).returncode == 1
 
 
 def test_data_comes_out_with_the_committed_hashes(project: Path) -> None:
@@ -164,3 +168,10 @@ def test_a_read_only_project_is_told_in_one_line(project: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
     assert "Read-only file system" in done.stderr
+
+
+def test_a_changed_error_message_runs_no_stage_again(project: Path) -> None:
+    for module in ("core/errors.py", "tracking/runs.py", "predict.py"):
+        with Path("pipeline", module).open("a") as file:
+            file.write("# a remark\n")
+    assert stages_run(dvc("repro")) == []

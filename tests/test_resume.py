@@ -204,7 +204,7 @@ def test_another_parameter_does_not_go_on_from_the_checkpoint(project: Project, 
     process.kill()
     process.wait()
     project.set(epochs=2)
-    assert "goes on" not in project.finish()
+    assert "resumes from its checkpoint" not in project.finish()
     project.set()
     assert "resumes from its checkpoint" in project.finish()
     assert file_md5(MODEL) == whole[0]

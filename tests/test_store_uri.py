@@ -29,8 +29,8 @@ GOOD = [
     "http://[::1]:5000",
 ]
 BAD = {
-    "sqlite:mlflow.db": "lacks the three slashes",
-    "sqlite://mlflow.db": "lacks the three slashes",
+    "sqlite:mlflow.db": "has no three slashes",
+    "sqlite://mlflow.db": "has no three slashes",
     "sqlite:///": "in memory",
     "sqlite://": "in memory",
     "sqlite:///:memory:": "in memory",

@@ -13,6 +13,7 @@ from flows import lineage, server
 from flows.lineage import Trace, trace
 from flows.trace import as_json, as_text
 from pipeline.core.errors import UserError
+from pipeline.core.settings import get_settings
 from tests.conftest import flow_run
 
 
@@ -91,6 +92,7 @@ def test_without_a_prefect_server_the_rest_is_told(project: Path, only: Trace, m
 
 def test_without_mlflow_the_experiment_is_told(project: Path, only: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/none.db")
+    get_settings.cache_clear()
     [found], notes = trace(project, only.experiments[0].name)
     assert "MLflow has no runs yet" in notes[0]
     assert not (project / "none.db").exists()

@@ -182,7 +182,7 @@ def test_the_recorded_weights_can_be_fetched(store: Path) -> None:
     folder = fetch_model(f"runs:/{only_run().info.run_id}/model")
     assert file_md5(folder / "best.safetensors") == file_md5(Path("artifacts/train/best.safetensors"))
     assert load_model(folder)[1].class_names == ("class 0", "class 1", "class 2")
-    verify(folder, ["best.safetensors", "model.json"], strangers=True)
+    verify(folder, ["best.safetensors", "model.json"], allow_unlisted=True)
 
 
 def test_an_unknown_model_is_refused_in_one_line(store: Path) -> None:

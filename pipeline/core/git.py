@@ -34,7 +34,7 @@ _MISLEADING = (
 
 
 def environment() -> dict[str, str]:
-    """Our environment without what a git hook sets, which would point git and DVC to another repository.
+    """Return our environment without what a git hook sets, which would point git and DVC to another repository.
 
     Variables that change what our options and patterns mean are left out too.
     """
@@ -42,12 +42,12 @@ def environment() -> dict[str, str]:
 
 
 def git(folder: Path, *arguments: str) -> str:
-    """Standard output of a git command, without white space around it; raises UserError where git fails."""
+    """Return the standard output of a git command, without white space around it; raises UserError where git fails."""
     return output(folder, *arguments).decode("utf-8", "replace").strip()
 
 
 def output(folder: Path, *arguments: str, answers: Collection[int] = (0,)) -> bytes:
-    """Standard output of a git command that ends with one of the exit statuses `answers`.
+    """Return the standard output of a git command that ends with one of the exit statuses `answers`.
 
     Raises UserError with git's reason, and git's own remedy where the folder belongs to another user.
     """
@@ -61,7 +61,7 @@ def output(folder: Path, *arguments: str, answers: Collection[int] = (0,)) -> by
             raise UserError(f"{folder}: no such folder") from None
         raise UserError("git: not found; install it") from None
     except OSError as error:
-        raise UserError(f"git: cannot be started ({error.strerror}); install it anew") from None
+        raise UserError(f"git: cannot be started ({error.strerror}); reinstall it") from None
     if done.returncode not in answers:
         raise UserError(_explain(folder, arguments[0], done.stderr.decode("utf-8", "replace")))
     return done.stdout
@@ -80,7 +80,7 @@ def _explain(folder: Path, action: str, message: str) -> str:
 
 
 def find_commit(folder: Path, revision: str) -> str | None:
-    """The full hash of the commit that a revision names, or None where it names none; raises UserError."""
+    """Return the full hash of the commit that a revision names, or None where it names none; raises UserError."""
     if revision.startswith("-"):  # an option to git; git allows no such name
         return None
     question = ("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
@@ -88,7 +88,7 @@ def find_commit(folder: Path, revision: str) -> str | None:
 
 
 def check_committed(folder: Path, tracked: str) -> str:
-    """The hash of the commit that is checked out.
+    """Return the hash of the commit that is checked out.
 
     Raises UserError where there is none, or where the repository does not have the file `tracked` of the folder.
     """
@@ -105,20 +105,20 @@ def check_committed(folder: Path, tracked: str) -> str:
 
 
 def read_committed(folder: Path, commit: str, name: str) -> str | None:
-    """The text of a file in a commit, or None where the commit has no such file; raises UserError."""
+    """Return the text of a file in a commit, or None where the commit has no such file; raises UserError."""
     if not output(folder, "ls-tree", "--name-only", commit, "--", name).strip():
         return None
     return output(folder, "show", f"{commit}:./{name}").decode("utf-8", "replace")
 
 
 def setting(folder: Path, name: str) -> str | None:
-    """A setting such as user.name, or None where it is not set; raises UserError where the settings are damaged."""
+    """Return a setting such as user.name, or None where it is not set; raises UserError for damaged settings."""
     return output(folder, "config", name, answers=(0, 1)).decode("utf-8", "replace").strip() or None
 
 
 @dataclass(frozen=True)
 class CodeState:
-    """Which code is in a folder: `commit`, and `difference`, a patch from the commit to what is there.
+    """The code in a folder: `commit`, and `difference`, a patch from the commit to what is there.
 
     Both are None where git could not answer; `problem` says why.
     """
@@ -134,7 +134,7 @@ class CodeState:
 
 
 def code_state(folder: Path, *, tracked: str) -> CodeState:
-    """Which code is in the folder, by a repository that has the file `tracked` of that folder; raises nothing.
+    """Return which code is in the folder, by a repository that has the file `tracked` of that folder; raises nothing.
 
     Of a larger repository, changes below the folder count alone.
     """
@@ -163,7 +163,7 @@ def _check_all_compared(folder: Path) -> None:
 
 
 def _untracked_code(folder: Path) -> bytes:
-    """A patch that adds the code that git neither tracks nor ignores."""
+    """Return a patch that adds the code that git neither tracks nor ignores."""
     names = output(folder, "ls-files", "--others", "--exclude-standard", "-z", "--", CODE).decode().split("\0")
     prefix = git(folder, "rev-parse", "--show-prefix")  # without an index, git names files by the current folder
     diff = (*DIFF, f"--src-prefix=a/{prefix}", f"--dst-prefix=b/{prefix}", "--no-index", "--", os.devnull)

@@ -12,7 +12,7 @@ EXPERIMENTS = Path(".dvc/tmp/exps")
 
 
 def project_folder() -> Path:
-    """The project of which the current folder is a clone or a temporary copy, else the current folder; resolved.
+    """Return the project of which the current folder is a clone or a temporary copy, else the current folder; resolved.
 
     PIPELINE_PROJECT names it in a flow run's clone, DVC_ROOT in a temporary folder of DVC.
     """
@@ -22,7 +22,7 @@ def project_folder() -> Path:
 
 
 def temporary_folder_owner() -> Path | None:
-    """The project in whose `.dvc/tmp/exps/` the current folder lies, or None where it is no such copy.
+    """Return the project in whose `.dvc/tmp/exps/` the current folder lies, or None where it is no such copy.
 
     DVC_ROOT alone says nothing: DVC sets it in all stages, and a project inside a stage of another one inherits it.
     """
@@ -33,17 +33,17 @@ def temporary_folder_owner() -> Path | None:
 
 
 def artifact_folder(project: Path) -> Path:
-    """Where MLflow's artifacts lie, but for those of a server's."""
+    """Return the folder of MLflow's artifacts, for a store that is no server."""
     return project / "mlartifacts"
 
 
 def pipeline_cache_folder(project: Path) -> Path:
-    """What the pipeline keeps for later: `.cache/`, or PIPELINE_CACHE_DIR, a relative one being in the project."""
+    """Return the folder for checkpoints and other files that outlive a stage: `.cache/`, or PIPELINE_CACHE_DIR."""
     return project / get_settings().cache_dir
 
 
 def copy_hint(path: Path) -> str:
-    """What to do where a file that git does not track is missing in a temporary copy; empty elsewhere."""
+    """Return what to do about an untracked file that is missing in DVC's temporary copy; empty elsewhere."""
     if path.is_absolute() or temporary_folder_owner() is None:
         return ""
     return (

@@ -5,6 +5,7 @@ write no such file, and a step that is killed may not get to it: the reader then
 """
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,11 +22,15 @@ class StepResult:
 
 
 def write_result(result: StepResult) -> None:
-    """Write the result to the file that PIPELINE_RESULT_FILE names, if it names one; the file appears whole."""
+    """Write the result to the file that PIPELINE_RESULT_FILE names, if it names one; the file appears whole.
+
+    Where it cannot be written, the reader finds no result; the step continues.
+    """
     if name := get_settings().result_file:
-        temporary = Path(f"{name}.tmp")
-        temporary.write_text(json.dumps(asdict(result)), encoding="utf-8")
-        temporary.replace(name)
+        with suppress(OSError):
+            temporary = Path(f"{name}.tmp")
+            temporary.write_text(json.dumps(asdict(result)), encoding="utf-8")
+            temporary.replace(name)
 
 
 def read_result(path: Path) -> StepResult:

@@ -60,6 +60,6 @@ def _is_scalar(value: Any) -> bool:
 
 
 def list_choices(found: str, names: list[str]) -> str:
-    """The names, the likeliest first where one is close to what was found."""
+    """The names, the closest match named where one is close to what was found."""
     close = difflib.get_close_matches(found, names, n=1)
     return ", ".join(names) + (f" (did you mean {close[0]}?)" if close else "")

@@ -1,4 +1,4 @@
-"""Fetch a file whose MD5 is known from the first of several places that has it, going on where it was interrupted."""
+"""Fetch a file whose MD5 is known from the first of several places that has it, resuming where it was interrupted."""
 
 import fcntl
 import ssl
@@ -19,7 +19,6 @@ from pipeline.core.project import copy_hint
 from pipeline.core.settings import get_settings
 from pipeline.params import DownloadParams
 
-"""Variables that name certificates; the first that is set counts."""
 CHUNK_BYTES = 1 << 16
 MAX_RESUMES = 50
 RESUME_PAUSE_SECONDS = 0.5
@@ -126,7 +125,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _fetch(url: str, params: DownloadParams, *, partial: Path) -> Path:
-    """Fetch `url` to `partial`, going on where an earlier attempt, even one with another place, was interrupted.
+    """Fetch `url` to `partial`, resuming where an earlier attempt, even one with another place, was interrupted.
 
     What holds the parts together is the MD5 of the whole and not If-Range, because the validators of one mirror mean
     nothing to the next. So a file that was put together and is wrong says nothing about this place, which then gets
@@ -159,7 +158,7 @@ def _receive_all(url: str, params: DownloadParams, *, partial: Path) -> bool:
             size = _size(partial)
             if not failure.may_pass or size <= longest or resumes == MAX_RESUMES:
                 raise
-            print(f"{redact_url(url)}: {failure}; going on", flush=True)
+            print(f"{redact_url(url)}: {failure}; resuming", flush=True)
             longest = size
         time.sleep(RESUME_PAUSE_SECONDS)
     raise AssertionError("the last attempt returns or raises")
@@ -205,7 +204,7 @@ def _certificates() -> str | bool:
 
 
 def _continues(response: requests.Response, offset: int) -> bool:
-    """Whether the response goes on at `offset`; an error status has nothing to do with the range and counts as yes."""
+    """Return whether the response resumes at `offset`; an error status, which says nothing of it, counts as yes."""
     if response.status_code == 206:
         return response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
     return response.status_code >= 400 and response.status_code != 416

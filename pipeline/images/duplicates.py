@@ -60,13 +60,13 @@ class Match:
 
 
 def digests(images: Images) -> Digests:
-    """128-bit BLAKE2b of each image's pixels."""
+    """Return the 128-bit BLAKE2b of each image's pixels."""
     hashes = (hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images)
     return np.frombuffer(b"".join(hashes), "<u8").reshape(len(images), 2).astype(np.uint64)
 
 
 def exact_duplicates(found: Digests, splits: Mapping[str, Indices], *, examples: int) -> ExactDuplicates:
-    """Groups of identical images; `splits` gives the indices into `found` of each split, test last."""
+    """Find groups of identical images; `splits` gives the indices into `found` of each split, test last."""
     group = _groups(found)
     members = {split: _present(group, indices) for split, indices in splits.items()}
     within = {split: len(indices) - int(members[split].sum()) for split, indices in splits.items()}
@@ -78,7 +78,7 @@ def exact_duplicates(found: Digests, splits: Mapping[str, Indices], *, examples:
 
 
 def _groups(found: Digests) -> Indices:
-    """The same number for identical digests: (N,) int64."""
+    """Return the same number for identical digests: (N,) int64."""
     order = np.lexsort((found[:, 1], found[:, 0]))
     ordered = found[order]
     starts = np.r_[False, (ordered[1:] != ordered[:-1]).any(axis=1)][: len(found)]
@@ -94,7 +94,7 @@ def _present(group: Indices, indices: Indices) -> npt.NDArray[np.bool_]:
 
 
 def _example_pairs(group: Indices, splits: Mapping[str, Indices], *, limit: int) -> list[tuple[int, int]]:
-    """Each image that is not the first of its group, with that first one."""
+    """Yield each image that is not the first of its group, with that first one."""
     order = np.concatenate(list(splits.values()))
     split = np.repeat(np.arange(len(splits)), [len(indices) for indices in splits.values()])
     _, first, inverse = np.unique(group[order], return_index=True, return_inverse=True)
@@ -106,10 +106,10 @@ def _example_pairs(group: Indices, splits: Mapping[str, Indices], *, limit: int)
 
 
 def features(images: Images) -> Features:
-    """Differences between neighbouring cells of the image averaged to 8 x 8 cells, scaled to one norm and rounded.
+    """Return the differences between neighboring cells of the image in 8 x 8 cells, scaled to one norm and rounded.
 
     (N, S, S, C) uint8, S at least 8, to (N, 112 C) int16. The dot product of two of them, over _NORM squared, is their
-    correlation to within 0.0001. An image of one colour has none: all zeros.
+    correlation to within 0.0001. An image of one color has none: all zeros.
 
     Differences were chosen on CIFAR-10 by looking at pairs. They leave out brightness and weigh slow gradients, as
     of a sky, less: at the threshold where 2.6 % of the test images are found, 19 of 20 pairs are the same picture;
@@ -127,7 +127,7 @@ def features(images: Images) -> Features:
 
 
 def mirrored(values: Features) -> Features:
-    """The features of the images mirrored left to right."""
+    """Return the features of the images mirrored left to right."""
     channels = values.shape[1] // (2 * GRID * (GRID - 1))
     down, right = np.split(values, 2, axis=1)
     down = down.reshape(-1, GRID - 1, GRID, channels)[:, :, ::-1]
@@ -137,7 +137,7 @@ def mirrored(values: Features) -> Features:
 
 
 def _cells(images: Images) -> npt.NDArray[np.int64]:
-    """Mean of each cell in sixteenths, rounded down: (N, 8, 8, C), 0 to 4080.
+    """Return the mean of each cell in sixteenths, rounded down: (N, 8, 8, C), 0 to 4080.
 
     Sums of a cell up to 256 pixels a side are below 2**24: float32 is exact, and four times as fast as whole numbers.
     """
@@ -156,9 +156,9 @@ FeatureBlocks = Iterator[tuple[Indices, Features]]
 
 
 def near_duplicates(test: FeatureBlocks, others: Callable[[], FeatureBlocks], *, correlation: float) -> list[Match]:
-    """Test images whose correlation with another image, or its mirror image, is at least this; in the order of `test`.
+    """Find test images whose correlation with another image or its mirror image is at least this, in order.
 
-    Only the likeliest other image is given. `others` is called once for each TEST_ROWS test images.
+    Only the most similar other image is returned. `others` is called once for each TEST_ROWS test images.
     """
     with ThreadPoolExecutor(num_cores()) as pool, threadpool_limits(1, user_api="blas"):
         blocks = _gathered(test, rows=TEST_ROWS)
@@ -171,7 +171,7 @@ def near_duplicates(test: FeatureBlocks, others: Callable[[], FeatureBlocks], *,
 def _matches(
     indices: Indices, values: Features, others: FeatureBlocks, *, correlation: float, pool: ThreadPoolExecutor
 ) -> list[Match]:
-    """The likeliest other image of each test image, right wherever that likeness is `correlation` or more."""
+    """Return the most similar other image of each test image, exact where the similarity is at least `correlation`."""
     least = (0.99 * correlation - 0.001) * _NORM**2  # norms are within 0.25 % of _NORM, and bounds are rounded
     axes = _principal_axes(values[:_ROWS])
     sides = [_Rows(side, _projected(side, axes)) for side in (values, mirrored(values))]
@@ -180,7 +180,7 @@ def _matches(
     index, square = np.zeros(len(values), np.int64), np.ones(len(values), np.int64)
     for other_indices, other_values in _gathered(others, rows=_ROWS):
         columns = _Rows(other_values, _projected(other_values, axes))
-        for rows, product, column in pool.map(partial(_likely, columns=columns, least=least), tiles):
+        for rows, product, column in pool.map(partial(_candidates, columns=columns, least=least), tiles):
             better = product > best[rows]
             found, nearest = rows[better], column[better]
             best[found], index[found] = product[better], other_indices[nearest]
@@ -195,10 +195,10 @@ class _Rows(NamedTuple):
     """See `_projected`."""
 
 
-def _likely(
+def _candidates(
     tile: tuple[_Rows, int], *, columns: _Rows, least: float
 ) -> tuple[Indices, npt.NDArray[np.float32], Indices]:
-    """Of the _ROWS rows from the start of the tile, those whose product with a column may be `least` or more.
+    """Return, of the _ROWS rows from the start of the tile, those whose product with a column may be `least` or more.
 
     Returns them, the largest product of each, and the column that has it. Only these rows are multiplied whole. These
     are products of whole numbers; every partial sum is at most the product of the norms (Cauchy-Schwarz), which is
@@ -213,7 +213,7 @@ def _likely(
 
 
 def _principal_axes(values: Features) -> npt.NDArray[np.float64]:
-    """The directions in which these rows extend most: (D, _AXES) float64, orthonormal."""
+    """Return the directions in which these rows extend most: (D, _AXES) float64, orthonormal."""
     wide = values.astype(np.float64)
     _, vectors = np.linalg.eigh(wide.T @ wide)
     axes: npt.NDArray[np.float64] = vectors[:, -_AXES:]
@@ -221,7 +221,7 @@ def _principal_axes(values: Features) -> npt.NDArray[np.float64]:
 
 
 def _projected(values: Features, axes: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """Coordinates on the axes, and the norm of what they leave: (N, _AXES + 1) float32.
+    """Return coordinates on the axes, and the norm of the remainder: (N, _AXES + 1) float32.
 
     The dot product of two of them is no less than that of the features, by Cauchy-Schwarz on what is left.
     """
@@ -237,7 +237,7 @@ def _squares(values: Features) -> npt.NDArray[np.int64]:
 
 
 def _gathered(blocks: FeatureBlocks, *, rows: int) -> FeatureBlocks:
-    """The same in blocks of so many rows, the last one of fewer: products of few rows are slow."""
+    """Yield the same in blocks of this many rows, the last one of fewer: products of few rows are slow."""
     indices, values, count = list[Indices](), list[Features](), 0
     for block_indices, block_values in blocks:
         indices.append(block_indices)

@@ -19,9 +19,9 @@ from pipeline.params import NormalizeParams
 
 
 def draw_splits(spool: Spool, *, class_names: tuple[str, ...], params: NormalizeParams) -> dict[str, Indices]:
-    """Ascending image numbers of train, validation and test.
+    """Return the ascending image indices of train, validation and test.
 
-    Splits that the source has stay as they are. What is missing is drawn from train, the same share of each class:
+    Splits that the source has stay as they are. What is missing is drawn from train, the same fraction of each class:
     first test, then validation from the rest, at least one image each. The draw ranks images by a hash of their
     pixels and the seed: it depends on neither names nor order, an image added moves few others, and identical
     images of a class stay together (but for one group that the border may divide).
@@ -35,7 +35,7 @@ def draw_splits(spool: Spool, *, class_names: tuple[str, ...], params: Normalize
         if not len(splits[split])
     }
     ranks = _ranks(spool.digests, seed=params.seed)
-    parts: dict[str, list[Indices]] = {split: [] for split in ("train", *missing)}
+    drawn: dict[str, list[Indices]] = {split: [] for split in ("train", *missing)}
     for label, name in enumerate(class_names):
         members = splits["train"][labels[splits["train"]] == label]
         if len(members) <= len(missing):
@@ -43,20 +43,20 @@ def draw_splits(spool: Spool, *, class_names: tuple[str, ...], params: Normalize
                 f"class {name!r}: {len(members)} readable images in train; needed: {len(missing) + 1} "
                 f"({', '.join(('train', *missing))}: one each); add images or remove the class"
             )
-        for split, part in _divide(members[np.argsort(ranks[members], kind="stable")], missing).items():
-            parts[split].append(part)
-    drawn = {split: np.sort(np.concatenate(part)) for split, part in parts.items()}
-    return _checked({**splits, **drawn}, labels=labels, class_names=class_names)
+        for split, chosen in _divide(members[np.argsort(ranks[members], kind="stable")], missing).items():
+            drawn[split].append(chosen)
+    joined = {split: np.sort(np.concatenate(pieces)) for split, pieces in drawn.items()}
+    return _checked({**splits, **joined}, labels=labels, class_names=class_names)
 
 
 def _divide(members: Indices, fractions: Mapping[str, float]) -> dict[str, Indices]:
-    """Cut a class by the fractions, each of what the ones before left, the rest being train; none gets nothing."""
-    parts = {}
+    """Divide a class by the fractions, each of what the earlier ones left; the rest is train, and none is empty."""
+    divided = {}
     for number, (split, fraction) in enumerate(fractions.items(), start=1):
         most = len(members) - 1 - (len(fractions) - number)
         count = min(max(1, math.floor(len(members) * fraction + 0.5)), most)
-        parts[split], members = members[:count], members[count:]
-    return {"train": members, **parts}
+        divided[split], members = members[:count], members[count:]
+    return {"train": members, **divided}
 
 
 def _ranks(found: Digests, *, seed: int) -> npt.NDArray[np.uint64]:

@@ -65,7 +65,7 @@ def _sqlite_problem(rest: str) -> str | None:
         return "is a database in memory: it would end with the process"
     if path.startswith("file:"):
         return "has `file:` before the path, which MLflow would take for a folder: leave it and `uri=true` out"
-    return None if name.startswith("///") else "lacks the three slashes before the path"
+    return None if name.startswith("///") else "has no three slashes before the path"
 
 
 def _file_store(uri: str) -> str:

@@ -64,7 +64,8 @@ def _locked(uuid: str) -> Iterator[None]:
             os.pwrite(descriptor, escape_control_chars(f"process {os.getpid()} in {project_folder()}").encode(), 0)
         yield
     finally:
-        os.ftruncate(descriptor, 0)
+        with suppress(OSError):
+            os.ftruncate(descriptor, 0)
         os.close(descriptor)
 
 

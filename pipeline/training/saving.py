@@ -49,7 +49,9 @@ class CheckpointSaver:
 
     def __enter__(self) -> "CheckpointSaver":
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-            self._previous_handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            self._previous_handlers = {number: signal.getsignal(number) for number in SIGNALS}
+            for number in SIGNALS:
+                signal.signal(number, self._receive)
         return self
 
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
@@ -89,4 +91,4 @@ class CheckpointSaver:
 
     def _restore_handlers(self) -> None:
         for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
