@@ -87,7 +87,8 @@ def resolve_remote_revision(url: str, revision: str) -> str:
     """Return the commit that a branch, tag or full hash names there; raises UserError where there is none."""
     if redact_url(url) != url:  # Prefect would keep it, and show it to everybody
         raise UserError(
-            f"--git: found a password in the address of {redact_url(url)}; use git's credential helper there"
+            f"--git: found a password in the address of {redact_url(url)}; leave it out, and set up git's credential "
+            "helper on the worker's machine"
         )
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision

@@ -85,6 +85,7 @@ def train_classifier(
     start = time.monotonic()
     try:
         with open_flow_run(recipe, overrides.flat(), keep="failed" if keep_workspace else "never") as workspace:
+            # a task that returns a state gives back that state; wait_for draws the arrows in Prefect's graph
             downloaded = download(workspace)
             normalized = normalize(workspace, wait_for=[downloaded])
             trained = train(workspace, wait_for=[normalized])

@@ -27,10 +27,10 @@ def build_torchvision_network(config: ModelConfig, *, num_classes: int, own_name
 
 
 def _unknown(name: str, names: Collection[str], *, own_names: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, [*own_names, *names], n=3) or ["lenet", "resnet18"]
+    close = difflib.get_close_matches(name, [*own_names, *names], n=1)
     return (
-        f"train.model is {name!r}; allowed: {', '.join(own_names)} or a torchvision classification model "
-        f"({len(names)} of them, such as {', '.join(close)})"
+        f"train.model is {name!r}; allowed: {', '.join(own_names)} or one of torchvision's {len(names)} classification "
+        f"models, such as resnet18{f' (did you mean {close[0]}?)' if close else ''}"
     )
 
 

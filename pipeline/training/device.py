@@ -1,6 +1,8 @@
 """The device of a training or an evaluation, and PyTorch's settings on it."""
 
+import ctypes
 import os
+import platform
 
 import torch
 
@@ -28,6 +30,8 @@ def choose_device(name: str, *, field: str) -> torch.device:
 def prepare_torch(params: TrainParams) -> torch.device:
     """Set PyTorch's threads, determinism and seed; returns the device. Raises UserError where it is not available."""
     device = choose_device(params.device, field="train.device")
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        _keep_freed_memory()
     torch.set_num_threads(params.cpu_threads or num_cores())
     # the call imports PyTorch's compiler (1.5 s), and lenet on the CPU has no operation to which the setting applies
     if params.deterministic and (device.type != "cpu" or params.model != "lenet"):
@@ -35,6 +39,17 @@ def prepare_torch(params: TrainParams) -> torch.device:
         torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(params.seed)
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep up to 1 GB that was freed, which each step would return and take again page by page.
+
+    Without it, a training of lenet on 2 cores takes 5 % longer (median of 7 runs in turn, AMD EPYC).
+    """
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(mmap_threshold, 2**25)  # the largest value allowed: larger tensors are returned all the same
+    mallopt(trim_threshold, 2**30)
 
 
 def gpu_uuids(device: torch.device, *, processes: int) -> list[str]:

@@ -239,7 +239,7 @@ def average_gradients(network: nn.Module) -> Any:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the sum over all ranks, the same bits in each, so that all select and stop alike."""
+    """Replace the values by their sum over all ranks, the same bits in each of them, and return them."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values

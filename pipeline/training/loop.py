@@ -91,16 +91,19 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
                         state.learning_rate = learning_rate(state.step, steps_per_epoch=steps_per_epoch, params=params)
                         set_learning_rate(state.optimizers, state.learning_rate)
                         # forward
-                        if num_ranks > 1:  # a checkpoint holds the random state of rank 0 only
+                        if (
+                            num_ranks > 1
+                        ):  # each rank has its own dropout, and a checkpoint the random state of rank 0 only
                             seed_dropout(params.seed, epoch=epoch, number=state.step * num_ranks + distributed.rank())
                         with autocast(params.mixed_precision, device=state.device):
                             logits = network(images)
                         loss = criterion(logits.float(), labels)
-                        # account: sums over the images of all ranks
-                        loss_sum = distributed.sum_over_ranks(loss.detach() * len(labels))
-                        state.loss_sum += loss_sum
+                        # add to the epoch's sums over the images of all ranks
+                        batch_loss_sum = distributed.sum_over_ranks(loss.detach() * len(labels))
+                        state.loss_sum += batch_loss_sum
                         state.num_correct += distributed.sum_over_ranks((logits.detach().argmax(1) == labels).sum())
-                        loss = guard.watch(loss, mean_over_ranks=loss_sum / params.batch_size)
+                        # a non-finite loss raises here or, on a GPU, makes the update below do nothing
+                        loss = guard.watch(loss, mean_over_ranks=batch_loss_sum / params.batch_size)
                         # backward
                         classifier.zero_grad(set_to_none=True)
                         state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -114,7 +117,7 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
                             state.scaler.step(optimizer)
                         state.scaler.update()
                         state.step, state.position = state.step + 1, state.position + 1
-                        if state.lookahead:
+                        if state.lookahead:  # train.average_every_steps
                             state.lookahead.step(state.step, total=params.epochs * steps_per_epoch)
                         # log
                         if state.step % params.log_every_steps == 0:
@@ -124,15 +127,15 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
                     saver.save_if_due()
             # validate
             guard.raise_if_non_finite()
-            num_images = len(batches) * params.batch_size
-            images_per_second = num_images / (time.perf_counter() - state.epoch_start)
+            num_train_images = len(batches) * params.batch_size
+            images_per_second = num_train_images / (time.perf_counter() - state.epoch_start)
             distributed.broadcast_buffers(classifier)
             with autocast(params.mixed_precision, device=state.device):
                 validation_loss, validation_accuracy = validate(classifier, validation_split, loss=params.loss)
             check_validation_loss(validation_loss, epoch=epoch, params=params)
             # keep the best
             with saver.whole_step():
-                state.finish_epoch(validation_loss, validation_accuracy, num_images=num_images)
+                state.finish_epoch(validation_loss, validation_accuracy, num_train_images=num_train_images)
                 kept = select_epoch(state.history, selection=params.selection, num_images=num_validation)
                 if kept.epoch == epoch:
                     state.best = copy_weights(classifier)

@@ -65,7 +65,7 @@ class CheckpointSaver:
 
     @contextmanager
     def whole_step(self) -> Iterator[None]:
-        """Let SIGTERM and Ctrl-C wait until the block is complete; where the block fails, they are dropped."""
+        """Let SIGTERM and Ctrl-C wait until the block is complete; where it fails, these signals are dropped."""
         self._is_in_step = True
         try:
             yield

@@ -58,9 +58,9 @@ class TrainingState:
         self.num_correct.zero_()
         self.epoch_start = time.perf_counter()
 
-    def finish_epoch(self, validation_loss: float, validation_accuracy: float, *, num_images: int) -> None:
-        """Append the epoch to the history; it trained on `num_images` images."""
-        train_loss, train_accuracy = self.loss_sum.item() / num_images, self.num_correct.item() / num_images
+    def finish_epoch(self, validation_loss: float, validation_accuracy: float, *, num_train_images: int) -> None:
+        """Append the epoch to the history; it trained on `num_train_images` images."""
+        train_loss, train_accuracy = self.loss_sum.item() / num_train_images, self.num_correct.item() / num_train_images
         self.history.append(
             Epoch(
                 epoch=len(self.history) + 1,
