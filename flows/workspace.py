@@ -16,6 +16,7 @@ from flows.dvc_client import DvcClient, OnLine, StepError, describe_exit, start_
 from flows.dvc_protocol import Outcome
 from flows.git import apply_difference, find_repository, git_identity, take_snapshot
 from flows.workspace_folders import own_folder
+from pipeline.artifacts import ARTIFACTS
 from pipeline.core.errors import UserError
 from pipeline.core.git import environment as git_environment
 from pipeline.core.git import git, read_committed
@@ -137,6 +138,8 @@ def open_recorded(
         git(top, "read-tree", "-u", "--reset", commit)
         if difference:
             apply_difference(difference, top, commit=commit)
+        # DVC puts the files of plots into an experiment's commit, and then refuses them as outputs that git tracks
+        git(clone, "rm", "-r", "--cached", "--quiet", "--ignore-unmatch", "--", str(ARTIFACTS))
         params: Mapping[str, Any] = read_yaml(clone / PARAMS_FILE)
         return params
 

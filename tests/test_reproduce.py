@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flows import reproduce, workspace, workspace_folders
-from flows.dvc_state import cache_folder, cached_path
+from flows.dvc_state import cache_folder, cached_path, experiment_refs
 from pipeline.artifacts import file_md5
 from pipeline.core.errors import UserError
 from pipeline.core.git import git
@@ -79,6 +79,13 @@ def test_a_run_comes_out_the_same_again(again: tuple[int, str], run: Run) -> Non
     assert (copy.tags["model.md5"], copy.tags["reproduction.result"]) == (run.tags["model.md5"], "identical")
     assert "dvc.experiment" not in copy.tags
     assert find_or_create_run(run.tags["model.md5"], experiment="digits")[0].run_id == run.run_id
+
+
+def test_an_experiment_is_reproduced_by_its_name(project: Path) -> None:
+    name = experiment_refs(project)[0].rpartition("/")[2]
+    result = from_cache(project, reproduce.find(project, name))
+    assert result.identical
+    assert len(result.stages) == 4
 
 
 def test_another_package_version_or_hardware_is_named(

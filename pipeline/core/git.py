@@ -25,6 +25,7 @@ DIFF = (
     "--inter-hunk-context=0",
 )
 """What `git apply` can take at the top of the repository, whatever the user's settings for diffs."""
+NO_OUTPUTS = ":(exclude)artifacts"  # a pathspec without the stages' outputs
 CODE = "pipeline/*.py"
 """Which untracked files count as uncommitted changes: a stage may import them."""
 _MISLEADING = (
@@ -136,13 +137,13 @@ class CodeState:
 def code_state(folder: Path, *, tracked: str) -> CodeState:
     """Return which code is in the folder, by a repository that has the file `tracked` of that folder; raises nothing.
 
-    Of a larger repository, changes below the folder count alone.
+    Of a larger repository, changes below the folder count alone; the stages' outputs do not count.
     """
     commit = None
     try:
         commit = check_committed(folder, tracked)
         _check_all_compared(folder)
-        return CodeState(commit, output(folder, *DIFF, "HEAD", "--", ".") + _untracked_code(folder))
+        return CodeState(commit, output(folder, *DIFF, "HEAD", "--", ".", NO_OUTPUTS) + _untracked_code(folder))
     except UserError as error:
         return CodeState(commit, None, str(error))
 
