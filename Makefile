@@ -49,7 +49,7 @@ run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epoc
 	@$(BIN)/python -m flows.train_classifier $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER") \
 	    $(foreach value,$(SET),--set "$(value)")
 
-test: $(INSTALLED_DEV) ## run all tests (9 minutes on 2 cores)
+test: $(INSTALLED_DEV) ## run all tests (10 minutes on 2 cores)
 	$(BIN)/python -m pytest $(or $(PYTEST),$(WORKERS) 3)
 
 test-quick: $(INSTALLED_DEV) ## run the tests without servers and trainings in processes of their own (75 seconds)
