@@ -35,11 +35,11 @@ from flows.workspace import EXPERIMENT_LABEL, made_store
 from flows.workspace_folders import FOLDER, find_leftovers, is_held, remove_leftovers
 from pipeline.core.errors import TemporaryError, UserError, first_line, report_errors
 from pipeline.core.processes import HOST, PID, life, this_process
+from pipeline.core.project import pipeline_cache_folder
 
 PROJECT_LABEL = "process.project"
 RUN_COUNT_LABEL = "process.run_count"
 LIVE = {"state": {"type": {"any_": [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]}}}
-CHECKPOINTS = Path(".cache/checkpoints")
 CHECKPOINT_DAYS = 14
 MAX_SILENCE = timedelta(hours=1)
 """How long a flow run may be live without a record of its process before it is reported."""
@@ -163,11 +163,11 @@ def workspaces(project: Path) -> Iterator[Finding]:
 
 def checkpoints(project: Path) -> Iterator[Finding]:
     """Find checkpoints that no training has resumed for long: code, data or parameters have changed since."""
-    for lock in sorted((project / CHECKPOINTS).glob("*.lock")):
+    for lock in sorted((pipeline_cache_folder(project) / "checkpoints").glob("*.lock")):
         folder = lock.with_suffix("")
         newest = max(path.stat().st_mtime for path in [lock, *folder.glob("*")])
         if time.time() - newest > CHECKPOINT_DAYS * 24 * 3600:
-            name = folder.relative_to(project)
+            name = folder.relative_to(project) if folder.is_relative_to(project) else folder
             what = f"{name}, the checkpoints of a training, are older than {CHECKPOINT_DAYS} days"
             yield Finding(what, "removed", partial(_remove_checkpoints, lock))
 

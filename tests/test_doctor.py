@@ -303,7 +303,7 @@ def test_a_flow_run_ends_when_its_worker_was_killed() -> None:
 
 
 def test_checkpoints_that_nobody_resumed_for_long_are_removed(project: Path) -> None:
-    folder = project / doctor.CHECKPOINTS
+    folder = project / ".cache/checkpoints"
     for name, days in {"old": 15, "young": 13}.items():
         (folder / name).mkdir(parents=True)
         for path in (folder / name / "step-1", folder / f"{name}.lock"):
