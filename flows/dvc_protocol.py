@@ -1,8 +1,8 @@
 """The messages between a flow run (`dvc_client`) and its DVC process (`dvc_worker`): one JSON object a line.
 
 The client writes a `Request` to the worker's standard input and reads the worker's standard output up to one `Answer`.
-All other lines there are the output of the stages and of DVC, in order; MARK as the first character tells an answer
-from them. The worker handles one request after the other, and ends when its standard input ends.
+All other lines there are the output of the stages and of DVC, in order; MARK as the first character marks an answer.
+The worker handles one request after the other, and ends when its standard input ends.
 
 What a step itself reports (its MLflow run) does not pass through here: `pipeline.core.results`.
 """

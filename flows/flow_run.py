@@ -120,12 +120,15 @@ def summarize(workspace: Workspace, steps: Sequence[Step], *, start: float) -> S
 
 
 def _find_run_of_model(workspace: Workspace) -> str | None:
-    """Find the MLflow run that made the model, by the model's hash: it came from the cache, or its code is old."""
+    """Find the MLflow run that made the model, by the model's hash.
+
+    Needed where the model came from the cache, or the stage's code is too old to hand over its run.
+    """
     model = workspace.folder / TRAIN / "best.safetensors"
     if not model.exists():
         return None
     used_by = ["--used-by", str(runtime.flow_run.id), workspace.experiment]
-    # a process of its own: to find the run, MLflow reads where its store is from environment variables
+    # a process of its own keeps the store that MLflow connects to, which is global to a process, out of the flow's
     command = [sys.executable, "-m", "flows.trace", file_md5(model), *used_by]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -45,7 +45,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 @dataclass(frozen=True)
 class Server:
-    """A server process of ours; `started` (`core.processes.start_of`) tells it from a later owner of its process id."""
+    """A server process of ours; a later owner of its process id has another `started` (`core.processes.start_of`)."""
 
     pid: int
     started: str

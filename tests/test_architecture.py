@@ -52,7 +52,7 @@ ONLY_IN = {
 READ_ENVIRONMENT = {
     "pipeline/core/settings.py",
     "pipeline/core/git.py",  # passes the environment on to git and DVC, without what a git hook sets
-    "pipeline/training/distributed.py",  # the variables by which torchrun tells a process its rank
+    "pipeline/training/distributed.py",  # the variables in which torchrun passes a process its rank
 }
 """The modules of the pipeline that may read environment variables."""
 WRITE_ENVIRONMENT = {

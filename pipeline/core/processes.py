@@ -19,7 +19,7 @@ Life = Literal["alive", "dead", "elsewhere", "unknown"]
 
 
 def this_process() -> dict[str, str]:
-    """Return this process's record: host, process id and start, which tells it from a later owner of its id."""
+    """Return this process's record: host, process id and start; a later owner of the id has another start."""
     return {HOST: socket.gethostname(), PID: str(os.getpid()), STARTED: start_of(os.getpid())}
 
 

@@ -50,7 +50,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 def error_code(error: sqlite3.Error) -> int:
     """Return the primary code of an error, such as `sqlite3.SQLITE_BUSY`; 0 where Python itself found the mistake."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the other bits tell kinds of that error apart
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the other bits are the kind of that error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ def explain(
     `sections` maps the name of each section to its model; a field in `overridden` is reported as an override.
     """
     problems = error.errors()
-    # a mistyped key is missing, too: the key that was typed tells more
+    # a mistyped key also counts as missing: the key that was typed is the better message
     problem = next((found for found in problems if found["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function"))
     origin = "override" if where in overridden else origin
