@@ -1,5 +1,6 @@
 """A sqlite store is made and migrated as a whole or not at all; what cannot be migrated is named and stays."""
 
+import importlib.util
 import os
 import shutil
 import sqlite3
@@ -8,8 +9,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow.store.db.utils
 import prefect
@@ -102,6 +105,15 @@ def test_the_revisions_are_those_of_alembic() -> None:
         known, newest = revisions(tool)
         assert [newest] == script.get_heads()
         assert known == {found.revision for found in script.walk_revisions()}
+
+
+def test_a_migration_that_merges_two_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "__init__.py").touch()
+    for revision, previous in {"a": None, "b": "a", "c": "a", "d": ("b", "c")}.items():
+        text = f"revision: str = {revision!r}\ndown_revision: tuple[str, str] = {previous!r}\n"
+        (tmp_path / f"{revision}_change.py").write_text(text)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    assert revisions(replace(MLFLOW, versions=".")) == (frozenset("abcd"), "d")
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ neither can open again. So they work on a copy beside the file, which is renamed
   of that mode first, which fails while another process has it open.
 """
 
-import ast
 import errno
 import fcntl
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -143,22 +143,21 @@ def revisions(tool: Tool) -> tuple[frozenset[str], str]:
     assert spec.origin
     known, replaced = set[str](), set[str]()
     for script in (Path(spec.origin).parent / tool.versions).glob("[!_]*.py"):
-        values = _assigned(script)
-        known.add(values["revision"])
-        previous = values["down_revision"]
-        replaced.update([previous] if isinstance(previous, str) else previous or ())
+        source = script.read_text(encoding="utf-8")
+        known.update(_constants("revision", source))
+        replaced.update(_constants("down_revision", source))
     [newest] = known - replaced
     return frozenset(known), newest
 
 
-def _assigned(script: Path) -> dict[str, str]:
-    """The constants that say which revision a migration leads from and to."""
-    values = {}
-    for node in ast.parse(script.read_bytes()).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(target, ast.Name) and target.id in {"revision", "down_revision"}:
-            values[target.id] = ast.literal_eval(node.value)  # type: ignore[attr-defined]
-    return values
+def _constants(name: str, source: str) -> list[str]:
+    """Return the strings that a migration assigns to `name`: one, a tuple of them, or none.
+
+    `ast.parse` would fail now and then: in Python 3.11.7 and before, two threads cannot call it at the same time.
+    """
+    assigned = re.search(rf"^{name}\b[^=\n]*=\s*(\([^)]*\)|.*)", source, re.MULTILINE)
+    assert assigned, name
+    return re.findall(r"""["'](\w+)["']""", assigned[1])
 
 
 def _make(path: Path, copy: Path, *, tool: Tool, migrate: Callable[[Path], None]) -> None:
