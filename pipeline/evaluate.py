@@ -11,6 +11,7 @@ from pipeline.core.processes import num_cores
 from pipeline.core.results import StepResult, write_result
 from pipeline.evaluation import plots
 from pipeline.evaluation.metrics import Evaluation, evaluate
+from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.models.files import load_model
 from pipeline.models.inference import logits_of
 from pipeline.params import load_params
@@ -32,6 +33,7 @@ def main() -> None:
         md5 = verify(TRAIN, sorted({"model.json", MODEL, f"{params.checkpoint}.safetensors"}))
         info = DatasetInfo.read()
         device = choose_device(params.device, field="evaluate.device")
+        use_cpu_kernels(params.cpu_kernels, field="evaluate.cpu_kernels")
         torch.set_num_threads(params.cpu_threads or num_cores())
         classifier, config = load_model(TRAIN, checkpoint=params.checkpoint)
         if config.class_names != info.class_names:

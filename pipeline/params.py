@@ -43,6 +43,7 @@ Channels = Literal[1, 3]
 Resize = Literal["crop", "pad", "stretch"]
 Views = Literal["none", "mirror", "mirror_and_shift"]
 Selection = Literal["highest_accuracy", "latest_equivalent"]
+CpuKernels = Literal["portable", "native"]
 Flag = Annotated[bool, Field(strict=True)]
 
 
@@ -207,6 +208,10 @@ class TrainParams(Section):
     cpu_threads: Annotated[Count, Field(ge=0)] = Field(
         description="threads on the CPU; sums depend on it, so the same number gives the same bits; 0: one a core"
     )
+    cpu_kernels: CpuKernels = Field(
+        description="portable: PyTorch's AVX2 kernels, with the same bits on every x86-64 CPU that has AVX2, Intel or "
+        "AMD; native: all that this CPU has, faster where it has AVX-512. Code that `compile` makes is native"
+    )
     deterministic: Flag = Field(description="ask for deterministic kernels; slower on cuda")
     checkpoint_every_minutes: Annotated[Number, Field(gt=0)] = Field(
         description="write a checkpoint this often in a long epoch, besides one at the end of each epoch"
@@ -247,6 +252,7 @@ class EvaluateParams(Section):
     batch_size: Annotated[Count, Field(ge=1)] = Field(description="images at a time; does not change the result")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
     cpu_threads: Annotated[Count, Field(ge=0)] = Field(description="threads on the CPU; 0: one a core")
+    cpu_kernels: CpuKernels = Field(description="portable: the same bits on every x86-64 CPU; as in train")
     test_time_augmentation: Views = Field(
         description="mean of the logits over views: the image and its mirror image, and these shifted by a pixel"
     )

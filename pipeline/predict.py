@@ -27,7 +27,8 @@ from pipeline.core.errors import PartialError, UserError, escape_control_chars, 
 from pipeline.core.processes import num_cores
 from pipeline.images.decode import MAX_FILE_BYTES, UnreadableImage, check_suffix, decode
 from pipeline.models.config import ModelConfig
-from pipeline.models.files import load_model
+from pipeline.models.cpu_kernels import use_cpu_kernels
+from pipeline.models.files import load_config, load_model
 from pipeline.models.inference import class_probabilities
 
 BATCH_SIZE = 32
@@ -113,6 +114,7 @@ def main() -> None:
         torch.set_num_threads(num_cores())  # PyTorch's own default knows no container's quota
         folder = _model_folder(arguments.model)
         _verify_model(folder)
+        use_cpu_kernels(load_config(folder).cpu_kernels, field="cpu_kernels of the model")
         unreadable = 0
         for prediction in predict(arguments.images, folder=folder):
             if prediction.unreadable:

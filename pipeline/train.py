@@ -21,6 +21,7 @@ from pipeline.core.stage_code import code_md5
 from pipeline.models.airbench import Airbench
 from pipeline.models.build import Classifier, build, memory_format, try_training
 from pipeline.models.config import ModelConfig, configure
+from pipeline.models.cpu_kernels import cpu_kernels_in_use
 from pipeline.models.files import save_config, save_weights
 from pipeline.models.pretrained import load_pretrained
 from pipeline.params import Params, TrainParams, load_params
@@ -80,7 +81,7 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
                 experiment=info.dataset,
                 params=all_params.flat(),
                 dataset=describe_dataset(info.dataset, source=all_params.download.origin, digest=info.md5),
-                hardware=_hardware(device),
+                hardware=_hardware(params, device),
                 training=training,
                 earlier=start.state["mlflow"] if start else None,
             ) as run,
@@ -155,10 +156,11 @@ def _read_split(name: str, params: TrainParams, info: DatasetInfo, *, device: to
     return Split.read(name, info=info, device=device, window_bytes=params.window_megabytes * 2**20)
 
 
-def _hardware(device: torch.device) -> dict[str, str]:
+def _hardware(params: TrainParams, device: torch.device) -> dict[str, str]:
     """Return what the last bits of a model depend on, besides code, data and parameters."""
     return {
         "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu_kernels": cpu_kernels_in_use(params),
         "threads": str(torch.get_num_threads()),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.replace("cpu", "none"),
     }

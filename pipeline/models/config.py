@@ -5,7 +5,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from pipeline.arrays import DatasetInfo
-from pipeline.params import Channels, Resize, TrainParams
+from pipeline.params import Channels, CpuKernels, Resize, TrainParams
 
 
 class ModelConfig(BaseModel):
@@ -23,6 +23,7 @@ class ModelConfig(BaseModel):
     resize: Resize
     mean: tuple[FiniteFloat, ...]
     std: tuple[FiniteFloat, ...]
+    cpu_kernels: CpuKernels = "native"  # models trained before the choice existed
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -51,4 +52,5 @@ def configure(params: TrainParams, info: DatasetInfo) -> ModelConfig:
         resize=info.resize,
         mean=info.mean,
         std=info.std,
+        cpu_kernels=params.cpu_kernels,
     )

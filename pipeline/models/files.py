@@ -24,18 +24,23 @@ def save_config(config: ModelConfig, folder: Path) -> None:
     write_json(folder / "model.json", config.model_dump(mode="json"))
 
 
+def load_config(folder: Path) -> ModelConfig:
+    """Return the content of `model.json`; raises UserError where it is missing or damaged."""
+    path = folder / "model.json"
+    try:
+        return ModelConfig.model_validate(read_json(path))
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: damaged ({error.errors()[0]['msg']}); `dvc repro train --force` makes it again"
+        ) from None
+
+
 def load_model(folder: Path, *, checkpoint: str = "best") -> tuple[Classifier, ModelConfig]:
     """Return the network of `<checkpoint>.safetensors` and `model.json`, in evaluation mode, on the CPU.
 
     Raises UserError where a file is missing or damaged.
     """
-    path = folder / "model.json"
-    try:
-        config = ModelConfig.model_validate(read_json(path))
-    except ValidationError as error:
-        raise UserError(
-            f"{path}: damaged ({error.errors()[0]['msg']}); `dvc repro train --force` makes it again"
-        ) from None
+    config = load_config(folder)
     classifier = build(config)
     weights = folder / f"{checkpoint}.safetensors"
     try:

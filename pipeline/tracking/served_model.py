@@ -1,5 +1,6 @@
 """What MLflow loads and serves: the recorded weights behind `predict` (see model_code.py for how it gets there)."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 
 from pipeline.artifacts import Images
-from pipeline.models.files import load_model
+from pipeline.core.errors import UserError
+from pipeline.models.cpu_kernels import use_cpu_kernels
+from pipeline.models.files import load_config, load_model
 from pipeline.models.inference import class_probabilities
 
 MAX_PIXEL = 255
@@ -43,7 +46,12 @@ class ServedModel(PythonModel):
     """
 
     def load_context(self, context: Any) -> None:
-        self.network, self.config = load_model(Path(context.artifacts["weights"]).parent)
+        folder = Path(context.artifacts["weights"]).parent
+        try:
+            use_cpu_kernels(load_config(folder).cpu_kernels, field="cpu_kernels of the model")
+        except UserError as error:  # an application that already uses PyTorch is served all the same
+            logging.getLogger(__name__).warning("%s", error)
+        self.network, self.config = load_model(folder)
 
     # MLflow reads the hints at run time: this one, without type arguments, tells it to leave the input as it is
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> pd.DataFrame:  # noqa: ARG002

@@ -8,6 +8,7 @@ import torch
 
 from pipeline.core.errors import UserError
 from pipeline.core.processes import num_cores
+from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.params import TrainParams
 
 
@@ -28,10 +29,14 @@ def choose_device(name: str, *, field: str) -> torch.device:
 
 
 def prepare_torch(params: TrainParams) -> torch.device:
-    """Set PyTorch's threads, determinism and seed; returns the device. Raises UserError where it is not available."""
+    """Set PyTorch's kernels on the CPU, threads, determinism and seed; returns the device.
+
+    Raises UserError where the device is not available, or PyTorch has already chosen other kernels.
+    """
     device = choose_device(params.device, field="train.device")
     if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
         _keep_freed_memory()
+    use_cpu_kernels(params.cpu_kernels, field="train.cpu_kernels")
     torch.set_num_threads(params.cpu_threads or num_cores())
     # the call imports PyTorch's compiler (1.5 s), and lenet on the CPU has no operation to which the setting applies
     if params.deterministic and (device.type != "cpu" or params.model != "lenet"):

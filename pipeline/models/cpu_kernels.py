@@ -1,0 +1,50 @@
+"""Which of PyTorch's kernels compute on the CPU: those with the same bits on every x86-64 CPU, or the fastest ones.
+
+PyTorch and its libraries choose kernels by the CPU's instruction set and maker, and the last bits differ between them.
+"""
+
+import os
+import platform
+
+import torch
+
+from pipeline.core.errors import UserError
+from pipeline.params import CpuKernels, TrainParams
+
+PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
+"""The environment variables by which PyTorch and its libraries compute the same bits on every x86-64 CPU with AVX2.
+
+`MKL_CBWR=AVX2` would not do: on AMD, MKL takes another path then.
+"""
+
+
+def use_cpu_kernels(choice: CpuKernels, *, field: str) -> None:
+    """Choose the kernels on the CPU; must be called before PyTorch's first operation in this process.
+
+    Prints a warning where the choice is `portable`, and this CPU has no AVX2.
+    Raises UserError naming `field` where the choice is `portable`, and PyTorch has already chosen others.
+    """
+    if choice == "native":
+        return
+    if not torch.cpu._is_avx2_supported():  # get_capabilities is public, but newer than PyTorch 2.11
+        print(
+            f"warning: {field} is portable, but this CPU ({platform.machine()}) has no AVX2: the last bits will differ "
+            "from those that other CPUs compute",
+            flush=True,
+        )
+        return
+    os.environ |= PORTABLE  # read at the first operation
+    found = torch.backends.cpu.get_cpu_capability()
+    if found != "AVX2":
+        raise UserError(
+            f"{field} is portable, but PyTorch already computes with {found} in this process; do this before its first "
+            "operation (in a notebook: restart, and call prepare_torch first), or choose native"
+        )
+
+
+def cpu_kernels_in_use(params: TrainParams) -> str:
+    """Return which kernels compute on the CPU, and what that means for the bits, for the records."""
+    if params.cpu_kernels == "portable" and not params.compile and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return "portable"
+    reason = "train.compile" if params.compile else "no AVX2" if params.cpu_kernels == "portable" else "as chosen"
+    return f"native ({reason}): another kind of CPU computes other bits"

@@ -1,0 +1,1 @@
+"""Checks that a portable training has the same bits on other CPUs (`make check-bits`)."""

@@ -1,0 +1,130 @@
+"""Train networks for a few steps, evaluate them, and print the hashes as JSON.
+
+`python -m tests.bits.training portable|native NETWORK…` prints a line for each network with 1 and with 2 threads.
+It imports little, since an emulated processor takes a minute for PyTorch alone.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+
+from pipeline.arrays import Split
+from pipeline.core.yaml import read_yaml
+from pipeline.evaluation.metrics import evaluate
+from pipeline.models.airbench import Airbench
+from pipeline.models.build import build, memory_format
+from pipeline.models.config import ModelConfig
+from pipeline.models.inference import logits_of
+from pipeline.params import TrainParams, check_params
+from pipeline.training.device import prepare_torch
+from pipeline.training.initialize import initialize_from_images
+from pipeline.training.loop import train
+
+DEFAULTS = read_yaml(Path(__file__).parents[2] / "params.yaml")
+CLASS_NAMES = tuple("abcdefghij")
+NUM_EVALUATED = 20
+MEAN = STD = (0.5, 0.25, 0.3)
+NETWORKS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
+    "lenet": (10, {"batch_size": 32, "flip": True}),
+    "airbench": (1, {"batch_size": 16, "learning_rate": 0.1, "average_every_steps": 1}),
+    "resnet18": (1, {"batch_size": 8}),
+}
+"""By network: how many steps, and the parameters that differ from the committed ones."""
+
+
+@dataclass(frozen=True)
+class Bits:
+    """What a training gave, and the processor as PyTorch sees it."""
+
+    network: str
+    threads: int
+    cpu: str
+    capability: str
+    weights: str
+    """The MD5 of the weights as safetensors, which hold parameters and the statistics of batch normalization."""
+    evaluation: str
+    """The MD5 of the logits, the metrics and the predictions."""
+
+
+def bits(network: str, *, kernels: str, threads: int) -> Bits:
+    """Train the network on drawn images by the committed parameters but for `NETWORKS`, and evaluate it on others."""
+    num_steps, changes = NETWORKS[network]
+    params = _params({**changes, "model": network, "cpu_kernels": kernels, "cpu_threads": threads, "epochs": 1})
+    prepare_torch(params)
+    train_split, other_split = _split(num_steps * params.batch_size, seed=0), _split(NUM_EVALUATED, seed=1)
+    config = _config(params)
+    classifier = build(config)
+    if isinstance(classifier.network, Airbench):
+        initialize_from_images(classifier, train_split, seed=params.seed)
+    classifier.to(memory_format=memory_format(params))
+    train(classifier, params=params, train_split=train_split, validation_split=other_split)
+    logits = logits_of(classifier, other_split, batch_size=len(other_split))
+    evaluation = evaluate(
+        logits, other_split.labels.numpy(), loss=params.loss, class_names=CLASS_NAMES, top_k=5, duplicates=()
+    )
+    text = json.dumps([evaluation.metrics, evaluation.per_class, evaluation.predictions])
+    return Bits(
+        network,
+        threads,
+        cpu=_cpu(),
+        capability=torch.backends.cpu.get_cpu_capability(),
+        weights=_md5(save({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()})),
+        evaluation=_md5(logits.numpy().tobytes() + text.encode()),
+    )
+
+
+def _params(changes: Mapping[str, Any]) -> TrainParams:
+    values = {**DEFAULTS, "train": {**DEFAULTS["train"], **changes}}
+    return check_params(values, origin="tests/bits/training.py").train
+
+
+def _split(count: int, *, seed: int) -> Split:
+    generator = np.random.default_rng(seed)
+    images = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    return Split.of(images, np.arange(count, dtype=np.int64) % len(CLASS_NAMES), mean=MEAN, std=STD)
+
+
+def _config(params: TrainParams) -> ModelConfig:
+    return ModelConfig(
+        model=params.model,
+        weights=None,
+        loss=params.loss,
+        class_names=CLASS_NAMES,
+        image_size=32,
+        input_size=None,
+        channels=3,
+        resize="crop",
+        mean=MEAN,
+        std=STD,
+    )
+
+
+def _cpu() -> str:
+    """Return the processor's name where PyTorch can tell it (from 2.12 on)."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return "unknown"
+    return str(torch.cpu.get_capabilities()["cpu_name"])
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def main() -> None:
+    """Print the bits of each network with 1 and with 2 threads, as they are computed."""
+    kernels, *networks = sys.argv[1:]
+    for network in networks:
+        for threads in (1, 2):
+            print(json.dumps(asdict(bits(network, kernels=kernels, threads=threads))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
