@@ -32,7 +32,7 @@ export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help run test test-quick faults bench check lint format types experiments ui worker prefect-env stop install lock \
+.PHONY: help run test test-quick faults check-bits bench check lint format types experiments ui worker prefect-env stop install lock \
     audit clean
 
 help: ## list the targets
@@ -57,6 +57,9 @@ test-quick: $(INSTALLED_DEV) ## run the tests without servers and trainings in p
 
 faults: $(INSTALLED_DEV) ## kill trainings 200 times, all over their lives, and compare what comes out (10 minutes)
 	@$(BIN)/python -m tests.faults.harness --kills 200
+
+check-bits: $(INSTALLED_DEV) ## compare the bits of short trainings with those on emulated CPUs; needs qemu-user (20 minutes)
+	@$(BIN)/python -m tests.bits.check
 
 bench: $(INSTALLED_DEV) ## measure against what people would use instead (CPU; an hour)
 	@$(BIN)/python -m benchmarks $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER")

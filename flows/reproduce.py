@@ -36,6 +36,7 @@ from pipeline.tracking.store_uri import tracking_uri
 
 MODEL = "best.safetensors"
 STAGES = (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE)
+PARTS = ("cpu", "cpu_kernels", "gpu")
 Hashes = Mapping[str, str]
 
 
@@ -146,9 +147,10 @@ def reproduce(project: Path, run: Run, *, from_cache: bool, keep: bool) -> Repro
         has_run = any(stage.outcome == "ran" for stage in stages if stage.stage in (TRAIN.name, EVALUATE.name))
         model = workspace.folder / TRAIN / MODEL
         again = _find_new_run(run, handed_over=workspace.mlflow_run_id, model=model, since=since) if has_run else None
+    differs = any(stage.differences for stage in stages)
     result = Reproduction(
         stages,
-        tuple(_environment_differences(run, again)) if again else None,
+        (*_environment_differences(run, again), *(_reasons(run, again) if differs else ())) if again else None,
         damaged,
         again.run_id if again else workspace.mlflow_run_id,
     )
@@ -246,6 +248,16 @@ def _environment_differences(run: Run, again: Run) -> Iterator[str]:
         if run.tags.get(tag) != again.tags[tag]:
             part = tag.removeprefix(HARDWARE)
             yield f"hardware    {part}: was {run.tags.get(tag, 'not recorded')}, is {again.tags[tag]}"
+
+
+def _reasons(run: Run, again: Run) -> Iterator[str]:
+    """Yield why a model has other bits, where it was trained on another CPU or GPU."""
+    was, now = ({part: record.tags.get(f"{HARDWARE}{part}", UNKNOWN) for part in PARTS} for record in (run, again))
+    if was["cpu"] != now["cpu"] and was["cpu_kernels"] != "portable":
+        kernels = "of a run before they could be chosen" if was["cpu_kernels"] == UNKNOWN else was["cpu_kernels"]
+        yield f"reason      the kernels on the CPU were {kernels}, and the CPU is another one"
+    if was["gpu"] != now["gpu"]:
+        yield "reason      another GPU, or a CPU in place of one, computes other bits"
 
 
 def _packages(text: bytes | None) -> dict[str, str]:

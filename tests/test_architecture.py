@@ -60,7 +60,7 @@ WRITE_ENVIRONMENT = {
     "pipeline/core/network.py",  # NO_PROXY, for the clients of MLflow and Prefect
     "pipeline/tracking/store.py",  # MLflow's variables that have no function
     "pipeline/training/distributed.py",  # torchrun's and NCCL's
-    "pipeline/models/cpu_kernels.py",
+    "pipeline/models/cpu_kernels.py",  # PyTorch's, before its first operation
     "pipeline/training/device.py",  # cuBLAS's, before its first call
 }
 """The modules of the pipeline that may set environment variables, for which library."""

@@ -10,6 +10,7 @@ from tests.conftest import DEFAULTS, PROJECT, write_normalized
 
 CODE = re.findall(r"```python\n(.*?)```", (PROJECT / "docs/notebook.md").read_text(), re.DOTALL)[0]
 CHECKS = """
+import torch
 import sys
 assert images.dtype == torch.float32 and images.shape[1:] == (3, 32, 32) and labels.dtype == torch.int64
 assert probabilities.shape == (len(validation_split), 3) and abs(probabilities.sum(1) - 1).max() < 1e-5

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from pipeline import predict as module
 from pipeline.artifacts import replace_folder
 from pipeline.core.errors import EXIT_PARTIAL, EXIT_PIPE
 from pipeline.models.build import build
+from pipeline.models.cpu_kernels import PORTABLE
 from pipeline.models.files import save_config, save_weights
 from pipeline.predict import BATCH_SIZE, main, predict
+from pipeline.tracking import served_model
 from tests.conftest import PROJECT, coloured_images
 from tests.raw_folders import encoded, noise
 from tests.test_model import config
@@ -25,7 +28,7 @@ from tests.test_model import config
 @pytest.fixture
 def model(workspace: Path) -> Path:
     """A LeNet whose last layer always favours "b"."""
-    chosen = config(classes=3, class_names=("a", "b", "c"))
+    chosen = config(classes=3, class_names=("a", "b", "c"), cpu_kernels="portable")
     classifier = build(chosen)
     with torch.no_grad():
         classifier.network[11].bias.copy_(torch.tensor([0.0, 5.0, 1.0]))  # type: ignore[index]
@@ -210,3 +213,31 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(model: Path) -> None:
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == EXIT_PIPE
+
+
+KERNELS = {
+    "predict": "import sys; from pipeline.predict import main; sys.argv[1:] = ['photo.png']; main()",
+    "served": "from types import SimpleNamespace as S; from pipeline.tracking.served_model import ServedModel; "
+    "ServedModel().load_context(S(artifacts={'weights': 'artifacts/train/best.safetensors'}))",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", KERNELS)
+@pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="this CPU has no AVX2")
+def test_the_kernels_are_those_that_the_model_was_trained_with(model: Path, way: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in PORTABLE}
+    code = f"{KERNELS[way]}; import os; print(*sorted(set({set(PORTABLE)}) & os.environ.keys()))"
+    environment["PYTHONPATH"] = str(PROJECT)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == [" ".join(sorted(PORTABLE))], done.stderr
+
+
+def test_an_application_that_computes_with_other_kernels_is_warned(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    served_model.ServedModel().load_context(SimpleNamespace(artifacts={"weights": str(model / "best.safetensors")}))
+    assert "cpu_kernels of the model is portable, but PyTorch already computes with AVX512" in caplog.text

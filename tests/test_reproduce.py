@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,23 @@ def test_another_package_version_or_hardware_is_named(
         "environment torch: was 2.11.0, is 2.15.0",
         f"hardware    cpu: was abacus, is {copy.tags['hardware.cpu']}",
     ]
+
+
+@pytest.mark.parametrize(
+    ("tags", "words"),
+    [
+        ({"hardware.cpu_kernels": "native (as chosen): x"}, ["kernels on the CPU were native"]),
+        ({"hardware.cpu_kernels": "portable"}, []),
+        ({}, ["of a run before they could be chosen"]),
+        ({"hardware.cpu_kernels": "portable", "hardware.gpu": "GPU"}, ["another GPU"]),
+    ],
+)
+def test_the_reason_for_other_bits_is_named(tags: Mapping[str, str], words: Sequence[str]) -> None:
+    again = Run("b", "again", "FINISHED", 0, {"hardware.cpu": "Intel, AVX2", "hardware.gpu": "none"}, {}, {})
+    run = replace(again, tags={"hardware.cpu": "AMD, AVX2", "hardware.gpu": "none", **tags})
+    lines = list(reproduce._reasons(run, again))
+    assert len(lines) == len(words)
+    assert all(word in line for word, line in zip(words, lines, strict=True))
 
 
 def test_a_run_of_older_code_is_found_by_its_tags(
