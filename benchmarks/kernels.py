@@ -1,0 +1,83 @@
+"""Measure what the same bits on every CPU cost: epochs with portable kernels against native ones, in turn.
+
+`python -m benchmarks.kernels [ROUNDS]` prints medians and their median ratio for the recipes digits and cifar10_lenet,
+and for ten steps of my_images. Each training has a process of its own, as PyTorch chooses its kernels once a process;
+imports and a first epoch, on a tenth of the images, are not counted. The images are random pixels.
+"""
+
+import sys
+import time
+
+import numpy as np
+
+from benchmarks.recipe import first
+from benchmarks.setting import PROJECT, options, timed
+from benchmarks.table import header, medians
+from pipeline.arrays import Split
+from pipeline.core.errors import report_errors
+from pipeline.models.build import build, memory_format
+from pipeline.models.config import ModelConfig
+from pipeline.params import TrainParams, check_params, compose
+from pipeline.training.device import prepare_torch
+from pipeline.training.loop import train
+
+RECIPES = {"digits": (5, 1_078, 32, 1), "cifar10_lenet": (1, 45_000, 32, 3), "my_images": (1, 320, 128, 3)}
+"""By recipe: epochs, training images, pixels a side, channels."""
+KERNELS = ("native", "portable")
+
+
+def random_split(recipe: str, *, number: int) -> Split:
+    """Return a split of random pixels and labels in the size of the recipe's images."""
+    _, _, size, channels = RECIPES[recipe]
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 256, (number, size, size, channels), dtype=np.uint8)
+    return Split.of(images, draw.integers(0, 10, number), mean=(0.5,) * channels, std=(0.25,) * channels)
+
+
+def seconds_of_epochs(recipe: str, *, kernels: str) -> float:
+    """Return the seconds of the recipe's epochs with their validations, on the CPU."""
+    epochs, number, size, channels = RECIPES[recipe]
+    changes = {"train.cpu_kernels": kernels, "train.epochs": epochs, "train.device": "cpu", "train.weights": None}
+    params = check_params(compose(recipe, changes), origin="benchmark").train
+    prepare_torch(params)
+    train_split, validation_split = (random_split(recipe, number=count) for count in (number, number // 10))
+    config = ModelConfig(
+        model=params.model,
+        weights=None,
+        loss=params.loss,
+        class_names=tuple("0123456789"),
+        image_size=size,
+        input_size=None,
+        channels=1 if channels == 1 else 3,
+        resize="crop",
+        mean=(0.5,) * channels,
+        std=(0.25,) * channels,
+    )
+    _train(config, params, first(train_split, max(number // 10, params.batch_size)), validation_split)
+    start = time.perf_counter()
+    _train(config, params, train_split, validation_split)
+    return time.perf_counter() - start
+
+
+def _train(config: ModelConfig, params: TrainParams, train_split: Split, validation_split: Split) -> None:
+    classifier = build(config).to(memory_format=memory_format(params))
+    train(classifier, params=params, train_split=train_split, validation_split=validation_split)
+
+
+def main() -> None:
+    """Measure each recipe with both kernels in turn and print a table for each."""
+    rounds = options("kernels", __doc__, repeats="ROUNDS", default=7).parse_args().repeats
+    print(header(seeds="0"))
+    for recipe in RECIPES:
+        seconds: dict[str, list[float]] = {kernels: [] for kernels in KERNELS}
+        for _ in range(rounds):
+            for kernels in KERNELS:
+                code = f"from benchmarks.kernels import *; print(seconds_of_epochs({recipe!r}, kernels={kernels!r}))"
+                _, output = timed(sys.executable, "-c", code, cwd=PROJECT)
+                seconds[kernels].append(float(output.split()[-1]))
+        print(f"{recipe}\n\n{medians(seconds, base='native', digits=2)}\n", flush=True)
+
+
+if __name__ == "__main__":
+    with report_errors():
+        main()
