@@ -32,8 +32,8 @@ export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help run test test-quick faults bench check lint format types experiments ui worker prefect-env stop install lock \
-    audit clean
+.PHONY: help run test test-quick faults results bench check lint format types experiments ui worker prefect-env stop \
+    install lock audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ test-quick: $(INSTALLED_DEV) ## run the tests without servers and trainings in p
 
 faults: $(INSTALLED_DEV) ## kill trainings 200 times, all over their lives, and compare what comes out (10 minutes)
 	@$(BIN)/python -m tests.faults.harness --kills 200
+
+results: $(INSTALLED) ## train the README's recipes with five seeds, compare with its figures: make results RECIPE=digits
+	@$(BIN)/python -m benchmarks.results $(RECIPE) $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER") \
+	    $(foreach value,$(SET),--set "$(value)")
 
 bench: $(INSTALLED_DEV) ## measure against what people would use instead (CPU; an hour)
 	@$(BIN)/python -m benchmarks $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER")
