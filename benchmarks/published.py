@@ -153,7 +153,7 @@ def with_head(recipe: str, result: RecipeResult) -> str:
     seeds = f"{len(result.seeds)} seeds"
     lines = {
         "hardware": result.setting["CPU"],
-        "time": f"{result.seconds:.0f} s of training (median of {seeds})",
+        "time": f"{result.seconds:.0f} s for the step train (median of {seeds})",
         "expect": f"{in_prose(result.accuracies)} test accuracy (mean and standard deviation of {seeds})",
     }
     for name, text in lines.items():
