@@ -32,8 +32,8 @@ export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help run test test-quick faults check-bits bench check lint format types experiments ui worker prefect-env stop install lock \
-    audit clean
+.PHONY: help run test test-quick faults check-bits results bench check lint format types experiments ui worker \
+    prefect-env stop install lock audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ faults: $(INSTALLED_DEV) ## kill trainings 200 times, all over their lives, and 
 
 check-bits: $(INSTALLED_DEV) ## compare the bits of short trainings with those on emulated CPUs; needs qemu-user (20 minutes)
 	@$(BIN)/python -m tests.bits.check
+
+results: $(INSTALLED) ## train the README's recipes with five seeds, compare with its figures: make results RECIPE=digits
+	@$(BIN)/python -m benchmarks.results $(RECIPE) $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER") \
+	    $(foreach value,$(SET),--set "$(value)")
 
 bench: $(INSTALLED_DEV) ## measure against what people would use instead (CPU; an hour)
 	@$(BIN)/python -m benchmarks $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER")

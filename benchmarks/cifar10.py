@@ -29,7 +29,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from benchmarks.ways import CIFAR10, CIFAR10_IMAGES, RECIPE, arrays
-from pipeline.artifacts import write_checksums
+from pipeline.artifacts import file_md5, write_checksums
 from pipeline.core.errors import UserError, report_errors
 from pipeline.datasets.cifar10 import ARCHIVE as OFFICIAL_ARCHIVE
 from pipeline.datasets.cifar10 import ARCHIVE_FOLDER, BATCHES, IMAGE_SIZE
@@ -42,6 +42,12 @@ ARCHIVE = Path("../shared/data/cifar10-jpeg.tar.gz")
 def add_images(parser: argparse.ArgumentParser) -> None:
     """Add the option --images, the folder of the images."""
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="a tree <split>/<class>/*.jpg: train and test")
+
+
+def archive_overrides() -> list[str]:
+    """Return the overrides by which `download` takes the archive that `prepare` made."""
+    archive = (CIFAR10 / "download" / OFFICIAL_ARCHIVE).resolve()
+    return [f"download.urls=[{archive}]", f"download.md5={file_md5(archive)}"]
 
 
 def prepare_apart(images: Path | None, *, recipe: str = RECIPE) -> None:

@@ -12,13 +12,11 @@ The archive lies on this machine, and MLflow's store is made once, before. Nothi
 import sys
 from pathlib import Path
 
-from benchmarks.cifar10 import add_images, prepare_apart
+from benchmarks.cifar10 import add_images, archive_overrides, prepare_apart
 from benchmarks.setting import PROJECT, clone, options, scratch, timed
 from benchmarks.table import header, medians
-from benchmarks.ways import CIFAR10, RECIPE
-from pipeline.artifacts import file_md5
+from benchmarks.ways import RECIPE
 from pipeline.core.errors import report_errors
-from pipeline.datasets.cifar10 import ARCHIVE
 
 STAGES = ("download", "normalize", "train", "evaluate")
 NO_OPS, NO_OP, EMPTY = 5, "dvc repro, nothing to do", "dvc repro of an empty pipeline, nothing to do"
@@ -46,10 +44,8 @@ def make_empty_pipeline(folder: Path) -> None:
 
 def make_clone(folder: Path) -> None:
     """Make a clone of the project, with the parameters of the recipe and a store for MLflow."""
-    archive = (CIFAR10 / "download" / ARCHIVE).resolve()
     clone(folder)
-    overrides = [f"download.urls=[{archive}]", f"download.md5={file_md5(archive)}"]
-    options = [argument for value in overrides for argument in ("--set", value)]
+    options = [argument for value in archive_overrides() for argument in ("--set", value)]
     seconds(sys.executable, "-m", "pipeline.params", "--recipe", RECIPE, *options, cwd=folder)
     seconds(sys.executable, "-c", "from pipeline.tracking.store import connect; connect()", cwd=folder)
 

@@ -60,7 +60,7 @@ def timed(*command: str, cwd: Path, without: Sequence[str] = ()) -> tuple[float,
 
 def clone(folder: Path) -> None:
     """Clone the commit that is checked out; raise UserError where the checkout has uncommitted code."""
-    _, changes = timed("git", "status", "--porcelain", "--", "*.py", "dvc.yaml", "recipes", cwd=PROJECT)
+    _, changes = timed("git", "status", "--porcelain", "--", "*.py", "*.yaml", cwd=PROJECT)
     if changes:
         raise UserError(f"found uncommitted changes, which a clone would lack: {changes}; commit them first")
     timed("git", "clone", "--quiet", str(PROJECT), str(folder), cwd=PROJECT)

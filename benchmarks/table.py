@@ -52,15 +52,21 @@ def header(*, seeds: str) -> str:
 
     The commit is "unknown" without git or a repository, the version of a package that is not installed "missing".
     """
+    found = setting()
+    return f"{found['date']}, commit {found['commit']}\n{found['CPU']}\n{found['versions']}\nseeds: {seeds}\n"
+
+
+def setting() -> dict[str, str]:
+    """Return date, commit, CPU and versions as text, by these names; what is unknown or missing is called so."""
     commit, changes = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain")
     changed = {None: " with changes unknown", "": ""}.get(changes, " with uncommitted changes")
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
-    return (
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {commit or UNKNOWN}{changed}\n"
-        f"{num_cores()} cores of {cpu_name()}\n"
-        f"Python {platform.python_version()}, {versions}\n"
-        f"seeds: {seeds}\n"
-    )
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "commit": f"{commit or UNKNOWN}{changed}",
+        "CPU": f"{num_cores()} cores of {cpu_name()}",
+        "versions": f"Python {platform.python_version()}, {versions}",
+    }
 
 
 def _git(*arguments: str) -> str | None:

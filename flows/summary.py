@@ -101,10 +101,10 @@ def _without_secrets(value: Any) -> Any:
 def _results(summary: Summary) -> list[tuple[str, str]]:
     metrics, recalls = summary.metrics, summary.recalls
     worst, best = min(recalls, key=recalls.__getitem__), max(recalls, key=recalls.__getitem__)
-    interval = f"(95 % interval {_percent(metrics['accuracy_low'])} to {_percent(metrics['accuracy_high'])})"
+    interval = f"(95% interval {metrics['accuracy_low']:.2%} to {metrics['accuracy_high']:.2%})"
     return [
-        ("test accuracy", f"{_percent(metrics['accuracy'])} {interval}"),
-        ("recall", f"{_percent(recalls[worst])} (class {worst}) to {_percent(recalls[best])} (class {best})"),
+        ("test accuracy", f"{metrics['accuracy']:.2%} {interval}"),
+        ("recall", f"{recalls[worst]:.2%} (class {worst}) to {recalls[best]:.2%} (class {best})"),
         ("test loss", f"{metrics['loss']:.4f}"),
     ]
 
@@ -122,10 +122,6 @@ def _places(summary: Summary, flow_run_id: str, mlflow_link: str | None) -> list
         ("all that belongs to it", f"`python -m flows.trace {summary.experiment}`"),
         ("steps", ", ".join(map(str, summary.steps))),
     ]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:

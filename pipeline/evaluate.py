@@ -68,7 +68,7 @@ def _write(result: Evaluation, *, class_names: Sequence[str]) -> None:
 def _print(result: Evaluation) -> None:
     metrics = result.metrics
     print(
-        f"test accuracy {metrics['accuracy']:.2%} (95 % interval {metrics['accuracy_low']:.2%} to "
+        f"test accuracy {metrics['accuracy']:.2%} (95% interval {metrics['accuracy_low']:.2%} to "
         f"{metrics['accuracy_high']:.2%}), loss {metrics['loss']:.4f}, {metrics['test_images']} images"
     )
     if metrics["test_duplicates"] and "accuracy_without_duplicates" in metrics:

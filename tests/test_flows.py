@@ -180,7 +180,7 @@ def test_a_flow_run_is_an_experiment_and_leaves_the_checkout_alone(project: Path
     assert files(project) == before
     assert ran(project) == list(STAGES)
     assert "train     | train begins" in text
-    assert "98.3 % (95 % interval 96.4 % to 99.3 %)" in text
+    assert "98.30% (95% interval 96.40% to 99.30%)" in text
     [name] = dvc(project, "exp", "list", "--name-only").split()
     assert name.startswith("digits-")
     assert f"dvc exp apply {name}" in text

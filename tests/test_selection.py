@@ -62,7 +62,7 @@ def test_of_few_images_the_latest_equivalent_epoch_is_kept() -> None:
     lower, _ = wilson_interval(90, 100)
     assert 0.82 < lower < 0.83
     results = ((0.9, 0.1), (0.83, 0.8), (0.82, 0.1))
-    reason = "latest of 2 in the 95 % interval of the highest validation accuracy, 90.0%"
+    reason = "latest of 2 in the 95% interval of the highest validation accuracy, 90.0%"
     assert kept(*results, selection="latest_equivalent") == (2, reason)
 
 

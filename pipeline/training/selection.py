@@ -41,7 +41,7 @@ def select_epoch(history: Sequence[Epoch], *, selection: Selection, num_images: 
     highest = max(epoch.validation_accuracy for epoch in history)
     num_highest = sum(epoch.validation_accuracy == highest for epoch in history)
     if selection == "latest_equivalent":
-        reason = f"latest of {len(best)} in the 95 % interval of the highest validation accuracy, {highest:.1%}"
+        reason = f"latest of {len(best)} in the 95% interval of the highest validation accuracy, {highest:.1%}"
     elif num_highest == 1:
         reason = "highest validation accuracy"
     elif len(best) == 1:
