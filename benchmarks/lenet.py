@@ -16,7 +16,8 @@ from pipeline.training.loop import train
 Splits = tuple[Split, Split]
 """Train and validation."""
 TRAIN_IMAGES, VALIDATION_IMAGES = 45_000, 5_000
-PARAMS = check_params(compose(RECIPE, {"train.epochs": 1, "train.device": "cpu"}), origin="benchmark")
+OVERRIDES = {"train.epochs": 1, "train.device": "cpu", "train.cpu_kernels": "native"}
+PARAMS = check_params(compose(RECIPE, OVERRIDES), origin="benchmark")
 CONFIG = ModelConfig(
     model=PARAMS.train.model,
     weights=None,

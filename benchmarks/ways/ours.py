@@ -21,6 +21,7 @@ OVERRIDES = {
     "train.flip": False,
     "train.crop_padding": 0,
     "train.device": "cpu",
+    "train.cpu_kernels": "native",  # as the other ways
 }
 
 TRAIN_FRACTION = 0.8
