@@ -209,7 +209,7 @@ class TrainParams(Section):
     )
     deterministic: Flag = Field(description="ask for deterministic kernels; slower on cuda")
     checkpoint_every_minutes: Annotated[Number, Field(gt=0)] = Field(
-        description="write a checkpoint this often in a long epoch, and at an epoch's end if the last one is older than "
+        description="write a checkpoint this often in a long epoch, and at the end of one if the last is older than "
         "this or than 30 seconds"
     )
     log_every_steps: Annotated[Count, Field(ge=1)] = Field(

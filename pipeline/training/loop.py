@@ -63,8 +63,8 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
     """Train `classifier`, which is on the splits' device, in place; resume from `start` as if there had been no stop.
 
     Calls `on_step` every `params.log_every_steps` steps, and `save` every `params.checkpoint_every_minutes`, after an
-    epoch if 30 seconds have passed since the last time, and on SIGTERM and Ctrl-C. Raises UserError where a loss is not finite, before
-    the step that would make the weights non-finite.
+    epoch if 30 seconds have passed since the last time, and on SIGTERM and Ctrl-C. Raises UserError where a loss is
+    not finite, before the step that would make the weights non-finite.
     """
     if params.compile:
         classifier.compile()
