@@ -94,7 +94,7 @@ def _timings(kinds: Mapping[str, Sequence[Row]]) -> str:
                 str(len(rows)),
             ]
         )
-    note = "Medians in seconds; the evaluation is that of the test split with test-time augmentation."
+    note = "Medians in seconds; training includes validation, evaluation is on the test split with augmentation."
     return f"{table(lines)}\n\n{note}"
 
 
