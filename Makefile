@@ -32,7 +32,7 @@ export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help run test test-quick faults check-bits results bench check lint format types experiments ui worker \
+.PHONY: help run test test-quick faults check-bits results bench gpu check lint format types experiments ui worker \
     prefect-env stop install lock audit clean
 
 help: ## list the targets
@@ -67,6 +67,9 @@ results: $(INSTALLED) ## train the README's recipes with five seeds, compare wit
 
 bench: $(INSTALLED_DEV) ## measure against what people would use instead (CPU; an hour)
 	@$(BIN)/python -m benchmarks $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER")
+
+gpu: $(INSTALLED) ## check and measure on a GPU, in 8 minutes: make gpu IMAGES=<tree or packed file>
+	@$(BIN)/python -m benchmarks.gpu $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER")
 
 check: lint types test ## all that CI checks: lint, format, types, tests
 

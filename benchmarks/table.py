@@ -50,7 +50,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def header(*, seeds: str) -> str:
     """Return what was measured on what: date, commit, hardware, versions and seeds.
 
-    The commit is "unknown" without git or a repository, the version of a package that is not installed "missing".
+    The commit is "unknown" without git or a repository, the version of a package may be "not installed".
     """
     found = setting()
     return f"{found['date']}, commit {found['commit']}\n{found['CPU']}\n{found['versions']}\nseeds: {seeds}\n"
@@ -81,7 +81,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "missing"
+        return "not installed"
 
 
 def mean_and_deviation(values: Sequence[float], form: str) -> str:

@@ -214,7 +214,8 @@ class TrainParams(Section):
     )
     deterministic: Flag = Field(description="ask for deterministic kernels; slower on cuda")
     checkpoint_every_minutes: Annotated[Number, Field(gt=0)] = Field(
-        description="write a checkpoint this often in a long epoch, besides one at the end of each epoch"
+        description="write a checkpoint this often in a long epoch, and at the end of one if the last is older than "
+        "this or than 30 seconds"
     )
     log_every_steps: Annotated[Count, Field(ge=1)] = Field(
         description="steps between two points of the live loss curve"

@@ -4,8 +4,7 @@ The algorithm is in `pipeline/training/loop.py`; which epoch is the best, in `pi
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 
 from pipeline.arrays import DatasetInfo, Split
 from pipeline.artifacts import HISTORY, KEPT, TRAIN, replace_folder, verify_splits, write_bytes, write_csv
-from pipeline.core.errors import UserError, first_line, report_errors
+from pipeline.core.errors import UserError, report_errors
 from pipeline.core.processes import cpu_name
 from pipeline.core.results import StepResult, write_result
 from pipeline.core.settings import get_settings
@@ -34,6 +33,7 @@ from pipeline.training.device import choose_device, gpu_uuids, prepare_torch
 from pipeline.training.gpu_lock import describe_holder, exclusive_gpus
 from pipeline.training.initialize import initialize_from_images
 from pipeline.training.loop import TrainingResult, train
+from pipeline.training.memory import explain_memory_errors
 from pipeline.training.state import Epoch
 
 
@@ -63,7 +63,7 @@ def _train_in_this_process(all_params: Params, info: DatasetInfo, *, gpus: Seque
         if distributed.is_local_rank_0():
             verify_splits("train", "validation")
         classifier = _make_classifier(params, info, device=device)
-        with _memory_errors_explained(params):
+        with explain_memory_errors(params):
             if distributed.rank() == 0:
                 _train_and_record(classifier, all_params, info, gpus=gpus)
             else:
@@ -137,21 +137,6 @@ def check_params_fit_data(params: TrainParams, info: DatasetInfo) -> None:
         )
 
 
-@contextmanager
-def _memory_errors_explained(params: TrainParams) -> Iterator[None]:
-    """Turn PyTorch's errors of a full memory into one line that says what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        # the allocator for the CPU has no exception of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise UserError(
-            f"train.batch_size is {params.batch_size}: too much for the memory of this machine ({first_line(error)}); "
-            "lower it, or train.input_size, or end what else uses the memory"
-        ) from None
-
-
 def _read_split(name: str, params: TrainParams, info: DatasetInfo, *, device: torch.device) -> Split:
     return Split.read(name, info=info, device=device, window_bytes=params.window_megabytes * 2**20)
 
@@ -172,9 +157,7 @@ def _make_classifier(params: TrainParams, info: DatasetInfo, *, device: torch.de
     classifier = build(config)
     newly_drawn = load_pretrained(classifier, config=config, md5=params.weights_md5)
     if config.weights is None and isinstance(classifier.network, Airbench):
-        initialize_from_images(
-            classifier, _read_split("train", params, info, device=torch.device("cpu")), seed=params.seed
-        )
+        initialize_from_images(classifier, _read_split("train", params, info, device=device), seed=params.seed)
     try_training(classifier, config=config, batch_size=params.batch_size)
     classifier.to(device).to(memory_format=memory_format(params))
     _print_network(classifier, config=config, params=params, device=device, newly_drawn=newly_drawn)

@@ -70,4 +70,4 @@ def test_the_header_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(table, "git", no_git)
     text = table.header(seeds="0")
     assert "commit unknown with changes unknown" in text
-    assert "mlflow missing, prefect missing" in text
+    assert "mlflow not installed, prefect not installed" in text

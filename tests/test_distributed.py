@@ -57,6 +57,7 @@ def test_two_processes_have_the_losses_of_one_with_the_joined_batch_killed_and_i
     one, two = (train(workspace, processes=processes) for processes in (1, 2))
     for name, values in load(one).items():
         assert values.numpy() == pytest.approx(load(two)[name].numpy(), rel=1e-2, abs=1e-4)
+    configure(workspace, processes=2, checkpoint_every_minutes=0.000001)  # after each step
     killed = start_step("train", hold="epoch 1/4")
     read_until("epoch 1/4", killed)
     assert set(listening(killed.pid)) == {"127.0.0.1"}

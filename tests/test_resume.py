@@ -22,6 +22,7 @@ from pipeline.core.yaml import dump_yaml
 from pipeline.models.build import build
 from pipeline.params import TrainParams
 from pipeline.train import _determinants
+from pipeline.training import saving
 from pipeline.training.checkpoints import Checkpoint, fingerprint
 from pipeline.training.loop import TrainingResult, train
 from tests.conftest import DEFAULTS, PROJECT, read_until, release, start_step, train_params, write_normalized
@@ -30,6 +31,8 @@ from tests.test_model import config
 from tests.test_train import OPTIMIZERS, QUICK, runs, split_of
 
 MODEL = Path("artifacts/train/best.safetensors")
+EVERY_STEP = {"checkpoint_every_minutes": 0.000001}
+"""After each step and each epoch, for trainings that are killed: they are shorter than the least interval."""
 
 
 @pytest.fixture(autouse=True)
@@ -110,18 +113,30 @@ def test_every_step_is_a_good_place_to_stop() -> None:
     assert_same(stopped(params, *range(1, 9)), run(params))
 
 
-def test_a_long_epoch_has_checkpoints_in_its_midst() -> None:
+def checkpoints(**changes: float) -> list[Checkpoint]:
+    """Those of a training of two epochs of four steps."""
     saved: list[Checkpoint] = []
-    params = train_params(**QUICK, checkpoint_every_minutes=1e-9)
     torch.manual_seed(0)
     train(
         build(config("lenet", classes=3)),
-        params=params,
+        params=train_params(**QUICK, **changes),
         train_split=split_of(64, seed=1),
         validation_split=split_of(24, seed=2),
         save=saved.append,
     )
-    assert [found.step for found in saved] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    return saved
+
+
+def test_a_long_epoch_has_checkpoints_in_its_midst() -> None:
+    assert [found.step for found in checkpoints(**EVERY_STEP)] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(0, [4, 8]), (3600, [])])
+def test_an_epoch_has_a_checkpoint_if_the_last_one_is_old_enough(
+    monkeypatch: pytest.MonkeyPatch, seconds: int, steps: list[int]
+) -> None:
+    monkeypatch.setattr(saving, "MIN_SECONDS", seconds)
+    assert [found.step for found in checkpoints()] == steps
 
 
 class Project:
@@ -200,12 +215,13 @@ def test_a_signal_writes_a_checkpoint_and_the_same_command_goes_on(
 
 
 def test_another_parameter_does_not_go_on_from_the_checkpoint(project: Project, whole: Any) -> None:
+    project.set(**EVERY_STEP)
     process = project.start_until("epoch 2/4")
     process.kill()
     process.wait()
     project.set(epochs=2)
     assert "resumes from its checkpoint" not in project.finish()
-    project.set()
+    project.set()  # an interval that is not part of the fingerprint
     assert "resumes from its checkpoint" in project.finish()
     assert file_md5(MODEL) == whole[0]
 
@@ -230,6 +246,7 @@ def test_the_fingerprint_is_of_data_parameters_code_and_processes(
 
 
 def test_a_parameter_of_another_step_may_change_meanwhile(project: Project, whole: Any) -> None:
+    project.set(**EVERY_STEP)
     process = project.start_until("epoch 2/4")
     process.kill()
     process.wait()
@@ -239,7 +256,10 @@ def test_a_parameter_of_another_step_may_change_meanwhile(project: Project, whol
     assert left_behind() == whole
 
 
-def test_a_diverged_training_stops_before_the_step_and_keeps_its_last_good_checkpoint() -> None:
+def test_a_diverged_training_stops_before_the_step_and_keeps_its_last_good_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(saving, "MIN_SECONDS", 0)
     torch.manual_seed(0)
     classifier, saved = build(config("lenet", classes=3)), list[Checkpoint]()
 
@@ -271,6 +291,7 @@ def test_data_that_vanish_from_the_disk_are_still_there_for_the_training(project
 def test_data_that_are_cut_short_end_the_training_which_goes_on_when_they_are_back(
     project: Project, whole: Any
 ) -> None:
+    project.set(**EVERY_STEP)
     images = project.folder / "artifacts/normalize/train_images.npy"
     content = images.read_bytes()
     process = project.start_until("epoch 1/4")
@@ -343,6 +364,7 @@ def test_a_disk_without_room_for_checkpoints_does_not_end_the_training(
     project: Project, whole: Any, small: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     (project.folder / ".cache").mkdir()
+    project.set(**EVERY_STEP)
     done = small(project.folder / ".cache", size="300k", then=f"{sys.executable} -m pipeline.train")
     assert done.returncode == 0, done.stderr
     assert "has no checkpoint: " in done.stdout
@@ -354,6 +376,7 @@ def test_a_disk_without_room_for_the_model_is_named_and_nothing_is_lost(
     project: Project, whole: Any, small: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     data = project.folder / "data"
+    project.set(**EVERY_STEP)
     (project.folder / "artifacts/normalize").rename(data)
     link = f'ln -s "{data}" artifacts/normalize'
     done = small(project.folder / "artifacts", size="300k", then=f"{link} && {sys.executable} -m pipeline.train")

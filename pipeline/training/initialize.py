@@ -11,8 +11,10 @@ WHITENING_IMAGES = 5_000
 
 
 def initialize_from_images(classifier: Classifier, split: Split, *, seed: int) -> None:
-    """Set the whitening filters of an Airbench, which is on the CPU, from images of the train split."""
+    """Set the whitening filters of an Airbench from images of the train split, which may be on another device."""
     assert isinstance(classifier.network, Airbench)
     size = min(len(split), 500)
     batches = TrainingBatches(split, batch_size=size, seed=seed, epoch=0, augmentation=Augmentation())
-    classifier.network.whiten(images.cpu() for images, _ in itertools.islice(batches, WHITENING_IMAGES // size))
+    images = (images for images, _ in itertools.islice(batches, WHITENING_IMAGES // size))
+    # MPS has no float64
+    classifier.network.whiten(batch.cpu() if batch.device.type == "mps" else batch for batch in images)

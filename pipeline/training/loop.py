@@ -62,9 +62,9 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
 ) -> TrainingResult:
     """Train `classifier`, which is on the splits' device, in place; resume from `start` as if there had been no stop.
 
-    Calls `on_step` every `params.log_every_steps` steps, and `save` after each epoch, every
-    `params.checkpoint_every_minutes`, and on SIGTERM and Ctrl-C. Raises UserError where a loss is not finite, before
-    the step that would make the weights non-finite.
+    Calls `on_step` every `params.log_every_steps` steps, and `save` every `params.checkpoint_every_minutes`, after an
+    epoch if 30 seconds have passed since the last time, and on SIGTERM and Ctrl-C. Raises UserError where a loss is
+    not finite, before the step that would make the weights non-finite.
     """
     if params.compile:
         classifier.compile()
@@ -140,7 +140,7 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
                 if kept.epoch == epoch:
                     state.best = copy_weights(classifier)
                 on_epoch(state.history[-1], images_per_second)
-            saver.save()
+            saver.save_after_epoch()
     kept = select_epoch(state.history, selection=params.selection, num_images=num_validation)
     return TrainingResult(state.best, copy_weights(classifier), state.history, kept)
 

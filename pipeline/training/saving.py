@@ -1,4 +1,4 @@
-"""When a checkpoint is written: after each epoch, in a long epoch every few minutes, and on SIGTERM and Ctrl-C."""
+"""When a checkpoint is written: after an epoch, in a long epoch every few minutes, and on SIGTERM and Ctrl-C."""
 
 import signal
 import threading
@@ -13,6 +13,8 @@ from pipeline.training.non_finite import NonFiniteGuard
 from pipeline.training.state import TrainingState
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MIN_SECONDS = 30
+"""An epoch that ends sooner after the last checkpoint has none: one costs an H100 0.15 s, its epoch of airbench 0.2."""
 
 
 class CheckpointSaver:
@@ -43,8 +45,15 @@ class CheckpointSaver:
         self._last_saved = time.monotonic()
 
     def save_if_due(self) -> None:
-        """Save if the last checkpoint is older than the interval."""
-        if time.monotonic() - self._last_saved > self._every_seconds:
+        """Save in the midst of an epoch, if the last checkpoint is older than the interval."""
+        self._save_after(self._every_seconds)
+
+    def save_after_epoch(self) -> None:
+        """Save if the last checkpoint is older than MIN_SECONDS, or than the interval if that is shorter."""
+        self._save_after(min(MIN_SECONDS, self._every_seconds))
+
+    def _save_after(self, seconds: float) -> None:
+        if time.monotonic() - self._last_saved > seconds:
             self.save()
 
     def __enter__(self) -> "CheckpointSaver":

@@ -28,6 +28,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stores: Path) -> It
         subprocess.run(["git", "config", name, "t"], cwd=folder, check=True)
     text = (folder / "params.yaml").read_text()
     text = text.replace("cpu_threads: 2", "cpu_threads: 1").replace("  epochs: 20\n", f"  epochs: {EPOCHS}\n")
+    text = text.replace("checkpoint_every_minutes: 10", "checkpoint_every_minutes: 0.000001")  # after each step
     (folder / "params.yaml").write_text(text)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     shutil.copy(stores / "mlflow.db", folder)

@@ -1,0 +1,1 @@
+"""Check and measure the pipeline on a GPU: `python -m benchmarks.gpu`; see `__main__.py`."""

@@ -1,0 +1,54 @@
+"""Start two trainings at once on one GPU: the second has to wait for the first, and to say so."""
+
+import contextlib
+import io
+import multiprocessing
+import time
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.correctness import CPU, update
+from benchmarks.gpu.part import Emit, Setting
+from benchmarks.gpu.toy import toy_params
+from pipeline.training import gpu_lock
+from pipeline.training.device import choose_device, gpu_uuids, prepare_torch
+
+WAIT_SECONDS = 120
+
+
+def check_lock(setting: Setting, emit: Emit) -> None:
+    """Emit whether the trainings ran one after the other, and what the second one printed."""
+    context = multiprocessing.get_context("fork")
+    barrier, found = context.Barrier(2), context.Queue()
+    processes = [context.Process(target=_train, args=(setting, barrier, found)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    (_, first_end, first_output), (start, _, output) = sorted(found.get(timeout=WAIT_SECONDS) for _ in processes)
+    for process in processes:
+        process.join()
+    waited = "waiting for GPU" in output and not first_output
+    emit(
+        check="of two trainings at once, the second waits",
+        case="lenet",
+        ok=first_end <= start and waited,
+        found=output.strip() or "the second printed nothing",
+    )
+
+
+def _train(setting: Setting, barrier: Barrier, found: "Queue[Any]") -> None:
+    """Train under the lock, as the step train does; pass on when it began and ended, and what the lock printed."""
+    device = CPU if setting.dry else choose_device("cuda", field="--dry")
+    params = toy_params("lenet", "sgd")
+    prepare_torch(params)
+    uuids = gpu_uuids(device, processes=1)
+    if setting.dry:  # a GPU that does not exist
+        gpu_lock.LOCK_FOLDER, uuids = Path(setting.arrays).parent, ["dry"]
+    printed = io.StringIO()
+    barrier.wait(WAIT_SECONDS)
+    with contextlib.redirect_stdout(printed), gpu_lock.exclusive_gpus(uuids):
+        start = time.monotonic()
+        update(params, device=device)
+        end = time.monotonic()
+    found.put((start, end, printed.getvalue()))
