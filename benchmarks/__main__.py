@@ -3,8 +3,8 @@
 `make bench IMAGES=FOLDER` does the same. Without the folder of JPEG files, `<split>/<class>/*.jpg`, the images are
 looked for beside the project (see benchmarks/cifar10.py). Nothing else should run on the machine meanwhile.
 
-They are time_to_accuracy, ingest, floor, epochs, kernels, windows, repro and overhead; `python -m benchmarks.<name>` runs one of
-them alone. Not among them are results and selection, which are many whole trainings, and gpu, which needs a GPU.
+They are time_to_accuracy, ingest, floor, epochs, kernels, windows, repro and overhead; `python -m benchmarks.<name>`
+runs one of them alone. Not among them are results and selection, which are many whole trainings, and gpu, which needs a GPU.
 """
 
 import argparse
