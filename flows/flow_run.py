@@ -102,35 +102,40 @@ def _warn_of_untracked_files() -> None:
         get_run_logger().warning("git does not track %s: left out of this run; `git add` what it needs", first)
 
 
-def summarize(workspace: Workspace, steps: Sequence[Step], *, start: float) -> Summary:
+def save(workspace: Workspace) -> str | None:
+    """Save the files as the experiment; returns the id of the MLflow run that made the model, if there is one.
+
+    It is looked up where the model came from the cache, or the stage's code is too old to hand over its run.
+    """
+    model = workspace.folder / TRAIN / "best.safetensors"
+    if workspace.mlflow_run_id or not model.exists():
+        workspace.save(on_line=log)
+        return workspace.mlflow_run_id
+    # a process of its own keeps the store that MLflow connects to, which is global to a process, out of the flow's
+    command = [sys.executable, "-m", "flows.model_use", file_md5(model), str(runtime.flow_run.id), workspace.experiment]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as lookup:
+        workspace.save(on_line=log)
+        run_id, problem = lookup.communicate()
+    if lookup.returncode:
+        get_run_logger().warning("the MLflow run that made the model is unknown: %s", problem.strip())
+    return run_id.strip() or None
+
+
+def summarize(workspace: Workspace, steps: Sequence[Step], *, mlflow_run_id: str | None, start: float) -> Summary:
     """Summarize a finished flow run, which began at `start` of the monotonic clock, and publish it in Prefect."""
-    run_id = workspace.mlflow_run_id or _find_run_of_model(workspace)
-    seconds = time.monotonic() - start
-    experiment = workspace.experiment
-    summary = read_summary(workspace.folder, experiment=experiment, steps=steps, seconds=seconds, mlflow_run_id=run_id)
+    summary = read_summary(
+        workspace.folder,
+        experiment=workspace.experiment,
+        steps=steps,
+        seconds=time.monotonic() - start,
+        mlflow_run_id=mlflow_run_id,
+    )
     committed, params = (read_yaml(path) for path in (workspace.committed_params, workspace.folder / PARAMS_FILE))
     text = as_markdown(
         summary,
         changes=changed_params(committed, params),
         flow_run_id=str(runtime.flow_run.id),
-        mlflow_link=mlflow_page(run_id) if run_id else None,
+        mlflow_link=mlflow_page(mlflow_run_id) if mlflow_run_id else None,
     )
-    create_markdown_artifact(text, key="summary", description=experiment)
+    create_markdown_artifact(text, key="summary", description=workspace.experiment)
     return summary
-
-
-def _find_run_of_model(workspace: Workspace) -> str | None:
-    """Find the MLflow run that made the model, by the model's hash.
-
-    Needed where the model came from the cache, or the stage's code is too old to hand over its run.
-    """
-    model = workspace.folder / TRAIN / "best.safetensors"
-    if not model.exists():
-        return None
-    used_by = ["--used-by", str(runtime.flow_run.id), workspace.experiment]
-    # a process of its own keeps the store that MLflow connects to, which is global to a process, out of the flow's
-    command = [sys.executable, "-m", "flows.trace", file_md5(model), *used_by]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        get_run_logger().warning("the MLflow run that made the model is unknown: %s", done.stderr.strip())
-    return done.stdout.strip() or None

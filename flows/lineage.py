@@ -17,7 +17,6 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.utilities.urls import url_for
 
-from flows import PROJECT
 from flows.dvc_state import DAMAGED, cache_folder, cached_path, experiment_refs, is_cached, listing, outputs
 from flows.prefect_server import PAGE_SIZE, prefect_client, server_in_force
 from flows.ui import mlflow_page
@@ -26,10 +25,9 @@ from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.core.errors import TemporaryError, UserError, first_line, redact_url
 from pipeline.core.git import UNKNOWN, find_commit, git, read_committed
 from pipeline.core.sqlite import sqlite_path
-from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.provenance import COMMIT, FLOW_RUN, REPRODUCES
 from pipeline.tracking.search import Run, find_run, find_runs, find_runs_of_model, read_file
-from pipeline.tracking.store import connect, warn_on_failure
+from pipeline.tracking.store import connect
 from pipeline.tracking.store_uri import tracking_uri
 
 MODEL = "best.safetensors"
@@ -350,14 +348,3 @@ def _number(text: str | None) -> str | float | None:
         return float(text or "")
     except ValueError:
         return text
-
-
-def record_use(model_md5: str, *, flow_run_id: str, experiment: str) -> str | None:
-    """Tag the newest run that made the model with a flow run that took it from DVC's cache; returns the run's id."""
-    connect(tracking_uri(PROJECT))
-    made = find_runs_of_model(model_md5)
-    if not made:
-        return None
-    with warn_on_failure("the run is not tagged with this flow run"):
-        RunLogger(made[0].run_id).set_tags({f"{FLOW_RUN}{flow_run_id}": experiment})
-    return made[0].run_id

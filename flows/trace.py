@@ -2,8 +2,6 @@
 
 `python -m flows.trace ID [--json]`. ID: a git commit, a DVC experiment, an MLflow run id, a Prefect flow run's id or
 name, the MD5 of a model, or the path of one. Exit status: 0 found, 2 nothing known of it.
-
-`python -m flows.trace MODEL_MD5 --used-by FLOW_RUN_ID EXPERIMENT` is for a flow run that took a model from DVC's cache.
 """
 
 import argparse
@@ -16,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 
 from flows import PROJECT
-from flows.lineage import MODEL, Trace, record_use, trace
+from flows.lineage import MODEL, Trace, trace
 from pipeline.core.errors import report_errors
 
 
@@ -75,21 +73,10 @@ def main() -> None:
         "id", metavar="ID", help="git commit, DVC experiment, MLflow run, Prefect flow run, MD5 or path of a model"
     )
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument(
-        "--used-by",
-        nargs=2,
-        metavar=("FLOW_RUN_ID", "EXPERIMENT"),
-        help="print only the id of the MLflow run that made the model (ID is its MD5), or an empty line; tag the run "
-        "with a flow run that took the model from DVC's cache",
-    )
     arguments = parser.parse_args()
     path = Path(arguments.id)
     file = next((candidate.resolve() for candidate in (path / MODEL, path) if os.path.isfile(candidate)), None)  # noqa: PTH113  (no error where an id is no path)
     with report_errors(), chdir(PROJECT):
-        if arguments.used_by:
-            flow_run_id, experiment = arguments.used_by
-            print(record_use(arguments.id, flow_run_id=flow_run_id, experiment=experiment) or "")
-            return
         traces, notes = trace(PROJECT, arguments.id, file=file)
         head = [f"{len(traces)} belong to this, newest first:"] if len(traces) > 1 else []
         text = "\n\n".join([*head, *map(as_text, traces), *(f"note: {note}" for note in notes)])

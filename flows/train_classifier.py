@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
 from flows import FLOW_NAME, command_line
-from flows.flow_run import EXPECTED_ERRORS, log, may_pass, open_flow_run, reproduce, summarize
+from flows.flow_run import EXPECTED_ERRORS, may_pass, open_flow_run, reproduce, save, summarize
 from flows.form import Overrides, Recipe
 from flows.summary import Step, Summary
 from flows.workspace import Workspace
@@ -90,9 +90,9 @@ def train_classifier(
             normalized = normalize(workspace, wait_for=[downloaded])
             trained = train(workspace, wait_for=[normalized])
             evaluated = evaluate(workspace, wait_for=[trained])
-            workspace.save(on_line=log)
+            mlflow_run_id = save(workspace)
             steps = [state.result() for state in (downloaded, normalized, trained, evaluated)]
-            summary = summarize(workspace, steps, start=start)
+            summary = summarize(workspace, steps, mlflow_run_id=mlflow_run_id, start=start)
         return Completed(data=summary)
     except EXPECTED_ERRORS as error:
         return Failed(message=str(error), data=error)

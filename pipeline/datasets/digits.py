@@ -1,10 +1,13 @@
 """scikit-learn's 1,797 handwritten digits of 8x8 pixels, which need no network."""
 
+import gzip
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.artifacts import read_array, write_array
 from pipeline.core.errors import UserError
@@ -17,14 +20,24 @@ CLASS_NAMES = tuple("0123456789")
 
 def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:  # noqa: ARG001  # as every source has it
     """Write `images.npy`, (1797, 8, 8) uint8 from 0 to 16, and `labels.npy`, (1797,) int64."""
-    from sklearn.datasets import load_digits  # noqa: PLC0415  # takes seconds, and only this data source needs it
-
-    digits = load_digits()
-    images, labels = digits.images, digits.target
+    rows = _read_rows()
+    images, labels = rows[:, :-1].reshape(-1, 8, 8), rows[:, -1]
     write_array(folder / "images.npy", [images], shape=images.shape, dtype=np.uint8)
     write_array(folder / "labels.npy", [labels], shape=labels.shape, dtype=np.int64)
     print(f"digits: {len(images):,} images of 8x8 pixels from scikit-learn")
     return {}
+
+
+def _read_rows() -> npt.NDArray[np.uint8]:
+    """Read the file that `sklearn.datasets.load_digits` reads: rows (1797, 65) of 64 pixels and the label.
+
+    To import scikit-learn for that would take a second.
+    """
+    package = importlib.util.find_spec("sklearn")
+    assert package
+    assert package.origin
+    with gzip.open(Path(package.origin).parent / "datasets/data/digits.csv.gz", "rt", encoding="ascii") as file:
+        return np.loadtxt(file, dtype=np.uint8, delimiter=",")
 
 
 def open_digits(folder: Path, *, description: Description, params: NormalizeParams) -> Source:

@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import DataType
+from mlflow.utils import requirements_utils
 
 from pipeline.artifacts import CHECKSUMS, file_md5, read_json
 from pipeline.core.errors import UserError, first_line
@@ -33,6 +34,9 @@ def log_model(folder: Path) -> None:
     size, channels = values["image_size"], values["channels"]
     probabilities = [ColSpec(DataType.double, name) for name in values["class_names"]]
     columns = [ColSpec(DataType.string, "predicted_class"), *probabilities]
+    # MLflow compares the requirements with the installed versions, from which they are read here; for that it would
+    # list the files of all installed packages, which takes 0.7 s
+    requirements_utils._MODULES_TO_PACKAGES = {}  # type: ignore[assignment]
     # MLflow asks for an example, which it would trace for half a minute
     with warnings.catch_warnings(), packaged() as code:
         warnings.simplefilter("ignore", UserWarning)

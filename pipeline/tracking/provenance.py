@@ -99,5 +99,5 @@ def environment_files(difference: bytes) -> dict[str, bytes]:
 
 
 def _packages() -> list[str]:
-    found = [(each.metadata["Name"], each.metadata["Version"]) for each in importlib.metadata.distributions()]
-    return sorted({f"{name}=={version or UNKNOWN}" for name, version in found if name}, key=str.lower)
+    found = [each.metadata for each in importlib.metadata.distributions()]  # each access reads and parses a file
+    return sorted({f"{each['Name']}=={each['Version'] or UNKNOWN}" for each in found if each["Name"]}, key=str.lower)
