@@ -4,7 +4,8 @@
 looked for beside the project (see benchmarks/cifar10.py). Nothing else should run on the machine meanwhile.
 
 They are time_to_accuracy, ingest, floor, epochs, kernels, windows, repro and overhead; `python -m benchmarks.<name>`
-runs one of them alone. Not among them are results and selection, which are many whole trainings, and gpu, which needs a GPU.
+runs one of them alone. Not among them are results and selection, which are many whole trainings, and gpu, which needs a
+GPU.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from pipeline.core.settings import get_settings
 
 # PyTorch and MLflow make half a million objects that stay. To look through them, again and again while they are
 # imported and a few times more when the interpreter ends, takes two seconds.
-gc.set_threshold(500_000)
+gc.set_threshold(50_000)
 
 
 def _ensure_user() -> None:

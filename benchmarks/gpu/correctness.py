@@ -32,8 +32,8 @@ UPDATE_TOLERANCES = {
 }
 """Largest relative difference between the updates on two devices. An H100 had a tenth or less of each; weights that are
 moved by 6e-8 of themselves make as much of a difference on the CPU alone."""
-LOSS_TOLERANCE = 0.1
-"""Between the last loss in mixed precision and in float32; an H100 had up to 0.04 (lenet, adamw, float16)."""
+LOSS_TOLERANCE = 0.3
+"""Between the last loss in mixed precision and in float32; an H100 had up to 0.09 (resnet18, sgd, float16)."""
 REPEATED = (("lenet", "sgd"), ("lenet", "adamw"), ("lenet", "muon"), ("airbench", "sgd"), ("resnet18", "sgd"))
 DRY_REPEATED = (("lenet", "adamw"), ("airbench", "sgd"))
 PRECISIONS = ("none", "bfloat16", "float16")

@@ -18,7 +18,8 @@ def explain_memory_errors(params: TrainParams) -> Iterator[None]:
         # the allocator for the CPU has no exception of its own
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
+        reason, _, _ = first_line(error).partition(" Including non-PyTorch memory")  # and a page of advice
         raise UserError(
-            f"train.batch_size is {params.batch_size}: too much for the memory of this machine ({first_line(error)}); "
+            f"train.batch_size is {params.batch_size}: too much for the memory of this machine ({reason}); "
             "lower it, or train.input_size, or end what else uses the memory"
         ) from None
