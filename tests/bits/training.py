@@ -32,10 +32,11 @@ DEFAULTS = read_yaml(Path(__file__).parents[2] / "params.yaml")
 CLASS_NAMES = tuple("abcdefghij")
 NUM_EVALUATED = 20
 MEAN = STD = (0.5, 0.25, 0.3)
+CONSTANT = {"schedule": "constant", "warmup_fraction": 0.0}  # else the rate of the only step is near 0
 NETWORKS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "lenet": (10, {"batch_size": 32, "flip": True}),
-    "airbench": (1, {"batch_size": 16, "learning_rate": 0.1, "average_every_steps": 1}),
-    "resnet18": (1, {"batch_size": 8}),
+    "airbench": (2, {"batch_size": 16, "learning_rate": 0.1, "average_every_steps": 2, **CONSTANT}),
+    "resnet18": (1, {"batch_size": 8, **CONSTANT}),
 }
 """By network: how many steps, and the parameters that differ from the committed ones."""
 
