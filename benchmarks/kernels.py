@@ -1,7 +1,7 @@
 """Measure what the same bits on every CPU cost: epochs with portable kernels against native ones, in turn.
 
 `python -m benchmarks.kernels [ROUNDS]` prints medians and their median ratio for the recipes digits and cifar10_lenet,
-and for ten steps of my_images. Each training has a process of its own, as PyTorch chooses its kernels once a process;
+and for three steps of my_images. Each training has a process of its own, as PyTorch chooses its kernels once a process;
 imports and a first epoch, on a tenth of the images, are not counted. The images are random pixels.
 """
 
@@ -21,7 +21,7 @@ from pipeline.params import TrainParams, check_params, compose
 from pipeline.training.device import prepare_torch
 from pipeline.training.loop import train
 
-RECIPES = {"digits": (5, 1_078, 32, 1), "cifar10_lenet": (1, 45_000, 32, 3), "my_images": (1, 320, 128, 3)}
+RECIPES = {"digits": (5, 1_078, 32, 1), "cifar10_lenet": (1, 45_000, 32, 3), "my_images": (1, 96, 128, 3)}
 """By recipe: epochs, training images, pixels a side, channels."""
 KERNELS = ("native", "portable")
 
