@@ -36,15 +36,13 @@ from pipeline.arrays import DatasetInfo
 from pipeline.artifacts import EVALUATE, NORMALIZE, TRAIN, bytes_md5, file_md5, read_json, write_json, write_text
 from pipeline.core.errors import report_errors
 from pipeline.core.git import git
-from pipeline.core.processes import cpu_name
-from pipeline.core.stage_code import code_md5, stage_names
 from pipeline.params import PARAMS_FILE, check_params, compose, load_params, parse_override
 
 RECIPES = ("digits", "cifar10_tutorial", "cifar10_lenet")
 SEEDS = 5
 ON_CPU = ("train.device=cpu", "evaluate.device=cpu")
 DONE = CIFAR10.parent / "seeds"
-"""A file for each seed that is done, until all are."""
+"""A folder for each recipe, with a file for each seed that is done, until all are."""
 SERVER_VARIABLES = ("MLFLOW_TRACKING_URI", "PYTHONPATH")
 """Left out: the runs belong into the clone's own store, and the code is the clone's."""
 
@@ -68,7 +66,7 @@ def measure_recipe(folder: Path, recipe: str, overrides: Sequence[str], *, seeds
     found = []
     for seed in range(seeds):
         set_params(folder, recipe, [*overrides, f"train.seed={seed}"])
-        found.append(measured_once(folder, seed))
+        found.append(measured_once(folder, recipe, seed))
         print(f"{recipe}, seed {seed}: {found[-1].accuracy:.2%} in {found[-1].train_seconds:.1f} s", flush=True)
     info = DatasetInfo.read(folder / NORMALIZE)
     return RecipeResult(
@@ -85,11 +83,11 @@ def kernels(folder: Path) -> str:
     return f"{chosen} (native here: {torch.backends.cpu.get_cpu_capability()})"
 
 
-def measured_once(folder: Path, seed: int) -> SeedResult:
-    """Train and evaluate, unless a run that was killed later has done so with the same code, parameters and CPU."""
-    code = [code_md5(stage, project=folder) for stage in stage_names(project=folder)]
+def measured_once(folder: Path, recipe: str, seed: int) -> SeedResult:
+    """Train and evaluate, unless a run that was killed later has done so: same commit, versions and CPU."""
     params = (folder / PARAMS_FILE).read_text(encoding="utf-8")
-    done = DONE / f"{bytes_md5(json.dumps([code, params, torch.__version__, cpu_name()]).encode())}.json"
+    determinants = [git(folder, "rev-parse", "HEAD"), params, setting()["CPU"], setting()["versions"]]
+    done = DONE / recipe / f"{bytes_md5(json.dumps(determinants).encode())}.json"
     if not done.exists():
         write_json(done, asdict(measure(folder, seed)))
     return SeedResult(**read_json(done))
@@ -182,7 +180,6 @@ def main() -> int:
     """Measure, print, and compare or write; return the exit status."""
     arguments = arguments_of_command()
     found = measure_all(arguments)
-    shutil.rmtree(DONE, ignore_errors=True)
     if not found:
         return 0
     text = report(found)
@@ -192,8 +189,10 @@ def main() -> int:
     published = read_results() if (PROJECT / RESULTS).exists() else {}
     if arguments.write:
         publish(published | found)
-        return 0
-    return 0 if arguments.overrides or compare(found, published) else 1
+    status = 0 if arguments.write or arguments.overrides or compare(found, published) else 1
+    for recipe in found:
+        shutil.rmtree(DONE / recipe, ignore_errors=True)
+    return status
 
 
 if __name__ == "__main__":

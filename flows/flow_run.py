@@ -113,11 +113,17 @@ def save(workspace: Workspace) -> str | None:
         return workspace.mlflow_run_id
     # a process of its own keeps the store that MLflow connects to, which is global to a process, out of the flow's
     command = [sys.executable, "-m", "flows.model_use", file_md5(model), str(runtime.flow_run.id), workspace.experiment]
-    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as lookup:
-        workspace.save(on_line=log)
-        run_id, problem = lookup.communicate()
-    if lookup.returncode:
-        get_run_logger().warning("the MLflow run that made the model is unknown: %s", problem.strip())
+    with subprocess.Popen(
+        command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as lookup:
+        try:
+            workspace.save(on_line=log)
+        except BaseException:
+            lookup.kill()
+            raise
+        run_id, problem = lookup.communicate("saved\n")
+    if problem:
+        get_run_logger().warning("MLflow run that made the model: %s", problem.strip())
     return run_id.strip() or None
 
 

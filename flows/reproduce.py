@@ -36,7 +36,7 @@ from pipeline.tracking.store_uri import tracking_uri
 
 MODEL = "best.safetensors"
 STAGES = (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE)
-PARTS = ("cpu", "cpu_kernels", "gpu")
+PARTS = ("cpu", "cpu_kernels", "gpu", "threads")
 Hashes = Mapping[str, str]
 
 
@@ -251,12 +251,15 @@ def _environment_differences(run: Run, again: Run) -> Iterator[str]:
 
 
 def _reasons(run: Run, again: Run) -> Iterator[str]:
-    """Yield why a model has other bits, where it was trained on another CPU or GPU."""
+    """Yield why a model has other bits, as far as the hardware of both runs is recorded."""
     was, now = ({part: record.tags.get(f"{HARDWARE}{part}", UNKNOWN) for part in PARTS} for record in (run, again))
-    if was["cpu"] != now["cpu"] and was["cpu_kernels"] != "portable":
-        kernels = "of a run before they could be chosen" if was["cpu_kernels"] == UNKNOWN else was["cpu_kernels"]
-        yield f"reason      the kernels on the CPU were {kernels}, and the CPU is another one"
-    if was["gpu"] != now["gpu"]:
+    differing = {part for part in PARTS if UNKNOWN not in (was[part], now[part]) and was[part] != now[part]}
+    kernels = {part["cpu_kernels"].partition(":")[0] for part in (was, now)}
+    if "cpu" in differing and kernels != {"portable"}:
+        yield f"reason      another CPU, and the kernels were not portable in both runs ({', '.join(sorted(kernels))})"
+    if "threads" in differing:
+        yield "reason      another number of threads adds in another order"
+    if "gpu" in differing:
         yield "reason      another GPU, or a CPU in place of one, computes other bits"
 
 

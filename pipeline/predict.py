@@ -111,10 +111,10 @@ def main() -> None:
     with report_errors():
         if arguments.top < 1:
             raise UserError(f"--top is {arguments.top}; allowed: 1 or more")
-        torch.set_num_threads(num_cores())  # PyTorch's own default knows no container's quota
         folder = _model_folder(arguments.model)
         _verify_model(folder)
-        use_cpu_kernels(load_config(folder).cpu_kernels, field="cpu_kernels of the model")
+        use_cpu_kernels(load_config(folder).cpu_kernels, field=f"{folder / 'model.json'}: cpu_kernels")
+        torch.set_num_threads(num_cores())  # PyTorch's own default knows no container's quota
         unreadable = 0
         for prediction in predict(arguments.images, folder=folder):
             if prediction.unreadable:

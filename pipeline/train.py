@@ -62,8 +62,8 @@ def _train_in_this_process(all_params: Params, info: DatasetInfo, *, gpus: Seque
     with distributed.process_group(device, processes=params.processes):
         if distributed.is_local_rank_0():
             verify_splits("train", "validation")
-        classifier = _make_classifier(params, info, device=device)
         with explain_memory_errors(params):
+            classifier = _make_classifier(params, info, device=device)
             if distributed.rank() == 0:
                 _train_and_record(classifier, all_params, info, gpus=gpus)
             else:

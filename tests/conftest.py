@@ -21,7 +21,7 @@ from flows import ports, server
 from pipeline.artifacts import replace_folder
 from pipeline.core.settings import get_settings
 from pipeline.core.yaml import read_yaml
-from pipeline.models.cpu_kernels import PORTABLE
+from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.params import Params, TrainParams, check_params
 from tests.forked import Process
 
@@ -30,7 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # more cost time: networks are sm
 # threads that spin while they wait for one another make tests side by side many times as slow
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-os.environ.update(PORTABLE)  # before the first operation of PyTorch in this process
+use_cpu_kernels("portable", field="tests")  # before the first operation of PyTorch in this process
 
 PROJECT = Path(__file__).parents[1]
 DEFAULTS = read_yaml(PROJECT / "params.yaml")

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +30,11 @@ def python(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_the_locked_pytorch_has_committed_bits() -> None:
+    [locked] = re.findall(r"^torch==([0-9.]+)", (PROJECT / "requirements/base.lock").read_text(), re.MULTILINE)
+    assert {version.partition("+")[0] for version in GOLDEN} >= {locked}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the hashes are those of x86-64")
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="this CPU has no AVX2")
@@ -47,6 +53,7 @@ def test_the_committed_bits_are_of_all_networks_and_differ_by_threads() -> None:
 
 
 def test_kernels_chosen_too_late_are_refused_and_native_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(os, "environ", dict(os.environ))
     use_cpu_kernels("native", field="train.cpu_kernels")
@@ -61,12 +68,13 @@ def test_a_cpu_without_avx2_is_named_and_left_as_it_is(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     monkeypatch.setattr(os, "environ", dict(UNSET))
     use_cpu_kernels("portable", field="train.cpu_kernels")
-    assert "warning: train.cpu_kernels is portable, but this CPU" in capsys.readouterr().out
+    assert "warning: train.cpu_kernels is portable, but this CPU" in capsys.readouterr().err
     assert not PORTABLE.keys() & os.environ.keys()
     assert cpu_kernels_in_use(train_params()).startswith("native (no AVX2): ")
 
 
-def test_the_records_name_the_kernels() -> None:
+def test_the_records_name_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert cpu_kernels_in_use(train_params()) == "portable"
     assert cpu_kernels_in_use(train_params(cpu_kernels="native")).startswith("native (as chosen): ")
     assert cpu_kernels_in_use(train_params(compile=True)).startswith("native (train.compile): ")
@@ -92,6 +100,7 @@ def test_the_verdict_needs_equal_bits_and_a_control_that_differs(
     assert line in capsys.readouterr().out
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere the CPU is named first")
 def test_without_the_emulator_one_line_names_the_package(tmp_path: Path) -> None:
     done = python("-m", "tests.bits.check", PATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")

@@ -91,10 +91,16 @@ def test_a_part_is_killed_at_its_limit_with_all_that_it_started_and_its_findings
         emit(child=subprocess.Popen(["sleep", "600"]).pid)
         time.sleep(600)
 
-    found = run_alone(part, tmp_path, seconds=2)
-    assert found.status == "cut off"
-    [row] = found.rows
-    assert not psutil.pid_exists(row["child"]) or psutil.Process(row["child"]).status() == psutil.STATUS_ZOMBIE
+    seen: list[psutil.Process] = []
+
+    def on_change() -> None:
+        seen.extend(psutil.Process(row["child"]) for row in result.rows)
+
+    result = PartResult()
+    run_part("one", part, Setting(tmp_path, dry=True), seconds=10, out=tmp_path, result=result, on_change=on_change)
+    assert result.status == "cut off"
+    assert len(seen) == len(result.rows) == 1
+    assert not psutil.wait_procs(seen, timeout=60)[1]
 
 
 def test_a_part_that_fails_leaves_its_findings_and_its_traceback(tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ from PIL import Image
 from pipeline import predict as module
 from pipeline.artifacts import replace_folder
 from pipeline.core.errors import EXIT_PARTIAL, EXIT_PIPE
+from pipeline.core.yaml import dump_yaml
 from pipeline.models.build import build
 from pipeline.models.cpu_kernels import PORTABLE
 from pipeline.models.files import save_config, save_weights
 from pipeline.predict import BATCH_SIZE, main, predict
 from pipeline.tracking import served_model
-from tests.conftest import PROJECT, coloured_images
+from tests.conftest import DEFAULTS, PROJECT, coloured_images, write_normalized
 from tests.raw_folders import encoded, noise
 from tests.test_model import config
 
@@ -216,6 +217,8 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(model: Path) -> None:
 
 
 KERNELS = {
+    # it refuses the model's classes, after it has chosen the kernels
+    "evaluate": "import contextlib, pipeline.evaluate as e\nwith contextlib.suppress(SystemExit): e.main()\n",
     "predict": "import sys; from pipeline.predict import main; sys.argv[1:] = ['photo.png']; main()",
     "served": "from types import SimpleNamespace as S; from pipeline.tracking.served_model import ServedModel; "
     "ServedModel().load_context(S(artifacts={'weights': 'artifacts/train/best.safetensors'}))",
@@ -226,8 +229,10 @@ KERNELS = {
 @pytest.mark.parametrize("way", KERNELS)
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="this CPU has no AVX2")
 def test_the_kernels_are_those_that_the_model_was_trained_with(model: Path, way: str) -> None:
+    write_normalized(model.parents[1])
+    (model.parents[1] / "params.yaml").write_text(dump_yaml(DEFAULTS))
     environment = {name: value for name, value in os.environ.items() if name not in PORTABLE}
-    code = f"{KERNELS[way]}; import os; print(*sorted(set({set(PORTABLE)}) & os.environ.keys()))"
+    code = f"{KERNELS[way]}\nimport os; print(*sorted(set({set(PORTABLE)}) & os.environ.keys()))"
     environment["PYTHONPATH"] = str(PROJECT)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1:] == [" ".join(sorted(PORTABLE))], done.stderr
@@ -240,4 +245,4 @@ def test_an_application_that_computes_with_other_kernels_is_warned(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(os, "environ", dict(os.environ))
     served_model.ServedModel().load_context(SimpleNamespace(artifacts={"weights": str(model / "best.safetensors")}))
-    assert "cpu_kernels of the model is portable, but PyTorch already computes with AVX512" in caplog.text
+    assert "model.json: cpu_kernels is portable, but PyTorch already computes with AVX512" in caplog.text

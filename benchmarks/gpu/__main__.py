@@ -68,11 +68,13 @@ def main() -> None:
     arguments = _arguments()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    for name in ("gpu.json", "gpu.md", "log.txt"):  # of an earlier run
+        (out / name).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(arrays=Path(folder) / "arrays", dry=arguments.dry)
         machine = run_part("machine", describe_machine, setting, seconds=60, out=out)
         if not machine.rows:
-            raise UserError(f"{out / 'log.txt'}: PyTorch cannot be asked for a GPU; the log has the reason")
+            raise UserError(f"{out / 'log.txt'}: PyTorch cannot be asked for a GPU; fix what it names, or use --dry")
         if machine.rows[0]["gpu"] is None and not arguments.dry:
             raise UserError("found no GPU that PyTorch can use (CUDA); with --dry the same code runs on the CPU")
         make_arrays(arguments.images, setting)

@@ -54,13 +54,13 @@ def unpack(file: Path, folder: Path) -> None:
             packed = {name: content[name] for name in content.files}
         jpegs, description = lzma.decompress(packed["jpegs"].tobytes()), json.loads(packed["description"].tobytes())
         labels = {name: packed[f"{name}_labels"] for name in SPLITS}
-        pixels = _decode(jpegs, packed["sizes"])
+        pixels, packed_md5 = _decode(jpegs, packed["sizes"]), description["md5"]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile, lzma.LZMAError) as error:
         raise UserError(
             f"--images: {file}: damaged ({error}); make it again by python -m benchmarks.gpu.pack"
         ) from None
     md5 = write_arrays(folder, pixels, labels, description)
-    differ = [name for name, value in md5.items() if description["md5"][name] != value]
+    differ = [name for name, value in md5.items() if packed_md5.get(name) != value]
     if differ:
         raise UserError(
             f"--images: {file}: {', '.join(differ)} differ from what was packed; use a Pillow whose libjpeg decodes "

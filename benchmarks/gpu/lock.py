@@ -1,11 +1,11 @@
-"""Start two trainings at once on one GPU: the second has to wait for the first, and to say so."""
+"""Start two trainings at once on one GPU: the second has to wait for the first, and to report it."""
 
 import contextlib
 import io
 import multiprocessing
 import time
 from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Barrier
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,23 @@ from pipeline.training.device import choose_device, gpu_uuids, prepare_torch
 WAIT_SECONDS = 120
 
 
+class Output(io.StringIO):
+    """What the lock printed; printing anything sets an event, as only the training that has to wait prints."""
+
+    def __init__(self, event: Event) -> None:
+        super().__init__()
+        self._event = event
+
+    def write(self, text: str) -> int:
+        self._event.set()
+        return super().write(text)
+
+
 def check_lock(setting: Setting, emit: Emit) -> None:
     """Emit whether the trainings ran one after the other, and what the second one printed."""
     context = multiprocessing.get_context("fork")
-    barrier, found = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=_train, args=(setting, barrier, found)) for _ in range(2)]
+    other_waits, found = context.Event(), context.Queue()
+    processes = [context.Process(target=_train, args=(setting, other_waits, found)) for _ in range(2)]
     for process in processes:
         process.start()
     (_, first_end, first_output), (start, _, output) = sorted(found.get(timeout=WAIT_SECONDS) for _ in processes)
@@ -37,7 +49,7 @@ def check_lock(setting: Setting, emit: Emit) -> None:
     )
 
 
-def _train(setting: Setting, barrier: Barrier, found: "Queue[Any]") -> None:
+def _train(setting: Setting, other_waits: Event, found: "Queue[Any]") -> None:
     """Train under the lock, as the step train does; pass on when it began and ended, and what the lock printed."""
     device = CPU if setting.dry else choose_device("cuda", field="--dry")
     params = toy_params("lenet", "sgd")
@@ -45,10 +57,10 @@ def _train(setting: Setting, barrier: Barrier, found: "Queue[Any]") -> None:
     uuids = gpu_uuids(device, processes=1)
     if setting.dry:  # a GPU that does not exist
         gpu_lock.LOCK_FOLDER, uuids = Path(setting.arrays).parent, ["dry"]
-    printed = io.StringIO()
-    barrier.wait(WAIT_SECONDS)
+    printed = Output(other_waits)
     with contextlib.redirect_stdout(printed), gpu_lock.exclusive_gpus(uuids):
         start = time.monotonic()
+        other_waits.wait(WAIT_SECONDS)
         update(params, device=device)
         end = time.monotonic()
     found.put((start, end, printed.getvalue()))

@@ -19,7 +19,7 @@ from benchmarks.gpu.images import RECIPE, decode_jpeg
 from benchmarks.recipe import SPLITS
 from benchmarks.ways import CIFAR10_IMAGES, arrays
 from pipeline.artifacts import Images, read_split, write_bytes
-from pipeline.core.errors import report_errors
+from pipeline.core.errors import UserError, report_errors
 
 
 def pack(tree: Path, folder: Path, file: Path) -> int:
@@ -29,7 +29,10 @@ def pack(tree: Path, folder: Path, file: Path) -> int:
         content = path.read_bytes()
         contents[_digest(decode_jpeg(content))] = content
     splits = {name: read_split(name, folder=folder) for name in SPLITS}
-    files = [contents[_digest(image)] for images, _ in splits.values() for image in images]
+    digests = [_digest(image) for images, _ in splits.values() for image in images]
+    if missing := sum(digest not in contents for digest in digests):
+        raise UserError(f"{tree}: {missing} images of {folder} are not in it; allowed: colored JPEG files of 32x32")
+    files = [contents[digest] for digest in digests]
     packed = BytesIO()
     values: dict[str, Any] = {f"{name}_labels": labels.astype(np.uint8) for name, (_, labels) in splits.items()}
     values["jpegs"] = np.frombuffer(lzma.compress(b"".join(files)), np.uint8)

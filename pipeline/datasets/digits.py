@@ -31,12 +31,13 @@ def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:  # n
 def _read_rows() -> npt.NDArray[np.uint8]:
     """Read the file that `sklearn.datasets.load_digits` reads: rows (1797, 65) of 64 pixels and the label.
 
-    To import scikit-learn for that would take a second.
+    To import scikit-learn for that would take a second. Raises UserError where it is not installed.
     """
     package = importlib.util.find_spec("sklearn")
-    assert package
-    assert package.origin
-    with gzip.open(Path(package.origin).parent / "datasets/data/digits.csv.gz", "rt", encoding="ascii") as file:
+    path = Path(package.origin).parent / "datasets/data/digits.csv.gz" if package and package.origin else None
+    if path is None or not path.exists():
+        raise UserError("download.dataset is digits, but scikit-learn, which has them, is missing; `make install`")
+    with gzip.open(path, "rt", encoding="ascii") as file:
         return np.loadtxt(file, dtype=np.uint8, delimiter=",")
 
 

@@ -5,6 +5,7 @@ PyTorch and its libraries choose kernels by the CPU's instruction set and maker,
 
 import os
 import platform
+import sys
 
 import torch
 
@@ -21,15 +22,17 @@ PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CB
 def use_cpu_kernels(choice: CpuKernels, *, field: str) -> None:
     """Choose the kernels on the CPU; must be called before PyTorch's first operation in this process.
 
-    Prints a warning where the choice is `portable`, and this CPU has no AVX2.
-    Raises UserError naming `field` where the choice is `portable`, and PyTorch has already chosen others.
+    Prints a warning to stderr where the choice is `portable`, and this CPU has no AVX2.
+    Raises UserError naming `field` where the choice is `portable`, and PyTorch already computes with AVX-512. That it
+    has chosen its kernels before can be seen on a CPU with AVX-512 alone.
     """
     if choice == "native":
         return
     if not torch.cpu._is_avx2_supported():  # get_capabilities is public, but newer than PyTorch 2.11
         print(
             f"warning: {field} is portable, but this CPU ({platform.machine()}) has no AVX2: the last bits will differ "
-            "from those that other CPUs compute",
+            "from those that other CPUs compute; native, which is the same here, gives no warning",
+            file=sys.stderr,
             flush=True,
         )
         return
@@ -37,8 +40,9 @@ def use_cpu_kernels(choice: CpuKernels, *, field: str) -> None:
     found = torch.backends.cpu.get_cpu_capability()
     if found != "AVX2":
         raise UserError(
-            f"{field} is portable, but PyTorch already computes with {found} in this process; do this before its first "
-            "operation (in a notebook: restart, and call prepare_torch first), or choose native"
+            f"{field} is portable, but PyTorch already computes with {found} in this process; allowed: to choose the "
+            f"kernels before the first operation: start Python again and do this first, set ATEN_CPU_CAPABILITY=avx2, "
+            "ONEDNN_MAX_CPU_ISA=AVX2 and MKL_CBWR=COMPATIBLE before, or choose native"
         )
 
 

@@ -3,6 +3,8 @@
 import importlib.metadata
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -34,11 +36,8 @@ def log_model(folder: Path) -> None:
     size, channels = values["image_size"], values["channels"]
     probabilities = [ColSpec(DataType.double, name) for name in values["class_names"]]
     columns = [ColSpec(DataType.string, "predicted_class"), *probabilities]
-    # MLflow compares the requirements with the installed versions, from which they are read here; for that it would
-    # list the files of all installed packages, which takes 0.7 s
-    requirements_utils._MODULES_TO_PACKAGES = {}  # type: ignore[assignment]
     # MLflow asks for an example, which it would trace for half a minute
-    with warnings.catch_warnings(), packaged() as code:
+    with warnings.catch_warnings(), _without_list_of_modules(), packaged() as code:
         warnings.simplefilter("ignore", UserWarning)
         mlflow.pyfunc.log_model(
             name="model",
@@ -53,6 +52,20 @@ def log_model(folder: Path) -> None:
             metadata={"inputs": f"images (N, {size}, {size}, {channels}) of whole numbers from 0 to 255"},
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in (*SERVED_PACKAGES, "mlflow")],
         )
+
+
+@contextmanager
+def _without_list_of_modules() -> Iterator[None]:
+    """Keep MLflow from listing the files of all installed packages, which takes 0.7 s.
+
+    It needs that list to find the requirements of a model; those of ours are passed to it.
+    """
+    before = requirements_utils._MODULES_TO_PACKAGES
+    requirements_utils._MODULES_TO_PACKAGES = {}  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        requirements_utils._MODULES_TO_PACKAGES = before
 
 
 def has_model(run_id: str) -> bool:

@@ -48,7 +48,7 @@ class ServedModel(PythonModel):
     def load_context(self, context: Any) -> None:
         folder = Path(context.artifacts["weights"]).parent
         try:
-            use_cpu_kernels(load_config(folder).cpu_kernels, field="cpu_kernels of the model")
+            use_cpu_kernels(load_config(folder).cpu_kernels, field="model.json: cpu_kernels")
         except UserError as error:  # an application that already uses PyTorch is served all the same
             logging.getLogger(__name__).warning("%s", error)
         self.network, self.config = load_model(folder)
