@@ -118,12 +118,13 @@ def save(workspace: Workspace) -> str | None:
     ) as lookup:
         try:
             workspace.save(on_line=log)
+            run_id, problem = lookup.communicate("saved\n")
         except BaseException:
             lookup.kill()
             raise
-        run_id, problem = lookup.communicate("saved\n")
-    if problem:
-        get_run_logger().warning("MLflow run that made the model: %s", problem.strip())
+    if lookup.returncode or "warning: " in problem:
+        reason = problem.strip() or f"the search ended with status {lookup.returncode}"
+        get_run_logger().warning("the MLflow run that made the model is unknown or not tagged: %s", reason)
     return run_id.strip() or None
 
 

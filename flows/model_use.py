@@ -1,8 +1,8 @@
 """Find the MLflow run that made a model, and tag it with a flow run that took the model from DVC's cache.
 
 `python -m flows.model_use MODEL_MD5 FLOW_RUN_ID EXPERIMENT` finds the run while the flow run saves its experiment,
-waits for a line on standard input, which means that it is saved, and then tags the run and prints its id, or an empty
-line. It imports neither Prefect nor DVC: the flow run waits for it.
+waits for a line on standard input, which means that it is saved, and then tags the run. It prints the run's id, or an
+empty line. It imports neither Prefect nor DVC: the flow run waits for it.
 """
 
 import sys
@@ -29,10 +29,10 @@ def main() -> None:
     model_md5, flow_run_id, experiment = sys.argv[1:]
     with report_errors(), chdir(PROJECT):
         run_id = find_maker(model_md5)
+        print(run_id or "")
         if run_id and sys.stdin.readline():
             with redirect_stdout(sys.stderr), warn_on_failure("the run is not tagged with this flow run"):
                 RunLogger(run_id).set_tags({f"{FLOW_RUN}{flow_run_id}": experiment})
-        print(run_id or "")
 
 
 if __name__ == "__main__":

@@ -256,7 +256,8 @@ def _reasons(run: Run, again: Run) -> Iterator[str]:
     differing = {part for part in PARTS if UNKNOWN not in (was[part], now[part]) and was[part] != now[part]}
     kernels = {part["cpu_kernels"].partition(":")[0] for part in (was, now)}
     if "cpu" in differing and kernels != {"portable"}:
-        yield f"reason      another CPU, and the kernels were not portable in both runs ({', '.join(sorted(kernels))})"
+        names = ", ".join(sorted(kernels))
+        yield f"reason      another CPU or instruction set, and the kernels were not portable in both runs ({names})"
     if "threads" in differing:
         yield "reason      another number of threads adds in another order"
     if "gpu" in differing:

@@ -228,7 +228,7 @@ KERNELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("way", KERNELS)
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="this CPU has no AVX2")
-def test_the_kernels_are_those_that_the_model_was_trained_with(model: Path, way: str) -> None:
+def test_the_kernels_are_those_of_the_model_and_of_the_parameters(model: Path, way: str) -> None:
     write_normalized(model.parents[1])
     (model.parents[1] / "params.yaml").write_text(dump_yaml(DEFAULTS))
     environment = {name: value for name, value in os.environ.items() if name not in PORTABLE}

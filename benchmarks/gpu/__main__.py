@@ -68,8 +68,7 @@ def main() -> None:
     arguments = _arguments()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("gpu.json", "gpu.md", "log.txt"):  # of an earlier run
-        (out / name).unlink(missing_ok=True)
+    (out / "log.txt").unlink(missing_ok=True)  # of an earlier run
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(arrays=Path(folder) / "arrays", dry=arguments.dry)
         machine = run_part("machine", describe_machine, setting, seconds=60, out=out)
@@ -78,6 +77,8 @@ def main() -> None:
         if machine.rows[0]["gpu"] is None and not arguments.dry:
             raise UserError("found no GPU that PyTorch can use (CUDA); with --dry the same code runs on the CPU")
         make_arrays(arguments.images, setting)
+        for name in ("gpu.json", "gpu.md"):
+            (out / name).unlink(missing_ok=True)
         text = header(seeds="from 0") + f"GPU: {_words(machine.rows[0])}\n"
         results: dict[str, PartResult] = {}
 

@@ -16,6 +16,8 @@ from pipeline.training import gpu_lock
 from pipeline.training.device import choose_device, gpu_uuids, prepare_torch
 
 WAIT_SECONDS = 120
+HOLD_SECONDS = 15
+"""For at most so long the first training holds the lock until the second waits for it."""
 
 
 class Output(io.StringIO):
@@ -60,7 +62,7 @@ def _train(setting: Setting, other_waits: Event, found: "Queue[Any]") -> None:
     printed = Output(other_waits)
     with contextlib.redirect_stdout(printed), gpu_lock.exclusive_gpus(uuids):
         start = time.monotonic()
-        other_waits.wait(WAIT_SECONDS)
+        other_waits.wait(HOLD_SECONDS)
         update(params, device=device)
         end = time.monotonic()
     found.put((start, end, printed.getvalue()))

@@ -31,7 +31,7 @@ def pack(tree: Path, folder: Path, file: Path) -> int:
     splits = {name: read_split(name, folder=folder) for name in SPLITS}
     digests = [_digest(image) for images, _ in splits.values() for image in images]
     if missing := sum(digest not in contents for digest in digests):
-        raise UserError(f"{tree}: {missing} images of {folder} are not in it; allowed: colored JPEG files of 32x32")
+        raise UserError(f"{tree}: {missing} images of {folder} are not in it; name the tree that it was made from")
     files = [contents[digest] for digest in digests]
     packed = BytesIO()
     values: dict[str, Any] = {f"{name}_labels": labels.astype(np.uint8) for name, (_, labels) in splits.items()}

@@ -91,7 +91,7 @@ def _run(name: str, part: Part, setting: Setting, rows: Path, log: Path) -> None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
     if math.isfinite(setting.deadline):  # should the parent be gone by then
-        signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
+        signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))  # with all that it started
         signal.alarm(max(1, math.ceil(setting.deadline - time.monotonic()) + 5))
     with log.open("a", buffering=1) as file, rows.open("a") as found:
         for stream in (1, 2):

@@ -36,7 +36,7 @@ def _read_rows() -> npt.NDArray[np.uint8]:
     package = importlib.util.find_spec("sklearn")
     path = Path(package.origin).parent / "datasets/data/digits.csv.gz" if package and package.origin else None
     if path is None or not path.exists():
-        raise UserError("download.dataset is digits, but scikit-learn, which has them, is missing; `make install`")
+        raise UserError(f"download.dataset is digits, but {path or 'scikit-learn'} is missing; run `make install`")
     with gzip.open(path, "rt", encoding="ascii") as file:
         return np.loadtxt(file, dtype=np.uint8, delimiter=",")
 

@@ -23,8 +23,8 @@ def use_cpu_kernels(choice: CpuKernels, *, field: str) -> None:
     """Choose the kernels on the CPU; must be called before PyTorch's first operation in this process.
 
     Prints a warning to stderr where the choice is `portable`, and this CPU has no AVX2.
-    Raises UserError naming `field` where the choice is `portable`, and PyTorch already computes with AVX-512. That it
-    has chosen its kernels before can be seen on a CPU with AVX-512 alone.
+    Raises UserError naming `field` where the choice is `portable`, and PyTorch already computes with other kernels;
+    that can be detected only where these are not AVX2 ones too.
     """
     if choice == "native":
         return
@@ -39,10 +39,10 @@ def use_cpu_kernels(choice: CpuKernels, *, field: str) -> None:
     os.environ |= PORTABLE  # read at the first operation
     found = torch.backends.cpu.get_cpu_capability()
     if found != "AVX2":
+        variables = " ".join(f"{name}={value}" for name, value in PORTABLE.items())
         raise UserError(
-            f"{field} is portable, but PyTorch already computes with {found} in this process; allowed: to choose the "
-            f"kernels before the first operation: start Python again and do this first, set ATEN_CPU_CAPABILITY=avx2, "
-            "ONEDNN_MAX_CPU_ISA=AVX2 and MKL_CBWR=COMPATIBLE before, or choose native"
+            f"{field} is portable, but PyTorch already computes with {found} in this process; allowed: AVX2, chosen "
+            f"before PyTorch's first operation. Start Python again and do this first, or start it with {variables}"
         )
 
 

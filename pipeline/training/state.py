@@ -43,7 +43,7 @@ class TrainingState:
         every = params.average_every_steps
         self.lookahead = Lookahead(classifier, every=every) if every else None
         is_float16 = autocast_dtype(params.mixed_precision, device=self.device) is torch.float16
-        # the default, 2**16, is so large that the first steps may be skipped; it doubles every 2,000 steps
+        # with the default, 2**16, the first steps may overflow and be skipped; the scale doubles every 2,000 steps
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=is_float16)
         self.step, self.position, self.learning_rate = 0, 0, 0.0
         self.loss_sum = torch.zeros((), device=self.device)

@@ -50,7 +50,7 @@ def run_all() -> Iterator[Result]:
         running = {pool.submit(run, *training): training for training in TRAININGS}
         for done in as_completed(running):
             if done.exception():
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)  # those that run end by themselves
             for bits in done.result():
                 yield (*running[done], bits)
 
@@ -85,7 +85,9 @@ def main() -> None:
 def report(results: Sequence[Result]) -> int:
     """Print the verdict; return the exit status."""
     if {bits.capability for _, kernels, bits in results if kernels == "portable"} != {"AVX2"}:
-        print("portable: this CPU, or this version of qemu-x86_64, has no AVX2, so nothing is proven; take another")
+        print(
+            "portable: not all computed with AVX2: nothing is proven; take a CPU with AVX2 and qemu-user 7.2 or newer"
+        )
         return EXIT_UNKNOWN
     if different := differing(results, kernels="portable"):
         print(f"portable: other bits on another CPU: {', '.join(different)}")
