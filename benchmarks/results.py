@@ -13,6 +13,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -192,6 +193,8 @@ def main() -> int:
     status = 0 if arguments.write or arguments.overrides or compare(found, published) else 1
     for recipe in found:
         shutil.rmtree(DONE / recipe, ignore_errors=True)
+    with suppress(OSError):  # not empty: another recipe's run was killed
+        DONE.rmdir()
     return status
 
 

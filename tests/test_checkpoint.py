@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,15 @@ def test_the_newest_is_used_and_few_are_kept(tmp_path: Path) -> None:
     (tmp_path / "one" / ".step-0000000003-x.safetensors.99.tmp").write_text("what a killed process was writing")
     assert len(written(tmp_path / "one", 9, 10, 11, 12)) == KEPT
     assert newest_step(tmp_path / "one") == 12
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_of_two_at_the_same_step_the_later_one_is_used(tmp_path: Path, order: tuple[int, ...]) -> None:
+    for position in order:  # whichever MD5 sorts first
+        Checkpoints(tmp_path).write(replace(checkpoint(7), state={"position": position}))
+    found = Checkpoints(tmp_path).newest()
+    assert found
+    assert found.state == {"position": order[-1]}
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied"])

@@ -13,7 +13,7 @@ in the output folder are written anew after each finding. The exit status is 1 i
 
 The images are those of CIFAR-10: a tree `<split>/<class>/*.jpg`, or the file into which `python -m benchmarks.gpu.pack`
 has packed it. With that file it needs beside torch and torchvision only numpy, pillow, safetensors, tqdm, psutil,
-pydantic and ruamel.yaml; a tree needs the whole installation.
+joblib, pydantic and ruamel.yaml; a tree needs the whole installation.
 `--dry` runs the same code on tiny inputs on the CPU, in seconds, to show that it runs; its figures mean nothing.
 """
 

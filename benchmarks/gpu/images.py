@@ -2,7 +2,6 @@
 
 import json
 import lzma
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from benchmarks.recipe import SPLITS
 from benchmarks.ways import arrays
 from pipeline.artifacts import Images, write_array, write_json
 from pipeline.core.errors import UserError
+from pipeline.core.processes import num_cores
 
 RECIPE = "cifar10_fast94"
 BLOCK = 2000
@@ -113,7 +113,7 @@ def _decode(jpegs: bytes, sizes: Any) -> Images:
     ends = np.cumsum(sizes, dtype=np.int64).tolist()
     files = [jpegs[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     blocks = [files[start : start + BLOCK] for start in range(0, len(files), BLOCK)]
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 12), mp_context=CONTEXT) as pool:
+    with ProcessPoolExecutor(min(num_cores(), 12), mp_context=CONTEXT) as pool:
         return np.concatenate(list(pool.map(_decode_block, blocks)))
 
 

@@ -76,9 +76,12 @@ class Checkpoints:
     def write(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint whole or not at all, then remove those no longer needed; raises OSError."""
         content = checkpoint.to_bytes()
-        newest = self._folder / f"step-{checkpoint.step:010}-{bytes_md5(content)}.safetensors"
+        step = f"step-{checkpoint.step:010}-"
+        newest = self._folder / f"{step}{bytes_md5(content)}.safetensors"
         write_bytes(newest, content)
-        kept = {newest, *[path for path in self._files() if path != newest][: KEPT - 1]}
+        # one before the validation that followed the same step is no longer needed
+        older = [path for path in self._files() if not path.name.startswith(step)]
+        kept = {newest, *older[: KEPT - 1]}
         for path in set(self._folder.iterdir()) - kept:  # also what a killed process was writing
             path.unlink()
 
