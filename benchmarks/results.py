@@ -30,7 +30,7 @@ from benchmarks.published import (
     report,
     write_results,
 )
-from benchmarks.setting import PROJECT, clone, positive, scratch, timed
+from benchmarks.setting import PROJECT, check_is_committed, clone, positive, scratch, timed
 from benchmarks.table import mean_and_deviation, setting
 from benchmarks.ways import CIFAR10
 from pipeline.arrays import DatasetInfo
@@ -159,7 +159,9 @@ def measure_all(arguments: argparse.Namespace) -> dict[str, RecipeResult]:
         for recipe in [recipe for recipe, dataset in datasets.items() if dataset == "cifar10"]:
             print(f"{recipe}: skipped, as there are no images of CIFAR-10; name them: --images FOLDER", flush=True)
             del datasets[recipe]
+    check_is_committed()
     if "cifar10" in datasets.values():
+        print(f"images of CIFAR-10: {arguments.images or ARCHIVE}", flush=True)
         prepare_apart(arguments.images)
     found = {}
     for recipe, dataset in datasets.items():

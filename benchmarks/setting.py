@@ -58,9 +58,15 @@ def timed(*command: str, cwd: Path, without: Sequence[str] = ()) -> tuple[float,
     return time.perf_counter() - start, done.stdout
 
 
-def clone(folder: Path) -> None:
-    """Clone the commit that is checked out; raise UserError where the checkout has uncommitted code."""
+def check_is_committed() -> None:
+    """Raise UserError where the checkout has uncommitted code or parameters."""
     _, changes = timed("git", "status", "--porcelain", "--", "*.py", "*.yaml", cwd=PROJECT)
     if changes:
-        raise UserError(f"found uncommitted changes, which a clone would lack: {changes}; commit them first")
+        names = ", ".join(changes.splitlines())
+        raise UserError(f"found uncommitted changes, which a clone would lack: {names}; commit them first")
+
+
+def clone(folder: Path) -> None:
+    """Clone the commit that is checked out; raise UserError where the checkout has uncommitted code."""
+    check_is_committed()
     timed("git", "clone", "--quiet", str(PROJECT), str(folder), cwd=PROJECT)

@@ -101,10 +101,13 @@ def _without_secrets(value: Any) -> Any:
 def _results(summary: Summary) -> list[tuple[str, str]]:
     metrics, recalls = summary.metrics, summary.recalls
     worst, best = min(recalls, key=recalls.__getitem__), max(recalls, key=recalls.__getitem__)
+    range_of_recalls = f"{recalls[worst]:.2%} (class {worst}) to {recalls[best]:.2%} (class {best})"
+    if recalls[worst] == recalls[best]:
+        range_of_recalls = f"{recalls[worst]:.2%} in every class"
     interval = f"(95% interval {metrics['accuracy_low']:.2%} to {metrics['accuracy_high']:.2%})"
     return [
         ("test accuracy", f"{metrics['accuracy']:.2%} {interval}"),
-        ("recall", f"{recalls[worst]:.2%} (class {worst}) to {recalls[best]:.2%} (class {best})"),
+        ("recall", range_of_recalls),
         ("test loss", f"{metrics['loss']:.4f}"),
     ]
 

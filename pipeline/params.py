@@ -253,7 +253,7 @@ class EvaluateParams(Section):
     batch_size: Annotated[Count, Field(ge=1)] = Field(description="images at a time; does not change the result")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
     cpu_threads: Annotated[Count, Field(ge=0)] = Field(description="threads on the CPU; 0: one a core")
-    cpu_kernels: CpuKernels = Field(description="portable: the same bits on every x86-64 CPU; as in train")
+    cpu_kernels: CpuKernels = Field(description="portable: the same bits on every x86-64 CPU with AVX2; as in train")
     test_time_augmentation: Views = Field(
         description="mean of the logits over views: the image and its mirror image, and these shifted by a pixel"
     )

@@ -212,7 +212,9 @@ def _print_network(
 ) -> None:
     count, classes = sum(parameter.numel() for parameter in classifier.parameters()), len(config.class_names)
     together = f" in {params.processes} processes" if params.processes > 1 else ""
-    print(f"{config.model}: {count:,} parameters, {classes} classes, on {device}{together}", flush=True)
+    kernels = cpu_kernels_in_use(params)
+    how = "" if device.type != "cpu" or kernels == "portable" else f", kernels {kernels}"
+    print(f"{config.model}: {count:,} parameters, {classes} classes, on {device}{together}{how}", flush=True)
     if config.weights is not None:
         drawn = f"; newly drawn: {', '.join(newly_drawn)}" if newly_drawn else ""
         print(f"weights from {config.weights}{drawn}", flush=True)

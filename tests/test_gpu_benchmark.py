@@ -70,7 +70,7 @@ def test_the_dry_mode_runs_on_a_machine_without_mlflow_prefect_dvc_and_git(tmp_p
 def test_without_a_gpu_it_ends_in_one_line(tmp_path: Path) -> None:
     done = run("--out", str(tmp_path / "out"), path=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: found no GPU that PyTorch can use (CUDA); with --dry")
+    assert done.stderr.startswith("error: found no GPU that PyTorch can use (CUDA); `python -m benchmarks.gpu --dry`")
     assert len(done.stderr.splitlines()) == 1
 
 
