@@ -75,9 +75,7 @@ def main() -> None:
         if not machine.rows:
             raise UserError(f"{out / 'log.txt'}: PyTorch cannot be asked for a GPU; fix what it names, or use --dry")
         if machine.rows[0]["gpu"] is None and not arguments.dry:
-            raise UserError(
-                "found no GPU that PyTorch can use (CUDA); `python -m benchmarks.gpu --dry` needs none"
-            )
+            raise UserError("found no GPU that PyTorch can use (CUDA); `python -m benchmarks.gpu --dry` needs none")
         make_arrays(arguments.images, setting)
         for name in ("gpu.json", "gpu.md"):
             (out / name).unlink(missing_ok=True)
