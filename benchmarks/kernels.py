@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from benchmarks.recipe import first
+from benchmarks.recipe import first, image_config
 from benchmarks.setting import PROJECT, options, timed
 from benchmarks.table import header, medians
 from pipeline.arrays import Split
@@ -42,18 +42,8 @@ def seconds_of_epochs(recipe: str, *, kernels: str) -> float:
     params = check_params(compose(recipe, changes), origin="benchmark").train
     prepare_torch(params)
     train_split, validation_split = (random_split(recipe, number=count) for count in (number, number // 10))
-    config = ModelConfig(
-        model=params.model,
-        weights=None,
-        loss=params.loss,
-        class_names=tuple("0123456789"),
-        image_size=size,
-        input_size=None,
-        channels=1 if channels == 1 else 3,  # for the type checker
-        resize="crop",
-        mean=(0.5,) * channels,
-        std=(0.25,) * channels,
-    )
+    mean, std = (0.5,) * channels, (0.25,) * channels
+    config = image_config(params, class_names=tuple("0123456789"), mean=mean, std=std, image_size=size)
     _train(config, params, first(train_split, max(number // 10, params.batch_size)), validation_split)
     start = time.perf_counter()
     _train(config, params, train_split, validation_split)

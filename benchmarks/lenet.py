@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.recipe import image_config
 from benchmarks.ways import RECIPE
 from pipeline.arrays import Split
 from pipeline.models.build import Classifier, build
-from pipeline.models.config import ModelConfig
 from pipeline.params import check_params, compose
 from pipeline.training.loop import train
 
@@ -18,18 +18,7 @@ Splits = tuple[Split, Split]
 TRAIN_IMAGES, VALIDATION_IMAGES = 45_000, 5_000
 OVERRIDES = {"train.epochs": 1, "train.device": "cpu", "train.cpu_kernels": "native"}
 PARAMS = check_params(compose(RECIPE, OVERRIDES), origin="benchmark")
-CONFIG = ModelConfig(
-    model=PARAMS.train.model,
-    weights=None,
-    loss=PARAMS.train.loss,
-    class_names=tuple("0123456789"),
-    image_size=32,
-    input_size=None,
-    channels=3,
-    resize="crop",
-    mean=(0.5,) * 3,
-    std=(0.25,) * 3,
-)
+CONFIG = image_config(PARAMS.train, class_names=tuple("0123456789"), mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 def random_split(number: int, *, seed: int) -> Split:

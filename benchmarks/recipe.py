@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.arrays import DatasetInfo, Split
 from pipeline.models.build import Classifier, build, memory_format
-from pipeline.models.config import configure
+from pipeline.models.config import ModelConfig, configure
 from pipeline.models.inference import logits_of
 from pipeline.params import TrainParams, Views
 from pipeline.training.device import prepare_torch
@@ -19,6 +19,29 @@ def load(params: TrainParams, folder: Path) -> tuple[Classifier, dict[str, Split
     device, info = prepare_torch(params), DatasetInfo.read(folder)
     splits = {name: Split.read(name, info=info, device=device, folder=folder) for name in SPLITS}
     return network(params, info), splits
+
+
+def image_config(
+    params: TrainParams,
+    *,
+    class_names: tuple[str, ...],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    image_size: int = 32,
+) -> ModelConfig:
+    """Return the configuration of a network with fresh weights; `mean` and `std` have a number for each channel."""
+    return ModelConfig(
+        model=params.model,
+        weights=None,
+        loss=params.loss,
+        class_names=class_names,
+        image_size=image_size,
+        input_size=None,
+        channels=1 if len(mean) == 1 else 3,
+        resize="crop",
+        mean=mean,
+        std=std,
+    )
 
 
 def network(params: TrainParams, info: DatasetInfo) -> Classifier:

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.recipe import image_config
 from pipeline.arrays import Split
 from pipeline.models.build import Classifier, build, memory_format
-from pipeline.models.config import ModelConfig
 from pipeline.params import TrainParams, check_params, compose
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ def toy_params(model: str, optimizer: str, **changes: Any) -> TrainParams:
 
 
 def toy_split(number: int, *, seed: int, device: torch.device) -> Split:
-    """Return images (number, 32, 32, 3) of noise with a bright bar, whose place is the class."""
+    """Return images (number, 32, 32, 3) of noise with a bright bar, whose position is the class."""
     draw = np.random.default_rng(seed)
     labels = np.arange(number, dtype=np.int64) % CLASSES
     images = draw.integers(0, 120, (number, 32, 32, 3), dtype=np.uint8)
@@ -52,16 +52,5 @@ def toy_split(number: int, *, seed: int, device: torch.device) -> Split:
 def toy_classifier(params: TrainParams, *, device: torch.device) -> Classifier:
     """Return the network with the weights of seed 0, on the device."""
     torch.manual_seed(0)
-    config = ModelConfig(
-        model=params.model,
-        weights=None,
-        loss=params.loss,
-        class_names=tuple(str(number) for number in range(CLASSES)),
-        image_size=32,
-        input_size=None,
-        channels=3,
-        resize="crop",
-        mean=MEAN,
-        std=STD,
-    )
+    config = image_config(params, class_names=tuple(map(str, range(CLASSES))), mean=MEAN, std=STD)
     return build(config).to(device).to(memory_format=memory_format(params))

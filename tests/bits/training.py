@@ -4,7 +4,6 @@
 It imports little, since an emulated processor takes a minute for PyTorch alone.
 """
 
-import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -16,12 +15,13 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from benchmarks.recipe import image_config
 from pipeline.arrays import Split
+from pipeline.artifacts import bytes_md5
 from pipeline.core.yaml import read_yaml
 from pipeline.evaluation.metrics import evaluate
 from pipeline.models.airbench import Airbench
 from pipeline.models.build import build, memory_format
-from pipeline.models.config import ModelConfig
 from pipeline.models.inference import logits_of
 from pipeline.params import TrainParams, check_params
 from pipeline.training.device import prepare_torch
@@ -61,8 +61,7 @@ def bits(network: str, *, kernels: str, threads: int) -> Bits:
     params = _params({**changes, "model": network, "cpu_kernels": kernels, "cpu_threads": threads, "epochs": 1})
     prepare_torch(params)
     train_split, other_split = _split(num_steps * params.batch_size, seed=0), _split(NUM_EVALUATED, seed=1)
-    config = _config(params)
-    classifier = build(config)
+    classifier = build(image_config(params, class_names=CLASS_NAMES, mean=MEAN, std=STD))
     if isinstance(classifier.network, Airbench):
         initialize_from_images(classifier, train_split, seed=params.seed)
     classifier.to(memory_format=memory_format(params))
@@ -77,8 +76,8 @@ def bits(network: str, *, kernels: str, threads: int) -> Bits:
         threads,
         cpu=_cpu(),
         capability=torch.backends.cpu.get_cpu_capability(),
-        weights=_md5(save({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()})),
-        evaluation=_md5(logits.numpy().tobytes() + text.encode()),
+        weights=bytes_md5(save({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()})),
+        evaluation=bytes_md5(logits.numpy().tobytes() + text.encode()),
     )
 
 
@@ -93,30 +92,11 @@ def _split(count: int, *, seed: int) -> Split:
     return Split.of(images, np.arange(count, dtype=np.int64) % len(CLASS_NAMES), mean=MEAN, std=STD)
 
 
-def _config(params: TrainParams) -> ModelConfig:
-    return ModelConfig(
-        model=params.model,
-        weights=None,
-        loss=params.loss,
-        class_names=CLASS_NAMES,
-        image_size=32,
-        input_size=None,
-        channels=3,
-        resize="crop",
-        mean=MEAN,
-        std=STD,
-    )
-
-
 def _cpu() -> str:
-    """Return the processor's name where PyTorch can tell it (from 2.12 on)."""
+    """Return the processor's name where this version of PyTorch can report it."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return "unknown"
     return str(torch.cpu.get_capabilities()["cpu_name"])
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def main() -> None:
