@@ -10,14 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.picture import accuracy_picture
 from benchmarks.setting import PROJECT
 from benchmarks.table import mean_and_deviation, table
-from pipeline.artifacts import read_json, write_json, write_text
+from pipeline.artifacts import read_json, write_bytes, write_json, write_text
 from pipeline.core.errors import report_errors
 from pipeline.params import recipe_path
 
 RESULTS = Path("docs/results.json")
 REPORT = Path("docs/results.md")
+PICTURE = Path("docs/results.png")
 README = Path("README.md")
 TABLE = re.compile("(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
 """The table of README.md, between two comments."""
@@ -95,6 +97,12 @@ def publish(results: Results, project: Path = PROJECT) -> None:
     write_results(results, project / RESULTS)
     for path, text in published_texts(results, project).items():
         write_text(path, text)
+    write_bytes(project / PICTURE, picture(results))
+
+
+def picture(results: Results) -> bytes:
+    """Return docs/results.png: the test accuracy of each seed."""
+    return accuracy_picture({recipe: result.accuracies for recipe, result in results.items()})
 
 
 def published_texts(results: Results, project: Path = PROJECT) -> dict[Path, str]:

@@ -12,11 +12,13 @@ import pytest
 
 from benchmarks import results
 from benchmarks.published import (
+    PICTURE,
     README,
     TABLE,
     RecipeResult,
     SeedResult,
     in_prose,
+    picture,
     publish,
     published_texts,
     read_results,
@@ -49,6 +51,11 @@ def project(tmp_path: Path) -> Path:
         shutil.copytree(PROJECT / name, tmp_path / name)
     shutil.copy(PROJECT / README, tmp_path)
     return tmp_path
+
+
+def test_the_picture_is_of_docs_results() -> None:
+    """`python -m benchmarks.published` draws it."""
+    assert (PROJECT / PICTURE).read_bytes() == picture(read_results())
 
 
 @pytest.mark.parametrize("path", sorted(str(path.relative_to(PROJECT)) for path in published_texts(read_results())))
