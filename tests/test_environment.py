@@ -196,9 +196,12 @@ def company(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("company")
     key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
-    openssl(folder, f"req -x509 {key} -keyout ca.key -out ca.pem -days 2 -subj /CN=Company")
+    authority = "-subj /CN=Company -addext keyUsage=critical,keyCertSign,cRLSign"  # Python 3.13 refuses one without it
+    openssl(folder, f"req -x509 {key} -keyout ca.key -out ca.pem -days 2 {authority}")
     openssl(folder, f"req {key} -keyout server.key -out server.csr -subj /CN=localhost")
-    (folder / "extensions").write_text("subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
+    (folder / "extensions").write_text(
+        "subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\nauthorityKeyIdentifier=keyid\n"
+    )
     sign = "x509 -req -in server.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 2 -extfile extensions"
     openssl(folder, f"{sign} -out server.crt")
     (folder / "ca").mkdir()
