@@ -11,7 +11,7 @@ from pipeline.core.errors import UserError
 from pipeline.training import batches as data
 from pipeline.training.batches import Augmentation, TrainingBatches
 from pipeline.training.device import choose_device
-from tests.conftest import coloured_images, write_normalized
+from tests.conftest import colored_images, write_normalized
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def batches(split: Split, **changes: int | bool) -> list[tuple[torch.Tensor, tor
 
 
 def test_pixels_are_normalised_by_the_training_mean_and_deviation() -> None:
-    images, labels = coloured_images(50)
+    images, labels = colored_images(50)
     mean, std = images.mean((0, 1, 2)) / 255, images.std((0, 1, 2)) / 255
     split = Split.of(images, labels, mean=mean.tolist(), std=std.tolist(), device=CPU)
     floats = torch.cat([batch for batch, _ in evaluation_batches(split, batch_size=7)])
@@ -40,18 +40,18 @@ def test_pixels_are_normalised_by_the_training_mean_and_deviation() -> None:
 
 
 def test_batches_have_the_documented_shape_type_and_layout() -> None:
-    images, labels = batches(split_of(coloured_images(10)[0]))[0]
+    images, labels = batches(split_of(colored_images(10)[0]))[0]
     assert (images.shape, images.dtype, labels.dtype) == ((4, 3, 32, 32), torch.float32, torch.int64)
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_an_epoch_shows_each_image_once_and_leaves_the_incomplete_batch_out() -> None:
-    seen = torch.cat([labels for _, labels in batches(split_of(coloured_images(10)[0]))]).tolist()
+    seen = torch.cat([labels for _, labels in batches(split_of(colored_images(10)[0]))]).tolist()
     assert len(seen) == len(set(seen)) == 8
 
 
 def test_order_and_augmentation_follow_from_seed_and_epoch_alone() -> None:
-    split = split_of(coloured_images(12)[0])
+    split = split_of(colored_images(12)[0])
     drawn = [
         torch.cat([i for i, _ in batches(split, seed=s, epoch=e, crop_padding=4, flip=True)])
         for s, e in [(1, 2), (1, 2), (1, 3), (2, 2)]
@@ -63,7 +63,7 @@ def test_order_and_augmentation_follow_from_seed_and_epoch_alone() -> None:
 
 def test_an_epoch_goes_on_in_its_midst_as_if_it_had_not_stopped() -> None:
     values = {"batch_size": 3, "seed": 1, "epoch": 2, "augmentation": Augmentation(flip=True, crop_padding=4)}
-    split = split_of(coloured_images(24)[0])
+    split = split_of(colored_images(24)[0])
     whole, first, second = (TrainingBatches(split, **values) for _ in range(3))  # type: ignore[arg-type]
     for _ in zip(range(3), first, strict=False):
         pass
@@ -74,7 +74,7 @@ def test_an_epoch_goes_on_in_its_midst_as_if_it_had_not_stopped() -> None:
 
 
 def test_an_image_is_mirrored_in_every_other_epoch() -> None:
-    split = split_of(coloured_images(20)[0])
+    split = split_of(colored_images(20)[0])
     seen = [
         {int(label): image for image, label in zip(*batches(split, batch_size=20, epoch=e, flip=True)[0], strict=True)}
         for e in (1, 2, 3)
@@ -173,7 +173,7 @@ def test_a_split_in_a_file_shows_each_image_once_an_epoch_in_another_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_images: int, block_images: int
 ) -> None:
     monkeypatch.setattr(data, "BLOCK_BYTES", block_images * 32 * 32 * 3)
-    images = coloured_images(103)[0]
+    images = colored_images(103)[0]
     split = split_in_file(tmp_path, images, window_bytes=window_images * 32 * 32 * 3)
     assert split.file is not None
     orders = []
@@ -190,7 +190,7 @@ def test_a_split_in_a_file_shows_each_image_once_an_epoch_in_another_order(
 
 def test_an_epoch_from_a_file_goes_on_in_its_midst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "BLOCK_BYTES", 8 * 32 * 32 * 3)
-    split = split_in_file(tmp_path, coloured_images(80)[0], window_bytes=16 * 32 * 32 * 3)
+    split = split_in_file(tmp_path, colored_images(80)[0], window_bytes=16 * 32 * 32 * 3)
     values = {"batch_size": 4, "seed": 1, "epoch": 2, "augmentation": Augmentation(True, 4, 3)}
     whole, rest = (TrainingBatches(split, **values) for _ in range(2))  # type: ignore[arg-type]
     rest.position = 9
@@ -204,21 +204,21 @@ def test_blocks_are_no_larger_than_said_whatever_the_batch() -> None:
 
 
 def test_a_file_that_is_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
-    split = split_in_file(tmp_path, coloured_images(50)[0], window_bytes=1)
+    split = split_in_file(tmp_path, colored_images(50)[0], window_bytes=1)
     os.truncate(tmp_path / "images.npy", 10_000)
     with pytest.raises(UserError, match=r"images.npy: it was cut short"):
         split.pixels(40, 50)
 
 
 def test_evaluation_is_the_same_from_a_file(tmp_path: Path) -> None:
-    images = coloured_images(50)[0]
+    images = colored_images(50)[0]
     in_file, resident = split_in_file(tmp_path, images, window_bytes=1), split_of(images)
     found = zip(evaluation_batches(in_file, batch_size=7), evaluation_batches(resident, batch_size=7), strict=True)
     assert all(torch.equal(one, other) and torch.equal(a, b) for (one, a), (other, b) in found)
 
 
 def test_the_shares_of_several_processes_make_up_the_batch() -> None:
-    split, augmentation = split_of(coloured_images(24)[0]), Augmentation(True, 4, 3)
+    split, augmentation = split_of(colored_images(24)[0]), Augmentation(True, 4, 3)
     values = {"batch_size": 6, "seed": 1, "epoch": 2, "augmentation": augmentation}
     shares = [list(TrainingBatches(split, **values, rank=rank, processes=3)) for rank in range(3)]  # type: ignore[arg-type]
     for whole, *parts in zip(TrainingBatches(split, **values), *shares, strict=True):  # type: ignore[arg-type]

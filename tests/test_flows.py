@@ -23,7 +23,7 @@ from pipeline.core.settings import get_settings
 from pipeline.core.stage_code import stage_names
 from pipeline.core.yaml import read_yaml
 from pipeline.tracking.store_uri import tracking_uri
-from tests.conftest import PROJECT, free_port, heed_interrupts, start_repository
+from tests.conftest import PROJECT, enable_interrupts, free_port, start_repository
 
 TOY = """
 import json, os, signal, sys, time
@@ -117,7 +117,7 @@ def start_run(project: Path, *arguments: str, api_url: str) -> subprocess.Popen[
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=heed_interrupts,  # noqa: PLW1509
+        preexec_fn=enable_interrupts,  # noqa: PLW1509
     )
 
 

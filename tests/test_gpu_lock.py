@@ -23,7 +23,7 @@ from pipeline.tracking.runs import training_run
 from pipeline.training import gpu_lock
 from pipeline.training.device import gpu_uuids
 from pipeline.training.gpu_lock import describe_holder, exclusive_gpus, lock_file
-from tests.conftest import PROJECT, heed_interrupts, write_normalized
+from tests.conftest import PROJECT, enable_interrupts, write_normalized
 from tests.test_train import configure
 
 TRAINING = """
@@ -74,7 +74,7 @@ def start(folder: Path, log: tuple[int, Any]) -> Iterator[Callable[..., subproce
             stdin=subprocess.PIPE,
             stdout=log[0],
             stderr=log[0],
-            preexec_fn=heed_interrupts,  # noqa: PLW1509
+            preexec_fn=enable_interrupts,  # noqa: PLW1509
         )
         started.append(process)
         return process

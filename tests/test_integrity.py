@@ -14,7 +14,7 @@ from pipeline.artifacts import CHECKSUMS, DOWNLOAD, NORMALIZE, TRAIN, replace_fo
 from pipeline.core.errors import UserError
 from pipeline.models.build import build
 from pipeline.models.files import save_config, save_weights
-from tests.conftest import PROJECT, coloured_images, write_normalized
+from tests.conftest import PROJECT, colored_images, write_normalized
 from tests.raw_folders import image_folder, plain_files
 from tests.test_model import config
 
@@ -64,7 +64,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.manual_seed(seed)
             save_weights(build(chosen), model / f"{name}.safetensors")
         save_config(chosen, model)
-    Image.fromarray(coloured_images(1)[0][0]).save(folder / "photo.png")
+    Image.fromarray(colored_images(1)[0][0]).save(folder / "photo.png")
     return folder
 
 

@@ -21,7 +21,7 @@ from pipeline.models.cpu_kernels import PORTABLE
 from pipeline.models.files import save_config, save_weights
 from pipeline.predict import BATCH_SIZE, main, predict
 from pipeline.tracking import served_model
-from tests.conftest import DEFAULTS, PROJECT, coloured_images, write_normalized
+from tests.conftest import DEFAULTS, PROJECT, colored_images, write_normalized
 from tests.raw_folders import encoded, noise
 from tests.test_model import config
 
@@ -36,7 +36,7 @@ def model(workspace: Path) -> Path:
     with replace_folder(workspace / "artifacts" / "train") as folder:
         save_weights(classifier, folder / "best.safetensors")
         save_config(chosen, folder)
-    Image.fromarray(coloured_images(1, size=50)[0][0]).save(workspace / "photo.png")
+    Image.fromarray(colored_images(1, size=50)[0][0]).save(workspace / "photo.png")
     return workspace / "artifacts" / "train"
 
 

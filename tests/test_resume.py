@@ -153,7 +153,7 @@ class Project:
         (self.folder / "params.yaml").write_text(dump_yaml(values))
 
     def start(self, *, hold: str | None = None) -> Process:
-        return start_step("train", folder=self.folder, hold=hold, joined=True)
+        return start_step("train", folder=self.folder, hold=hold, merge_stderr=True)
 
     def start_until(self, line: str) -> Process:
         """A training that waits after the line, for a signal or `release`."""

@@ -21,7 +21,7 @@ from pipeline.tracking import model_code
 from pipeline.tracking.models import SERVED_PACKAGES, fetch_model, log_model
 from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.store import connect
-from tests.conftest import PROJECT, coloured_images, free_port, run_step, start_repository, write_normalized
+from tests.conftest import PROJECT, colored_images, free_port, run_step, start_repository, write_normalized
 from tests.test_architecture import MODULES, imports, reached
 
 
@@ -127,7 +127,7 @@ def test_history_and_run_name_the_kept_epoch_and_the_reason(store: Path) -> None
 
 def test_the_recorded_model_predicts_and_holds_no_pickle(store: Path) -> None:
     model = mlflow.pyfunc.load_model(f"runs:/{only_run().info.run_id}/model")
-    images, _ = coloured_images(12, seed=5)
+    images, _ = colored_images(12, seed=5)
     table = model.predict(images)
     assert list(table.columns) == ["predicted_class", "class 0", "class 1", "class 2"]
     np.testing.assert_allclose(table.iloc[:, 1:].sum(axis=1), 1, rtol=1e-5)
@@ -244,7 +244,7 @@ def answer(url: str, body: bytes | None = None) -> bytes:
 
 def test_the_recorded_model_can_be_served(served: str) -> None:
     answer(f"{served}/ping")
-    images, _ = coloured_images(2)
+    images, _ = colored_images(2)
     body = json.dumps({"inputs": images.tolist()}).encode()
     predictions = json.loads(answer(f"{served}/invocations", body))["predictions"]
     assert [set(row) for row in predictions] == [{"predicted_class", "class 0", "class 1", "class 2"}] * 2

@@ -26,7 +26,7 @@ from pipeline.training.loop import TrainingResult, train
 from pipeline.training.optimizer import make_optimizers, set_learning_rate
 from pipeline.training.schedule import learning_rate
 from pipeline.training.state import TrainingState, copy_weights
-from tests.conftest import DEFAULTS, coloured_images, read_until, run_step, start_step, train_params, write_normalized
+from tests.conftest import DEFAULTS, colored_images, read_until, run_step, start_step, train_params, write_normalized
 from tests.test_model import config
 
 OPTIMIZERS = {
@@ -42,7 +42,7 @@ QUICK = {"epochs": 2, "batch_size": 16, "schedule": "constant", "warmup_fraction
 
 
 def split_of(number: int, *, seed: int) -> Split:
-    images, labels = coloured_images(number, seed=seed)
+    images, labels = colored_images(number, seed=seed)
     return Split.of(images, labels, mean=[0.4] * 3, std=[0.25] * 3, device=torch.device("cpu"))
 
 
