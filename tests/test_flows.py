@@ -29,26 +29,26 @@ TOY = """
 import json, os, signal, sys, time
 from pathlib import Path
 stage = sys.argv[1]
-told = Path(os.environ["TOY"])
-with (told / "ran").open("a") as file:
+control = Path(os.environ["TOY"])
+with (control / "ran").open("a") as file:
     print(stage, file=file)
 def terminate(number, frame):
-    (told / f"{stage}.terminating").touch()
+    (control / f"{stage}.terminating").touch()
     time.sleep(0.5)
-    (told / f"{stage}.terminated").touch()
+    (control / f"{stage}.terminated").touch()
     sys.exit(143)
 signal.signal(signal.SIGTERM, terminate)
 print(f"{stage} begins")
-while (told / f"{stage}.wait").exists():
+while (control / f"{stage}.wait").exists():
     time.sleep(0.05)
-if (told / f"{stage}.exit").exists():
+if (control / f"{stage}.exit").exists():
     print("error: train.device is 'cuda'; allowed: cpu", file=sys.stderr)
-    status = int((told / f"{stage}.exit").read_text())
+    status = int((control / f"{stage}.exit").read_text())
     if status < 0:
         os.kill(os.getpid(), -status)
     sys.exit(status)
-if (told / f"{stage}.result").exists():
-    Path(os.environ["PIPELINE_RESULT_FILE"]).write_text((told / f"{stage}.result").read_text())
+if (control / f"{stage}.result").exists():
+    Path(os.environ["PIPELINE_RESULT_FILE"]).write_text((control / f"{stage}.result").read_text())
 folder = Path("artifacts") / stage
 folder.mkdir(parents=True, exist_ok=True)
 if stage == "evaluate":
