@@ -60,10 +60,10 @@ READ_ENVIRONMENT = {
 WRITE_ENVIRONMENT = {
     "pipeline/__init__.py",  # name, home and caches of the user, for Python and libraries
     "pipeline/core/network.py",  # NO_PROXY, for the clients of MLflow and Prefect
-    "pipeline/tracking/store.py",  # MLflow's variables that have no function
-    "pipeline/training/distributed.py",  # torchrun's and NCCL's
-    "pipeline/models/cpu_kernels.py",  # PyTorch's, before its first operation
-    "pipeline/training/device.py",  # cuBLAS's, before its first call
+    "pipeline/tracking/store.py",  # the variables of MLflow that no function of MLflow sets
+    "pipeline/training/distributed.py",  # the variables of torchrun and NCCL
+    "pipeline/models/cpu_kernels.py",  # the variables of PyTorch, before its first operation
+    "pipeline/training/device.py",  # the variables of cuBLAS, before its first call
 }
 STAGES = read_yaml(PROJECT / "dvc.yaml")["stages"]
 

@@ -91,9 +91,9 @@ def test_a_trace_skips_damaged_experiments_and_reads_the_others(project: Path, m
     sources = Sources(project)
     assert {found.name: found.commit for found in sources.experiments} == {"damaged": damaged, "good": good}
     assert [sources.outputs(commit) for commit in (damaged, good)] == [{}, {"model": "a" * 32}]
-    notes = "\n".join(sources.notes)
-    assert "experiment lost was not looked at: its commit cannot be read" in notes
-    assert f"commit {damaged}: dvc.lock cannot be read (" in notes
+    messages = "\n".join(sources.notes)
+    assert "experiment lost was not looked at: its commit cannot be read" in messages
+    assert f"commit {damaged}: dvc.lock cannot be read (" in messages
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_more_processes_than_devices_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "acts"),
+    ("environment", "expected"),
     [
         ({}, True),
         ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "0"}, True),
@@ -136,11 +136,11 @@ def test_more_processes_than_devices_are_refused() -> None:
     ],
 )
 def test_one_process_of_each_machine_locks_the_gpus_of_all(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], acts: bool
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: bool
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert distributed.acts_for_its_machine() == acts
+    assert distributed.acts_for_its_machine() == expected
 
 
 def test_torchrun_can_start_the_processes(workspace: Path) -> None:

@@ -28,7 +28,7 @@ from tests.conftest import PROJECT
 from tests.test_flows import dvc, output, run, start_run, wait_until
 from tests.test_processes import set_clock
 
-project = test_flows.project  # a fixture
+project = test_flows.project  # pytest finds a fixture by its name in the module
 
 TRAIN = """
 if stage == "train":
@@ -65,11 +65,11 @@ def start_training(project: Path, epochs: int, *, api_url: str) -> subprocess.Po
 
 def kill_all(process: subprocess.Popen[str]) -> None:
     """Kill a process and its children, as the end of a container does: none of them can record its end."""
-    victims = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for victim in victims:
-        victim.kill()
+    processes = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for each in processes:
+        each.kill()
     process.communicate()
-    psutil.wait_procs(victims)
+    psutil.wait_procs(processes)
 
 
 def examine(project: Path, *arguments: str, api_url: str) -> tuple[int, str]:
@@ -152,7 +152,7 @@ def test_the_next_attempt_marks_a_killed_training_as_killed(tracked: Path, api_u
     assert (process.returncode, mlflow_statuses(tracked)) == (0, ["KILLED", "FINISHED"])
 
 
-def found(check: doctor.Check, project: Path) -> list[str]:
+def findings_of(check: doctor.Check, project: Path) -> list[str]:
     return [finding.what for finding in check(project)]
 
 
@@ -208,7 +208,7 @@ def test_dvc_drops_locks_of_dead_processes_itself(project: Path, dead_pid: int) 
     path.write_text(json.dumps({"read": {str(project / "toy.py"): [dead]}, "write": {locked: dead}}))
     dvc(project, "repro", "download")
     assert locked not in json.loads(path.read_text()).get("write", {})
-    assert found(doctor.dvc_locks, project) == []
+    assert findings_of(doctor.dvc_locks, project) == []
 
 
 def test_an_empty_lock_file_that_stops_dvc_is_reported(project: Path) -> None:
@@ -251,14 +251,14 @@ def test_the_record_of_a_running_server_is_not_reported(
     record.write_text(json.dumps({"pid": os.getpid(), "started": started, "port": 4200}))
     if not as_number:
         set_clock(monkeypatch, forward_seconds=3600)
-    assert found(doctor.prefect_server, project) == []
+    assert findings_of(doctor.prefect_server, project) == []
 
 
 def test_files_missing_in_the_cache_are_reported_with_the_remedy(project: Path, api_url: str) -> None:
     status, text = run(project, api_url=api_url)
     assert status == 0, text
     [name] = dvc(project, "exp", "list", "--name-only").split()
-    assert found(doctor.missing_objects, project) == []
+    assert findings_of(doctor.missing_objects, project) == []
     Path(cached(project, name, "artifacts/evaluate/per_class.csv")).unlink()
     [finding] = doctor.missing_objects(project)
     assert finding.what == f"experiment {name}: files are missing in DVC's cache: artifacts/evaluate/per_class.csv"

@@ -177,5 +177,5 @@ def test_a_read_only_project_is_reported_in_one_line(project: Path) -> None:
 def test_a_changed_error_message_runs_no_stage_again(project: Path) -> None:
     for module in ("core/errors.py", "tracking/runs.py", "predict.py"):
         with Path("pipeline", module).open("a") as file:
-            file.write("# a remark\n")
+            file.write("# a comment\n")
     assert stages_run(dvc("repro")) == []

@@ -25,11 +25,11 @@ SHORT_TRAINING = {
 }
 
 
-def command(*words: str, folder: Path, status: int = 0) -> str:
+def command(*arguments: str, folder: Path, status: int = 0) -> str:
     """Run a command in the folder without MLFLOW_TRACKING_URI, and return its output."""
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 

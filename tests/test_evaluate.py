@@ -64,7 +64,11 @@ def test_a_class_that_is_never_predicted_counts_as_zero() -> None:
 
 @pytest.mark.parametrize(
     ("num_correct", "trials", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)],  # the last: Newcombe 1998, table I
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (81, 263, 0.2553, 0.3662),
+    ],  # the last: Newcombe 1998, table I
 )
 def test_the_interval_is_the_wilson_interval(num_correct: int, trials: int, low: float, high: float) -> None:
     assert wilson_interval(num_correct, trials) == pytest.approx((low, high), abs=1e-4)

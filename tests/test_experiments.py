@@ -40,9 +40,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     metrics.write_text(json.dumps(dict.fromkeys((*METRICS, "accuracy_low", "top_5_accuracy"), 0.5)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for who in ("AUTHOR", "COMMITTER"):
-            patch.setenv(f"GIT_{who}_NAME", "t")
-            patch.setenv(f"GIT_{who}_EMAIL", "t@t")
+        for role in ("AUTHOR", "COMMITTER"):
+            patch.setenv(f"GIT_{role}_NAME", "t")
+            patch.setenv(f"GIT_{role}_EMAIL", "t@t")
         subprocess.run(["git", "init", "-q"], check=True)
         Repo.init(str(folder)).close()
         start_repository(folder)

@@ -103,7 +103,7 @@ def test_a_part_is_killed_at_its_limit_with_its_children_and_its_findings_are_ke
     alive = psutil.wait_procs(seen, timeout=10)[1]
     assert all(
         process.status() == psutil.STATUS_ZOMBIE for process in alive
-    )  # a process whose exit status nobody reads
+    )  # a process stays a zombie until its exit status is read
 
 
 def test_the_findings_and_the_traceback_of_a_failed_part_are_kept(tmp_path: Path) -> None:

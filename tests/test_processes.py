@@ -48,7 +48,7 @@ def test_a_process_that_has_ended_is_dead() -> None:
         assert life(record) == "alive"
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert life(record) == "dead"  # a zombie
+        assert life(record) == "dead"  # it is a zombie until its parent waits for it
     assert life(record) == "dead"
     with pytest.raises(psutil.NoSuchProcess):
         start_of(process.pid)

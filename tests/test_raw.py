@@ -194,7 +194,7 @@ def test_tar_headers_are_read_as_by_tarfile(tmp_path: Path) -> None:
 def test_a_plain_header_with_a_wrong_bit_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "some.tar", {"train/cat/0.png": b"0123"}, mode="w")
     content = bytearray((tmp_path / "some.tar").read_bytes())
-    for position in (0, 130, 150):  # of the name, size and checksum
+    for position in (0, 130, 150):  # a byte of the name, of the size and of the checksum
         content[position] ^= 1
         (tmp_path / "wrong.tar").write_bytes(content)
         with pytest.raises(DamagedArchive, match="bad checksum"):

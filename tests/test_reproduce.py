@@ -102,7 +102,7 @@ def test_another_package_version_or_hardware_is_reported(
 
 
 @pytest.mark.parametrize(
-    ("was", "reasons"),
+    ("original_hardware", "reasons"),
     [
         (
             {"cpu": "AMD", "cpu_kernels": "native (as chosen): x"},
@@ -116,11 +116,13 @@ def test_another_package_version_or_hardware_is_reported(
         ({}, []),
     ],
 )
-def test_the_reason_for_different_bits_is_reported(was: Mapping[str, str], reasons: Sequence[str]) -> None:
-    now = {"cpu": "Intel", "cpu_kernels": "portable", "gpu": "none", "threads": "2"}
+def test_the_reason_for_different_bits_is_reported(
+    original_hardware: Mapping[str, str], reasons: Sequence[str]
+) -> None:
+    hardware = {"cpu": "Intel", "cpu_kernels": "portable", "gpu": "none", "threads": "2"}
     run, again = (
         Run("b", "again", "FINISHED", 0, {f"hardware.{part}": value for part, value in tags.items()}, {}, {})
-        for tags in (was, now)
+        for tags in (original_hardware, hardware)
     )
     lines = list(reproduce._reasons(run, again))
     assert len(lines) == len(reasons)
@@ -184,8 +186,8 @@ def test_an_unknown_run_is_refused(project: Path) -> None:
 def test_a_commit_that_is_not_in_the_repository_is_refused(
     project: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stranger = replace(run, tags={**run.tags, COMMIT: "1" * 40})
-    monkeypatch.setattr(reproduce, "find_run", lambda run_id: stranger)
+    unknown_commit = replace(run, tags={**run.tags, COMMIT: "1" * 40})
+    monkeypatch.setattr(reproduce, "find_run", lambda run_id: unknown_commit)
     with pytest.raises(UserError, match=f"its commit {'1' * 40} is not in this repository"):
         reproduce.find(project, run.run_id)
 

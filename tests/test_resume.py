@@ -231,17 +231,20 @@ def test_the_fingerprint_depends_on_data_parameters_code_device_and_processes(
 ) -> None:
     params, info, cpu = train_params(), DatasetInfo.read(), torch.device("cpu")
 
-    def found(**changes: Any) -> str:
+    def fingerprint_with(**changes: Any) -> str:
         values: dict[str, Any] = {"params": params, "info": info, "device": cpu} | changes
         return fingerprint(**_determinants(**values))
 
-    before = found()
-    assert found(params=train_params(checkpoint_every_minutes=1)) == before
-    others = [found(params=train_params(seed=1)), found(info=info.model_copy(update={"md5": "0"}))]
-    others.append(found(device=torch.device("cuda")))
-    others.append(found(params=train_params(processes=2)))
+    before = fingerprint_with()
+    assert fingerprint_with(params=train_params(checkpoint_every_minutes=1)) == before
+    others = [
+        fingerprint_with(params=train_params(seed=1)),
+        fingerprint_with(info=info.model_copy(update={"md5": "0"})),
+    ]
+    others.append(fingerprint_with(device=torch.device("cuda")))
+    others.append(fingerprint_with(params=train_params(processes=2)))
     monkeypatch.setattr("pipeline.train.code_md5", lambda stage: "0")
-    others.append(found())
+    others.append(fingerprint_with())
     assert len({before, *others}) == 6
 
 

@@ -185,7 +185,7 @@ def test_a_run_writes_no_secrets_and_executes_no_malicious_names(workspace: Path
 
 
 def test_a_name_that_expands_exponentially_is_shortened_in_the_message() -> None:
-    # in the place of a name, each list contains the previous list twice
+    # where a name is expected, lists follow that each contain the previous list twice
     nested = (b"]q%c(h%ch%ce" % (number, number - 1, number - 1) for number in range(1, 40))
     content = b"]q\x00" + b"".join(nested)
     for wrong in (content + b")R.", content + b"h\x00\x93."):

@@ -83,7 +83,7 @@ def test_anything_else_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(InvalidImages, match=message) as error:
         as_images(value, shape=SHAPE)
     assert "\n" not in error.value.message
-    assert error.value.error_code == "INVALID_PARAMETER_VALUE"  # status 400
+    assert error.value.error_code == "INVALID_PARAMETER_VALUE"  # MLflow answers with status 400
 
 
 def test_the_server_cannot_prepend_the_input_to_the_message() -> None:

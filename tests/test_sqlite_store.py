@@ -87,7 +87,7 @@ def store(older: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def half_made(store: Path) -> Path:
+def incomplete_store(store: Path) -> Path:
     """Return a store without runs whose first migration was killed before its revision was recorded."""
     execute(store, "DELETE FROM runs", "DELETE FROM alembic_version")
     return store
@@ -184,19 +184,21 @@ def test_a_link_stays_a_link(store: Path, tmp_path: Path) -> None:
     assert is_current(store, tool=MLFLOW)
 
 
-def test_an_incomplete_store_without_runs_is_created_again(half_made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_incomplete_store_without_runs_is_created_again(
+    incomplete_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # the journal of a transaction that had not written to the database yet, which sqlite ignores
-    half_made.with_name("mlflow.db-journal").write_bytes(bytes(1000))
-    ensure_store(half_made, tool=MLFLOW, migrate=migrate)
-    assert is_current(half_made, tool=MLFLOW)
+    incomplete_store.with_name("mlflow.db-journal").write_bytes(bytes(1000))
+    ensure_store(incomplete_store, tool=MLFLOW, migrate=migrate)
+    assert is_current(incomplete_store, tool=MLFLOW)
     assert "with no run in it; made again" in capsys.readouterr().out
-    assert not leftovers(half_made)
+    assert not leftovers(incomplete_store)
 
 
 @pytest.mark.parametrize("row", [RUN, "INSERT INTO experiments (experiment_id, name) VALUES (7, 'mine')"])
-def test_an_incomplete_store_with_content_is_reported_and_not_changed(half_made: Path, row: str) -> None:
-    execute(half_made, row)
-    assert_refused(half_made, match="cannot migrate it .*; nothing was changed.* move the file away")
+def test_an_incomplete_store_with_content_is_reported_and_not_changed(incomplete_store: Path, row: str) -> None:
+    execute(incomplete_store, row)
+    assert_refused(incomplete_store, match="cannot migrate it .*; nothing was changed.* move the file away")
 
 
 def test_the_store_of_a_newer_version_is_refused(store: Path) -> None:
@@ -353,17 +355,17 @@ def test_a_database_that_is_not_a_sqlite_file_is_not_touched(tmp_path: Path) -> 
 def test_migrations_are_found_where_the_packages_path_has_a_percent_sign(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    odd = tmp_path / "100%"
-    odd.symlink_to(mlflow.store.db.utils._get_package_dir())  # type: ignore[no-untyped-call]
-    monkeypatch.setattr(mlflow.store.db.utils, "_get_package_dir", lambda: str(odd))
+    link = tmp_path / "100%"
+    link.symlink_to(mlflow.store.db.utils._get_package_dir())  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(mlflow.store.db.utils, "_get_package_dir", lambda: str(link))
     with pytest.raises(ValueError, match="invalid interpolation syntax"):
         mlflow.store.db.utils._get_alembic_config("sqlite://")  # type: ignore[no-untyped-call]
     link_migrations()
     config = mlflow.store.db.utils._get_alembic_config("sqlite://")  # type: ignore[no-untyped-call]
     assert ScriptDirectory.from_config(config).get_current_head()
-    with sqlite_store.without_percent(odd) as plain:
+    with sqlite_store.without_percent(link) as plain:
         assert "%" not in str(plain)
-        assert plain.samefile(odd)
+        assert plain.samefile(link)
     assert not os.path.lexists(plain)
     with sqlite_store.without_percent(tmp_path) as plain:
         assert plain == tmp_path
