@@ -1,8 +1,6 @@
-"""The step download gets data from three sources, checks them, and refuses bad ones in one line."""
+"""The step download gets the CIFAR-10 archive or the digits, checks them, and refuses bad input in one line."""
 
 import functools
-import hashlib
-import io
 import json
 import os
 import resource
@@ -11,124 +9,32 @@ import subprocess
 import sys
 import tarfile
 import threading
-import time
-import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from sklearn.datasets import load_digits
 
-from pipeline import download as step
 from pipeline.core.errors import EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError
-from pipeline.core.yaml import dump_yaml, read_yaml
 from pipeline.datasets import cifar10 as cifar10_source
-from pipeline.datasets import fetch
 from pipeline.download import download
-from pipeline.params import DownloadParams, load_params
-from tests import conftest
-
-PROJECT = Path(__file__).parents[1]
-OUT = Path("artifacts/download")
-ARCHIVE = OUT / "cifar-10-python.tar.gz"
-
-
-@pytest.fixture(autouse=True)
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Change to a new project folder with the default parameters, and return it."""
-    folder = tmp_path / "project"
-    folder.mkdir()
-    shutil.copy(PROJECT / "params.yaml", folder)
-    monkeypatch.chdir(folder)
-    monkeypatch.delenv("PIPELINE_CACHE_DIR", raising=False)
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(fetch, "RESUME_PAUSE_SECONDS", 0.0)
-    return folder
-
-
-# ---- a server on loopback
-
-
-@dataclass
-class Site:
-    """The content and the behavior of a server, and what the requests to it contained."""
-
-    content: bytes
-    ranges: bool = True
-    status: int | None = None
-    # for the first requests in turn: bytes of the body after which the connection is closed
-    cut_after_bytes: list[int] = field(default_factory=list)
-    headers: dict[str, str] = field(default_factory=dict)
-    chunked: bool = False
-    # a server that answers with another range than was requested
-    range_offset_bytes: int = 0
-    # where a body is cut, the connection stays open until this event is set
-    silence: threading.Event | None = None
-    delay_seconds: float = 0.0
-    requested_ranges: list[str | None] = field(default_factory=list)
-    accepted_encodings: list[str | None] = field(default_factory=list)
-    url: str = ""
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, site: Site, *arguments: object) -> None:
-        self.site = site
-        super().__init__(*arguments)  # type: ignore[arg-type]
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        site, requested_range = self.site, self.headers.get("Range")
-        site.requested_ranges.append(requested_range)
-        site.accepted_encodings.append(self.headers.get("Accept-Encoding"))
-        if self.path == "/moved":
-            self._start(302, {"Location": site.url, "Content-Length": "0"})
-        elif site.status:
-            self._start(site.status, {"Content-Length": "0"})
-        elif requested_range and site.ranges:
-            self._send_range(int(requested_range.removeprefix("bytes=").removesuffix("-")) + site.range_offset_bytes)
-        else:
-            self._send(200, site.content, {})
-
-    def _send_range(self, start: int) -> None:
-        total = len(self.site.content)
-        if start >= total:
-            self._start(416, {"Content-Range": f"bytes */{total}", "Content-Length": "0"})
-        else:
-            self._send(206, self.site.content[start:], {"Content-Range": f"bytes {start}-{total - 1}/{total}"})
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        time.sleep(self.site.delay_seconds)
-        cut = self.site.cut_after_bytes.pop(0) if self.site.cut_after_bytes else len(body)
-        framing = {"Transfer-Encoding": "chunked"} if self.site.chunked else {"Content-Length": str(len(body))}
-        self._start(status, headers | framing | self.site.headers)
-        sent = body[:cut]
-        self.wfile.write(in_chunks(sent, ended=cut == len(body)) if self.site.chunked else sent)
-        if cut < len(body):
-            self.wfile.flush()
-            if self.site.silence:
-                self.site.silence.wait()
-        self.close_connection = True
-
-    def _start(self, status: int, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-
-def in_chunks(body: bytes, *, ended: bool) -> bytes:
-    """Return the body in HTTP's chunked transfer coding, with the end mark only if `ended`."""
-    pieces = (body[start : start + 10_000] for start in range(0, len(body), 10_000))
-    return b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + (b"0\r\n\r\n" if ended else b"")
+from pipeline.params import load_params
+from tests.archive_server import Handler, Site
+from tests.conftest import PROJECT
+from tests.download import (
+    ARCHIVE,
+    CONTENT,
+    OUT,
+    cifar10,
+    download_params,
+    listing,
+    make_archive,
+    md5,
+    project,  # noqa: F401  # a fixture that each test uses
+    run_main,
+)
 
 
 @pytest.fixture
@@ -152,38 +58,6 @@ def serve() -> Iterator[Callable[..., Site]]:
 Serve = Callable[..., Site]
 
 
-def make_archive(*members: tarfile.TarInfo, size: int = 200_000) -> bytes:
-    """Return a .tar.gz with one incompressible file of `size` bytes and further, empty members."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        data = np.random.default_rng(0).bytes(size)
-        info = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
-        info.size = len(data)
-        archive.addfile(info, io.BytesIO(data))
-        for member in members:
-            archive.addfile(member)
-    return buffer.getvalue()
-
-
-CONTENT = make_archive()
-
-
-def md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
-
-
-def download_params(**changes: object) -> DownloadParams:
-    return conftest.params(**{f"download__{name}": value for name, value in changes.items()}).download
-
-
-def cifar10(*urls: str, content: bytes = CONTENT, timeout_seconds: float = 300.0) -> DownloadParams:
-    return download_params(dataset="cifar10", urls=urls, md5=md5(content), timeout_seconds=timeout_seconds)
-
-
-def listing() -> list[str]:
-    return sorted(path.name for path in OUT.iterdir())
-
-
 def partial(content: bytes = CONTENT) -> Path:
     return Path(".cache/download") / f"{md5(content)}.partial"
 
@@ -198,16 +72,6 @@ def unreachable_url() -> str:
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         port = server.server_address[1]
     return f"http://127.0.0.1:{port}/cifar.tar.gz"
-
-
-def run_main(capfd: pytest.CaptureFixture[str], **changes: object) -> tuple[int, str]:
-    """Run the step with changed fields of the section download, and return its exit status and stderr."""
-    values = read_yaml(Path("params.yaml"))
-    values["download"].update(changes)
-    Path("params.yaml").write_text(dump_yaml(values), encoding="utf-8")
-    with pytest.raises(SystemExit) as exit_info:
-        step.main()
-    return int(exit_info.value.code or 0), capfd.readouterr().err
 
 
 # ---- cifar10: over the network
@@ -525,206 +389,3 @@ def test_another_data_set_replaces_the_output() -> None:
     (OUT / ".images.tar.1.tmp").touch()
     download(cifar10("whole.tar.gz").model_copy(update={"dataset": "digits"}))
     assert listing() == ["checksums.md5", "images.npy", "labels.npy", "source.json"]
-
-
-# ---- imagefolder
-
-
-def imagefolder(folder: str | Path = "images") -> DownloadParams:
-    return download_params(dataset="imagefolder", folder=str(folder))
-
-
-def make_tree(*names: str, root: str | Path = "images") -> Path:
-    """Write images, each of another color, at these paths below `root`; text for .txt, folders without a suffix."""
-    for index, name in enumerate(names):
-        path = Path(root) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".txt":
-            path.write_text("text")
-        elif path.suffix:
-            Image.new("RGB", (4, 4), (index % 256, 7, 9)).save(path, format="PNG")
-        else:
-            path.mkdir(exist_ok=True)
-    return Path(root)
-
-
-def classes(*names: str, count: int = 3, prefix: str = "") -> list[str]:
-    return [f"{prefix}{name}/{n}.png" for name in names for n in range(count)]
-
-
-def packed() -> list[str]:
-    with tarfile.open(OUT / "images.tar") as archive:
-        return archive.getnames()
-
-
-def source() -> dict[str, object]:
-    content: dict[str, object] = json.loads((OUT / "source.json").read_text(encoding="utf-8"))
-    return content
-
-
-def test_class_folders_are_packed_as_train() -> None:
-    make_tree(*classes("dog", "cat"), "README.txt")
-    download(imagefolder())
-    assert packed() == [f"train/{name}/{n}.png" for name in ("cat", "dog") for n in range(3)]
-    assert source() == {
-        "dataset": "imagefolder",
-        "class_names": ["cat", "dog"],
-        "counts": {"train": {"cat": 3, "dog": 3}},
-        "ignored_files": [],
-        "undecodable_files": [],
-        "files": {"found": 7, "used": 6, "not_used": {"other files outside the class folders": 1}},
-    }
-
-
-def test_split_folders_keep_their_splits_under_the_standard_names() -> None:
-    splits = {"Train": 2, "val": 1, "test": 1}
-    make_tree(*(name for split, n in splits.items() for name in classes("a", "b", count=n, prefix=f"{split}/")))
-    (Path("images/test/b/0.png")).unlink()
-    Path("images/test/b").rmdir()
-    download(imagefolder())
-    assert packed() == [
-        "test/a/0.png",
-        *(f"train/{name}/{n}.png" for name in "ab" for n in range(2)),
-        "validation/a/0.png",
-        "validation/b/0.png",
-    ]
-    assert source()["counts"] == {
-        "train": {"a": 2, "b": 2},
-        "validation": {"a": 1, "b": 1},
-        "test": {"a": 1, "b": 0},
-    }
-
-
-def test_a_class_may_be_called_train() -> None:
-    make_tree(*classes("bus", "train"))
-    download(imagefolder())
-    assert source()["class_names"] == ["bus", "train"]
-
-
-def test_the_content_of_files_is_packed_unchanged() -> None:
-    root = make_tree(*classes("a", "b"))
-    download(imagefolder())
-    with tarfile.open(OUT / "images.tar") as archive:
-        content = archive.extractfile("train/b/1.png")
-        assert content is not None
-        assert content.read() == (root / "b/1.png").read_bytes()
-
-
-def test_subfolders_belong_to_the_class_and_other_files_are_listed() -> None:
-    make_tree(
-        *classes("a", "b"), "a/deep/er/x.JPG", "a/notes.txt", "b/.hidden/y.png", "b/Thumbs.db", "__MACOSX/a/._x.png"
-    )
-    download(imagefolder())
-    assert "train/a/deep/er/x.JPG" in packed()
-    assert len(packed()) == 7
-    assert source()["ignored_files"] == ["train/a/notes.txt"]
-
-
-def test_names_in_any_language_are_normalized_and_sorted_by_code_point() -> None:
-    names = [
-        "кот/снимок 1.png",
-        "кот/e\u0301te\u0301.png",
-        "кот/a/z.png",
-        "кот/a b/z.png",
-        "犬/柴.png",
-        f"犬/{'長' * 70}.png",
-    ]
-    make_tree(*names, *classes("кот", "犬", count=2))
-    download(imagefolder())
-    expected = [name.replace("e\u0301", "\u00e9") for name in [*names, *classes("кот", "犬", count=2)]]
-    assert packed() == sorted(f"train/{name}" for name in expected)
-    assert source()["class_names"] == ["кот", "犬"]
-
-
-def test_a_copy_of_the_folder_gives_the_same_bytes(tmp_path: Path) -> None:
-    root = make_tree(*classes("a", "b"), "a/très long.png", "a/notes.txt")
-    download(imagefolder(root))
-    first = {path.name: path.read_bytes() for path in OUT.iterdir()}
-    copied = Path(shutil.copytree(root, tmp_path / "elsewhere", copy_function=shutil.copyfile))
-    (copied / "a/0.png").chmod(0o600)
-    os.utime(copied / "a/0.png", (1, 1))
-    download(imagefolder(copied))
-    assert {path.name: path.read_bytes() for path in OUT.iterdir()} == first
-
-
-BAD_FOLDERS: dict[str, tuple[list[str], str]] = {
-    "missing": ([], "does not exist"),
-    "empty": (["images"], "has no folders"),
-    "no folders": (["images/a.png"], "has no folders"),
-    "a file": (["images.txt"], "is not a folder"),
-    "one class": (classes("a", prefix="images/"), "one class only, 'a'"),
-    "wrapped beside an image": (
-        [*classes("a", "b", prefix="images/mine/"), "images/0.png"],
-        "set download.folder to 'images/mine'",
-    ),
-    "class without images": ([*classes("a", "b", prefix="images/"), "images/c/notes.txt"], "'images/c' has no images"),
-    "class with one image": ([*classes("a", "b", prefix="images/"), "images/c/0.png"], "c 1; allowed: at least 3"),
-    "two where test is given": (
-        [*classes("a", "b", count=1, prefix="images/train/"), *classes("a", prefix="images/test/")],
-        "a 1, b 1; allowed: at least 2",
-    ),
-    "no train": (classes("a", "b", prefix="images/test/"), "no train"),
-    "splits without classes": (["images/train/0.png", "images/test/0.png"], "'images/train' has no class folders"),
-    "unsorted test": ([*classes("a", "b", prefix="images/train/"), "images/test/0.png"], "'images/test' has no class"),
-    "beside splits": (
-        classes("a", "b", prefix="images/train/") + classes("extra", prefix="images/"),
-        "'images/extra' beside",
-    ),
-    "two validations": (
-        [name for split in ("train", "val", "valid") for name in classes("a", "b", prefix=f"images/{split}/")],
-        "are the split validation",
-    ),
-    "unknown class in test": (
-        [*classes("a", "b", prefix="images/train/"), *classes("c", prefix="images/test/")],
-        "'images/test/c' is a class that train does not have",
-    ),
-    "same name in two forms": (
-        [*classes("a", "b", prefix="images/"), "images/a/\u00e9.png", "images/a/e\u0301.png"],
-        "differ only in their Unicode form",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FOLDERS)
-def test_an_unusable_folder_is_reported_in_one_line(case: str, capfd: pytest.CaptureFixture[str]) -> None:
-    names, expected = BAD_FOLDERS[case]
-    make_tree(*names, root=".")
-    OUT.mkdir(parents=True)
-    (OUT / "images.tar").write_bytes(b"good")
-    status, stderr = run_main(capfd, dataset="imagefolder", folder="images.txt" if case == "a file" else "images")
-    assert status == EXIT_USER
-    assert stderr.startswith("error: download.folder: ")
-    assert stderr.count("\n") == 1
-    assert expected in stderr
-    assert "allowed: " in stderr
-    assert (OUT / "images.tar").read_bytes() == b"good"
-    assert listing() == ["images.tar"]
-
-
-@pytest.mark.skipif(sys.platform == "darwin", reason="the file system admits UTF-8 names only")
-def test_a_name_that_is_not_utf8_is_refused() -> None:
-    make_tree(*classes("a", "b"))
-    shutil.copy(b"images/a/0.png", b"images/a/\xff.png")
-    with pytest.raises(UserError, match="not UTF-8"):
-        download(imagefolder())
-
-
-def peak_bytes() -> int:
-    """Return the peak memory of packing, the least of three runs, as the interpreter's own tables sometimes grow."""
-    peaks = []
-    for _ in range(3):
-        tracemalloc.start()
-        download(imagefolder())
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    return min(peaks)
-
-
-def test_the_memory_of_packing_does_not_grow_with_the_number_of_files() -> None:
-    root = make_tree(*classes("a", "b"))
-    few = peak_bytes()
-    for n in range(2_000):
-        path = root / f"a/{n // 50}/{n}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    assert peak_bytes() < few + 200_000

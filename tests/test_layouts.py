@@ -24,8 +24,9 @@ from pipeline.datasets.folder_scan import (
 )
 from pipeline.datasets.layout import split_of
 from pipeline.download import download
-from tests.test_download import imagefolder as imagefolder_params
-from tests.test_download import packed, project, source  # noqa: F401  # project is a fixture that each test uses
+from tests.download import project  # noqa: F401  # a fixture that each test uses
+from tests.test_download_imagefolder import imagefolder as imagefolder_params
+from tests.test_download_imagefolder import packed, source
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(8)
 
