@@ -1,4 +1,4 @@
-"""Small data sets that the pipeline itself could have made, and a copy of the project to run it in."""
+"""Fixtures and helpers of all tests: small data sets, MLflow and Prefect stores, and copies of the project."""
 
 import fcntl
 import json
@@ -25,43 +25,48 @@ from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.params import Params, TrainParams, check_params
 from tests.forked import Process
 
-server.START_SECONDS = 1200  # on a busy machine; pytest's timeout comes first
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # more cost time: networks are small, and the cores are taken
-# threads that spin while they wait for one another make tests side by side many times as slow
+server.START_SECONDS = 1200  # a start takes long on a busy machine; pytest's timeout ends a test that hangs
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads are slower: networks are small, and all cores are busy
+# threads that spin while they wait slow parallel tests down many times
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 use_cpu_kernels("portable", field="tests")  # before the first operation of PyTorch in this process
 
 PROJECT = Path(__file__).parents[1]
 DEFAULTS = read_yaml(PROJECT / "params.yaml")
-HOLD = ".hold"
-TOGETHER = {"test_reproduce": "recorded", "test_trace": "recorded", "test_flows": "api_url", "test_doctor": "api_url"}
-"""Files, by the costly fixture that one worker makes for all of them."""
+HOLD_FILE = ".hold"
+# The expensive fixture of each of these test files: one worker creates it once for all files that use it.
+FIXTURE_OF_FILE = {
+    "test_reproduce": "recorded",
+    "test_trace": "recorded",
+    "test_flows": "api_url",
+    "test_doctor": "api_url",
+}
 
 
 class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # it ships no types
-    """`--dist loadfile`, but the files of a costly fixture count as one."""
+    """A scheduler as for `--dist loadfile` that gives all files of an expensive fixture to the same worker."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return TOGETHER.get(Path(file).stem, file)
+        return FIXTURE_OF_FILE.get(Path(file).stem, file)
 
 
-SLOW = {"api_url", "recorded", "site", "reproduced", "trained", "mlflow_server", "whole", "tree"}
-"""Fixtures that start servers or trainings."""
+# Tests that use one of these fixtures, which start servers or trainings, are marked as slow.
+SLOW_FIXTURES = {"api_url", "recorded", "site", "reproduced", "trained", "mlflow_server", "uninterrupted", "tree"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     for item in items:
-        if SLOW & set(item.fixturenames):
+        if SLOW_FIXTURES & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)  # quick files last: all workers end together
+    items.sort(key=lambda item: item.path not in slow)  # quick files run last: all workers end together
 
 
 @pytest.fixture(autouse=True)
 def _fresh_settings() -> Iterator[None]:
-    """Leave no test the settings of an earlier one, or its store: `mlflow.set_tracking_uri` sets the variable too."""
+    """Reset the cached settings and MLFLOW_TRACKING_URI, which `mlflow.set_tracking_uri` sets as well."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
     get_settings.cache_clear()
     yield
@@ -78,7 +83,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
 
 
 def params(**changes: Any) -> Params:
-    """The committed parameters with `train__epochs=3`-like changes."""
+    """Return the committed parameters with changes; `train__epochs=3` sets train.epochs."""
     values = json.loads(json.dumps(DEFAULTS))
     for name, value in changes.items():
         section, _, field = name.partition("__")
@@ -90,8 +95,8 @@ def train_params(**changes: Any) -> TrainParams:
     return params(**{f"train__{name}": value for name, value in changes.items()}).train
 
 
-def coloured_images(number: int, *, classes: int = 3, size: int = 32, channels: int = 3, seed: int = 0) -> Any:
-    """Images (N, S, S, C) uint8 whose class shows as a bright stripe, with noise; and labels (N,) int64."""
+def colored_images(number: int, *, classes: int = 3, size: int = 32, channels: int = 3, seed: int = 0) -> Any:
+    """Return noisy images (N, size, size, channels) uint8 with a bright stripe for the class, and labels (N,) int64."""
     generator = np.random.default_rng(seed)
     labels = np.arange(number, dtype=np.int64) % classes
     images = generator.integers(0, 120, (number, size, size, channels), dtype=np.uint8)
@@ -102,7 +107,7 @@ def coloured_images(number: int, *, classes: int = 3, size: int = 32, channels: 
 
 
 def write_normalized(folder: Path, *, classes: int = 3, size: int = 32, channels: int = 3, train: int = 96) -> Path:
-    """`artifacts/normalize/` below `folder`, as the normalize step leaves it."""
+    """Write `artifacts/normalize/` below `folder` as the step normalize does, and return its path."""
     with replace_folder(folder / "artifacts" / "normalize") as target:
         _write_normalized(target, classes=classes, size=size, channels=channels, train=train)
     return folder / "artifacts" / "normalize"
@@ -111,7 +116,7 @@ def write_normalized(folder: Path, *, classes: int = 3, size: int = 32, channels
 def _write_normalized(target: Path, *, classes: int, size: int, channels: int, train: int) -> None:
     counts = {}
     for seed, (split, number) in enumerate({"train": train, "validation": 24, "test": 30}.items()):
-        images, labels = coloured_images(number, classes=classes, size=size, channels=channels, seed=seed)
+        images, labels = colored_images(number, classes=classes, size=size, channels=channels, seed=seed)
         np.save(target / f"{split}_images.npy", images)
         np.save(target / f"{split}_labels.npy", labels)
         counts[split] = {f"class {index}": int((labels == index).sum()) for index in range(classes)}
@@ -129,8 +134,8 @@ def _write_normalized(target: Path, *, classes: int, size: int, channels: int, t
     (target / "dataset.json").write_text(json.dumps(info))
 
 
-def made_once(name: str, make: Callable[[Path], None], *, factory: pytest.TempPathFactory) -> Path:
-    """A folder that the first of the workers to ask for it fills, and that none changes."""
+def make_once(name: str, make: Callable[[Path], None], *, factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that the first worker to ask for it fills by `make`, and that no test may change."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with folder.with_suffix(".lock").open("w") as lock:
@@ -157,23 +162,23 @@ def make_prefect_store(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of an `mlflow.db` without a run, to be copied: to make one takes seconds."""
-    return made_once("mlflow_store", make_mlflow_store, factory=tmp_path_factory)
+    """Return a folder with an `mlflow.db` without runs, which tests copy, as creating one takes seconds."""
+    return make_once("mlflow_store", make_mlflow_store, factory=tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def stores(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Path:
-    """Folder of `mlflow.db` and `prefect.db` without a run, to be copied."""
+    """Return a folder with an `mlflow.db` and a `prefect.db` without runs, which tests copy."""
 
     def make(folder: Path) -> None:
         make_prefect_store(folder)
         shutil.copy(mlflow_store / "mlflow.db", folder)
 
-    return made_once("stores", make, factory=tmp_path_factory)
+    return make_once("stores", make, factory=tmp_path_factory)
 
 
 def start_server(project: Path, stores: Path) -> str:
-    """Start the Prefect server of a project that has none yet; gives its API's address."""
+    """Start the Prefect server of a project that has none yet, and return the URL of its API."""
     (project / ".prefect").mkdir()
     shutil.copy(stores / "prefect.db", project / ".prefect")
     return server.start(project, port=free_port())[0].api_url
@@ -181,7 +186,7 @@ def start_server(project: Path, stores: Path) -> str:
 
 @pytest.fixture(scope="session")
 def api_url(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Iterator[str]:
-    """A Prefect server for flow runs of any project."""
+    """Start a Prefect server for flow runs of any project, and yield the URL of its API."""
     folder = tmp_path_factory.mktemp("server")
     url = start_server(folder, stores)
     with temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: folder}):
@@ -191,7 +196,7 @@ def api_url(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Iterator[
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_store: Path) -> Path:
-    """An empty current folder with the committed parameters and recipes, and an MLflow store of its own."""
+    """Change to a new folder with the committed parameters and recipes and an empty MLflow store, and return it."""
     shutil.copy(mlflow_store / "mlflow.db", tmp_path)
     for name in ("params.yaml", "recipes"):
         source = PROJECT / name
@@ -209,7 +214,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_store: Pat
 def run_step(
     step: str, *, folder: Path | None = None, environment: Mapping[str, str] = os.environ
 ) -> subprocess.CompletedProcess[str]:
-    """Run a step as DVC runs it, but for the imports, in `folder` or the current one."""
+    """Run a step in `folder` or the current folder as DVC runs it, except that slow imports are already done."""
     process = start_step(step, folder=folder, environment=environment)
     stdout, stderr = process.communicate()
     return subprocess.CompletedProcess([step], process.wait(), stdout, stderr)
@@ -221,46 +226,47 @@ def start_step(
     folder: Path | None = None,
     environment: Mapping[str, str] = os.environ,
     hold: str | None = None,
-    joined: bool = False,
+    merge_stderr: bool = False,
 ) -> Process:
-    """Start a step in `folder` or the current one; each line that it prints comes at once.
+    """Start a step in `folder` or the current folder; its output can be read line by line.
 
-    With `hold` it waits, once it has printed a line that begins so, until it is ended or `release` is called.
+    With `hold` it pauses after the first line that begins with this text until a signal arrives or `release` is called.
+    `merge_stderr` sends its stderr to its stdout.
     """
     folder, environment = folder or Path.cwd(), {**environment, "PYTHONPATH": str(PROJECT)}
     if hold is not None:
         environment |= hold_at(hold, folder=folder)
         environment["PYTHONPATH"] += f"{os.pathsep}{PROJECT}"
-    return Process(step, folder=folder, environment=environment, joined=joined)
+    return Process(step, folder=folder, environment=environment, merge_stderr=merge_stderr)
 
 
-def hold_at(line: str, *, folder: Path) -> dict[str, str]:
-    """The variables of a command below which the first training to print such a line waits there."""
-    (folder / HOLD).write_text(line, encoding="utf-8")
-    return {"HOLD": str(folder / HOLD), "PYTHONPATH": str(PROJECT / "tests/hold")}
+def hold_at(beginning: str, *, folder: Path) -> dict[str, str]:
+    """Return environment variables with which the first training below a command pauses after such a line."""
+    (folder / HOLD_FILE).write_text(beginning, encoding="utf-8")
+    return {"HOLD": str(folder / HOLD_FILE), "PYTHONPATH": str(PROJECT / "tests/hold")}
 
 
 def release(folder: Path) -> None:
-    """Resume a training that waits at its line."""
-    (folder / f"{HOLD}.reached").unlink()
+    """Resume a training that `hold_at` has paused."""
+    (folder / f"{HOLD_FILE}.reached").unlink()
 
 
 def read_until(beginning: str, process: Process) -> str:
-    """What a process prints, up to a line that begins so."""
-    read = ""
+    """Return the output of a process up to the first line that begins with this text."""
+    output = ""
     while not (line := process.stdout.readline()).startswith(beginning):
-        read += line
-        assert line, read
-    return read + line
+        output += line
+        assert line, output
+    return output + line
 
 
-def heed_interrupts() -> None:
-    """For a child's start: shells let what they put into the background ignore Ctrl-C, and children inherit that."""
+def enable_interrupts() -> None:
+    """Let a new child process react to Ctrl-C, which background jobs of a shell and their children ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def copy_project(target: Path) -> Path:
-    """A fresh repository of the project's files as they are now."""
+    """Copy the project's files as they are now into a new repository, and return its folder."""
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listing, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
     for name in files.splitlines():
@@ -272,23 +278,23 @@ def copy_project(target: Path) -> Path:
 
 
 def start_repository(folder: Path, *paths: str) -> None:
-    """Make a git repository of the folder, and its first commit of all that is in it or of some paths."""
+    """Make the folder a git repository, and commit these paths or, without any, all files."""
     commit = ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "Start"]
     for command in (["init", "-q"], ["add", *(paths or ["."])], commit):
         subprocess.run(["git", *command], cwd=folder, check=True)
 
 
 def free_port() -> int:
-    """A port on loopback that nothing listens on, below those that the system gives to outgoing connections.
+    """Return a port of loopback that nothing listens on, below those that the system uses for outgoing connections.
 
-    It is drawn by chance, so that test processes side by side do not get the same one.
+    It is drawn at random, so that parallel test processes get different ones.
     """
     port = random.SystemRandom().randrange(10_000, 32_000)
     return port if ports.is_free(port) else free_port()
 
 
 def flow_run(project: Path, *arguments: str) -> str:
-    """Output of a flow run of `project`, from the command line, with MLflow store and Prefect server of its own."""
+    """Run the flow from the command line, with MLflow store and Prefect server of `project`; return its output."""
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     started, _ = server.start(project, port=free_port())
     done = subprocess.run(
@@ -305,7 +311,7 @@ def flow_run(project: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Iterator[Path]:
-    """A copy of the project with an uncommitted change, in which a flow run has trained on digits for one epoch."""
+    """Yield a copy of the project with an uncommitted change, in which a flow run has trained for one epoch."""
     project = copy_project(tmp_path_factory.mktemp("recorded") / "project")
     for name in ("user.name", "user.email"):
         subprocess.run(["git", "config", name, "t"], cwd=project, check=True)

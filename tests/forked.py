@@ -1,4 +1,4 @@
-"""Steps of the pipeline in processes forked from one that has imported what takes seconds to import."""
+"""Run steps of the pipeline in processes that are forked from one that has already done the slow imports."""
 
 import atexit
 import multiprocessing
@@ -20,31 +20,31 @@ from pipeline.core.settings import get_settings
 from tests.hold.sitecustomize import hold
 
 PROJECT = Path(__file__).parents[1]
+# The steps themselves are not in it: each process runs one of them as its main module.
 PRELOADED = ["torch", "torchvision", "mlflow", "matplotlib.pyplot", "pandas", "tests.hold.sitecustomize"]
 PRELOADED += [f"pipeline.{name}" for name in ("tracking.runs", "training.loop", "evaluation.plots")]
 PRELOADED += [f"pipeline.{name}" for name in ("datasets.raw", "datasets.imagefolder", "images.duplicates")]
-"""No step itself, which each process runs as its main module."""
 
 
 class Process:
-    """A running step. It has what the tests use of `subprocess.Popen`; `stdout` and `stderr` are pipes of text."""
+    """A running step with text pipes `stdout` and `stderr`, and the methods of `subprocess.Popen` that tests use."""
 
-    def __init__(self, step: str, *, folder: Path, environment: Mapping[str, str], joined: bool = False) -> None:
+    def __init__(self, step: str, *, folder: Path, environment: Mapping[str, str], merge_stderr: bool = False) -> None:
         context = _context()
-        out, to_out = context.Pipe(duplex=False)
-        err, to_err = context.Pipe(duplex=False)
-        arguments = (step, str(folder), dict(environment), to_out, to_out if joined else to_err)
-        self._process = context.Process(target=_run, args=arguments)  # no daemon, so that it may have children
+        stdout, to_stdout = context.Pipe(duplex=False)
+        stderr, to_stderr = context.Pipe(duplex=False)
+        arguments = (step, str(folder), dict(environment), to_stdout, to_stdout if merge_stderr else to_stderr)
+        self._process = context.Process(target=_run, args=arguments)  # not a daemon, as a daemon may have no children
         self._process.start()
-        to_out.close()
-        to_err.close()
-        self.stdout, self.stderr = _text(out), _text(err)
+        to_stdout.close()
+        to_stderr.close()
+        self.stdout, self.stderr = _text(stdout), _text(stderr)
         assert self._process.pid
         self.pid = self._process.pid
 
     @property
     def returncode(self) -> int | None:
-        """As of `subprocess.Popen`: negative after a signal, None while the process lives."""
+        """Return the exit status as `subprocess.Popen` does: negative after a signal, None while the process runs."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
@@ -56,14 +56,14 @@ class Process:
         return self.returncode
 
     def communicate(self) -> tuple[str, str]:
-        """What is still to be read of stdout and stderr, once the process has ended."""
-        found: list[str] = []
-        reader = threading.Thread(target=lambda: found.append(self.stderr.read()))
+        """Wait for the process to end, and return the unread rest of its stdout and stderr."""
+        stderr: list[str] = []
+        reader = threading.Thread(target=lambda: stderr.append(self.stderr.read()))
         reader.start()
-        output = self.stdout.read()
+        stdout = self.stdout.read()
         reader.join()
         self.wait()
-        return output, found[0]
+        return stdout, stderr[0]
 
     def send_signal(self, number: int) -> None:
         if self.returncode is None:
@@ -77,7 +77,7 @@ class Process:
 
 
 def _kill_all() -> None:
-    """Kill what a failed test left: the interpreter would wait for it at its end."""
+    """Kill processes that a failed test left, as the interpreter would wait for them at its exit."""
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -87,7 +87,7 @@ def _context() -> ForkServerContext:
     atexit.register(_kill_all)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    with chdir(PROJECT):  # from where it imports the pipeline
+    with chdir(PROJECT):  # the fork server imports the pipeline from the current folder
         forkserver.ensure_running()
     return context
 
@@ -97,17 +97,17 @@ def _text(pipe: Connection) -> IO[str]:
         return os.fdopen(os.dup(pipe.fileno()), encoding="utf-8")
 
 
-def _run(step: str, folder: str, environment: dict[str, str], out: Connection, err: Connection) -> None:
-    os.dup2(out.fileno(), 1)
-    os.dup2(err.fileno(), 2)
-    out.close()
-    err.close()
+def _run(step: str, folder: str, environment: dict[str, str], stdout: Connection, stderr: Connection) -> None:
+    os.dup2(stdout.fileno(), 1)
+    os.dup2(stderr.fileno(), 2)
+    stdout.close()
+    stderr.close()
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
-    get_settings.cache_clear()  # which the import of the pipeline has filled
+    get_settings.cache_clear()  # the import of the pipeline has filled this cache
     os.chdir(folder)
     sys.argv[1:] = []
     if "HOLD" in environment:

@@ -1,4 +1,4 @@
-"""Raw folders, as `pipeline.download` leaves them, small and made on the spot."""
+"""Make small folders of raw data such as `pipeline.download` writes."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def params(**changes: Any) -> NormalizeParams:
 
 
 def noise(seed: int, *, size: int = 32, channels: int = 3) -> Any:
-    """Pixels (size, size, channels) uint8: coarse random patches, as unlike each other as photographs."""
+    """Return pixels (size, size, channels) uint8 of coarse random patches, as different as photographs are."""
     patches = np.random.default_rng(seed).integers(0, 256, (size // 4, size // 4, channels), dtype=np.uint8)
     return patches.repeat(4, axis=0).repeat(4, axis=1)
 
@@ -38,7 +38,7 @@ def encoded(pixels: Any, file_format: str = "PNG", **options: Any) -> bytes:
 
 
 def image_folder(folder: Path, files: Mapping[str, bytes], **changes: Any) -> Path:
-    """From {"train/cat/1.png": content}, in this order."""
+    """Write a folder of the data source imagefolder, with files such as {"train/cat/1.png": content} in this order."""
     counts: dict[str, dict[str, int]] = {}
     for name in files:
         split, label = name.split("/")[:2]
@@ -58,7 +58,7 @@ def plain_files(*, per_class: int, split: str = "train", seed: int = 0) -> dict[
 
 
 def cifar_folder(folder: Path, *, per_batch: int = 20, **changes: Any) -> Path:
-    """The official layout with few images; `changes` replaces batches, as `test_batch={...}`."""
+    """Write a folder of the data source cifar10 with few images; `changes` replace batches, as `test_batch={...}`."""
     batches: dict[str, Any] = {f"data_batch_{number}": cifar_batch(number, per_batch) for number in range(5, 0, -1)}
     batches |= {"test_batch": cifar_batch(6, per_batch), "batches.meta": {b"label_names": [b"cat", b"dog"]}}
     pickles = {
@@ -97,5 +97,5 @@ def _described(folder: Path, dataset: str, **more: Any) -> Path:
 
 
 def checksum(header: bytes) -> int:
-    """Of a tar header: the sum of its bytes, those of the checksum itself taken as spaces."""
+    """Return the checksum of a tar header: the sum of its bytes, with spaces in place of the checksum."""
     return sum(header) - sum(header[148:156]) + 8 * ord(" ")

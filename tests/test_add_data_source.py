@@ -1,4 +1,4 @@
-"""To add a data source takes six files, tests and recipe included; here one is added to a copy of the project."""
+"""Adding a data source touches six files, tests and recipe included, as one that is added to a copy shows."""
 
 import json
 import os
@@ -83,8 +83,9 @@ download:
 train:
   epochs: 1
 """
-NEW = {"pipeline/datasets/shapes.py": MODULE, "recipes/shapes.yaml": RECIPE, "tests/test_shapes.py": TEST}
-CHANGED = {
+NEW_FILES = {"pipeline/datasets/shapes.py": MODULE, "recipes/shapes.yaml": RECIPE, "tests/test_shapes.py": TEST}
+# The old and the new text in each file that lists the data sources.
+REPLACEMENTS = {
     "pipeline/datasets/sources.py": [
         ("import cifar10, digits, imagefolder\n", "import cifar10, digits, imagefolder, shapes\n"),
         (
@@ -98,13 +99,12 @@ CHANGED = {
     ],
     "params.yaml": [("# digits | cifar10 | imagefolder\n", "# digits | cifar10 | imagefolder | shapes\n")],
 }
-"""What to replace in each file that knows the data sources."""
 
 
 def add_shapes(project: Path) -> None:
-    for name, content in NEW.items():
+    for name, content in NEW_FILES.items():
         (project / name).write_text(content, encoding="utf-8")
-    for name, replacements in CHANGED.items():
+    for name, replacements in REPLACEMENTS.items():
         text = (project / name).read_text(encoding="utf-8")
         for old, new in replacements:
             assert text.count(old) == 1, f"{name}: {old!r}"
@@ -121,13 +121,13 @@ def run(project: Path, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_a_data_source_takes_six_files(tmp_path: Path, mlflow_store: Path) -> None:
+def test_adding_a_data_source_touches_six_files(tmp_path: Path, mlflow_store: Path) -> None:
     project = copy_project(tmp_path / "project")
     (tmp_path / "mlflow.db").write_bytes((mlflow_store / "mlflow.db").read_bytes())
     add_shapes(project)
     status = ["git", "status", "--porcelain", "--untracked-files=all"]
     touched = subprocess.run(status, cwd=project, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert {line[3:] for line in touched} == NEW.keys() | CHANGED.keys()
+    assert {line[3:] for line in touched} == NEW_FILES.keys() | REPLACEMENTS.keys()
     assert len(touched) <= 6
     tests = ("tests/test_shapes.py", "tests/test_params.py", "tests/test_architecture.py")
     run(project, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests)

@@ -23,7 +23,7 @@ def patches(images: Tensor) -> Tensor:
 
 
 def smooth_images(number: int) -> Tensor:
-    """Neighbouring pixels are alike, as in photographs: (N, 3, 32, 32)."""
+    """Return images (N, 3, 32, 32) float32 in which neighboring pixels are alike, as in photographs."""
     draw = torch.Generator().manual_seed(0)
     coarse = torch.randn(number, 3, 8, 8, generator=draw)
     return F.interpolate(coarse, size=32, mode="bilinear") + 0.1 * torch.randn(number, 3, 32, 32, generator=draw)
@@ -41,18 +41,18 @@ def test_the_first_layer_whitens_the_patches_of_the_images() -> None:
     assert torch.equal(filters[:12], -filters[12:])
 
 
-def test_the_first_layer_is_the_same_however_the_images_come() -> None:
+def test_the_first_layer_does_not_depend_on_the_size_of_batches() -> None:
     images = smooth_images(64)
     weights = []
     for size in (16, 64):
         network = Airbench(num_classes=10, channels=3, image_size=32)
         network.whiten(torch.split(images, size))
-        weights.append(network.whitening.weight.detach().abs())  # an eigenvector has no sign of its own
+        weights.append(network.whitening.weight.detach().abs())  # the sign of an eigenvector is arbitrary
     torch.testing.assert_close(weights[0], weights[1], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("size", "channels", "classes"), [(25, 1, 2), (32, 3, 10), (64, 3, 5)])
-def test_it_takes_images_of_other_sizes(size: int, channels: int, classes: int) -> None:
+def test_airbench_takes_images_of_other_sizes(size: int, channels: int, classes: int) -> None:
     network = Airbench(num_classes=classes, channels=channels, image_size=size)
     assert network(torch.randn(2, channels, size, size)).shape == (2, classes)
 
@@ -62,7 +62,7 @@ def test_images_that_are_too_small_are_refused() -> None:
         Airbench(num_classes=10, channels=3, image_size=24)
 
 
-def test_convolutions_begin_by_handing_on_what_they_get() -> None:
+def test_a_new_convolution_returns_its_input() -> None:
     network = Airbench(num_classes=10, channels=3, image_size=32)
     images, convolution = torch.randn(2, 64, 8, 8), network[6]
     torch.testing.assert_close(convolution(images), images)
@@ -78,14 +78,14 @@ def run(**changes: object) -> tuple[Classifier, TrainingResult]:
 
 
 @pytest.mark.slow
-def test_it_learns_and_two_runs_are_bit_identical() -> None:
+def test_airbench_learns_and_two_runs_are_bit_identical() -> None:
     (_, first), (_, second) = run(), run()
     assert first.history[-1].validation_accuracy > 0.9
     assert first.history == second.history
     assert all(torch.equal(first.last[name], second.last[name]) for name in first.last)
 
 
-def test_what_is_not_trained_stays() -> None:
+def test_weights_that_are_not_trained_stay_unchanged() -> None:
     _, trained = run(epochs=1)
     torch.manual_seed(0)
     before = build(config("airbench", classes=3))

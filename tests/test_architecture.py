@@ -1,4 +1,4 @@
-"""The shape of the code: who may import whom, and that DVC knows what each stage runs."""
+"""Imports go one way, libraries are used only in allowed files, and dvc.yaml lists the code that each stage runs."""
 
 import ast
 import functools
@@ -13,6 +13,7 @@ from pipeline.core.yaml import read_yaml
 from tests.conftest import PROJECT
 
 PACKAGE = PROJECT / "pipeline"
+# The packages and modules directly below `pipeline/`; each may import itself and those that stand before it.
 LAYERS = [
     "core",
     "artifacts",
@@ -28,10 +29,10 @@ LAYERS = [
     *stage_names(),
     "predict",
 ]
-"""The packages and modules directly below `pipeline/`, each of which may import only those before it, and itself."""
-NO_STAGE = ("core", "tracking")
-"""Packages that change nothing of what a stage writes, and so are in no stage's code."""
+# Packages that do not affect the output of any stage, and therefore are in no stage's code.
+IN_NO_STAGE = ("core", "tracking")
 MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("[!_]*.py")}
+# The files that may import a library. MLflow itself runs `served_model`; only tests import scikit-learn.
 ONLY_IN = {
     "mlflow": {
         f"pipeline/tracking/{name}.py"
@@ -49,28 +50,27 @@ ONLY_IN = {
         "pipeline/datasets/imagefolder.py",
     },
 }
-"""Where a library may be imported; MLflow itself runs `served_model`, and only tests import scikit-learn."""
+# The modules of the pipeline that may read environment variables.
 READ_ENVIRONMENT = {
     "pipeline/core/settings.py",
     "pipeline/core/git.py",  # passes the environment on to git and DVC, without what a git hook sets
     "pipeline/training/distributed.py",  # the variables in which torchrun passes a process its rank
 }
-"""The modules of the pipeline that may read environment variables."""
+# The modules of the pipeline that may set environment variables, and whose variables these are.
 WRITE_ENVIRONMENT = {
     "pipeline/__init__.py",  # name, home and caches of the user, for Python and libraries
     "pipeline/core/network.py",  # NO_PROXY, for the clients of MLflow and Prefect
-    "pipeline/tracking/store.py",  # MLflow's variables that have no function
-    "pipeline/training/distributed.py",  # torchrun's and NCCL's
-    "pipeline/models/cpu_kernels.py",  # PyTorch's, before its first operation
-    "pipeline/training/device.py",  # cuBLAS's, before its first call
+    "pipeline/tracking/store.py",  # the variables of MLflow that no function of MLflow sets
+    "pipeline/training/distributed.py",  # the variables of torchrun and NCCL
+    "pipeline/models/cpu_kernels.py",  # the variables of PyTorch, before its first operation
+    "pipeline/training/device.py",  # the variables of cuBLAS, before its first call
 }
-"""The modules of the pipeline that may set environment variables, for which library."""
 STAGES = read_yaml(PROJECT / "dvc.yaml")["stages"]
 
 
 @functools.cache
 def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
-    """Full names of the modules that a file imports, `from package import module` included."""
+    """Return the full names of the modules that a file imports, those of `from package import module` included."""
     tree = ast.parse(path.read_text())
     nodes = tree.body if top_level_only else ast.walk(tree)
     found: set[str] = set()
@@ -84,13 +84,13 @@ def imports(path: Path, *, top_level_only: bool = False) -> set[str]:
 
 @functools.cache
 def internal(name: str) -> set[str]:
-    """The modules of `pipeline` that one of them imports."""
+    """Return the modules of `pipeline` that a module of `pipeline` imports."""
     return {other for other in MODULES if f"pipeline.{other}" in imports(MODULES[name])}
 
 
 @functools.cache
 def reached(name: str) -> set[str]:
-    """The modules of `pipeline` that are loaded with one of them, itself included."""
+    """Return the modules of `pipeline` that are loaded with a module of `pipeline`, itself included."""
     return {name}.union(*(reached(other) for other in internal(name)))
 
 
@@ -98,7 +98,7 @@ def layer(name: str) -> int:
     return LAYERS.index(name.partition(".")[0])
 
 
-def test_every_module_has_its_place_in_the_layers() -> None:
+def test_every_module_belongs_to_a_layer() -> None:
     assert {name.partition(".")[0] for name in MODULES} == set(LAYERS)
 
 
@@ -109,13 +109,13 @@ def test_imports_go_one_way(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_the_pipeline_knows_nothing_of_prefect_and_flows(name: str) -> None:
+def test_the_pipeline_imports_neither_prefect_nor_dvc_nor_flows(name: str) -> None:
     roots = {imported.partition(".")[0] for imported in imports(MODULES[name])}
     assert not roots & {"prefect", "flows", "dvc"}
 
 
 @pytest.mark.parametrize("library", ONLY_IN)
-def test_a_library_is_imported_where_it_belongs(library: str) -> None:
+def test_a_library_is_imported_only_where_it_is_allowed(library: str) -> None:
     files = [*PROJECT.glob("pipeline/**/*.py"), *PROJECT.glob("flows/**/*.py")]
     users = {
         str(path.relative_to(PROJECT)) for path in files if library in {i.partition(".")[0] for i in imports(path)}
@@ -124,7 +124,7 @@ def test_a_library_is_imported_where_it_belongs(library: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_an_import_inside_a_function_says_why(name: str) -> None:
+def test_an_import_inside_a_function_states_its_reason(name: str) -> None:
     path = MODULES[name]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom) and node.col_offset:
@@ -132,16 +132,16 @@ def test_an_import_inside_a_function_says_why(name: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_code_of_a_stage_is_what_it_imports(stage: str) -> None:
+def test_dvc_yaml_lists_all_code_that_a_stage_imports(stage: str) -> None:
     listed = {".".join(file.relative_to("pipeline").with_suffix("").parts) for file in code_files(stage)}
     listed = {name for name in listed if not name.endswith("__init__")}
-    loaded = {name for name in reached(stage) if not name.startswith(NO_STAGE)}
+    loaded = {name for name in reached(stage) if not name.startswith(IN_NO_STAGE)}
     assert loaded <= listed
-    assert not [name for name in listed if name.startswith(NO_STAGE)]
+    assert not [name for name in listed if name.startswith(IN_NO_STAGE)]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_entry_of_a_stage_is_of_use_to_it(stage: str) -> None:
+def test_dvc_yaml_lists_no_code_that_a_stage_does_not_import(stage: str) -> None:
     entries = [entry for entry in STAGES[stage]["deps"] if entry.startswith("pipeline/")]
     loaded = [f"pipeline/{name.replace('.', '/')}.py" for name in reached(stage)]
     assert not [entry for entry in entries if not any(file.startswith(entry) for file in loaded)]
@@ -149,6 +149,7 @@ def test_every_entry_of_a_stage_is_of_use_to_it(stage: str) -> None:
 
 HEAVY = {"torch", "torch._dynamo", "torch._inductor", "torchvision", "mlflow", "sqlalchemy", "matplotlib"}
 HEAVY |= {"pandas", "scipy", "sklearn", "prefect", "dvc"}
+# The heavy packages that each step may load at its start; each of them costs up to seconds.
 MAY_LOAD = {stage: {"torch"} for stage in stage_names()} | {
     "download": set[str](),
     "normalize": set[str](),
@@ -156,7 +157,6 @@ MAY_LOAD = {stage: {"torch"} for stage in stage_names()} | {
     "evaluate": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
     "predict": {"torch"},
 }
-"""What of the heavy packages each step may load at its start; each costs up to seconds."""
 
 
 @pytest.mark.slow
@@ -186,7 +186,7 @@ def test_environment_variables_are_read_in_one_place(path: str) -> None:
 
 
 def writes_environment(node: ast.AST) -> bool:
-    """Whether it is `os.environ[…] = …`, `del os.environ[…]`, `os.environ |= …` or `os.environ.setdefault(…)`."""
+    """Return whether a node sets or deletes a variable: `os.environ[…] = …`, `|= …`, `del …` or `.setdefault(…)`."""
     if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
         return ast.unparse(node.value) == "os.environ"
     if isinstance(node, ast.AugAssign):
@@ -200,7 +200,7 @@ def test_only_evaluate_reads_the_test_split() -> None:
 
 
 def test_no_function_is_longer_than_sixty_lines() -> None:
-    """But for the training loop, which is to be read from top to bottom on one page."""
+    """Only the training loop may be longer, so that it can be read from top to bottom on one page."""
     files = [*PROJECT.glob("pipeline/**/*.py"), *PROJECT.glob("flows/**/*.py")]
     functions = [
         (path.name, node)

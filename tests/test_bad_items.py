@@ -1,4 +1,4 @@
-"""One damaged item among several: it is reported, and the others are dealt with all the same."""
+"""One damaged item among several is reported, and the others are still processed."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def git(*arguments: str) -> str:
 
 
 def add_experiment(name: str, lock: str) -> str:
-    """An experiment whose commit has this dvc.lock."""
+    """Make an experiment whose commit has this dvc.lock, and return the commit."""
     baseline = git("rev-parse", "main")
     git("checkout", "-q", "--detach", "main")
     Path("dvc.lock").write_text(lock)
@@ -44,7 +44,7 @@ def experiment_ref(name: str, baseline: str) -> str:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with a dvc.yaml and a dvc.lock without outputs."""
+    """Change to a new repository with a dvc.yaml and a dvc.lock without outputs, and return its folder."""
     monkeypatch.chdir(tmp_path)
     git("init", "-q", "-b", "main")
     Path("dvc.yaml").write_text("stages: {train: {cmd: train}}")
@@ -55,7 +55,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("lock", ["{", "[1, 2]", "stages: {train: {outs: [{md5: abc}]}}"])
-def test_the_doctor_reports_an_experiment_that_is_damaged_and_looks_at_the_others(project: Path, lock: str) -> None:
+def test_the_doctor_reports_a_damaged_experiment_and_checks_the_others(project: Path, lock: str) -> None:
     add_experiment("a-damaged", lock)
     add_experiment("b-incomplete", LOCK % ("a" * 32))
     damaged, incomplete = doctor._run(doctor.missing_objects, project)
@@ -65,7 +65,7 @@ def test_the_doctor_reports_an_experiment_that_is_damaged_and_looks_at_the_other
     assert incomplete.what == "experiment b-incomplete: files are missing in DVC's cache: model"
 
 
-def test_a_damaged_listing_in_the_cache_is_a_missing_output(project: Path) -> None:
+def test_a_damaged_listing_in_the_cache_counts_as_a_missing_output(project: Path) -> None:
     md5 = f"{'b' * 32}.dir"
     listing = cached_path(cache_folder(project), md5)
     listing.parent.mkdir(parents=True)
@@ -74,7 +74,7 @@ def test_a_damaged_listing_in_the_cache_is_a_missing_output(project: Path) -> No
     assert missing_outputs(project, experiment) == ["model"]
 
 
-def test_what_a_check_found_before_it_failed_is_kept(project: Path) -> None:
+def test_findings_of_a_check_are_kept_when_it_fails(project: Path) -> None:
     def check(_: Path) -> Any:
         yield doctor.Finding("first")
         raise OSError("gone")
@@ -82,7 +82,7 @@ def test_what_a_check_found_before_it_failed_is_kept(project: Path) -> None:
     assert [finding.what for finding in doctor._run(check, project)] == ["first", "check were not looked at: gone"]
 
 
-def test_a_trace_looks_at_the_other_experiments(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trace_skips_damaged_experiments_and_reads_the_others(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/none.db")
     damaged, good = add_experiment("damaged", "{"), add_experiment("good", LOCK % ("a" * 32))
     baseline = git("rev-parse", "main")
@@ -91,15 +91,15 @@ def test_a_trace_looks_at_the_other_experiments(project: Path, monkeypatch: pyte
     sources = Sources(project)
     assert {found.name: found.commit for found in sources.experiments} == {"damaged": damaged, "good": good}
     assert [sources.outputs(commit) for commit in (damaged, good)] == [{}, {"model": "a" * 32}]
-    notes = "\n".join(sources.notes)
-    assert "experiment lost was not looked at: its commit cannot be read" in notes
-    assert f"commit {damaged}: dvc.lock cannot be read (" in notes
+    messages = "\n".join(sources.notes)
+    assert "experiment lost was not looked at: its commit cannot be read" in messages
+    assert f"commit {damaged}: dvc.lock cannot be read (" in messages
 
 
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"run_id": "x"}', '{"store": "", "run_id": "", "status": "", "ended": 0, "waiting": [1]}']
 )
-def test_a_queued_run_is_sent_though_another_is_damaged(
+def test_a_queued_run_is_sent_although_another_is_damaged(
     workspace: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:
     connect()
@@ -108,39 +108,37 @@ def test_a_queued_run_is_sent_though_another_is_damaged(
     (outbox / "0 damaged").mkdir(parents=True)
     (outbox / "0 damaged/run.json").write_text(content)
     (outbox / run.info.run_id).mkdir()
-    notes = {"store": store_md5(), "run_id": run.info.run_id, "status": "FINISHED", "ended": 1}
-    write_json(outbox / run.info.run_id / "run.json", {**notes, "waiting": [["loss", 0.5, 1, 1]]})
+    record = {"store": store_md5(), "run_id": run.info.run_id, "status": "FINISHED", "ended": 1}
+    write_json(outbox / run.info.run_id / "run.json", {**record, "waiting": [["loss", 0.5, 1, 1]]})
     assert not flush_outbox()
     assert [path.parent.name for path in queued_runs()] == ["0 damaged"]
-    told = capsys.readouterr().out
-    assert "warning: " in told
-    assert "0 damaged stays queued: " in told
-    assert "Traceback" not in told
+    output = capsys.readouterr().out
+    assert "warning: " in output
+    assert "0 damaged stays queued: " in output
+    assert "Traceback" not in output
     found = mlflow.MlflowClient().get_run(run.info.run_id)
     assert (found.info.status, found.data.metrics) == ("FINISHED", {"loss": 0.5})
 
 
 @pytest.mark.parametrize("tags", [{}, {**this_process(), HOST: "another host"}])
-def test_a_run_stays_queued_while_it_is_unknown_what_became_of_its_process(
-    workspace: Path, tags: dict[str, str]
-) -> None:
+def test_a_run_stays_queued_while_the_state_of_its_process_is_unknown(workspace: Path, tags: dict[str, str]) -> None:
     connect()
     run_id = mlflow.MlflowClient().create_run("0", tags=tags).info.run_id
     path = outbox_folder() / run_id / "run.json"
     path.parent.mkdir(parents=True)
-    notes = {"store": store_md5(), "run_id": run_id, "status": "FINISHED", "ended": 1, "waiting": []}
-    write_json(path, notes)
+    record = {"store": store_md5(), "run_id": run_id, "status": "FINISHED", "ended": 1, "waiting": []}
+    write_json(path, record)
     assert not flush_outbox()
     assert path.exists()
 
 
 @pytest.mark.parametrize("tags", [{PID: "many"}, {STARTED: "yesterday"}])
-def test_a_damaged_record_of_a_process_says_nothing(tags: dict[str, str]) -> None:
+def test_the_state_of_a_process_with_a_damaged_record_is_unknown(tags: dict[str, str]) -> None:
     assert life({**this_process(), **tags}) == "unknown"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a file that can be opened, but not read, is /proc/self/mem")
-def test_an_archive_that_cannot_be_read_is_passed_over(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_archive_is_reported_and_skipped(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("good.tar.gz").write_bytes(b"content")
     params = DownloadParams(
         dataset="cifar10",

@@ -13,19 +13,19 @@ from tests.conftest import PROJECT
 from tests.test_architecture import imports
 
 FILES = sorted(PROJECT.glob("benchmarks/**/[!_]*.py"))
+# Benchmarks that import MLflow because they measure it; `repro` and `overhead` measure it in subprocesses.
 MEASURE_MLFLOW = {"epochs"}
-"""Benchmarks that import MLflow, as they measure it; `repro` and `overhead` measure it in processes of their own."""
 IMPORT = re.compile(r"from (pipeline[\w.]*) import ([\w, ]+)")
 
 
 def module_file(name: str) -> Path | None:
-    """Return the file of one of our modules; None for the modules of others."""
+    """Return the file of a module of this project; None for other modules."""
     file = PROJECT / Path(*name.split(".")).with_suffix(".py")
     return file if file.is_file() else None
 
 
 def loaded_files(path: Path) -> set[Path]:
-    """Return the files of this project that are loaded with one of them, itself included."""
+    """Return the files of this project that are loaded with a file, itself included."""
     found, pending = set[Path](), [path]
     while pending:
         file = pending.pop()
@@ -51,7 +51,7 @@ def test_a_benchmark_starts_without_the_tools_that_it_does_not_measure(path: Pat
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_what_a_benchmark_imports_is_there_also_in_code_that_it_starts_as_text(path: Path) -> None:
+def test_names_that_a_benchmark_imports_exist_also_in_code_that_it_runs_as_text(path: Path) -> None:
     for module, names in IMPORT.findall(path.read_text()):
         file = module_file(module)
         for imported in names.split(", "):
@@ -59,7 +59,7 @@ def test_what_a_benchmark_imports_is_there_also_in_code_that_it_starts_as_text(p
             assert (file and name in top_level_names(file)) or module_file(f"{module}.{name}")
 
 
-def test_the_header_reports_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_header_reports_missing_packages_and_a_missing_git(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> str:
         raise PackageNotFoundError
 

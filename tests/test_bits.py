@@ -18,8 +18,8 @@ from tests.bits import check
 from tests.bits.training import NETWORKS, Bits
 from tests.conftest import PROJECT, train_params
 
+# For each version of PyTorch: network, threads and MD5s, as `python -m tests.bits.training portable …` prints them.
 GOLDEN = json.loads(Path(__file__).with_name("bits").joinpath("golden.json").read_text())
-"""By PyTorch's version: network, threads, and the hashes. `python -m tests.bits.training portable …` prints them."""
 BITS = Bits("lenet", 1, cpu="a CPU", capability="AVX2", weights="w", evaluation="e")
 UNSET = {name: value for name, value in os.environ.items() if name not in PORTABLE}
 
@@ -52,7 +52,9 @@ def test_the_committed_bits_are_of_all_networks_and_differ_by_threads() -> None:
         assert len({row["weights"] for row in rows}) == len(rows)
 
 
-def test_kernels_chosen_too_late_are_refused_and_native_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_portable_kernels_are_refused_if_chosen_too_late_and_native_ones_accepted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(os, "environ", dict(os.environ))
@@ -61,7 +63,7 @@ def test_kernels_chosen_too_late_are_refused_and_native_ones_are_not(monkeypatch
         use_cpu_kernels("portable", field="train.cpu_kernels")
 
 
-def test_a_cpu_without_avx2_is_named_and_left_as_it_is(
+def test_a_cpu_without_avx2_causes_a_warning_and_sets_no_variables(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
@@ -92,7 +94,7 @@ def results(kernels: str, *weights: str) -> list[check.Result]:
         ("aa", "aa", 3, "so this machine proves nothing"),
     ],
 )
-def test_the_verdict_needs_equal_bits_and_a_control_that_differs(
+def test_the_check_passes_only_if_the_bits_are_equal_and_those_of_the_control_differ(
     portable: str, native: str, status: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = results("portable", *portable) + results("native", *native)
@@ -100,8 +102,8 @@ def test_the_verdict_needs_equal_bits_and_a_control_that_differs(
     assert line in capsys.readouterr().out
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere the CPU is named first")
-def test_without_the_emulator_one_line_names_the_package(tmp_path: Path) -> None:
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other machines report the unsupported CPU first")
+def test_a_missing_emulator_is_reported_in_one_line_with_the_package(tmp_path: Path) -> None:
     done = python("-m", "tests.bits.check", PATH=str(tmp_path))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: qemu-x86_64: not found; install it, as by `apt-get install qemu-user` on Debian\n"

@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: whole or not at all, of one training, for one process."""
+"""A checkpoint file is complete or absent, belongs to one training, and is used by one process at a time."""
 
 import subprocess
 import sys
@@ -30,8 +30,8 @@ def checkpoint(step: int) -> Checkpoint:
     return Checkpoint(step, {"weight": torch.full((3,), float(step)), "count": torch.tensor(step)}, STATE)
 
 
-def written(folder: Path, *steps: int) -> list[Path]:
-    """The files of checkpoints at these steps, newest first."""
+def write_checkpoints(folder: Path, *steps: int) -> list[Path]:
+    """Write checkpoints of these steps, and return all files, newest first."""
     for step in steps:
         Checkpoints(folder).write(checkpoint(step))
     return sorted(folder.iterdir(), reverse=True)
@@ -42,8 +42,8 @@ def newest_step(folder: Path) -> int | None:
     return found.step if found else None
 
 
-def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
-    written(tmp_path / "one", 7)
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
+    write_checkpoints(tmp_path / "one", 7)
     found = Checkpoints(tmp_path / "one").newest()
     assert found
     assert (found.step, found.state) == (7, STATE)
@@ -51,16 +51,16 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert found.to_bytes() == checkpoint(7).to_bytes()
 
 
-def test_the_newest_is_used_and_few_are_kept(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_used_and_old_ones_are_removed(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / ".step-0000000003-x.safetensors.99.tmp").write_text("what a killed process was writing")
-    assert len(written(tmp_path / "one", 9, 10, 11, 12)) == KEPT
+    assert len(write_checkpoints(tmp_path / "one", 9, 10, 11, 12)) == KEPT
     assert newest_step(tmp_path / "one") == 12
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-def test_of_two_at_the_same_step_the_later_one_is_used(tmp_path: Path, order: tuple[int, ...]) -> None:
-    for position in order:  # whichever MD5 sorts first
+def test_the_later_of_two_checkpoints_of_the_same_step_is_used(tmp_path: Path, order: tuple[int, ...]) -> None:
+    for position in order:  # the order of the MD5s in the names of the files must not matter
         Checkpoints(tmp_path).write(replace(checkpoint(7), state={"position": position}))
     found = Checkpoints(tmp_path).newest()
     assert found
@@ -68,10 +68,10 @@ def test_of_two_at_the_same_step_the_later_one_is_used(tmp_path: Path, order: tu
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "emptied"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    newest, _ = written(tmp_path / "one", 1, 2)
+    newest, _ = write_checkpoints(tmp_path / "one", 1, 2)
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes({"flipped": bytes(content), "truncated": newest.read_bytes()[:-1], "emptied": b""}[damage])
@@ -79,15 +79,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert "damaged" in capsys.readouterr().out
 
 
-def test_a_new_checkpoint_stays_beside_damaged_ones_of_later_steps(tmp_path: Path) -> None:
-    for path in written(tmp_path / "one", 90, 100):
+def test_a_new_checkpoint_is_kept_although_damaged_ones_have_later_steps(tmp_path: Path) -> None:
+    for path in write_checkpoints(tmp_path / "one", 90, 100):
         path.write_bytes(b"nothing")
-    assert written(tmp_path / "one", 5)[-1].name.startswith("step-0000000005")
+    assert write_checkpoints(tmp_path / "one", 5)[-1].name.startswith("step-0000000005")
     assert newest_step(tmp_path / "one") == 5
 
 
-def test_without_a_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
-    for path in written(tmp_path / "one", 1, 2):
+def test_no_checkpoint_is_found_where_all_are_damaged_or_missing(tmp_path: Path) -> None:
+    for path in write_checkpoints(tmp_path / "one", 1, 2):
         path.write_bytes(b"nothing")
     assert newest_step(tmp_path / "one") is None
     assert newest_step(tmp_path / "none") is None
@@ -95,17 +95,17 @@ def test_without_a_whole_checkpoint_there_is_none(tmp_path: Path) -> None:
 
 @settings(max_examples=1000, deadline=None, derandomize=True)
 @given(st.data())
-def test_damaged_content_raises_nothing_but_value_error(data: st.DataObject) -> None:
+def test_damaged_content_raises_only_value_error(data: st.DataObject) -> None:
     content = bytearray(checkpoint(3).to_bytes())
     kind = data.draw(st.sampled_from(["flip", "cut", "insert", "header"]))
-    place = data.draw(st.integers(0, len(content) - 1 if kind != "header" else 120))
+    position = data.draw(st.integers(0, len(content) - 1 if kind != "header" else 120))
     if kind == "cut":
-        del content[place : place + data.draw(st.integers(1, 40))]
+        del content[position : position + data.draw(st.integers(1, 40))]
     elif kind == "insert":
-        content[place:place] = data.draw(st.binary(min_size=1, max_size=40))
+        content[position:position] = data.draw(st.binary(min_size=1, max_size=40))
     else:
-        content[place] ^= data.draw(st.integers(1, 255))
-    with suppress(ValueError):  # and the MD5 in its name would not even let it come that far
+        content[position] ^= data.draw(st.integers(1, 255))
+    with suppress(ValueError):  # the MD5 in the name of a file is checked before its content is parsed
         Checkpoint.from_bytes(bytes(content))
 
 
@@ -113,17 +113,17 @@ def test_damaged_content_raises_nothing_but_value_error(data: st.DataObject) -> 
 @given(st.binary(max_size=300))
 @example((2**63).to_bytes(8, "little"))
 @example((2).to_bytes(8, "little") + b"[]")
-def test_any_bytes_are_refused(content: bytes) -> None:
+def test_arbitrary_bytes_are_refused(content: bytes) -> None:
     with pytest.raises(ValueError, match="not a checkpoint"):
         Checkpoint.from_bytes(content)
 
 
-def test_the_fingerprint_is_of_all_that_determines() -> None:
+def test_the_fingerprint_depends_on_the_values_and_not_on_their_order() -> None:
     assert fingerprint(params={"epochs": 1}, code="a") == fingerprint(code="a", params={"epochs": 1})
     assert fingerprint(params={"epochs": 1}, code="a") != fingerprint(params={"epochs": 2}, code="a")
 
 
-def test_checkpoints_are_removed_when_the_training_is_done_and_stay_when_it_fails() -> None:
+def test_checkpoints_are_kept_when_the_training_fails_and_removed_when_it_finishes() -> None:
     with pytest.raises(RuntimeError), checkpoints_of("one") as found:
         found.write(checkpoint(1))
         raise RuntimeError
@@ -133,14 +133,14 @@ def test_checkpoints_are_removed_when_the_training_is_done_and_stay_when_it_fail
     assert list(checkpoint_folder().iterdir()) == []
 
 
-def test_a_training_never_sees_anothers_checkpoint() -> None:
+def test_a_training_does_not_see_the_checkpoints_of_another() -> None:
     with checkpoints_of("one") as found:
         found.write(checkpoint(1))
         with checkpoints_of("two") as others:
             assert others.newest() is None
 
 
-HOLD = """
+OTHER_PROCESS = """
 import sys
 from pipeline.training.checkpoints import checkpoints_of
 with checkpoints_of("one"):
@@ -152,9 +152,9 @@ with checkpoints_of("one"):
 
 
 @pytest.fixture
-def another(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
-    """A process at the same training, which fails or finishes once this one prints that it waits."""
-    command = [sys.executable, "-c", HOLD, request.param]
+def other_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
+    """Yield a process that runs the same training, and fails or finishes when this process prints that it waits."""
+    command = [sys.executable, "-c", OTHER_PROCESS, request.param]
     with subprocess.Popen(command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout
@@ -169,18 +169,18 @@ def another(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield process
 
 
-@pytest.mark.parametrize("another", ["fail"], indirect=True)
-def test_of_two_processes_one_waits_and_takes_over_where_the_other_failed(
-    another: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("other_process", ["fail"], indirect=True)
+def test_a_second_process_waits_and_continues_when_the_first_fails(
+    other_process: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with checkpoints_of("one"):
-        assert another.wait() == 1
+        assert other_process.wait() == 1
     assert "another process runs this training: waiting" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("another", ["finish"], indirect=True)
-def test_of_two_processes_the_second_is_told_that_the_first_has_finished(another: subprocess.Popen[str]) -> None:
+@pytest.mark.parametrize("other_process", ["finish"], indirect=True)
+def test_a_second_process_reports_that_the_first_has_finished(other_process: subprocess.Popen[str]) -> None:
     finished = "another process has just finished this training"
     with pytest.raises(TemporaryError, match=finished), checkpoints_of("one"):
         pass
-    assert another.wait() == 0
+    assert other_process.wait() == 0

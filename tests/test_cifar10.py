@@ -1,4 +1,4 @@
-"""The whole pipeline on the real CIFAR-10 images, where they lie beside the checkout."""
+"""The whole pipeline runs on the real CIFAR-10 images if their archive lies beside the checkout."""
 
 import functools
 import hashlib
@@ -17,12 +17,12 @@ from pipeline.params import compose
 from tests.conftest import PROJECT, run_step
 
 IMAGES = PROJECT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"
-pytestmark = pytest.mark.skipif(not IMAGES.exists(), reason=f"{IMAGES} is not there")
+pytestmark = pytest.mark.skipif(not IMAGES.exists(), reason=f"{IMAGES} is missing")
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The images, unpacked: `<split>/<class>/0000.jpg`."""
+    """Unpack the images, and return their folder: `<split>/<class>/0000.jpg`."""
     folder = tmp_path_factory.mktemp("cifar10") / "images"
     with tarfile.open(IMAGES) as archive:
         archive.extractall(folder, filter="data")
@@ -31,7 +31,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def official_archive(tree: Path) -> Path:
-    """A fifth of the same images, of all classes, in the layout of the official archive."""
+    """Write a fifth of the images of each class in the layout of the official archive, and return its path."""
     fifth = tree.parent / "fifth"
     for image in tree.rglob("*[05].jpg"):
         link = fifth / image.relative_to(tree)
@@ -45,7 +45,7 @@ def official_archive(tree: Path) -> Path:
 
 @pytest.fixture
 def server(official_archive: Path) -> Iterator[str]:
-    """The address of the archive on a server on loopback."""
+    """Serve the archive on loopback, and yield its URL."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(official_archive.parent))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
         threading.Thread(target=serving.serve_forever, daemon=True).start()
@@ -54,14 +54,14 @@ def server(official_archive: Path) -> Iterator[str]:
 
 
 def run(recipe: str, overrides: dict[str, object], *steps: str) -> None:
-    """These steps in the current folder."""
+    """Run these steps in the current folder with a recipe and overrides."""
     Path("params.yaml").write_text(dump_yaml(compose(recipe, overrides)))
     for step in steps:
         done = run_step(step)
         assert done.returncode == 0, done.stderr
 
 
-def test_a_folder_of_real_images_runs_through(workspace: Path, tree: Path) -> None:
+def test_the_whole_pipeline_runs_on_a_folder_of_real_images(workspace: Path, tree: Path) -> None:
     overrides = {"download.dataset": "imagefolder", "download.folder": str(tree), "train.epochs": 1}
     run("cifar10_lenet", overrides, "download", "normalize", "train", "evaluate")
     metrics = json.loads(Path("artifacts/evaluate/metrics.json").read_text())

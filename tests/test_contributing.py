@@ -18,12 +18,12 @@ MAX_FILES = {
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:\w+/)+\w+\.\w+|\w+\.yaml)`", TEXT))))
-def test_a_file_that_is_named_exists(path: str) -> None:
+def test_every_file_that_the_document_names_exists(path: str) -> None:
     assert (PROJECT / path).exists() or path.startswith("artifacts/")
 
 
 @pytest.mark.parametrize("change", MAX_FILES)
-def test_a_change_touches_the_files_of_its_heading_and_not_more_than_allowed(change: str) -> None:
+def test_a_section_lists_as_many_files_as_its_heading_states_and_no_more_than_allowed(change: str) -> None:
     [promised] = re.findall(r"(\d+) files\n", CHANGES[change])
     assert int(promised) <= MAX_FILES[change]
     assert len(re.findall(r"^\d\. `", CHANGES[change], re.MULTILINE)) == int(promised)

@@ -1,35 +1,27 @@
-"""Damaged inputs by the thousand: each is a refusal in one line or a right answer, never another exception.
+"""Thousands of damaged inputs are each read or refused in one line; none raises another exception.
 
-Examples are drawn the same way on every run. What is "right" for damage that a checksum covers: what was written.
+The examples are the same on every run. Data that a checksum covers are refused or read exactly as they were written.
 """
 
 import gzip
-import io
-import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.artifacts import file_md5, read_array, verify, write_checksums
-from pipeline.core.errors import UserError
+from pipeline.artifacts import verify, write_checksums
 from pipeline.datasets.archives import DamagedArchive
 from pipeline.datasets.pickles import load_pickle
 from pipeline.datasets.sources import open_source
 from pipeline.images.decode import UnreadableImage, decode
-from pipeline.models.build import build
-from pipeline.models.config import ModelConfig
-from pipeline.models.files import load_model, save_config, save_weights
-from pipeline.models.pretrained import load_pretrained
 from pipeline.params import Params, check_params, load_params, parse_override
 from tests.conftest import DEFAULTS, PROJECT
+from tests.damage import CHANGES, UNUSUAL_VALUES, Change, damaged, examples, refused
 from tests.raw_folders import (
     checksum,
     cifar_batch,
@@ -41,96 +33,31 @@ from tests.raw_folders import (
     plain_files,
 )
 
-
-def examples(number: int) -> settings:
-    """That many examples, the same on every run; `@given` goes below."""
-    return settings(
-        max_examples=number,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate],  # to shrink a failure, add Phase.shrink
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-Change = tuple[str, float, bytes]
-CHANGES = st.lists(
-    st.tuples(
-        st.sampled_from(["flip", "overwrite", "insert", "remove", "cut"]),
-        st.floats(0, 1, exclude_max=True),
-        st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from([b"\xff" * 4, b"\x80" + b"\xff" * 7, b"\0" * 4])),
-    ),
-    min_size=1,
-    max_size=4,
-)
-"""What is done to the bytes: the kind, the place (as a share of the length), and new bytes."""
-
-
-def damaged(content: bytes, changes: list[Change], *, head: int | None = None) -> bytes:
-    """The content with the changes; with `head`, every other one falls into its first `head` bytes."""
-    result = bytearray(content)
-    for number, (kind, place, new) in enumerate(changes):
-        at = int(place * (min(head, len(result)) if head and number % 2 == 0 else len(result)))
-        if kind == "flip" and result:
-            result[at] ^= 1 << (new[0] % 8)
-        elif kind == "overwrite":
-            result[at : at + len(new)] = new
-        elif kind == "insert":
-            result[at:at] = new
-        elif kind == "remove":
-            del result[at : at + new[0] + 1]
-        elif kind == "cut":
-            del result[at:]
-    return bytes(result)
-
-
-def refused(call: Callable[[], Any], *, error: type[Exception] = UserError) -> bool:
-    """Whether the call was refused in one printable line; anything but `error` fails the test."""
-    told = None
-    try:
-        call()
-    except error as refusal:
-        told = str(refusal)
-    assert told is None or (told and told.isprintable())
-    return told is not None
-
-
 # parameters
 
-ODD = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.integers(-(10**30), 10**30),
-    st.floats(),
-    st.text(max_size=20),
-    st.lists(st.one_of(st.integers(), st.text(max_size=5)), max_size=3),
-    st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
-)
 FIELDS = [(section, field) for section in Params.model_fields for field in DEFAULTS[section]]
 
 
 @pytest.mark.slow
 @examples(1500)
-@given(where=st.sampled_from(FIELDS), value=ODD)
-def test_any_value_of_a_parameter_is_taken_as_it_is_or_refused(where: tuple[str, str], value: Any) -> None:
+@given(where=st.sampled_from(FIELDS), value=UNUSUAL_VALUES)
+def test_any_value_of_a_parameter_is_kept_as_it_is_or_refused(where: tuple[str, str], value: Any) -> None:
     section, field = where
     values = {name: dict(fields) for name, fields in DEFAULTS.items()}
     values[section][field] = value
     checked: list[Params] = []
     if not refused(lambda: checked.append(check_params(values, origin="test"))):
-        taken = getattr(getattr(checked[0], section), field)
-        assert taken == (tuple(value) if isinstance(value, list) else float(value) if is_number(taken) else value)
+        stored = getattr(getattr(checked[0], section), field)
+        assert stored == (tuple(value) if isinstance(value, list) else float(value) if is_number(stored) else value)
 
 
 def is_number(value: object) -> bool:
-    """Numbers may be written as text, since YAML reads `1e-3` as text."""
+    """Return whether a parameter is a number, which may be written as text, since YAML reads `1e-3` as text."""
     return isinstance(value, float)
 
 
-ODD_YAML = ["[", "{", "}", "- ", ": ", "&a ", "*a", "<<: ", "!!binary ", "!!python/object:os.system ", "!!int x"]
-ODD_YAML += [
+UNUSUAL_YAML = ["[", "{", "}", "- ", ": ", "&a ", "*a", "<<: ", "!!binary ", "!!python/object:os.system ", "!!int x"]
+UNUSUAL_YAML += [
     "!!timestamp 2001-99-99",
     "2001-99-99T99:99:99Z",
     "0x",
@@ -142,41 +69,56 @@ ODD_YAML += [
     "| ",
     "'",
 ]
-ODD_YAML += ["!!set [a]", "!!omap [a]", "!!bool x", "<<", "\x00", "\x85", "\ufeff", '"\\x1b[2J"', "[" * 300, "9" * 5000]
-YAML_BITS = st.sampled_from([*ODD_YAML, "!!float ''", "'"])
+UNUSUAL_YAML += [
+    "!!set [a]",
+    "!!omap [a]",
+    "!!bool x",
+    "<<",
+    "\x00",
+    "\x85",
+    "\ufeff",
+    '"\\x1b[2J"',
+    "[" * 300,
+    "9" * 5000,
+]
+YAML_FRAGMENTS = st.sampled_from([*UNUSUAL_YAML, "!!float ''", "'"])
 PARAMS_TEXT = (PROJECT / "params.yaml").read_text(encoding="utf-8")
 
 
 @examples(50)
 @given(
-    place=st.integers(0, len(PARAMS_TEXT)), bits=st.lists(YAML_BITS, min_size=1, max_size=3), after_colon=st.booleans()
+    position=st.integers(0, len(PARAMS_TEXT)),
+    fragments=st.lists(YAML_FRAGMENTS, min_size=1, max_size=3),
+    after_colon=st.booleans(),
 )
-def test_a_params_file_with_odd_yaml_in_it(
-    tmp_path_factory: pytest.TempPathFactory, place: int, bits: list[str], after_colon: bool
+def test_a_params_file_with_unusual_yaml_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, position: int, fragments: list[str], after_colon: bool
 ) -> None:
-    place = max(PARAMS_TEXT.find(": ", place) + 2, 2) if after_colon else place
+    position = max(PARAMS_TEXT.find(": ", position) + 2, 2) if after_colon else position
     path = tmp_path_factory.getbasetemp() / "params.yaml"
-    path.write_text(PARAMS_TEXT[:place] + "".join(bits) + PARAMS_TEXT[place:], encoding="utf-8")
+    path.write_text(PARAMS_TEXT[:position] + "".join(fragments) + PARAMS_TEXT[position:], encoding="utf-8")
     refused(lambda: load_params(path).flat())
 
 
 @examples(30)
 @given(changes=CHANGES)
-def test_a_damaged_params_file(tmp_path_factory: pytest.TempPathFactory, changes: list[Change]) -> None:
+def test_a_damaged_params_file_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[Change]
+) -> None:
     path = tmp_path_factory.getbasetemp() / "params.yaml"
     path.write_bytes(damaged(PARAMS_TEXT.encode(), changes))
     refused(lambda: load_params(path).flat())
 
 
 @examples(150)
-@given(text=st.one_of(st.text(), st.builds("train.epochs={}{}".format, YAML_BITS, YAML_BITS)))
-def test_any_text_of_an_override(text: str) -> None:
+@given(text=st.one_of(st.text(), st.builds("train.epochs={}{}".format, YAML_FRAGMENTS, YAML_FRAGMENTS)))
+def test_any_text_of_an_override_is_read_or_refused(text: str) -> None:
     refused(lambda: parse_override(text))
 
 
-def test_yaml_that_unfolds_is_refused_at_once(tmp_path: Path) -> None:
-    laughs = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'ha'}]\n" for n in range(30))
-    (tmp_path / "params.yaml").write_text(f"{laughs}{PARAMS_TEXT.replace('model: lenet', 'model: *a29')}")
+def test_yaml_that_expands_exponentially_is_refused_at_once(tmp_path: Path) -> None:
+    nested_aliases = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'ha'}]\n" for n in range(30))
+    (tmp_path / "params.yaml").write_text(f"{nested_aliases}{PARAMS_TEXT.replace('model: lenet', 'model: *a29')}")
     assert refused(lambda: load_params(tmp_path / "params.yaml"))
 
 
@@ -198,7 +140,7 @@ PICTURES = [picture(mode, file_format) for file_format, modes in MODES.items() f
 
 @examples(1500)
 @given(content=st.sampled_from(PICTURES), changes=CHANGES, channels=st.sampled_from([1, 3]))
-def test_a_damaged_image_is_pixels_or_a_reason(content: bytes, changes: list[Change], channels: Any) -> None:
+def test_a_damaged_image_is_decoded_or_refused(content: bytes, changes: list[Change], channels: Any) -> None:
     def check() -> None:
         pixels = decode(damaged(content, changes, head=100), image_size=16, channels=channels, resize="crop")
         assert (pixels.shape, str(pixels.dtype)) == ((16, 16, channels), "uint8")
@@ -208,7 +150,7 @@ def test_a_damaged_image_is_pixels_or_a_reason(content: bytes, changes: list[Cha
 
 @examples(200)
 @given(content=st.binary(max_size=200))
-def test_bytes_that_are_no_image(content: bytes) -> None:
+def test_arbitrary_bytes_are_decoded_or_refused(content: bytes) -> None:
     refused(lambda: decode(content, image_size=16, channels=3, resize="pad"), error=UnreadableImage)
 
 
@@ -234,15 +176,15 @@ def archive_in(folder: Path) -> Path:
 
 
 def read_all(folder: Path) -> bytes:
-    """Everything that comes out of it, where its checksums were taken of the damaged files."""
+    """Return all pixels and labels of a raw folder, after its checksums are renewed for the damaged files."""
     write_checksums(folder)
     return b"".join(
         block.images.tobytes() + block.labels.tobytes() for block in open_source(folder, params=params()).blocks
     )
 
 
-def mended(content: bytes) -> bytes:
-    """With the checksum of each tar header set right, so that what else is wrong in it is looked at."""
+def with_tar_checksums(content: bytes) -> bytes:
+    """Return the content with correct checksums of its tar headers, so that other damage in a header is parsed."""
     result = bytearray(content)
     for start in range(0, len(result) - 511, 512):
         header = bytes(result[start : start + 512])
@@ -253,7 +195,7 @@ def mended(content: bytes) -> bytes:
 
 @examples(250)
 @given(changes=CHANGES, dataset=st.sampled_from(["imagefolder", "cifar10"]))
-def test_raw_data_damaged_after_the_download_is_refused(
+def test_raw_data_damaged_after_the_download_are_refused(
     folders: dict[str, Path], archives: dict[str, bytes], changes: list[Change], dataset: str
 ) -> None:
     path, content = archive_in(folders[dataset]), archives[dataset]
@@ -269,7 +211,7 @@ def test_a_damaged_tar_of_images_is_read_or_refused(
     folders: dict[str, Path], archives: dict[str, bytes], changes: list[Change]
 ) -> None:
     folder = folders["imagefolder"]
-    archive_in(folder).write_bytes(mended(damaged(archives["imagefolder"], changes, head=512)))
+    archive_in(folder).write_bytes(with_tar_checksums(damaged(archives["imagefolder"], changes, head=512)))
     refused(lambda: read_all(folder))
 
 
@@ -282,7 +224,9 @@ def test_a_damaged_cifar_archive_is_read_or_refused(
     if outside:
         content = damaged(content, changes)
     else:
-        content = gzip.compress(mended(damaged(gzip.decompress(content), changes, head=2048)), compresslevel=1)
+        content = gzip.compress(
+            with_tar_checksums(damaged(gzip.decompress(content), changes, head=2048)), compresslevel=1
+        )
     archive_in(folder).write_bytes(content)
     refused(lambda: read_all(folder))
 
@@ -293,7 +237,7 @@ PICKLES += [pickle.dumps({"label_names": ["cat", "dog"], "x": (1.5, None, True, 
 
 @examples(800)
 @given(content=st.sampled_from(PICKLES), changes=CHANGES)
-def test_a_damaged_pickle_is_data_or_refused(content: bytes, changes: list[Change]) -> None:
+def test_a_damaged_pickle_is_read_or_refused(content: bytes, changes: list[Change]) -> None:
     refused(lambda: load_pickle(damaged(content, changes, head=60)), error=DamagedArchive)
 
 
@@ -306,110 +250,9 @@ PLAIN: Any = st.recursive(
 
 @examples(200)
 @given(value=st.dictionaries(st.text(), PLAIN, max_size=4), protocol=st.integers(0, 4))
-def test_what_is_read_of_a_pickle_is_what_was_pickled(value: Any, protocol: int) -> None:
+def test_a_pickle_is_read_as_it_was_written(value: Any, protocol: int) -> None:
     found: list[Any] = []
     if refused(lambda: found.append(load_pickle(pickle.dumps(value, protocol))), error=DamagedArchive):
-        assert protocol < 3  # these write bytes of no length as a call of another name
+        assert protocol < 3  # protocols below 3 write empty bytes as a call of another function
     else:
         assert found == [value]
-
-
-# arrays, and models
-
-
-def written(array: Any) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
-
-
-ARRAY = written(np.zeros((4, 8, 8, 3), np.uint8))
-
-
-@examples(500)
-@given(changes=CHANGES)
-def test_a_damaged_array_is_an_array_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, changes: list[Change]
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "images.npy"
-    path.write_bytes(damaged(ARRAY, changes, head=128))
-
-    def check() -> None:
-        array = read_array(path, dtype=np.uint8, dimensions=4)
-        assert array.ndim == 4
-        assert array.astype(int).sum() >= 0
-
-    refused(check)
-
-
-CONFIG = ModelConfig(
-    model="lenet", weights=None, loss="mse", class_names=("cat", "dog"), image_size=16, input_size=None,
-    channels=1, resize="crop", mean=(0.5,), std=(0.2,),
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_config(CONFIG, folder)
-    save_weights(build(CONFIG), folder / "best.safetensors")
-    write_checksums(folder)
-    return folder
-
-
-@examples(40)
-@given(changes=CHANGES, head=st.sampled_from([None, 900]))
-def test_damaged_weights_are_the_ones_written_or_refused(model: Path, changes: list[Change], head: int | None) -> None:
-    path = model / "best.safetensors"
-    content = path.read_bytes()
-    expected = load_model(model)[0].state_dict()
-    path.write_bytes(damaged(content, changes, head=head))
-
-    def check() -> None:
-        verify(model, allow_unlisted=True)
-        found = load_model(model)[0].state_dict()
-        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
-
-    try:
-        refused(check)
-    finally:
-        path.write_bytes(content)
-
-
-@examples(40)
-@given(field=st.sampled_from(sorted(ModelConfig.model_fields)), value=ODD)
-def test_a_model_json_with_any_value_in_it(model: Path, field: str, value: Any) -> None:
-    path = model / "odd" / "model.json"
-    path.parent.mkdir(exist_ok=True)
-    (path.parent / "best.safetensors").write_bytes((model / "best.safetensors").read_bytes())
-    text = CONFIG.model_dump(mode="json") | {field: value}
-    path.write_text(json.dumps(text), encoding="utf-8")
-    refused(lambda: load_model(path.parent))
-
-
-@pytest.fixture(scope="module")
-def weights_files(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, bytes]]:
-    state, new, old = build(CONFIG).state_dict(), io.BytesIO(), io.BytesIO()
-    torch.save(state, new)
-    torch.save(state, old, _use_new_zipfile_serialization=False)
-    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    save_weights(build(CONFIG), path)
-    return [("w.pth", new.getvalue()), ("w.pth", old.getvalue()), ("w.safetensors", path.read_bytes())]
-
-
-@examples(100)
-@given(which=st.integers(0, 2), changes=CHANGES, head=st.sampled_from([None, 1500]))
-def test_damaged_weights_of_ones_own_are_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory,
-    weights_files: list[tuple[str, bytes]],
-    which: int,
-    changes: list[Change],
-    head: int | None,
-) -> None:
-    name, content = weights_files[which]
-    path = tmp_path_factory.getbasetemp() / name
-    path.write_bytes(damaged(content, changes, head=head))
-    config = CONFIG.model_copy(update={"weights": str(path)})
-    refused(lambda: load_pretrained(build(CONFIG), config=config, md5=file_md5(path)))
-    with pytest.raises(UserError, match="weights_md5"):
-        load_pretrained(build(CONFIG), config=config, md5="0" * 32)

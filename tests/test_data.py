@@ -11,7 +11,7 @@ from pipeline.core.errors import UserError
 from pipeline.training import batches as data
 from pipeline.training.batches import Augmentation, TrainingBatches
 from pipeline.training.device import choose_device
-from tests.conftest import coloured_images, write_normalized
+from tests.conftest import colored_images, write_normalized
 
 CPU = torch.device("cpu")
 
@@ -30,8 +30,8 @@ def batches(split: Split, **changes: int | bool) -> list[tuple[torch.Tensor, tor
     return list(TrainingBatches(split, augmentation=Augmentation(**rest), **sizes))  # type: ignore[arg-type]
 
 
-def test_pixels_are_normalised_by_the_training_mean_and_deviation() -> None:
-    images, labels = coloured_images(50)
+def test_pixels_are_normalized_by_the_training_mean_and_deviation() -> None:
+    images, labels = colored_images(50)
     mean, std = images.mean((0, 1, 2)) / 255, images.std((0, 1, 2)) / 255
     split = Split.of(images, labels, mean=mean.tolist(), std=std.tolist(), device=CPU)
     floats = torch.cat([batch for batch, _ in evaluation_batches(split, batch_size=7)])
@@ -40,18 +40,18 @@ def test_pixels_are_normalised_by_the_training_mean_and_deviation() -> None:
 
 
 def test_batches_have_the_documented_shape_type_and_layout() -> None:
-    images, labels = batches(split_of(coloured_images(10)[0]))[0]
+    images, labels = batches(split_of(colored_images(10)[0]))[0]
     assert (images.shape, images.dtype, labels.dtype) == ((4, 3, 32, 32), torch.float32, torch.int64)
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_an_epoch_shows_each_image_once_and_leaves_the_incomplete_batch_out() -> None:
-    seen = torch.cat([labels for _, labels in batches(split_of(coloured_images(10)[0]))]).tolist()
+def test_an_epoch_has_each_image_at_most_once_and_drops_the_incomplete_batch() -> None:
+    seen = torch.cat([labels for _, labels in batches(split_of(colored_images(10)[0]))]).tolist()
     assert len(seen) == len(set(seen)) == 8
 
 
-def test_order_and_augmentation_follow_from_seed_and_epoch_alone() -> None:
-    split = split_of(coloured_images(12)[0])
+def test_order_and_augmentation_depend_only_on_seed_and_epoch() -> None:
+    split = split_of(colored_images(12)[0])
     drawn = [
         torch.cat([i for i, _ in batches(split, seed=s, epoch=e, crop_padding=4, flip=True)])
         for s, e in [(1, 2), (1, 2), (1, 3), (2, 2)]
@@ -61,20 +61,20 @@ def test_order_and_augmentation_follow_from_seed_and_epoch_alone() -> None:
     assert not torch.equal(drawn[0], drawn[3])
 
 
-def test_an_epoch_goes_on_in_its_midst_as_if_it_had_not_stopped() -> None:
+def test_an_epoch_resumed_in_the_middle_has_the_same_remaining_batches() -> None:
     values = {"batch_size": 3, "seed": 1, "epoch": 2, "augmentation": Augmentation(flip=True, crop_padding=4)}
-    split = split_of(coloured_images(24)[0])
+    split = split_of(colored_images(24)[0])
     whole, first, second = (TrainingBatches(split, **values) for _ in range(3))  # type: ignore[arg-type]
     for _ in zip(range(3), first, strict=False):
         pass
     second.position = first.position
-    for (images, labels), (again, same) in zip(list(whole)[3:], second, strict=True):
-        assert torch.equal(images, again)
-        assert torch.equal(labels, same)
+    for (images, labels), (resumed_images, resumed_labels) in zip(list(whole)[3:], second, strict=True):
+        assert torch.equal(images, resumed_images)
+        assert torch.equal(labels, resumed_labels)
 
 
-def test_an_image_is_mirrored_in_every_other_epoch() -> None:
-    split = split_of(coloured_images(20)[0])
+def test_an_image_is_mirrored_in_every_second_epoch() -> None:
+    split = split_of(colored_images(20)[0])
     seen = [
         {int(label): image for image, label in zip(*batches(split, batch_size=20, epoch=e, flip=True)[0], strict=True)}
         for e in (1, 2, 3)
@@ -102,7 +102,7 @@ def test_a_padded_crop_is_the_crop_of_the_reflected_image() -> None:
         assert any(np.array_equal(pixels, crop) for crop in crops)
 
 
-def test_cutout_blanks_one_square_to_the_mean() -> None:
+def test_cutout_sets_one_square_to_the_mean() -> None:
     images = np.full((50, 16, 16, 3), 99, dtype=np.uint8)
     pixels = batches(split_of(images), batch_size=50, cutout_size=6)[0][0]
     blank = (pixels == 0).all(1).sum((1, 2))
@@ -116,14 +116,14 @@ def test_labels_stay_with_their_images() -> None:
         assert torch.equal(pixels[:, 0, 0, 0].long(), labels)
 
 
-def test_arrays_that_disagree_with_dataset_json_are_named(tmp_path: Path) -> None:
+def test_arrays_that_contradict_dataset_json_are_reported(tmp_path: Path) -> None:
     folder = write_normalized(tmp_path)
     np.save(folder / "test_images.npy", np.zeros((30, 16, 16, 3), dtype=np.uint8))
     with pytest.raises(UserError, match=r"test_images\.npy: its shape is \(30, 16, 16, 3\)"):
         Split.read("test", info=DatasetInfo.read(folder), device=CPU, folder=folder)
 
 
-def test_a_damaged_dataset_json_is_named(tmp_path: Path) -> None:
+def test_a_damaged_dataset_json_is_reported(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps({"dataset": "digits"}))
     with pytest.raises(UserError, match=r"dataset\.json: damaged \(class_names: Field required\)"):
         DatasetInfo.read(tmp_path)
@@ -140,14 +140,14 @@ def test_a_damaged_dataset_json_is_named(tmp_path: Path) -> None:
         {"test_duplicates": [10**6]},
     ],
 )
-def test_a_dataset_json_that_cannot_be_right_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+def test_a_dataset_json_with_an_impossible_value_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     path = write_normalized(tmp_path) / "dataset.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=r"dataset\.json: damaged"):
         DatasetInfo.read(path.parent)
 
 
-def test_labels_of_no_class_are_refused(tmp_path: Path) -> None:
+def test_labels_outside_the_classes_are_refused(tmp_path: Path) -> None:
     folder = write_normalized(tmp_path)
     np.save(folder / "test_labels.npy", np.full(30, 3))
     with pytest.raises(UserError, match=r"test_labels\.npy: found labels from 3 to 3; allowed: 0 to 2"):
@@ -155,7 +155,7 @@ def test_labels_of_no_class_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_without_a_gpu_is_refused_with_what_is_there() -> None:
+def test_cuda_without_a_gpu_is_refused_with_the_available_devices() -> None:
     with pytest.raises(UserError, match=r"train\.device is cuda, .*allowed on this machine: auto, .*cpu"):
         choose_device("cuda", field="train.device")
 
@@ -169,11 +169,11 @@ def split_in_file(folder: Path, images: np.ndarray, *, window_bytes: int) -> Spl
 
 @pytest.mark.parametrize("block_images", [1, 3, 8])
 @pytest.mark.parametrize("window_images", [1, 8, 24, 90])
-def test_a_split_in_a_file_shows_each_image_once_an_epoch_in_another_order(
+def test_a_split_read_from_a_file_has_each_image_once_an_epoch_in_a_new_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_images: int, block_images: int
 ) -> None:
     monkeypatch.setattr(data, "BLOCK_BYTES", block_images * 32 * 32 * 3)
-    images = coloured_images(103)[0]
+    images = colored_images(103)[0]
     split = split_in_file(tmp_path, images, window_bytes=window_images * 32 * 32 * 3)
     assert split.file is not None
     orders = []
@@ -185,42 +185,44 @@ def test_a_split_in_a_file_shows_each_image_once_an_epoch_in_another_order(
         torch.testing.assert_close(pixels, torch.from_numpy(images)[order].float())
         orders.append(order.tolist())
     assert orders[0] != orders[1]
-    assert sorted(orders[0]) != sorted(orders[1])  # another part is left out
+    assert sorted(orders[0]) != sorted(orders[1])  # each epoch leaves out other images
 
 
-def test_an_epoch_from_a_file_goes_on_in_its_midst(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_epoch_read_from_a_file_can_be_resumed_in_the_middle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(data, "BLOCK_BYTES", 8 * 32 * 32 * 3)
-    split = split_in_file(tmp_path, coloured_images(80)[0], window_bytes=16 * 32 * 32 * 3)
+    split = split_in_file(tmp_path, colored_images(80)[0], window_bytes=16 * 32 * 32 * 3)
     values = {"batch_size": 4, "seed": 1, "epoch": 2, "augmentation": Augmentation(True, 4, 3)}
     whole, rest = (TrainingBatches(split, **values) for _ in range(2))  # type: ignore[arg-type]
     rest.position = 9
-    for (images, labels), (again, same) in zip(list(whole)[9:], rest, strict=True):
-        assert torch.equal(images, again)
-        assert torch.equal(labels, same)
+    for (images, labels), (resumed_images, resumed_labels) in zip(list(whole)[9:], rest, strict=True):
+        assert torch.equal(images, resumed_images)
+        assert torch.equal(labels, resumed_labels)
 
 
-def test_blocks_are_no_larger_than_said_whatever_the_batch() -> None:
+def test_the_length_of_blocks_fits_the_batch_size_and_the_limit() -> None:
     assert [data._block_length(6, batch_size=size) for size in (1, 4, 6, 7, 256)] == [6, 4, 6, 1, 4]
 
 
-def test_a_file_that_is_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
-    split = split_in_file(tmp_path, coloured_images(50)[0], window_bytes=1)
+def test_a_file_truncated_during_the_training_is_reported(tmp_path: Path) -> None:
+    split = split_in_file(tmp_path, colored_images(50)[0], window_bytes=1)
     os.truncate(tmp_path / "images.npy", 10_000)
     with pytest.raises(UserError, match=r"images.npy: it was cut short"):
         split.pixels(40, 50)
 
 
-def test_evaluation_is_the_same_from_a_file(tmp_path: Path) -> None:
-    images = coloured_images(50)[0]
+def test_evaluation_batches_are_the_same_from_a_file_and_from_memory(tmp_path: Path) -> None:
+    images = colored_images(50)[0]
     in_file, resident = split_in_file(tmp_path, images, window_bytes=1), split_of(images)
     found = zip(evaluation_batches(in_file, batch_size=7), evaluation_batches(resident, batch_size=7), strict=True)
     assert all(torch.equal(one, other) and torch.equal(a, b) for (one, a), (other, b) in found)
 
 
-def test_the_shares_of_several_processes_make_up_the_batch() -> None:
-    split, augmentation = split_of(coloured_images(24)[0]), Augmentation(True, 4, 3)
+def test_the_slices_of_several_processes_make_up_the_batch() -> None:
+    split, augmentation = split_of(colored_images(24)[0]), Augmentation(True, 4, 3)
     values = {"batch_size": 6, "seed": 1, "epoch": 2, "augmentation": augmentation}
-    shares = [list(TrainingBatches(split, **values, rank=rank, processes=3)) for rank in range(3)]  # type: ignore[arg-type]
-    for whole, *parts in zip(TrainingBatches(split, **values), *shares, strict=True):  # type: ignore[arg-type]
-        assert torch.equal(torch.cat([images for images, _ in parts]), whole[0])
-        assert torch.equal(torch.cat([labels for _, labels in parts]), whole[1])
+    slices_by_rank = [list(TrainingBatches(split, **values, rank=rank, processes=3)) for rank in range(3)]  # type: ignore[arg-type]
+    for whole, *slices in zip(TrainingBatches(split, **values), *slices_by_rank, strict=True):  # type: ignore[arg-type]
+        assert torch.equal(torch.cat([images for images, _ in slices]), whole[0])
+        assert torch.equal(torch.cat([labels for _, labels in slices]), whole[1])

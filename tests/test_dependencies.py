@@ -1,4 +1,4 @@
-"""What is imported is declared in pyproject.toml, and what is only for development is not imported by the project."""
+"""pyproject.toml declares every imported package, and the project imports no package that is for development only."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ DEVELOPMENT = [*PROJECT.glob("tests/**/*.py"), *PROJECT.glob("benchmarks/**/*.py
 
 
 def normalized(requirement: str) -> str:
-    """`psycopg[binary]>=3` → `psycopg`, as PEP 503 normalizes names."""
+    """Return the name of a requirement as PEP 503 normalizes it: `psycopg` for `psycopg[binary]>=3`."""
     return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~; ]", requirement)[0]).lower()
 
 
@@ -28,7 +28,7 @@ DISTRIBUTIONS = packages_distributions()
 
 
 def imported(path: Path) -> set[str]:
-    """The top-level modules that a file imports, those of Python itself and of this project left out."""
+    """Return the top-level modules that a file imports, without those of Python itself and of this project."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -39,23 +39,23 @@ def imported(path: Path) -> set[str]:
 
 
 def undeclared(path: Path, declared: set[str]) -> set[str]:
-    """The imported modules of which no distribution is declared."""
+    """Return the imported modules that belong to no declared distribution."""
     return {
         name for name in imported(path) if not {normalized(each) for each in DISTRIBUTIONS.get(name, [])} & declared
     }
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: path.stem)
-def test_what_the_project_imports_is_declared(path: Path) -> None:
+def test_packages_that_the_project_imports_are_declared(path: Path) -> None:
     assert not undeclared(path, RUNTIME)
 
 
 @pytest.mark.parametrize("path", DEVELOPMENT, ids=lambda path: path.stem)
-def test_what_tests_and_benchmarks_import_is_declared(path: Path) -> None:
+def test_packages_that_tests_and_benchmarks_import_are_declared(path: Path) -> None:
     assert not undeclared(path, RUNTIME | DEV)
 
 
-def test_every_extra_has_its_lock_and_the_makefile_knows_it() -> None:
+def test_every_extra_has_a_lock_file_and_is_in_the_makefile() -> None:
     makefile = (PROJECT / "Makefile").read_text()
     extras = re.search(r"^ALL_EXTRAS := (.*)$", makefile, re.MULTILINE)
     assert extras
@@ -65,7 +65,7 @@ def test_every_extra_has_its_lock_and_the_makefile_knows_it() -> None:
 
 
 @pytest.mark.parametrize(("lock", "declared"), [("base", RUNTIME), ("dev", DEV)])
-def test_a_lock_holds_what_is_declared(lock: str, declared: set[str]) -> None:
+def test_a_lock_file_contains_the_declared_packages(lock: str, declared: set[str]) -> None:
     pinned = {
         line.partition("==")[0]
         for name in {"base", lock}
@@ -77,5 +77,5 @@ def test_a_lock_holds_what_is_declared(lock: str, declared: set[str]) -> None:
 
 def test_development_packages_are_not_in_the_base_lock() -> None:
     base = (PROJECT / "requirements" / "base.lock").read_text()
-    brought = {"alembic", "anyio", "websockets"}  # by MLflow and Prefect
-    assert not [name for name in DEV - brought if re.search(rf"^{re.escape(name)}==", base, re.MULTILINE)]
+    indirect = {"alembic", "anyio", "websockets"}  # MLflow and Prefect depend on them
+    assert not [name for name in DEV - indirect if re.search(rf"^{re.escape(name)}==", base, re.MULTILINE)]

@@ -1,4 +1,4 @@
-"""Deployments with a real Prefect server, work pool and worker on loopback, and stages that take no time."""
+"""Deployments run with a real Prefect server, work pool and worker on loopback, and with stages that take no time."""
 
 import json
 import os
@@ -31,19 +31,20 @@ RECIPES = sorted(path.stem for path in (PROJECT / "recipes").glob("*.yaml"))
 
 
 class Site:
-    """A project whose worker runs; `cli` runs the prefect command there."""
+    """A project in which a worker runs."""
 
     def __init__(self, project: Path, api_url: str) -> None:
         self.project = project
         self.environment = {**os.environ, "PREFECT_API_URL": api_url, "PREFECT_HOME": str(project / ".prefect")}
 
     def cli(self, *arguments: str) -> tuple[int, str]:
+        """Run the prefect command, and return its exit status and its output as one line."""
         command = [sys.executable, "-m", "prefect", *arguments]
         done = subprocess.run(command, cwd="/", env=self.environment, capture_output=True, text=True, check=False)
         return done.returncode, " ".join((done.stdout + done.stderr).split())
 
     def start(self, **overrides: Any) -> UUID:
-        """A run of the deployment; `train__epochs=3` stands for train.epochs."""
+        """Start a run of the deployment, and return its id; `train__epochs=3` sets train.epochs."""
         values = json.dumps({name.replace("__", "."): value for name, value in overrides.items()})
         status, text = self.cli("deployment", "run", DEPLOYMENT, "-p", "recipe=digits", "-p", f"overrides={values}")
         assert status == 0, text
@@ -52,7 +53,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Iterator[Site]:
-    """`python -m flows.worker` in a project with toy stages, with a server that it starts itself."""
+    """Run `python -m flows.worker`, which starts a server, in a project with toy stages, and yield that project."""
     folder = tmp_path_factory.mktemp("site")
     project = make_project(folder)
     shutil.copy(PROJECT / "prefect.yaml", project)
@@ -93,7 +94,7 @@ def has_begun(site: Site, stage: str) -> bool:
     return ran.exists() and stage in ran.read_text().split()
 
 
-def test_a_deployment_run_takes_overrides_and_is_an_experiment(site: Site) -> None:
+def test_a_deployment_run_applies_overrides_and_saves_an_experiment(site: Site) -> None:
     run = wait_for_end(site.start(train__epochs=9, train__weights=None))
     assert run.state
     assert run.state.name == "Completed", run.state.message
@@ -105,7 +106,7 @@ def test_a_deployment_run_takes_overrides_and_is_an_experiment(site: Site) -> No
 
 
 @pytest.mark.parametrize(
-    ("parameters", "told"),
+    ("parameters", "message"),
     [
         ({"overrides": {"train.epochs": 0}}, "0 is less than the minimum of 1"),
         ({"overrides": {"train.optimizer": "sdg"}}, "'sdg' is not one of ['sgd', 'adam', 'adamw', 'rmsprop', 'muon']"),
@@ -113,20 +114,20 @@ def test_a_deployment_run_takes_overrides_and_is_an_experiment(site: Site) -> No
         ({"recipe": "digit"}, "'digits' was expected"),
     ],
 )
-def test_the_server_refuses_a_bad_value(site: Site, parameters: dict[str, Any], told: str) -> None:
+def test_the_server_refuses_a_bad_value(site: Site, parameters: dict[str, Any], message: str) -> None:
     with get_client(sync_client=True) as client, pytest.raises(PrefectHTTPStatusError) as refusal:
         client.create_flow_run_from_deployment(client.read_deployment_by_name(DEPLOYMENT).id, parameters=parameters)
     assert refusal.value.response.is_client_error
-    assert told in refusal.value.response.json()["detail"]
+    assert message in refusal.value.response.json()["detail"]
 
 
-def test_the_prefect_command_says_why_a_value_is_refused(site: Site) -> None:
+def test_the_prefect_command_reports_why_a_value_is_refused(site: Site) -> None:
     status, text = site.cli("deployment", "run", DEPLOYMENT, "-p", 'overrides={"train.epochs": 0}')
     assert status == 1
     assert "0 is less than the minimum of 1" in text
 
 
-def test_cancelling_a_run_ends_its_training_and_saves_nothing(site: Site) -> None:
+def test_canceling_a_run_ends_its_training_and_saves_nothing(site: Site) -> None:
     before = dvc(site.project, "exp", "list", "--name-only")
     (site.project.parent / "ran").unlink(missing_ok=True)
     (site.project.parent / "train.wait").touch()
@@ -168,7 +169,7 @@ def test_the_environment_for_the_prefect_command_is_printed(site: Site) -> None:
     assert f"export PREFECT_HOME={site.project / '.prefect'}\n" in done.stdout
 
 
-def test_a_server_of_the_users_profile_counts_for_the_prefect_command(site: Site, tmp_path: Path) -> None:
+def test_the_prefect_command_uses_the_server_of_the_users_profile(site: Site, tmp_path: Path) -> None:
     profiles = tmp_path / "profiles.toml"
     profiles.write_text('active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "http://127.0.0.1:9/api"\n')
     environment = {**site.environment, "PREFECT_PROFILES_PATH": str(profiles), "DO_NOT_TRACK": "1"}
@@ -193,24 +194,24 @@ def test_the_form_has_every_parameter_with_its_description_and_bounds() -> None:
     assert fields["train.optimizer"]["enum"] == ["sgd", "adam", "adamw", "rmsprop", "muon"]
     assert (fields["train.epochs"]["type"], fields["train.epochs"]["minimum"]) == ("integer", 1)
     assert fields["train.nesterov"]["enum"] == [True, False]
-    assert "type" not in fields["train.nesterov"]  # a switch, which cannot be left alone
+    assert "type" not in fields["train.nesterov"]  # the form would show a switch, which cannot stay empty
     assert fields["train.input_size"]["anyOf"][0]["maximum"] == 1024
     assert not schema["definitions"]["Overrides"]["additionalProperties"]
 
 
-def test_overrides_hold_what_was_given_and_no_more() -> None:
-    given = {"train.epochs": 3, "train.weights": None}
-    assert Overrides.model_validate(given).flat() == given
+def test_overrides_contain_only_the_values_that_were_set() -> None:
+    values = {"train.epochs": 3, "train.weights": None}
+    assert Overrides.model_validate(values).flat() == values
     assert Overrides().flat() == {}
 
 
-def test_a_worker_without_a_checkout_takes_code_from_git_and_files_from_the_remote(site: Site, tmp_path: Path) -> None:
+def test_a_worker_without_a_checkout_gets_code_from_git_and_files_from_the_remote(site: Site, tmp_path: Path) -> None:
     url, remote = f"file://{site.project}", tmp_path / "remote"
     remote.mkdir()
     deployments.deploy_from_git(url, deployments.resolve_remote_revision(url, "HEAD"))
     environment = {**site.environment, "TOY": str(tmp_path), "PIPELINE_DVC_REMOTE": str(remote)}
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "git", "--type", "process", "--run-once"]
-    for attempt in (1, 2):  # each in a clone with a cache of its own
+    for attempt in (1, 2):  # each attempt runs in a clone with its own cache
         status, text = site.cli(
             "deployment", "run", "train-classifier/from-git", "-p", 'overrides={"train.epochs": 13}'
         )
@@ -223,12 +224,12 @@ def test_a_worker_without_a_checkout_takes_code_from_git_and_files_from_the_remo
         assert f"digits-{run.name}" in dvc(site.project, "exp", "list", "--name-only")
 
 
-def test_a_password_in_the_address_is_refused_and_not_told() -> None:
+def test_a_password_in_the_address_is_refused_and_not_printed() -> None:
     with pytest.raises(UserError, match="--git: found a password") as error:
         deployments.resolve_remote_revision("https://user:secret@host/repository.git", "0" * 40)
     assert "secret" not in str(error.value)
 
 
-def test_a_revision_that_is_not_there_is_one_line(site: Site) -> None:
+def test_an_unknown_revision_is_reported_in_one_line(site: Site) -> None:
     with pytest.raises(UserError, match=r"--revision: .* has no 'nothing'; allowed: a branch"):
         deployments.resolve_remote_revision(str(site.project), "nothing")

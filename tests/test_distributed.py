@@ -1,4 +1,4 @@
-"""Several processes for one training, on the CPU by gloo, as torchrun starts them."""
+"""Several processes share one training as torchrun starts them, here on the CPU with gloo."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def configure(folder: Path, **changes: object) -> None:
 
 
 def losses(folder: Path) -> list[list[float]]:
-    """By step, of each run, the newest first."""
+    """Return the losses of each run by step, the newest run first."""
     client = mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db")
     runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
     assert [run.info.status for run in runs] == ["FINISHED"] * len(runs)
@@ -42,15 +42,15 @@ def losses(folder: Path) -> list[list[float]]:
 
 
 def train(workspace: Path, *, processes: int) -> bytes:
-    """The last weights, as the file has them."""
+    """Train in this number of processes, and return the content of last.safetensors."""
     configure(workspace, processes=processes)
     done = run_step("train", folder=workspace)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert done.stdout.count("epoch 4/4") == 1  # the others say nothing
+    assert done.stdout.count("epoch 4/4") == 1  # only rank 0 prints
     return (workspace / "artifacts/train/last.safetensors").read_bytes()
 
 
-def test_two_processes_have_the_losses_of_one_with_the_joined_batch_killed_and_interrupted_or_not(
+def test_two_processes_have_the_losses_of_one_process_also_after_a_kill_and_an_interrupt(
     workspace: Path,
 ) -> None:
     write_normalized(workspace)
@@ -60,7 +60,7 @@ def test_two_processes_have_the_losses_of_one_with_the_joined_batch_killed_and_i
     configure(workspace, processes=2, checkpoint_every_minutes=0.000001)  # after each step
     killed = start_step("train", hold="epoch 1/4")
     read_until("epoch 1/4", killed)
-    assert set(listening(killed.pid)) == {"127.0.0.1"}
+    assert set(listening_addresses(killed.pid)) == {"127.0.0.1"}
     os.kill(child_of_rank(killed.pid, "1"), signal.SIGKILL)
     _, stderr = killed.communicate()
     assert killed.returncode == 75, stderr
@@ -76,8 +76,8 @@ def test_two_processes_have_the_losses_of_one_with_the_joined_batch_killed_and_i
     assert again == by_two == pytest.approx(by_one, rel=1e-3)
 
 
-def listening(pid: int) -> list[str]:
-    """The addresses on which a process and its children do."""
+def listening_addresses(pid: int) -> list[str]:
+    """Return the addresses on which a process and its children listen."""
     processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     connections = [found for process in processes for found in process.net_connections()]
     return [found.laddr.ip for found in connections if found.status == psutil.CONN_LISTEN]
@@ -89,22 +89,22 @@ def child_of_rank(pid: int, rank: str) -> int:
     return found
 
 
-def test_running_statistics_and_dropout_of_two_processes_outlive_a_stop(workspace: Path) -> None:
+def test_two_resumed_processes_keep_running_statistics_and_dropout(workspace: Path) -> None:
     write_normalized(workspace)
     configure(workspace, processes=2, epochs=2, model="mobilenet_v3_small")
 
-    def train_on() -> list[bytes]:
+    def finish() -> list[bytes]:
         done = run_step("train", folder=workspace)
         assert (done.returncode, done.stderr) == (0, "")
         return [(workspace / "artifacts/train" / name).read_bytes() for name in ("last.safetensors", "history.csv")]
 
-    whole = train_on()
+    whole = finish()
     stopped = start_step("train", hold="epoch 1/2")
     read_until("epoch 1/2", stopped)
     stopped.terminate()
     stopped.communicate()
     assert stopped.returncode == 128 + signal.SIGTERM
-    assert train_on() == whole
+    assert finish() == whole
 
 
 def test_processes_end_when_their_launcher_was_killed(workspace: Path) -> None:
@@ -124,7 +124,7 @@ def test_more_processes_than_devices_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "acts"),
+    ("environment", "expected"),
     [
         ({}, True),
         ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "0"}, True),
@@ -132,18 +132,18 @@ def test_more_processes_than_devices_are_refused() -> None:
         (
             {"TORCHELASTIC_RUN_ID": "1", "LOCAL_RANK": "0", distributed.RENDEZVOUS_VARIABLE: "f"},
             False,
-        ),  # its launcher does
+        ),  # its launcher locks the GPUs
     ],
 )
-def test_one_process_of_a_machine_takes_the_gpus_of_all(
-    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], acts: bool
+def test_one_process_of_each_machine_locks_the_gpus_of_all(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], expected: bool
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert distributed.acts_for_its_machine() == acts
+    assert distributed.acts_for_its_machine() == expected
 
 
-def test_torchrun_itself_may_start_them(workspace: Path) -> None:
+def test_torchrun_can_start_the_processes(workspace: Path) -> None:
     write_normalized(workspace)
     configure(workspace, processes=2, epochs=1)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -159,21 +159,21 @@ def test_torchrun_itself_may_start_them(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"batch_size": 15}, "error: params.yaml: train.batch_size is 15, but processes 2; allowed: a multiple of it"),
         ({"learning_rate": 1e30, "momentum": 0.0, "nesterov": False, "schedule": "constant"}, "step 2: the loss is"),
     ],
 )
-def test_a_mistake_is_told_once(workspace: Path, changes: dict[str, object], told: str) -> None:
+def test_an_error_of_all_processes_is_reported_once(workspace: Path, changes: dict[str, object], message: str) -> None:
     write_normalized(workspace)
     configure(workspace, processes=2, **changes)
     done = run_step("train", folder=workspace)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
-    assert told in done.stderr
+    assert message in done.stderr
 
 
-ALONE = """
+RANK_1_FAILS = """
 import sys, torch
 from pipeline.training import distributed
 from pipeline.core.errors import UserError, report_errors
@@ -190,8 +190,8 @@ with report_errors():
 """
 
 
-def test_what_goes_wrong_in_one_process_alone_is_told_by_that_one(tmp_path: Path) -> None:
-    (tmp_path / "alone.py").write_text(ALONE)
+def test_an_error_of_one_process_is_reported_by_that_process(tmp_path: Path) -> None:
+    (tmp_path / "alone.py").write_text(RANK_1_FAILS)
     environment = os.environ | {"PYTHONPATH": f"{PROJECT}{os.pathsep}{tmp_path}"}
     done = subprocess.run(
         [sys.executable, "-m", "alone"], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False

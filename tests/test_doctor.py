@@ -1,4 +1,4 @@
-"""The doctor, with real flow runs killed in the middle of a training that MLflow records."""
+"""The doctor finds and fixes what flow runs leave that are killed in the middle of a training."""
 
 import fcntl
 import json
@@ -28,7 +28,7 @@ from tests.conftest import PROJECT
 from tests.test_flows import dvc, output, run, start_run, wait_until
 from tests.test_processes import set_clock
 
-project = test_flows.project  # a fixture
+project = test_flows.project  # pytest finds a fixture by its name in the module
 
 TRAIN = """
 if stage == "train":
@@ -36,14 +36,14 @@ if stage == "train":
     dataset = describe_dataset("toy", source=None, digest="0")
     with training_run(experiment="toy", params={}, dataset=dataset, training=str(os.getpid())):
         print("training begins")
-        while (told / "train.long").exists():
+        while (control / "train.long").exists():
             time.sleep(0.05)
 """
 
 
 @pytest.fixture
 def tracked(project: Path, stores: Path) -> Path:
-    """The toy project with a training that MLflow records; it lasts as long as `train.long` exists."""
+    """Return the toy project with a training that MLflow records, and that runs as long as `train.long` exists."""
     toy = project / "toy.py"
     toy.write_text(toy.read_text() + TRAIN)
     output(project, "git", "add", "--all")
@@ -55,21 +55,21 @@ def tracked(project: Path, stores: Path) -> Path:
 def start_training(project: Path, epochs: int, *, api_url: str) -> subprocess.Popen[str]:
     process = start_run(project, "--set", f"train.epochs={epochs}", api_url=api_url)
     assert process.stdout
-    said = []
+    lines = []
     for line in process.stdout:
-        said.append(line)
+        lines.append(line)
         if "training begins" in line:
             return process
-    raise AssertionError("".join(said))
+    raise AssertionError("".join(lines))
 
 
 def kill_all(process: subprocess.Popen[str]) -> None:
-    """As the end of a container would: no process has time to record its end."""
-    victims = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for victim in victims:
-        victim.kill()
+    """Kill a process and its children, as the end of a container does: none of them can record its end."""
+    processes = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for each in processes:
+        each.kill()
     process.communicate()
-    psutil.wait_procs(victims)
+    psutil.wait_procs(processes)
 
 
 def examine(project: Path, *arguments: str, api_url: str) -> tuple[int, str]:
@@ -86,7 +86,7 @@ def examine(project: Path, *arguments: str, api_url: str) -> tuple[int, str]:
 
 
 def mlflow_statuses(project: Path) -> list[str]:
-    """The statuses of the runs, oldest first."""
+    """Return the statuses of the MLflow runs, oldest first."""
     client = MlflowClient(f"sqlite:///{project}/mlflow.db")
     ids = [experiment.experiment_id for experiment in client.search_experiments()]
     return [run.info.status for run in client.search_runs(ids, order_by=["attributes.start_time ASC"])]
@@ -107,7 +107,7 @@ def workspaces(project: Path) -> set[str]:
     return {path.name for path in (project / workspace_folders.FOLDER).glob("*") if path.is_dir()}
 
 
-def test_what_killed_runs_left_is_fixed_and_the_living_are_left_alone(tracked: Path, api_url: str) -> None:
+def test_leftovers_of_killed_runs_are_fixed_and_running_ones_are_not_changed(tracked: Path, api_url: str) -> None:
     first = start_training(tracked, 1, api_url=api_url)
     [dead] = workspaces(tracked)
     second = start_training(tracked, 2, api_url=api_url)
@@ -141,7 +141,7 @@ def test_what_killed_runs_left_is_fixed_and_the_living_are_left_alone(tracked: P
     assert examine(tracked, api_url=api_url) == (0, "nothing found\n")
 
 
-def test_a_training_that_was_killed_is_marked_so_by_the_next_try(tracked: Path, api_url: str) -> None:
+def test_the_next_attempt_marks_a_killed_training_as_killed(tracked: Path, api_url: str) -> None:
     process = start_training(tracked, 1, api_url=api_url)
     [training] = [p for p in psutil.Process(process.pid).children(recursive=True) if p.cmdline()[-1:] == ["train"]]
     (tracked.parent / "train.long").unlink()
@@ -152,7 +152,7 @@ def test_a_training_that_was_killed_is_marked_so_by_the_next_try(tracked: Path, 
     assert (process.returncode, mlflow_statuses(tracked)) == (0, ["KILLED", "FINISHED"])
 
 
-def found(check: doctor.Check, project: Path) -> list[str]:
+def findings_of(check: doctor.Check, project: Path) -> list[str]:
     return [finding.what for finding in check(project)]
 
 
@@ -167,8 +167,8 @@ def dead_pid() -> int:
     return process.pid
 
 
-def pretend(flow_run_labels: dict[str, Any], *, run_count: int = 1) -> str:
-    """A flow run in state Running with these labels; gives its id."""
+def make_running_flow_run(flow_run_labels: dict[str, Any], *, run_count: int = 1) -> str:
+    """Make a flow run in state Running with these labels, and return its id."""
     with get_client(sync_client=True) as client:
         made = client.create_flow_run(train_classifier)
         for _ in range(run_count):
@@ -177,13 +177,13 @@ def pretend(flow_run_labels: dict[str, Any], *, run_count: int = 1) -> str:
         return str(made.id)
 
 
-def test_a_flow_run_of_another_host_or_a_later_attempt_is_left_alone(
+def test_a_flow_run_of_another_host_or_a_later_attempt_is_not_changed(
     project: Path, api_url: str, dead_pid: int
 ) -> None:
     dead = {**this_process(), PID: str(dead_pid), doctor.PROJECT_LABEL: str(project), doctor.RUN_COUNT_LABEL: 1}
-    elsewhere = pretend({**dead, HOST: "far-away"})
-    again = pretend(dead, run_count=2)
-    gone = pretend(dead)
+    elsewhere = make_running_flow_run({**dead, HOST: "far-away"})
+    again = make_running_flow_run(dead, run_count=2)
+    gone = make_running_flow_run(dead)
     findings = {finding.what.split()[3]: finding for finding in doctor.prefect_runs(project)}
     assert again not in findings
     assert (findings[elsewhere].fix, findings[elsewhere].what.endswith("on another host, far-away")) == (None, True)
@@ -193,7 +193,7 @@ def test_a_flow_run_of_another_host_or_a_later_attempt_is_left_alone(
             client.delete_flow_run(run_id)  # type: ignore[arg-type]
 
 
-def test_without_a_server_the_doctor_reports_that_prefect_was_not_looked_at(project: Path) -> None:
+def test_without_a_server_the_doctor_reports_that_prefect_was_not_checked(project: Path) -> None:
     status, text = examine(project, api_url="")
     assert (status, text.count("\n")) == (0, 1)
     assert "Prefect's flow runs were not looked at: no server" in text
@@ -202,16 +202,16 @@ def test_without_a_server_the_doctor_reports_that_prefect_was_not_looked_at(proj
 
 def test_dvc_drops_locks_of_dead_processes_itself(project: Path, dead_pid: int) -> None:
     dead = {"pid": dead_pid, "cmd": "dvc repro"}
-    made = str(project / "artifacts" / "download")
+    locked = str(project / "artifacts" / "download")
     path = project / doctor.RWLOCK
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"read": {str(project / "toy.py"): [dead]}, "write": {made: dead}}))
+    path.write_text(json.dumps({"read": {str(project / "toy.py"): [dead]}, "write": {locked: dead}}))
     dvc(project, "repro", "download")
-    assert made not in json.loads(path.read_text()).get("write", {})
-    assert found(doctor.dvc_locks, project) == []
+    assert locked not in json.loads(path.read_text()).get("write", {})
+    assert findings_of(doctor.dvc_locks, project) == []
 
 
-def test_a_lock_file_that_stops_dvc_is_reported(project: Path) -> None:
+def test_an_empty_lock_file_that_stops_dvc_is_reported(project: Path) -> None:
     path = project / doctor.RWLOCK
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("")
@@ -242,7 +242,7 @@ def test_the_record_of_a_dead_server_is_reported(project: Path, dead_pid: int) -
 
 
 @pytest.mark.parametrize("as_number", [True, False])
-def test_the_record_of_a_living_server_stays(
+def test_the_record_of_a_running_server_is_not_reported(
     project: Path, monkeypatch: pytest.MonkeyPatch, *, as_number: bool
 ) -> None:
     started = psutil.Process().create_time() if as_number else start_of(os.getpid())  # older versions wrote a number
@@ -251,14 +251,14 @@ def test_the_record_of_a_living_server_stays(
     record.write_text(json.dumps({"pid": os.getpid(), "started": started, "port": 4200}))
     if not as_number:
         set_clock(monkeypatch, forward_seconds=3600)
-    assert found(doctor.prefect_server, project) == []
+    assert findings_of(doctor.prefect_server, project) == []
 
 
-def test_what_the_cache_lost_is_reported_with_the_way_to_get_it_back(project: Path, api_url: str) -> None:
+def test_files_missing_in_the_cache_are_reported_with_the_remedy(project: Path, api_url: str) -> None:
     status, text = run(project, api_url=api_url)
     assert status == 0, text
     [name] = dvc(project, "exp", "list", "--name-only").split()
-    assert found(doctor.missing_objects, project) == []
+    assert findings_of(doctor.missing_objects, project) == []
     Path(cached(project, name, "artifacts/evaluate/per_class.csv")).unlink()
     [finding] = doctor.missing_objects(project)
     assert finding.what == f"experiment {name}: files are missing in DVC's cache: artifacts/evaluate/per_class.csv"
@@ -267,13 +267,13 @@ def test_what_the_cache_lost_is_reported_with_the_way_to_get_it_back(project: Pa
 
 
 def cached(project: Path, experiment: str, path: str) -> str:
-    """Where the cache keeps an experiment's output."""
+    """Return the path in DVC's cache of an output of an experiment."""
     [ref] = [ref for ref in dvc_state.experiment_refs(project) if ref.endswith(f"/{experiment}")]
     md5 = dvc_state.outputs(output(project, "git", "show", f"{ref}:dvc.lock").decode())[path]
     return str(dvc_state.cached_path(dvc_state.cache_folder(project), md5))
 
 
-def test_a_taken_workspace_is_no_leftover(project: Path) -> None:
+def test_a_workspace_in_use_is_not_a_leftover(project: Path) -> None:
     with workspace_folders.own_folder(project, "one") as (folder, _):
         assert workspace_folders.is_held(project, "one")
         assert workspace_folders.find_leftovers(project) == []
@@ -302,7 +302,7 @@ def test_a_flow_run_ends_when_its_worker_was_killed() -> None:
     psutil.wait_procs([process])
 
 
-def test_checkpoints_that_nobody_resumed_for_long_are_removed(project: Path) -> None:
+def test_old_checkpoints_are_removed(project: Path) -> None:
     folder = project / ".cache/checkpoints"
     for name, days in {"old": 15, "young": 13}.items():
         (folder / name).mkdir(parents=True)

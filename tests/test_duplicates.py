@@ -1,4 +1,4 @@
-"""Exact and near duplicates, planted and found."""
+"""Exact and near duplicates that are planted in the data are found, and no others."""
 
 import io
 from typing import Any
@@ -29,7 +29,7 @@ def near(test: Any, others: Any, *, correlation: float = 0.9, block: int = 5000)
     return near_duplicates(blocks(test), lambda: blocks(others), correlation=correlation)
 
 
-def test_identical_images_are_counted_within_and_across_splits() -> None:
+def test_identical_images_are_counted_within_and_between_splits() -> None:
     a, b, c, d = photos(4)
     images = np.stack([a, a, a, b, c, a, b, d, d, c])
     splits = {"train": np.arange(5), "validation": np.arange(5, 7), "test": np.arange(7, 10)}
@@ -46,7 +46,7 @@ def test_examples_are_limited() -> None:
     assert len(exact_duplicates(digests(images), splits, examples=3).pairs) == 3
 
 
-def test_one_pixel_makes_a_difference() -> None:
+def test_images_that_differ_in_one_pixel_have_different_digests() -> None:
     images = np.stack([noise(1), noise(1)])
     images[1, 31, 31, 2] ^= 1
     first, second = digests(images)
@@ -76,15 +76,15 @@ def test_images_of_one_color_are_left_out() -> None:
     assert near(flat, flat, correlation=0.01) == []
 
 
-def test_the_mirror_image_needs_no_second_look() -> None:
+def test_features_of_the_mirror_image_follow_from_those_of_the_image() -> None:
     images = photos(5)
     assert (mirrored(features(images)) == features(images[:, :, ::-1])).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", [8, 20, 96])
-def test_correlations_are_those_of_the_differences_between_cells(size: int, channels: int) -> None:
-    """Against plain floating point, at sizes that 8 divides."""
+def test_features_correlate_as_the_differences_between_cells_do(size: int, channels: int) -> None:
+    """Sizes that are multiples of 8 are compared with a computation in floating point."""
     images = np.random.default_rng(0).integers(0, 256, (6, size, size, channels), dtype=np.uint8)
     values = features(images).astype(float)
     assert values.shape == (6, 112 * channels)
@@ -96,7 +96,7 @@ def test_correlations_are_those_of_the_differences_between_cells(size: int, chan
 
 
 def exhaustive(test: Any, others: Any) -> list[Match]:
-    """Every image's most similar other one, by all products."""
+    """Return the most similar other image of each image, found by all products."""
     values, sides = features(others).astype(int), [features(test), mirrored(features(test))]
     products = np.maximum(*(side.astype(int) @ values.T for side in sides))
     norms = [np.sqrt((each.astype(int) ** 2).sum(axis=1)) for each in (sides[0], values)]
@@ -108,8 +108,8 @@ def exhaustive(test: Any, others: Any) -> list[Match]:
 
 
 @pytest.mark.parametrize("correlation", [0.3, 0.7, 0.95])
-def test_the_bound_leaves_no_match_out(monkeypatch: pytest.MonkeyPatch, correlation: float) -> None:
-    """Images that are alike to all degrees, of which few axes tell little, in many blocks."""
+def test_the_bound_excludes_no_match(monkeypatch: pytest.MonkeyPatch, correlation: float) -> None:
+    """The images have all degrees of similarity; few axes and many blocks make the bound weak."""
     for name, value in (("_AXES", 4), ("_ROWS", 8), ("TEST_ROWS", 16)):
         monkeypatch.setattr(duplicates, name, value)
     draw = np.random.default_rng(0)
@@ -124,7 +124,7 @@ def test_the_bound_leaves_no_match_out(monkeypatch: pytest.MonkeyPatch, correlat
     assert [match.correlation for match in found] == pytest.approx([match.correlation for match in expected])
 
 
-def test_rows_come_in_blocks_of_one_length() -> None:
+def test_rows_are_gathered_into_blocks_of_equal_length() -> None:
     def blocks() -> Any:
         for start in range(0, 49, 7):
             yield np.arange(start, start + 7), np.arange(start, start + 7)[:, np.newaxis]
@@ -135,6 +135,6 @@ def test_rows_come_in_blocks_of_one_length() -> None:
     assert all((values[:, 0] == indices).all() for indices, values in found)
 
 
-def test_the_size_of_blocks_does_not_matter() -> None:
+def test_matches_do_not_depend_on_the_size_of_blocks() -> None:
     test, others = photos(7, seed=50), photos(40)
     assert near(test, others, correlation=0.05, block=3) == near(test, others, correlation=0.05, block=1000)

@@ -1,4 +1,4 @@
-"""`dvc repro` in a fresh clone: what runs, what does not, and that nothing good is lost."""
+"""`dvc repro` in a fresh clone runs only changed stages, and loses no good output."""
 
 import json
 import os
@@ -20,7 +20,7 @@ BIN = Path(sys.executable).parent
 
 
 def dvc(*arguments: str, status: int = 0) -> str:
-    """What a DVC command prints in the current folder."""
+    """Run a DVC command in the current folder, and return its output."""
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
     done = subprocess.run([BIN / "dvc", *arguments], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stdout + done.stderr
@@ -39,7 +39,7 @@ def stages_run(output: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def reproduced(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Path:
-    """A clone whose default trains for two epochs, reproduced once."""
+    """Return a copy of the project that trains for two epochs, after one `dvc repro`."""
     folder = copy_project(tmp_path_factory.mktemp("dvc") / "project")
     shutil.copy(mlflow_store / "mlflow.db", folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -52,13 +52,13 @@ def reproduced(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> 
 
 @pytest.fixture
 def project(reproduced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of that clone of one's own, as the current folder."""
+    """Change to a new copy of the reproduced project, and return it."""
     monkeypatch.chdir(shutil.copytree(reproduced, tmp_path / "project"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return Path.cwd()
 
 
-def test_a_second_repro_runs_nothing_and_a_change_only_what_depends_on_it_once(project: Path) -> None:
+def test_a_second_repro_runs_nothing_and_a_change_runs_each_dependent_stage_once(project: Path) -> None:
     assert stages_run(dvc("repro")) == []
     change("top_k: 5", "top_k: 3")
     assert stages_run(dvc("repro"))[:1] == ["evaluate"]
@@ -88,7 +88,7 @@ def dvc_md5(path: Path) -> str:
     return f"{bytes_md5(json.dumps(listing, sort_keys=True).encode())}.dir"
 
 
-def test_what_is_no_module_is_no_part_of_the_code_of_a_stage() -> None:
+def test_files_that_are_not_modules_do_not_belong_to_the_code_of_a_stage() -> None:
     names = ("__pycache__/lenet.cpython-311.pyc", ".lenet.py.swp", "lenet.py~", ".DS_Store")
     for name in names:
         command = [sys.executable, "-m", "dvc", "check-ignore", f"pipeline/models/{name}"]
@@ -97,13 +97,13 @@ def test_what_is_no_module_is_no_part_of_the_code_of_a_stage() -> None:
     assert subprocess.run(command, cwd=PROJECT, capture_output=True, check=False).returncode == 1
 
 
-def test_data_comes_out_with_the_committed_hashes(project: Path) -> None:
+def test_downloaded_and_normalized_data_have_the_committed_hashes(project: Path) -> None:
     committed, made = (read_yaml(folder / "dvc.lock")["stages"] for folder in (PROJECT, project))
     for stage in ("download", "normalize"):
         assert made[stage]["outs"] == committed[stage]["outs"]
 
 
-def test_metrics_and_parameters_are_there_to_compare(project: Path) -> None:
+def test_metrics_parameters_and_plots_can_be_compared(project: Path) -> None:
     assert (
         "accuracy"
         in json.loads(dvc("metrics", "show", "--json"))[""]["data"]["artifacts/evaluate/metrics.json"]["data"]
@@ -112,7 +112,7 @@ def test_metrics_and_parameters_are_there_to_compare(project: Path) -> None:
     assert Path("dvc_plots/index.html").resolve().as_uri() in dvc("plots", "show")
 
 
-def test_after_a_failed_stage_the_last_good_model_comes_back_as_the_error_says(project: Path) -> None:
+def test_the_command_in_the_error_restores_the_last_good_model_after_a_failed_stage(project: Path) -> None:
     before = {path: path.read_bytes() for path in Path("artifacts/train").iterdir()}
     change("batch_size: 32", "batch_size: 32000")
     output = dvc("repro", status=255)
@@ -122,26 +122,30 @@ def test_after_a_failed_stage_the_last_good_model_comes_back_as_the_error_says(p
     assert {path: path.read_bytes() for path in Path("artifacts/train").iterdir()} == before
 
 
-@pytest.mark.parametrize("noted", [True, False], ids=["its time of change is new", "its time of change is the old one"])
-def test_a_damaged_file_of_the_cache_is_named_and_mended_as_the_error_says(project: Path, noted: bool) -> None:
+@pytest.mark.parametrize(
+    "is_newer", [True, False], ids=["its modification time is new", "its modification time is old"]
+)
+def test_a_damaged_file_in_the_cache_is_reported_and_fixed_by_the_commands_in_the_error(
+    project: Path, is_newer: bool
+) -> None:
     path = NORMALIZE / "train_images.npy"
     cached = Path(".dvc/cache/files/md5") / (md5 := file_md5(path))[:2] / md5[2:]
     before = cached.stat()
     cached.chmod(0o600)
     cached.write_bytes(b"?" * before.st_size)
     cached.chmod(before.st_mode)
-    if not noted:
+    if not is_newer:
         os.utime(cached, ns=(before.st_atime_ns, before.st_mtime_ns))
     shutil.rmtree(NORMALIZE)
     change("  epochs: 2\n", "  epochs: 1\n")
     [error] = [line for line in dvc("repro", status=255).splitlines() if line.startswith("error: ")]
     assert error.startswith(f"error: {path}: {before.st_size:,} bytes with MD5 {file_md5(path)} instead of {md5}, ")
-    again, look, _ = re.findall("`(.+?)`", error)
+    rerun, check, _ = re.findall("`(.+?)`", error)
     with pytest.raises(UserError, match="train_images"):
-        shell(again)
+        shell(rerun)
         verify(NORMALIZE)
-    shell(look)
-    shell(again)
+    shell(check)
+    shell(rerun)
     verify(NORMALIZE)
 
 
@@ -150,7 +154,7 @@ def shell(command: str) -> None:
     subprocess.run(["sh", "-c", command], env=environment, capture_output=True, check=True)
 
 
-def test_what_was_pushed_can_be_pulled(project: Path) -> None:
+def test_pushed_outputs_can_be_pulled(project: Path) -> None:
     model = Path("artifacts/train/best.safetensors")
     content = model.read_bytes()
     dvc("push")
@@ -160,7 +164,7 @@ def test_what_was_pushed_can_be_pulled(project: Path) -> None:
     assert model.read_bytes() == content
 
 
-def test_a_read_only_project_is_told_in_one_line(project: Path) -> None:
+def test_a_read_only_project_is_reported_in_one_line(project: Path) -> None:
     read_only = f"mount --bind {project} {project} && mount -o remount,ro,bind {project} && cd {project}"
     command = ["unshare", "--mount", "sh", "-c", f"{read_only} && exec {sys.executable} -m pipeline.download"]
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
@@ -173,5 +177,5 @@ def test_a_read_only_project_is_told_in_one_line(project: Path) -> None:
 def test_a_changed_error_message_runs_no_stage_again(project: Path) -> None:
     for module in ("core/errors.py", "tracking/runs.py", "predict.py"):
         with Path("pipeline", module).open("a") as file:
-            file.write("# a remark\n")
+            file.write("# a comment\n")
     assert stages_run(dvc("repro")) == []

@@ -1,4 +1,4 @@
-"""Experiments of `dvc exp run --queue`, and a second machine, with real trainings on a small data set."""
+"""Queued DVC experiments are recorded, and a second machine pulls and reproduces; real trainings on tiny data."""
 
 import json
 import os
@@ -19,31 +19,31 @@ from tests.conftest import copy_project, start_repository, write_normalized
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
-NEXT_TO_NOTHING = {
+SHORT_TRAINING = {
     "  epochs: 20": "  epochs: 1",
     "  log_every_steps: 20": "  log_every_steps: 1",
 }
 
 
-def command(*words: str, folder: Path, status: int = 0) -> str:
-    """What a command prints there, in a shell in which our own store is not named."""
+def command(*arguments: str, folder: Path, status: int = 0) -> str:
+    """Run a command in the folder without MLFLOW_TRACKING_URI, and return its output."""
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     environment |= {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Path:
-    """A committed project of which train and evaluate are stages; the data set is in git, and tiny."""
+    """Return a committed project whose download and normalize copy a tiny data set from git."""
     folder = copy_project(tmp_path_factory.mktemp("first") / "project")
     shutil.rmtree(folder / ".git")
     for name in ("dvc.lock", "artifacts"):
         shutil.rmtree(folder / name, ignore_errors=True)
     (folder / "dvc.lock").unlink(missing_ok=True)
     text = (folder / "params.yaml").read_text()
-    for old, new in NEXT_TO_NOTHING.items():
+    for old, new in SHORT_TRAINING.items():
         assert old in text
         text = text.replace(old, new)
     (folder / "params.yaml").write_text(text)
@@ -91,7 +91,7 @@ def test_queued_experiments_are_recorded_in_the_project_under_their_names(projec
     assert [path.name for path in (project / ".dvc/tmp/exps").iterdir() if path.name.startswith("tmp")] == []
 
 
-def test_a_second_machine_pulls_predicts_and_reproduces_without_the_first_ones_store(
+def test_a_second_machine_pulls_predicts_and_reproduces_without_the_store_of_the_first(
     project: Path, tmp_path: Path
 ) -> None:
     remote, second = tmp_path / "remote", tmp_path / "second"
@@ -107,15 +107,15 @@ def test_a_second_machine_pulls_predicts_and_reproduces_without_the_first_ones_s
     picture = project / "artifacts/evaluate/confusion_matrix.png"
     assert "class " in command(sys.executable, "-m", "pipeline.predict", str(picture), folder=second)
     assert "Data and pipelines are up to date" in command("dvc", "repro", folder=second)
-    said = command(sys.executable, "-m", "flows.reproduce", "HEAD", folder=second)
-    assert said.splitlines()[-1] == "identical", said
-    assert f"{'train':<11} identical" in said
-    assert "environment not compared: a commit is compared with its dvc.lock alone" in said
+    output = command(sys.executable, "-m", "flows.reproduce", "HEAD", folder=second)
+    assert output.splitlines()[-1] == "identical", output
+    assert f"{'train':<11} identical" in output
+    assert "environment not compared: a commit is compared with its dvc.lock alone" in output
     assert command("git", "status", "--porcelain", folder=second) == ""
 
 
 def test_a_commit_without_results_and_an_unknown_name_are_refused(project: Path) -> None:
-    said = command(sys.executable, "-m", "flows.reproduce", "HEAD~1", folder=project, status=2)
-    assert "its dvc.lock has no artifacts/normalize; name a commit made after `dvc repro`" in said
-    said = command(sys.executable, "-m", "flows.reproduce", "nothing", folder=project, status=2)
-    assert "nothing: no MLflow run, commit or experiment of this name here" in said
+    output = command(sys.executable, "-m", "flows.reproduce", "HEAD~1", folder=project, status=2)
+    assert "its dvc.lock has no artifacts/normalize; name a commit made after `dvc repro`" in output
+    output = command(sys.executable, "-m", "flows.reproduce", "nothing", folder=project, status=2)
+    assert "nothing: no MLflow run, commit or experiment of this name here" in output

@@ -1,4 +1,4 @@
-"""What a flow run needs is checked before a server is started, by the same words as in the stages."""
+"""A flow run checks its inputs before a server starts, and reports errors with the same messages as the stages."""
 
 import http.server
 import threading
@@ -29,7 +29,7 @@ def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PROJECT)
 
 
-def test_weights_that_are_missing_or_others_are_refused(tmp_path: Path) -> None:
+def test_missing_weights_and_weights_with_another_md5_are_refused(tmp_path: Path) -> None:
     weights = tmp_path / "weights.pth"
     values = {"train__weights": str(weights), "train__weights_md5": "0" * 32}
     with pytest.raises(UserError, match=f"train.weights: no such file {weights}; allowed: null, DEFAULT, or a"):
@@ -47,7 +47,7 @@ def write_images(folder: Path) -> Path:
     return folder
 
 
-def test_a_layout_that_is_no_data_set_is_refused_where_the_folder_is_small(
+def test_a_folder_that_is_not_a_data_set_is_refused_if_it_is_small(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = composed(download__dataset="imagefolder", download__folder=str(write_images(tmp_path)))
@@ -59,9 +59,9 @@ def test_a_layout_that_is_no_data_set_is_refused_where_the_folder_is_small(
     check_inputs(values)
 
 
-def test_a_device_that_this_machine_certainly_lacks_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_device_that_is_certainly_missing_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks, "OTHER_GPUS", (tmp_path / "gpu",))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # no GPU is to be used
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # hides all GPUs
     with pytest.raises(UserError, match=r"evaluate.device is cuda, but this machine has none; allowed: auto, cpu"):
         check_device("cuda", field="evaluate.device")
     (tmp_path / "gpu").touch()
@@ -80,7 +80,7 @@ class Refusing(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_an_mlflow_server_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_mlflow_server_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(TemporaryError, match=r"TRACKING_URI is http://127\S+, which does not answer .*start that"):
@@ -91,24 +91,24 @@ def test_an_mlflow_server_that_cannot_be_reached_is_one_line(monkeypatch: pytest
         found.shutdown()
 
 
-def test_a_store_without_a_server_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_request_is_sent_for_a_store_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(requests, "get", None)
     check_connection("sqlite:///mlflow.db")
 
 
-def test_the_flow_is_refused_before_a_server_starts(
+def test_the_flow_refuses_bad_inputs_before_a_server_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command_line, "ensure_server", lambda: pytest.fail("a server is started"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     weights = ["--set", "train.weights=no.pth", "--set", f"train.weights_md5={'a' * 32}"]
-    for arguments, status, told in ((weights, 2, "no such file no.pth"), ([], 75, "does not answer")):
+    for arguments, status, message in ((weights, 2, "no such file no.pth"), ([], 75, "does not answer")):
         monkeypatch.setattr("sys.argv", ["train_classifier", *arguments])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             command_line.main(train_classifier)
         [line] = capsys.readouterr().err.splitlines()
-        assert (left.value.code, line.startswith("error: ")) == (status, True)
-        assert told in line
+        assert (exit_info.value.code, line.startswith("error: ")) == (status, True)
+        assert message in line
 
 
 def test_the_worker_checks_the_checkout_before_a_server_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

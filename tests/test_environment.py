@@ -1,4 +1,4 @@
-"""The Makefile and ./python: which Python runs, what is installed, what a path given to make becomes."""
+"""./python chooses the right Python; the Makefile installs the locks, and passes paths on unchanged."""
 
 import os
 import shutil
@@ -22,11 +22,11 @@ from pipeline.core.yaml import read_yaml
 from pipeline.datasets.fetch import find_archive
 from tests.conftest import PROJECT, params
 
-ODD = "/no/my photos #1 é'\"$HOME%20?;&"
+PATH_WITH_SPECIAL_CHARS = "/no/my photos #1 é'\"$HOME%20?;&"
 
 
 def script(path: Path, code: str) -> Path:
-    """An executable shell script."""
+    """Write an executable shell script, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{code}\n", encoding="utf-8")
     path.chmod(0o755)
@@ -34,13 +34,13 @@ def script(path: Path, code: str) -> Path:
 
 
 def environment_of(folder: Path, *, name: str) -> Path:
-    """What looks like a virtual environment with DVC, whose Python prints `name` and its arguments."""
+    """Make a fake virtual environment with DVC, whose Python prints `name` and its arguments; return its folder."""
     script(folder / "bin" / "dvc", "")
     return script(folder / "bin" / "python", f'echo {name} "$@"').parent.parent
 
 
 def run_python(folder: Path, **variables: str) -> str:
-    """Output of ./python as DVC starts it in `folder`, where the PATH has another Python."""
+    """Run ./python in `folder` as DVC does, with another Python in the PATH, and return its output."""
     other = environment_of(folder / "other", name="path") / "bin"
     clean = {"PATH": f"{other}{os.pathsep}/usr/bin{os.pathsep}/bin"}
     (folder / "python").write_bytes((PROJECT / "python").read_bytes())
@@ -56,7 +56,7 @@ def test_stages_run_in_the_projects_environment_without_activation(tmp_path: Pat
     assert run_python(project) == "own -m x a b"
 
 
-def test_another_activated_environment_does_not_go_before_the_projects(tmp_path: Path) -> None:
+def test_the_projects_environment_takes_precedence_over_an_activated_one(tmp_path: Path) -> None:
     active = environment_of(tmp_path / "active", name="active")
     environment_of(tmp_path / ".venv", name="own")
     assert run_python(tmp_path, VIRTUAL_ENV=str(active)) == "own -m x a b"
@@ -65,7 +65,7 @@ def test_another_activated_environment_does_not_go_before_the_projects(tmp_path:
 def test_without_venv_stages_run_in_the_activated_environment(tmp_path: Path) -> None:
     active = environment_of(tmp_path / "active", name="active")
     assert run_python(tmp_path, VIRTUAL_ENV=str(active)) == "active -m x a b"
-    (active / "bin" / "dvc").unlink()  # one that is for something else
+    (active / "bin" / "dvc").unlink()  # an environment without DVC is for something else
     assert run_python(tmp_path, VIRTUAL_ENV=str(active)) == "path -m x a b"
 
 
@@ -77,7 +77,7 @@ def test_an_experiment_in_a_temporary_folder_runs_in_the_projects_environment(tm
     assert run_python(tmp_path / "temporary", **variables) == "own -m x a b"
 
 
-def test_stages_of_a_flow_run_have_its_python(tmp_path: Path) -> None:
+def test_stages_of_a_flow_run_use_its_python(tmp_path: Path) -> None:
     environment_of(tmp_path / ".venv", name="own")
     flow = environment_of(tmp_path / "flow", name="flow") / "bin" / "python"
     assert run_python(tmp_path, PIPELINE_PYTHON=str(flow)) == "flow -m x a b"
@@ -88,7 +88,7 @@ def test_without_an_environment_the_python_of_the_path_runs(tmp_path: Path) -> N
     assert run_python(tmp_path) == "path -m x a b"
 
 
-def test_every_stage_is_run_by_it() -> None:
+def test_every_stage_runs_by_the_python_script() -> None:
     stages = read_yaml(PROJECT / "dvc.yaml")["stages"]
     assert {stage["cmd"] for stage in stages.values()} == {f"./python -m pipeline.{name}" for name in stages}
     assert os.access(PROJECT / "python", os.X_OK)
@@ -109,7 +109,7 @@ def make(
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """A project of a Makefile and locks, whose environment has programs that print their arguments, one a line."""
+    """Return a project of Makefile and locks, whose Python and uv print their arguments, one per line."""
     project = tmp_path / "a project"
     (project / "requirements").mkdir(parents=True)
     for path in (PROJECT / "Makefile", PROJECT / "pyproject.toml", *(PROJECT / "requirements").glob("*.lock")):
@@ -120,14 +120,23 @@ def installed(tmp_path: Path) -> Path:
     return project
 
 
-def test_a_path_given_to_make_arrives_as_it_was_written(installed: Path) -> None:
-    done = make("run", f"IMAGES={ODD}", "SET=train.epochs=1 train.seed=2", folder=installed)
-    expected = ["-m", "flows.train_classifier", "--images", ODD, "--set", "train.epochs=1", "--set", "train.seed=2"]
+def test_make_passes_a_path_on_unchanged(installed: Path) -> None:
+    done = make("run", f"IMAGES={PATH_WITH_SPECIAL_CHARS}", "SET=train.epochs=1 train.seed=2", folder=installed)
+    expected = [
+        "-m",
+        "flows.train_classifier",
+        "--images",
+        PATH_WITH_SPECIAL_CHARS,
+        "--set",
+        "train.epochs=1",
+        "--set",
+        "train.seed=2",
+    ]
     assert done.stdout.splitlines() == expected
     assert make("run", "RECIPE=digits", folder=installed).stdout.splitlines()[2:] == ["--recipe", "digits"]
 
 
-def test_variables_of_the_environment_do_not_choose_what_is_run_or_installed(installed: Path) -> None:
+def test_environment_variables_do_not_change_what_make_runs_or_installs(installed: Path) -> None:
     names = ("IMAGES", "RECIPE", "SET", "EXTRAS", "IMAGES_FOLDER")
     environment = os.environ | dict.fromkeys(names, "nightly")
     done = make("run", folder=installed, environment=environment)
@@ -137,7 +146,7 @@ def test_variables_of_the_environment_do_not_choose_what_is_run_or_installed(ins
     assert "lock" not in make("install", folder=installed, environment=environment).stdout
 
 
-def test_chosen_extras_stay_chosen(installed: Path) -> None:
+def test_installed_extras_stay_installed(installed: Path) -> None:
     make("install", "EXTRAS=s3 postgresql", folder=installed)
     again = make("install", "EXTRAS=ssh", folder=installed)
     locks = [line for line in again.stdout.splitlines() if line.startswith("requirements/")]
@@ -145,21 +154,21 @@ def test_chosen_extras_stay_chosen(installed: Path) -> None:
     assert again.returncode == 0
 
 
-def test_a_changed_lock_of_a_chosen_extra_is_installed(installed: Path) -> None:
+def test_a_changed_lock_of_an_installed_extra_is_installed_again(installed: Path) -> None:
     make("install", "EXTRAS=s3", folder=installed)
     assert "requirements/s3.lock" not in make("install", folder=installed).stdout
     os.utime(installed / ".venv" / ".installed", (0, 0))
     assert "requirements/s3.lock" in make("install", folder=installed).stdout
 
 
-def test_an_unknown_extra_is_one_line(installed: Path) -> None:
+def test_an_unknown_extra_is_reported_in_one_line(installed: Path) -> None:
     done = make("install", "EXTRAS=s3 gcs", folder=installed)
     assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
     assert "EXTRAS: found gcs; allowed: s3 gs azure ssh postgresql" in line
 
 
-def test_a_link_to_no_environment_is_reported(installed: Path) -> None:
+def test_a_broken_link_to_an_environment_is_reported(installed: Path) -> None:
     (installed / ".venv").rename(installed / "elsewhere")
     (installed / ".venv").symlink_to("nowhere")
     done = make("install", folder=installed)
@@ -178,7 +187,7 @@ def test_an_environment_behind_a_link_is_used(installed: Path) -> None:
 
 
 class Index(SimpleHTTPRequestHandler):
-    """The files of a folder, without a log."""
+    """A server of the files of a folder that logs nothing."""
 
     def log_message(self, *_: object) -> None:
         pass
@@ -190,9 +199,9 @@ def openssl(folder: Path, command: str) -> None:
 
 @pytest.fixture(scope="module")
 def company(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `ca.pem`, whom nobody trusts, and `server.pem` for localhost, which it signed.
+    """Return a folder with `ca.pem`, an authority that no system trusts, and `server.pem`, signed by it for localhost.
 
-    `ca` is `ca.pem` as a folder in which OpenSSL finds it.
+    The folder `ca` in it contains `ca.pem` in the form in which OpenSSL searches a folder.
     """
     folder = tmp_path_factory.mktemp("company")
     key = "-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"
@@ -213,7 +222,7 @@ def company(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def inspected(company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of `tmp_path`, served over TLS by a certificate of the company's; nothing says whom to trust."""
+    """Serve `tmp_path` over TLS with the company's certificate and yield the URL; no variable names the authority."""
     for name in CERTIFICATE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Index, directory=tmp_path))
@@ -229,12 +238,12 @@ def inspected(company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     thread.join()
 
 
-def named(variable: str, company: Path) -> str:
+def authority(variable: str, company: Path) -> str:
     return str(company / ("ca" if variable == "SSL_CERT_DIR" else "ca.pem"))
 
 
 @pytest.mark.parametrize("variable", CERTIFICATE_VARIABLES)
-def test_the_downloader_trusts_whom_the_company_names(
+def test_the_download_trusts_the_companys_certificate_authority(
     variable: str, inspected: str, company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -242,12 +251,12 @@ def test_the_downloader_trusts_whom_the_company_names(
     values = {"download__urls": [f"{inspected}/archive"], "download__md5": file_md5(tmp_path / "archive")}
     with pytest.raises(TemporaryError, match=r"TLS: .*CERTIFICATE_VERIFY_FAILED"):
         find_archive(params(**values).download)
-    monkeypatch.setenv(variable, named(variable, company))
+    monkeypatch.setenv(variable, authority(variable, company))
     get_settings.cache_clear()
     assert find_archive(params(**values).download).read_bytes() == b"x"
 
 
-def test_the_downloader_trusts_a_system_that_has_a_folder_of_certificates_alone(
+def test_the_download_trusts_a_system_that_has_only_a_folder_of_certificates(
     inspected: str, company: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -258,7 +267,7 @@ def test_the_downloader_trusts_a_system_that_has_a_folder_of_certificates_alone(
     assert find_archive(params(**values).download).read_bytes() == b"x"
 
 
-def test_certificates_that_are_not_there_are_one_line(
+def test_missing_certificates_are_reported_in_one_line(
     inspected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -268,7 +277,7 @@ def test_certificates_that_are_not_there_are_one_line(
 
 
 def write_package(folder: Path) -> str:
-    """An index of one package; gives its line for a lock."""
+    """Write a package index with one package, and return its line for a lock file."""
     page = folder / "simple" / "tiny" / "index.html"
     page.parent.mkdir(parents=True)
     wheel = page.with_name("tiny-1-py3-none-any.whl")
@@ -283,13 +292,13 @@ def write_package(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "PIP_CERT", "CURL_CA_BUNDLE", "SSL_CERT_DIR"])
-def test_make_installs_through_a_companys_inspection(  # noqa: PLR0917
+def test_make_installs_through_a_companys_tls_inspection(  # noqa: PLR0917
     variable: str, inspected: str, company: Path, tmp_path: Path, installed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (installed / "requirements" / "base.lock").write_text(write_package(tmp_path))
     for name in ("uv", "s3"):
         (installed / "requirements" / f"{name}.lock").write_text("")
-    (installed / ".venv" / ".installed").touch()  # later than the locks
+    (installed / ".venv" / ".installed").touch()  # it must be newer than the locks
     for name in ("python", "uv"):
         (installed / ".venv" / "bin" / name).unlink()
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", installed / ".venv"], check=True)
@@ -298,7 +307,7 @@ def test_make_installs_through_a_companys_inspection(  # noqa: PLR0917
     monkeypatch.setenv("UV_NO_CACHE", "true")
     monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     assert make("install", "EXTRAS=s3", folder=installed).returncode != 0
-    monkeypatch.setenv(variable, named(variable, company))
+    monkeypatch.setenv(variable, authority(variable, company))
     done = make("install", "EXTRAS=s3", folder=installed)
     assert done.returncode == 0, done.stderr
     assert list((installed / ".venv" / "lib").glob("python*/site-packages/tiny.py"))
@@ -317,12 +326,14 @@ def test_scripts_of_a_moved_or_copied_environment_run_there(
         environment = installed / "else where"
         (installed / ".venv").symlink_to("else where")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    next(environment.glob("lib/python*/site-packages")).joinpath("pip.py").write_text("")  # it would take seconds
+    next(environment.glob("lib/python*/site-packages")).joinpath("pip.py").write_text(
+        ""
+    )  # installing pip would take seconds
     uv = Path(sys.executable).with_name("uv")
     script(environment / "bin" / "uv", f'exec "{uv}" "$@"')
     monkeypatch.setenv("UV_FIND_LINKS", str(tmp_path / "simple" / "tiny"))
     monkeypatch.setenv("UV_OFFLINE", "true")
-    subprocess.run(  # as an earlier version did
+    subprocess.run(  # as an earlier version of the project did
         [uv, "pip", "sync", "--quiet", "requirements/base.lock"],
         cwd=installed,
         env=os.environ | {"VIRTUAL_ENV": str(environment)},

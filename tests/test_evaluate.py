@@ -29,7 +29,7 @@ def example(
     return result, logits, labels
 
 
-def test_per_class_figures_are_scikit_learns() -> None:
+def test_metrics_per_class_equal_those_of_scikit_learn() -> None:
     result, logits, labels = example()
     expected = precision_recall_fscore_support(labels, logits.argmax(1))
     for name, values in zip(("precision", "recall", "f1", "images"), expected, strict=True):
@@ -37,23 +37,23 @@ def test_per_class_figures_are_scikit_learns() -> None:
     np.testing.assert_array_equal(result.confusion, confusion_matrix(labels, logits.argmax(1)))
 
 
-def test_loss_and_top_k_are_pytorchs() -> None:
+def test_loss_and_top_k_accuracy_equal_those_of_pytorch() -> None:
     result, logits, labels = example()
     tensors = torch.from_numpy(logits), torch.from_numpy(labels)
-    hits = (tensors[0].topk(3).indices == tensors[1][:, None]).any(1).double().mean().item()
-    assert result.metrics["top_3_accuracy"] == pytest.approx(hits)
+    top_3_accuracy = (tensors[0].topk(3).indices == tensors[1][:, None]).any(1).double().mean().item()
+    assert result.metrics["top_3_accuracy"] == pytest.approx(top_3_accuracy)
     assert result.metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(*tensors).item())
 
 
-def test_top_k_is_left_out_where_there_are_too_few_classes() -> None:
+def test_top_k_accuracy_is_left_out_for_too_few_classes() -> None:
     assert not [name for name in example(classes=3, top_k=3)[0].metrics if name.startswith("top_")]
 
 
-def test_accuracy_is_given_with_and_without_duplicates() -> None:
+def test_accuracy_is_reported_with_and_without_duplicates() -> None:
     result, logits, labels = example(duplicates=(0, 1, 2, 3, 4))
-    hits = logits.argmax(1) == labels
-    assert result.metrics["accuracy"] == pytest.approx(hits.mean())
-    assert result.metrics["accuracy_without_duplicates"] == pytest.approx(hits[5:].mean())
+    is_correct = logits.argmax(1) == labels
+    assert result.metrics["accuracy"] == pytest.approx(is_correct.mean())
+    assert result.metrics["accuracy_without_duplicates"] == pytest.approx(is_correct[5:].mean())
 
 
 def test_a_class_that_is_never_predicted_counts_as_zero() -> None:
@@ -63,11 +63,15 @@ def test_a_class_that_is_never_predicted_counts_as_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hits", "trials", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)],  # the last: Newcombe 1998, table I
+    ("num_correct", "trials", "low", "high"),
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (81, 263, 0.2553, 0.3662),
+    ],  # the last: Newcombe 1998, table I
 )
-def test_the_interval_is_wilsons(hits: int, trials: int, low: float, high: float) -> None:
-    assert wilson_interval(hits, trials) == pytest.approx((low, high), abs=1e-4)
+def test_the_interval_is_the_wilson_interval(num_correct: int, trials: int, low: float, high: float) -> None:
+    assert wilson_interval(num_correct, trials) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_the_interval_contains_the_accuracy_at_both_ends() -> None:

@@ -1,4 +1,4 @@
-"""The table of experiments is as wide as the terminal, and shows what differs."""
+"""The table of experiments fits the terminal, and shows the parameters that differ."""
 
 import json
 import os
@@ -27,7 +27,7 @@ STAGES = {
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with five experiments of five recipes, each with metrics of its own."""
+    """Return a project with five experiments of four recipes, each with its own metrics."""
     folder = tmp_path_factory.mktemp("experiments")
     shutil.copytree(PROJECT / "flows", folder / "flows")
     shutil.copytree(PROJECT / "pipeline", folder / "pipeline")
@@ -40,9 +40,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     metrics.write_text(json.dumps(dict.fromkeys((*METRICS, "accuracy_low", "top_5_accuracy"), 0.5)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for who in ("AUTHOR", "COMMITTER"):
-            patch.setenv(f"GIT_{who}_NAME", "t")
-            patch.setenv(f"GIT_{who}_EMAIL", "t@t")
+        for role in ("AUTHOR", "COMMITTER"):
+            patch.setenv(f"GIT_{role}_NAME", "t")
+            patch.setenv(f"GIT_{role}_EMAIL", "t@t")
         subprocess.run(["git", "init", "-q"], check=True)
         Repo.init(str(folder)).close()
         start_repository(folder)
@@ -70,7 +70,7 @@ def test_five_experiments_fit_160_columns_with_metrics_and_changed_parameters(pr
         assert change in text
 
 
-def test_what_failed_or_waits_shows_its_state_and_not_the_metrics_of_its_commit() -> None:
+def test_a_failed_or_queued_experiment_shows_its_state_and_no_metrics() -> None:
     rows = [Row("- bold-name", "2026-11-25 21:12", "failed", {}, {"train.weights": ("DEFAULT", None)})]
     assert as_table(rows, width=120).splitlines()[1].split() == [
         "-",

@@ -1,4 +1,4 @@
-"""Flow runs in a scratch project with a real git repository, DVC and Prefect server, and stages that take no time."""
+"""Flow runs work with a real git repository, DVC and Prefect server; their stages take no time."""
 
 import json
 import os
@@ -23,32 +23,32 @@ from pipeline.core.settings import get_settings
 from pipeline.core.stage_code import stage_names
 from pipeline.core.yaml import read_yaml
 from pipeline.tracking.store_uri import tracking_uri
-from tests.conftest import PROJECT, free_port, heed_interrupts, start_repository
+from tests.conftest import PROJECT, enable_interrupts, free_port, start_repository
 
 TOY = """
 import json, os, signal, sys, time
 from pathlib import Path
 stage = sys.argv[1]
-told = Path(os.environ["TOY"])
-with (told / "ran").open("a") as file:
+control = Path(os.environ["TOY"])
+with (control / "ran").open("a") as file:
     print(stage, file=file)
 def terminate(number, frame):
-    (told / f"{stage}.terminating").touch()
+    (control / f"{stage}.terminating").touch()
     time.sleep(0.5)
-    (told / f"{stage}.terminated").touch()
+    (control / f"{stage}.terminated").touch()
     sys.exit(143)
 signal.signal(signal.SIGTERM, terminate)
 print(f"{stage} begins")
-while (told / f"{stage}.wait").exists():
+while (control / f"{stage}.wait").exists():
     time.sleep(0.05)
-if (told / f"{stage}.exit").exists():
+if (control / f"{stage}.exit").exists():
     print("error: train.device is 'cuda'; allowed: cpu", file=sys.stderr)
-    status = int((told / f"{stage}.exit").read_text())
+    status = int((control / f"{stage}.exit").read_text())
     if status < 0:
         os.kill(os.getpid(), -status)
     sys.exit(status)
-if (told / f"{stage}.result").exists():
-    Path(os.environ["PIPELINE_RESULT_FILE"]).write_text((told / f"{stage}.result").read_text())
+if (control / f"{stage}.result").exists():
+    Path(os.environ["PIPELINE_RESULT_FILE"]).write_text((control / f"{stage}.result").read_text())
 folder = Path("artifacts") / stage
 folder.mkdir(parents=True, exist_ok=True)
 if stage == "evaluate":
@@ -68,11 +68,11 @@ TOY_STAGES: dict[str, Any] = {
         "metrics": [{"artifacts/evaluate/metrics.json": {"cache": False}}],
     },
 }
+# A toy stage for each stage of `dvc.yaml`, as the flow has a task for each of them.
 STAGES = {
     stage: TOY_STAGES.get(stage, {"deps": ["artifacts/train"], "outs": [f"artifacts/{stage}"]})
     for stage in stage_names()
 }
-"""The stages of `dvc.yaml`, as the flow has a task for each."""
 for _stage, _values in STAGES.items():
     _values |= {"cmd": f"python toy.py {_stage}", "params": [_stage]}
 
@@ -85,7 +85,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make_project(parent: Path) -> Path:
-    """A committed project with this one's flows and toy stages, an uncommitted change and an image of the user's."""
+    """Make a committed project with the real flows, toy stages, an uncommitted change and a user's image."""
     folder = parent / "project"
     for name in ("pipeline", "flows", ".dvc", "data/images", "params.yaml", ".gitignore"):
         source, target = PROJECT / name, folder / name
@@ -101,7 +101,7 @@ def make_project(parent: Path) -> Path:
     (folder / "recipes").mkdir()
     (folder / "recipes" / "digits.yaml").write_text("train: {epochs: 7}\n")
     start_repository(folder)
-    for name in ("user.name", "user.email"):  # which DVC asks for to put uncommitted changes aside
+    for name in ("user.name", "user.email"):  # DVC needs them to stash uncommitted changes
         subprocess.run(["git", "config", name, "t"], cwd=folder, check=True)
     (folder / "toy.py").write_text(TOY + "# changed\n")
     (folder / "data/images/cats").mkdir()
@@ -117,12 +117,12 @@ def start_run(project: Path, *arguments: str, api_url: str) -> subprocess.Popen[
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=heed_interrupts,  # noqa: PLW1509
+        preexec_fn=enable_interrupts,  # noqa: PLW1509
     )
 
 
 def start_run_until(stage: str, *, project: Path, api_url: str) -> subprocess.Popen[str]:
-    """A flow run in whose `stage`, which lives until it is ended, we are."""
+    """Start a flow run, and return its process once `stage` runs, which does not end by itself."""
     (project.parent / f"{stage}.wait").touch()
     process = start_run(project, api_url=api_url)
     assert process.stdout
@@ -131,7 +131,7 @@ def start_run_until(stage: str, *, project: Path, api_url: str) -> subprocess.Po
 
 
 def run(project: Path, *arguments: str, api_url: str) -> tuple[int, str]:
-    """Exit status and output of a flow run from the command line."""
+    """Run the flow from the command line, and return its exit status and output."""
     process = start_run(project, *arguments, api_url=api_url)
     output, _ = process.communicate()
     return process.returncode, output
@@ -139,7 +139,7 @@ def run(project: Path, *arguments: str, api_url: str) -> tuple[int, str]:
 
 @pytest.fixture
 def run_here(project: Path, api_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
-    """A flow run in this process, which saves the import of Prefect; gives its last state."""
+    """Return a function that runs the flow in this process, without importing Prefect again, and returns its state."""
     monkeypatch.setattr(flow_run, "PROJECT", project)
     return lambda: train_classifier.train_classifier("digits", {}, return_state=True)
 
@@ -157,7 +157,7 @@ def ran(project: Path) -> list[str]:
 
 
 def files(project: Path) -> dict[str, bytes]:
-    """All that a flow run must leave as it is: the files outside git's and the tools' own folders, and git's status."""
+    """Return all that a flow run must not change: files outside the folders of git and the tools, and git's status."""
     own = {".git", ".dvc", ".prefect", "__pycache__"}
     paths = (path for path in project.rglob("*") if path.is_file() and not own & set(path.relative_to(project).parts))
     return {str(path): path.read_bytes() for path in paths} | {
@@ -173,7 +173,7 @@ def dvc(project: Path, *arguments: str) -> str:
     return output(project, sys.executable, "-m", "dvc", *arguments).decode()
 
 
-def test_a_flow_run_is_an_experiment_and_leaves_the_checkout_alone(project: Path, api_url: str) -> None:
+def test_a_flow_run_saves_an_experiment_and_does_not_change_the_checkout(project: Path, api_url: str) -> None:
     before = files(project)
     status, text = run(project, "--set", "train.epochs=9", api_url=api_url)
     assert status == 0, text
@@ -193,7 +193,7 @@ def test_a_flow_run_is_an_experiment_and_leaves_the_checkout_alone(project: Path
     assert len(ran(project)) == len(STAGES)
 
 
-def test_what_dvc_has_already_is_shown_as_cached(project: Path, run_here: Callable[[], Any]) -> None:
+def test_stages_that_dvc_has_cached_are_shown_as_cached(project: Path, run_here: Callable[[], Any]) -> None:
     first, second = run_here().result(), run_here().result()
     assert [step.outcome for step in first.steps] == ["ran"] * 4
     assert [step.outcome for step in second.steps] == ["restored"] * 4
@@ -201,7 +201,7 @@ def test_what_dvc_has_already_is_shown_as_cached(project: Path, run_here: Callab
     assert len(ran(project)) == len(STAGES)
 
 
-def test_a_mistake_found_by_a_stage_is_one_line(
+def test_an_error_of_a_stage_is_reported_in_one_line(
     project: Path, run_here: Callable[[], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (project.parent / "train.exit").write_text("2")
@@ -221,7 +221,7 @@ def test_a_failing_stage_leaves_no_traceback_in_the_terminal(project: Path, api_
     assert ran(project) == ["download"]
 
 
-def test_the_clone_of_a_failed_run_is_kept_where_that_is_asked_for(project: Path, api_url: str) -> None:
+def test_the_clone_of_a_failed_run_is_kept_with_keep_workspace(project: Path, api_url: str) -> None:
     (project.parent / "train.exit").write_text("1")
     status, text = run(project, "--keep-workspace", api_url=api_url)
     assert status == 1
@@ -234,7 +234,7 @@ def test_the_clone_of_a_failed_run_is_kept_where_that_is_asked_for(project: Path
 @pytest.mark.parametrize(
     "case", [("download", 75, 4), ("download", 2, 1), ("train", 75, 4), ("train", 1, 1), ("normalize", 75, 1)]
 )
-def test_what_may_pass_is_tried_again(
+def test_temporary_failures_are_retried(
     project: Path,
     run_here: Callable[[], Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -259,7 +259,7 @@ def test_ending_a_flow_run_ends_its_stage(project: Path, api_url: str, number: i
     assert not [path for path in (project / workspace_folders.FOLDER).iterdir() if path.is_dir()]
 
 
-def test_a_second_sigterm_does_not_cut_short_what_a_stage_puts_in_order(project: Path, api_url: str) -> None:
+def test_a_second_sigterm_does_not_interrupt_the_cleanup_of_a_stage(project: Path, api_url: str) -> None:
     process = start_run_until("normalize", project=project, api_url=api_url)
     process.terminate()
     wait_until((project.parent / "normalize.terminating").exists)
@@ -275,12 +275,12 @@ def test_a_stage_does_not_outlive_a_killed_flow_run(project: Path, api_url: str)
     process.communicate()
     wait_until(
         lambda: len(workspace_folders.remove_leftovers(project)) == 1
-    )  # once the DVC process has let go of its lock
-    wait_until(lambda: not running_in(project))  # the stage may still put things in order
+    )  # the DVC process must release its lock first
+    wait_until(lambda: not running_in(project))  # the stage may still clean up
 
 
 def running_in(project: Path) -> list[str]:
-    """Command lines of the living processes whose current folder is the project or below."""
+    """Return the command lines of running processes whose current folder is the project or below."""
     found = []
     for process in psutil.process_iter(["cwd", "cmdline", "status"]):
         if process.info["status"] != psutil.STATUS_ZOMBIE and (process.info["cwd"] or "").startswith(str(project)):
@@ -289,12 +289,12 @@ def running_in(project: Path) -> list[str]:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Return once it holds; where it never does, pytest's timeout ends the test."""
+    """Return once the condition holds; if it never does, pytest's timeout ends the test."""
     while not condition():
         time.sleep(0.1)
 
 
-def test_leftovers_of_the_dead_are_removed_and_the_living_are_not(project: Path, opened: Workspace) -> None:
+def test_workspaces_of_dead_processes_are_removed_and_those_in_use_are_kept(project: Path, opened: Workspace) -> None:
     dead = project / workspace_folders.FOLDER / "dead"
     (dead / "clone").mkdir(parents=True)
     assert workspace_folders.remove_leftovers(project) == ["dead"]
@@ -302,7 +302,7 @@ def test_leftovers_of_the_dead_are_removed_and_the_living_are_not(project: Path,
     assert opened.folder.exists()
 
 
-def test_the_users_images_hash_as_in_the_checkout(project: Path, opened: Workspace) -> None:
+def test_the_users_images_have_the_same_hash_as_in_the_checkout(project: Path, opened: Workspace) -> None:
     opened.reproduce("download", on_line=print)
     dvc(project, "repro", "download")
     assert dep_md5(opened.folder) == dep_md5(project)
@@ -314,7 +314,7 @@ def dep_md5(folder: Path) -> str:
     return str(dep["md5"])
 
 
-def test_lines_and_exit_status_of_a_stage_come_through(project: Path, opened: Workspace) -> None:
+def test_output_and_exit_status_of_a_stage_are_passed_on(project: Path, opened: Workspace) -> None:
     lines: list[str] = []
     (project.parent / "download.exit").write_text("7")
     with pytest.raises(StepError, match=r"download: train\.device") as caught:
@@ -326,7 +326,7 @@ def test_lines_and_exit_status_of_a_stage_come_through(project: Path, opened: Wo
 @pytest.mark.parametrize(
     ("written", "run_id"), [(None, None), ('{"mlflow_run_id": "5f3a', None), ('{"mlflow_run_id": "5f3a"}', "5f3a")]
 )
-def test_the_mlflow_run_is_what_the_stage_hands_over(
+def test_the_mlflow_run_id_is_read_from_the_result_file_of_the_stage(
     project: Path, opened: Workspace, written: str | None, run_id: str | None
 ) -> None:
     if written:
@@ -335,7 +335,7 @@ def test_the_mlflow_run_is_what_the_stage_hands_over(
     assert opened.mlflow_run_id == run_id
 
 
-def test_a_killed_stage_has_its_signal_as_status(project: Path, opened: Workspace) -> None:
+def test_the_status_of_a_killed_stage_is_its_signal(project: Path, opened: Workspace) -> None:
     (project.parent / "download.exit").write_text("-9")
     with pytest.raises(StepError, match=r"download: ") as caught:
         opened.reproduce("download", on_line=print)
@@ -350,7 +350,7 @@ def test_a_killed_stage_has_its_signal_as_status(project: Path, opened: Workspac
         (["--set", "train.epochs=0"], "train.epochs is 0"),
     ],
 )
-def test_a_bad_parameter_ends_before_a_server_is_started(project: Path, arguments: list[str], message: str) -> None:
+def test_a_bad_parameter_is_refused_before_a_server_starts(project: Path, arguments: list[str], message: str) -> None:
     status, text = run(project, *arguments, api_url="")
     assert status == 2
     assert message in text
@@ -358,7 +358,7 @@ def test_a_bad_parameter_ends_before_a_server_is_started(project: Path, argument
     assert not (project / ".prefect" / "server.json").exists()
 
 
-def test_a_prefect_server_that_does_not_answer_is_one_line(project: Path) -> None:
+def test_a_prefect_server_that_does_not_answer_is_reported_in_one_line(project: Path) -> None:
     status, text = run(project, api_url=f"http://127.0.0.1:{free_port()}/api")
     assert status == 75
     assert "PREFECT_API_URL: no server answers at" in text.splitlines()[-1]
@@ -379,7 +379,7 @@ def test_experiment_names_are_valid_and_unique(project: Path) -> None:
     assert git.experiment_name(project, "my images/b~1") == "my-images-b-1"
 
 
-def test_the_tracking_store_is_the_projects_unless_the_user_names_one(
+def test_the_tracking_store_belongs_to_the_project_unless_the_user_names_one(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert tracking_uri(project) == f"sqlite:///{project}/mlflow.db"

@@ -1,4 +1,4 @@
-"""A question that git cannot answer is recorded as unknown, and told; it is never taken for "no"."""
+"""State that git cannot provide is recorded as unknown, with a warning, and never as unchanged."""
 
 import os
 import shlex
@@ -16,13 +16,13 @@ from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.search import find_run
 from tests.conftest import start_repository
 
+# With this variable git treats every folder as another user's.
 REFUSE = "GIT_TEST_ASSUME_DIFFERENT_OWNER"
-"""Lets git take every folder for another user's."""
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with a committed params.yaml and module."""
+    """Make a repository with a committed params.yaml and a committed module, and return it."""
     folder = tmp_path / "project"
     (folder / "pipeline/training").mkdir(parents=True)
     (folder / "params.yaml").write_text("train: {}\n")
@@ -52,14 +52,14 @@ def without_commit(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def in_another_repository(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a home folder that is a repository, with the project unpacked in it from an archive."""
+    """Put the project, without a repository of its own, into another repository that does not track it."""
     without_repository(project, monkeypatch)
     (project.parent / "notes.txt").write_text("")
     start_repository(project.parent, "notes.txt")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(project.parent.parent))
 
 
-TROUBLES: dict[Callable[[Path, pytest.MonkeyPatch], None], str] = {
+PROBLEMS: dict[Callable[[Path, pytest.MonkeyPatch], None], str] = {
     without_git: "git: not found; install it",
     of_another_user: "which belongs to another user; if you trust it, run `git config --global --add safe.directory",
     without_repository: "not in a git repository; run `git init`, then commit",
@@ -68,18 +68,18 @@ TROUBLES: dict[Callable[[Path, pytest.MonkeyPatch], None], str] = {
 }
 
 
-@pytest.mark.parametrize("trouble", TROUBLES, ids=[trouble.__name__ for trouble in TROUBLES])
-def test_code_that_git_does_not_know_is_unknown_and_the_reason_is_kept(
-    project: Path, monkeypatch: pytest.MonkeyPatch, trouble: Callable[[Path, pytest.MonkeyPatch], None]
+@pytest.mark.parametrize("make_problem", PROBLEMS, ids=[make_problem.__name__ for make_problem in PROBLEMS])
+def test_code_that_git_does_not_track_is_recorded_as_unknown_with_the_reason(
+    project: Path, monkeypatch: pytest.MonkeyPatch, make_problem: Callable[[Path, pytest.MonkeyPatch], None]
 ) -> None:
-    trouble(project, monkeypatch)
+    make_problem(project, monkeypatch)
     found = code_state(project, tracked="params.yaml")
     assert (found.commit, found.difference, found.dirty) == (None, None, UNKNOWN)
-    assert TROUBLES[trouble] in found.problem
+    assert PROBLEMS[make_problem] in found.problem
     assert "\n" not in found.problem
 
 
-def test_a_difference_that_cannot_be_read_is_unknown_though_the_commit_is_known(project: Path) -> None:
+def test_an_unreadable_difference_is_unknown_although_the_commit_is_known(project: Path) -> None:
     (project / ".git/index").write_bytes(b"damaged")
     assert code_state(project, tracked="params.yaml").dirty == UNKNOWN
     git(project, "read-tree", "HEAD")
@@ -152,7 +152,7 @@ def test_a_patch_applies_whatever_the_settings_for_diffs(
 
 
 @pytest.mark.parametrize("option", ["--assume-unchanged", "--skip-worktree"])
-def test_code_that_git_was_told_not_to_compare_is_unknown_with_the_remedy(project: Path, option: str) -> None:
+def test_code_that_git_is_set_not_to_compare_is_unknown_and_the_remedy_is_reported(project: Path, option: str) -> None:
     git(project, "update-index", option, "pipeline/training/loop.py")
     (project / "pipeline/training/loop.py").write_text("changed")
     found = code_state(project, tracked="params.yaml")
@@ -162,7 +162,7 @@ def test_code_that_git_was_told_not_to_compare_is_unknown_with_the_remedy(projec
     assert code_state(project, tracked="params.yaml").dirty == "true"
 
 
-def test_what_a_sparse_checkout_leaves_out_is_not_changed(project: Path) -> None:
+def test_files_left_out_by_a_sparse_checkout_do_not_count_as_changed(project: Path) -> None:
     (project / "docs").mkdir()
     (project / "docs/long.md").write_text("long")
     git(project, "add", ".")
@@ -172,12 +172,12 @@ def test_what_a_sparse_checkout_leaves_out_is_not_changed(project: Path) -> None
     assert code_state(project, tracked="params.yaml").dirty == "false"
 
 
-def test_an_option_is_no_revision(project: Path) -> None:
+def test_an_option_is_not_accepted_as_a_revision(project: Path) -> None:
     for name in ("--all", "--git-dir", "-h", "--"):
         assert find_commit(project, name) is None
 
 
-def test_a_run_without_a_repository_says_that_its_code_is_unknown(
+def test_a_run_without_a_repository_records_unknown_code_with_a_warning(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(workspace.parent))
@@ -188,7 +188,7 @@ def test_a_run_without_a_repository_says_that_its_code_is_unknown(
     assert "warning: the run is recorded with unknown code" in capsys.readouterr().out
 
 
-def test_a_missing_commit_file_or_setting_is_none_and_a_refusal_an_error(
+def test_a_missing_commit_file_or_setting_is_none_and_a_failure_of_git_raises(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert find_commit(project, "1" * 40) is None
@@ -208,7 +208,7 @@ def test_a_missing_commit_file_or_setting_is_none_and_a_refusal_an_error(
         read_committed(project, "HEAD", "dvc.lock")
 
 
-def test_a_flow_run_in_a_checkout_of_another_user_is_refused_with_gits_own_remedy(
+def test_a_flow_run_in_a_checkout_of_another_user_is_refused_with_the_remedy_of_git(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (project / ".dvc").mkdir()
@@ -219,6 +219,6 @@ def test_a_flow_run_in_a_checkout_of_another_user_is_refused_with_gits_own_remed
     assert f"`git config --global --add safe.directory {project}`" in str(error.value)
 
 
-def test_what_a_git_hook_sets_points_git_to_no_other_repository(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_of_a_git_hook_do_not_change_the_repository(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIT_DIR", os.devnull)
     assert code_state(project, tracked="params.yaml").dirty == "false"

@@ -1,4 +1,4 @@
-"""The benchmark for a GPU, on the CPU: its dry mode runs, a cut-off keeps what was found, and a mistake is seen."""
+"""The GPU benchmark runs in dry mode on the CPU, keeps the results of a part that is killed, and detects errors."""
 
 import json
 import os
@@ -27,20 +27,20 @@ from pipeline.artifacts import file_md5, read_split
 from pipeline.core.errors import UserError
 from tests.conftest import PROJECT
 
-BARE = """
+# Runs the benchmark as on a machine that has only the packages that it needs.
+WITHOUT_PACKAGES = """
 import runpy, sys
 for name in ("mlflow", "prefect", "dvc", "sqlalchemy", "sklearn", "pandas", "matplotlib", "scipy", "requests", "git"):
     sys.modules[name] = None
 sys.argv = ["gpu", *sys.argv[1:]]
 runpy.run_module("benchmarks.gpu", run_name="__main__", alter_sys=True)
 """
-"""The benchmark on a machine that has only what it needs."""
 
 
 def run(*arguments: str, path: Path) -> subprocess.CompletedProcess[str]:
-    """Run it where there is no git."""
+    """Run the benchmark without git."""
     return subprocess.run(
-        [sys.executable, "-c", BARE, *arguments],
+        [sys.executable, "-c", WITHOUT_PACKAGES, *arguments],
         cwd=PROJECT,
         env={**os.environ, "PATH": str(path)},
         capture_output=True,
@@ -67,14 +67,14 @@ def test_the_dry_mode_runs_on_a_machine_without_mlflow_prefect_dvc_and_git(tmp_p
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_it_ends_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_gpu_is_reported_in_one_line(tmp_path: Path) -> None:
     done = run("--out", str(tmp_path / "out"), path=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: found no GPU that PyTorch can use (CUDA); `python -m benchmarks.gpu --dry`")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_images_that_are_missing_are_one_line(tmp_path: Path) -> None:
+def test_missing_images_are_reported_in_one_line(tmp_path: Path) -> None:
     done = run("--dry", "--images", str(tmp_path / "none"), "--out", str(tmp_path / "out"), path=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "none: no such folder or file; allowed: a tree" in done.stderr
@@ -86,7 +86,7 @@ def run_alone(part: object, tmp_path: Path, *, seconds: float) -> PartResult:
     return run_part("one", part, setting, seconds=seconds, out=tmp_path)  # type: ignore[arg-type]
 
 
-def test_a_part_is_killed_at_its_limit_with_all_that_it_started_and_its_findings_stay(tmp_path: Path) -> None:
+def test_a_part_is_killed_at_its_limit_with_its_children_and_its_findings_are_kept(tmp_path: Path) -> None:
     def part(_: Setting, emit: Emit) -> None:
         emit(child=subprocess.Popen(["sleep", "600"]).pid)
         time.sleep(600)
@@ -101,10 +101,12 @@ def test_a_part_is_killed_at_its_limit_with_all_that_it_started_and_its_findings
     assert result.status == "cut off"
     assert len(seen) == len(result.rows) == 1
     alive = psutil.wait_procs(seen, timeout=10)[1]
-    assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)  # where nobody collects it
+    assert all(
+        process.status() == psutil.STATUS_ZOMBIE for process in alive
+    )  # a process stays a zombie until its exit status is read
 
 
-def test_a_part_that_fails_leaves_its_findings_and_its_traceback(tmp_path: Path) -> None:
+def test_the_findings_and_the_traceback_of_a_failed_part_are_kept(tmp_path: Path) -> None:
     def part(_: Setting, emit: Emit) -> None:
         emit(check="one", case="", ok=True, found="all")
         raise RuntimeError("no such kernel")
@@ -116,7 +118,7 @@ def test_a_part_that_fails_leaves_its_findings_and_its_traceback(tmp_path: Path)
     assert "### lock: failed" in markdown("", {"lock": found}, dry=False)
 
 
-def test_a_check_that_fails_is_seen() -> None:
+def test_a_failed_check_is_reported() -> None:
     result = PartResult("done", rows=[{"check": "same bits", "case": "lenet", "ok": False, "found": "differ | twice"}])
     text = markdown("", {"correctness": result}, dry=False)
     assert "| same bits | 0 of 1 |" in text
@@ -131,7 +133,7 @@ def test_an_update_with_another_learning_rate_is_far_beyond_the_tolerance() -> N
     assert relative_difference(other, one) > 10 * correctness.UPDATE_TOLERANCES["lenet", "sgd"]
 
 
-def test_trainings_that_differ_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainings_that_differ_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = iter(range(100))
 
     def other_images(number: int, *, seed: int, device: torch.device) -> Split:
@@ -142,12 +144,12 @@ def test_trainings_that_differ_are_seen(monkeypatch: pytest.MonkeyPatch) -> None
     assert correctness._same_bits(params, device=CPU, losses={})() == (False, "differ: twice, resumed")
 
 
-def test_the_time_in_which_some_kernel_runs_counts_overlaps_once() -> None:
+def test_overlapping_kernels_are_counted_once_in_the_busy_time() -> None:
     assert covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
 
 
 def jpeg_tree(folder: Path) -> tuple[Path, Path]:
-    """A tree of JPEG files, and the arrays that normalize would make of it."""
+    """Write a tree of JPEG files, and the arrays that normalize would make of it; return both folders."""
     draw = np.random.default_rng(0)
     pixels, labels = dict[str, list[Any]](), dict[str, Any]()
     for split, number in (("train", 3), ("validation", 2), ("test", 2)):
@@ -163,7 +165,7 @@ def jpeg_tree(folder: Path) -> tuple[Path, Path]:
     return folder / "tree", folder / "arrays"
 
 
-def test_a_packed_file_gives_the_arrays_back(tmp_path: Path) -> None:
+def test_a_packed_file_unpacks_to_the_same_arrays(tmp_path: Path) -> None:
     tree, folder = jpeg_tree(tmp_path)
     assert pack(tree, folder, tmp_path / "packed.npz") == (tmp_path / "packed.npz").stat().st_size
     unpack(tmp_path / "packed.npz", tmp_path / "again")

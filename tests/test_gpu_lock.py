@@ -1,4 +1,4 @@
-"""The lock of a GPU: real processes and real locks on GPUs that do not exist."""
+"""A GPU is used by one training at a time: real processes take real locks of GPUs that do not exist."""
 
 import fcntl
 import os
@@ -23,9 +23,10 @@ from pipeline.tracking.runs import training_run
 from pipeline.training import gpu_lock
 from pipeline.training.device import gpu_uuids
 from pipeline.training.gpu_lock import describe_holder, exclusive_gpus, lock_file
-from tests.conftest import PROJECT, heed_interrupts, write_normalized
+from tests.conftest import PROJECT, enable_interrupts, write_normalized
 from tests.test_train import configure
 
+# A training that lasts until its stdin is closed.
 TRAINING = """
 import sys
 from pathlib import Path
@@ -38,12 +39,11 @@ with report_errors(), gpu_lock.exclusive_gpus(gpus):
     sys.stdin.read()
     print(name, "ends", flush=True)
 """
-"""A training that lasts until its stdin ends."""
 
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the lock files."""
+    """Make an empty folder for the lock files, and return it."""
     (tmp_path / "locks").mkdir()
     monkeypatch.setattr(gpu_lock, "LOCK_FOLDER", tmp_path / "locks")
     return tmp_path / "locks"
@@ -51,7 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def log() -> Iterator[tuple[int, Any]]:
-    """A pipe for the lines of several trainings in their true order: where to write them, and to read them."""
+    """Yield both ends, to write and to read, of a pipe that keeps the lines of several trainings in order."""
     reader, writer = os.pipe()
     with os.fdopen(reader) as lines:
         yield writer, lines
@@ -61,7 +61,7 @@ def log() -> Iterator[tuple[int, Any]]:
 
 @pytest.fixture
 def start(folder: Path, log: tuple[int, Any]) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts a training of this name on these GPUs; its lines go to `log`."""
+    """Yield a function that starts a training with a name on some GPUs; its output goes to `log`."""
     started = []
 
     def start(name: str, *gpus: str) -> subprocess.Popen[bytes]:
@@ -74,7 +74,7 @@ def start(folder: Path, log: tuple[int, Any]) -> Iterator[Callable[..., subproce
             stdin=subprocess.PIPE,
             stdout=log[0],
             stderr=log[0],
-            preexec_fn=heed_interrupts,  # noqa: PLW1509
+            preexec_fn=enable_interrupts,  # noqa: PLW1509
         )
         started.append(process)
         return process
@@ -134,7 +134,9 @@ def test_a_killed_training_releases_its_gpus(start: Any, log: tuple[int, Any]) -
     ("sent", "status", "line"),
     [(signal.SIGTERM, 143, "terminated by SIGTERM"), (signal.SIGINT, 130, "interrupted")],
 )
-def test_a_signal_ends_the_wait(start: Any, log: tuple[int, Any], sent: signal.Signals, status: int, line: str) -> None:
+def test_a_signal_ends_the_waiting(
+    start: Any, log: tuple[int, Any], sent: signal.Signals, status: int, line: str
+) -> None:
     with exclusive_gpus(["5f3a"]):
         waiting = start("second", "5f3a")
         assert log[1].readline().startswith("waiting for GPU 5f3a")
@@ -145,7 +147,7 @@ def test_a_signal_ends_the_wait(start: Any, log: tuple[int, Any], sent: signal.S
         assert is_locked("5f3a")
 
 
-def test_two_trainings_that_name_the_same_gpus_in_another_order_do_not_block_each_other(
+def test_two_trainings_that_list_the_same_gpus_in_another_order_cause_no_deadlock(
     start: Any, log: tuple[int, Any]
 ) -> None:
     lock_file("77b0").touch()
@@ -216,7 +218,7 @@ def plant_folder(path: Path, target: Path) -> None:
 
 
 @pytest.mark.parametrize("plant", [plant_symlink, plant_dangling_symlink, plant_hard_link, plant_pipe, plant_folder])
-def test_what_another_user_plants_is_not_written_through_and_stops_no_training(
+def test_a_lock_path_planted_by_another_user_is_not_written_to_and_stops_no_training(
     plant: Callable[[Path, Path], None], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "target"
@@ -260,7 +262,7 @@ def test_the_lock_file_of_another_user_is_opened_as_linux_allows_it_in_a_sticky_
     os_open = os.open
 
     def protected(path: Any, flags: int, mode: int = 0o777) -> int:
-        """As with fs.protected_regular=2, where the file is another user's."""
+        """Fail as Linux does with fs.protected_regular=2 for the file of another user."""
         if flags & os.O_CREAT and Path(path) == lock_file("5f3a"):
             raise PermissionError(13, "Permission denied", str(path))
         return os_open(path, flags, mode)
@@ -295,7 +297,7 @@ def test_two_users_exclude_each_other(monkeypatch: pytest.MonkeyPatch, start: An
             assert "MLflow run 0b1e" in lock_file("5f3a").read_text()
 
 
-def test_gpus_are_named_by_their_uuids_however_they_are_numbered(
+def test_gpus_are_identified_by_their_uuids_and_not_by_their_numbers(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     visible = ["ffc79498-8ff3-c2dc-3b0d-fafd804516ae", "00000000-0000-0000-0000-000000000000", "77b0"]
@@ -313,7 +315,7 @@ def test_without_cuda_no_lock_is_taken(device: str, folder: Path) -> None:
         assert not list(folder.iterdir())
 
 
-def test_a_training_holds_its_gpu_before_it_has_a_run_and_names_the_run_then(
+def test_a_training_locks_its_gpu_before_it_creates_its_run_and_then_records_the_run(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_normalized(workspace)

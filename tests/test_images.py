@@ -1,4 +1,4 @@
-"""Decoding: every mode and format to uint8 of one size; damaged files give a reason."""
+"""Images of every mode and format become uint8 pixels of one size; damaged files raise an error with a reason."""
 
 import io
 import struct
@@ -32,35 +32,35 @@ def photo(mode: str = "RGB", color: Any = RED, size: tuple[int, int] = (40, 24))
         ("RGBA", "ICO"), ("RGB", "JPEG2000"), ("RGB", "AVIF"),
     ],
 )  # fmt: skip
-def test_colours_survive_every_mode_and_format(mode: str, file_format: str) -> None:
+def test_colors_are_preserved_in_every_mode_and_format(mode: str, file_format: str) -> None:
     pixels = read(encoded(photo(mode), file_format))
     assert pixels.shape == (16, 16, 3)
     assert pixels.dtype == np.uint8
-    assert np.abs(pixels.astype(int) - RED).max() <= 30  # palettes and lossy formats
+    assert np.abs(pixels.astype(int) - RED).max() <= 30  # the tolerance is for palettes and lossy formats
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P"])
-def test_grey_modes_give_equal_channels(mode: str) -> None:
+def test_gray_modes_give_equal_channels(mode: str) -> None:
     pixels = read(encoded(Image.new("L", (20, 20), 255).convert(mode)))
     assert (pixels == 255).all()
 
 
 def test_lab_is_converted_to_srgb() -> None:
-    grey = Image.merge("LAB", [Image.new("L", (20, 20), value) for value in (136, 128, 128)])
-    assert np.abs(read(encoded(grey, "TIFF")).astype(int) - 127).max() <= 3  # L* 53.4 is the middle grey of sRGB
+    gray = Image.merge("LAB", [Image.new("L", (20, 20), value) for value in (136, 128, 128)])
+    assert np.abs(read(encoded(gray, "TIFF")).astype(int) - 127).max() <= 3  # L* 53.4 is the middle gray of sRGB
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_what_is_transparent_is_laid_over_white(mode: str) -> None:
+def test_transparent_pixels_are_drawn_over_white(mode: str) -> None:
     assert (read(encoded(Image.new(mode, (20, 20), 0))) == 255).all()
 
 
-def test_a_transparent_palette_entry_is_laid_over_white() -> None:
+def test_a_transparent_palette_entry_is_drawn_over_white() -> None:
     assert (read(encoded(Image.new("P", (20, 20), 0), transparency=0)) == 255).all()
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF", "PPM"])
-def test_16_bit_grey_is_scaled_not_cut_off(file_format: str) -> None:
+def test_16_bit_gray_is_scaled_and_not_truncated(file_format: str) -> None:
     values = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
     pixels = read(encoded(Image.fromarray(values), file_format), channels=1)
     assert (pixels[..., 0] == np.rint(values / 257)).all()
@@ -76,12 +76,12 @@ def test_floats_are_fractions_of_white() -> None:
 
 
 @pytest.mark.parametrize(("mode", "value"), [("F", 1.5), ("F", float("nan")), ("I", -1), ("I", 70_000)])
-def test_numbers_without_a_known_white_are_refused(mode: str, value: float) -> None:
+def test_values_outside_the_known_range_are_refused(mode: str, value: float) -> None:
     with pytest.raises(UnreadableImage, match=f"mode {mode}, values from .* allowed: 0 to"):
         read(encoded(Image.new(mode, (16, 16), value), "TIFF"))
 
 
-def test_grey_from_colour_is_luma() -> None:
+def test_gray_from_color_is_luma() -> None:
     assert (read(encoded(photo()), channels=1) == round(0.299 * 220 + 0.587 * 30 + 0.114 * 60)).all()
 
 
@@ -116,7 +116,7 @@ def test_exif_orientation_is_undone_in_every_mode(mode: str, orientation: int) -
 
 
 @pytest.mark.parametrize(("error", "is_read"), [(struct.error("damaged"), True), (MemoryError(), False)])
-def test_damage_beside_the_orientation_does_not_lose_the_turn(
+def test_damage_elsewhere_in_exif_does_not_lose_the_orientation(
     monkeypatch: pytest.MonkeyPatch, error: Exception, is_read: bool
 ) -> None:
     def fail(*_: Any) -> None:
@@ -133,23 +133,23 @@ def test_damage_beside_the_orientation_does_not_lose_the_turn(
             read(content)
 
 
-def test_damaged_exif_data_does_not_lose_the_picture() -> None:
+def test_an_image_with_damaged_exif_data_is_read() -> None:
     content = encoded(noise(1), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff\x01\x12")
     assert read(content, image_size=32).shape == (32, 32, 3)
 
 
-def test_the_first_frame_of_an_animation_is_taken() -> None:
+def test_the_first_frame_of_an_animation_is_used() -> None:
     frames = [Image.new("RGB", (16, 16), color) for color in ("white", "black")]
     assert (read(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])) == 255).all()
 
 
-def test_an_image_of_the_right_size_passes_untouched() -> None:
+def test_an_image_of_the_right_size_is_not_changed() -> None:
     pixels = noise(2)
     for resize in ("crop", "pad", "stretch"):
         assert (read(encoded(pixels), image_size=32, resize=resize) == pixels).all()
 
 
-def test_crop_pad_and_stretch() -> None:
+def test_crop_pad_and_stretch_fit_a_wide_image() -> None:
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40] = 200
     assert (read(encoded(wide), resize="crop", image_size=10)[:, 2:-2] == 200).all()
@@ -162,7 +162,7 @@ def test_crop_pad_and_stretch() -> None:
 
 
 @pytest.mark.parametrize("resize", ["crop", "pad", "stretch"])
-def test_extreme_proportions(resize: str) -> None:
+def test_an_image_of_extreme_proportions_is_resized(resize: str) -> None:
     assert read(encoded(np.full((1, 3000, 3), 9, np.uint8)), resize=resize).shape == (16, 16, 3)
 
 
@@ -180,7 +180,7 @@ def test_a_large_jpeg_decoded_at_reduced_size_is_nearly_the_same() -> None:
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "JPEG2000", "AVIF"])
-def test_truncated_files_give_a_reason_in_one_line(file_format: str) -> None:
+def test_truncated_files_are_refused_with_a_reason_in_one_line(file_format: str) -> None:
     content = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8), file_format)
     with pytest.raises(UnreadableImage) as caught:
         read(content[: len(content) // 2])
@@ -189,12 +189,12 @@ def test_truncated_files_give_a_reason_in_one_line(file_format: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0" + bytes(40)])
-def test_what_is_no_image_is_unreadable(content: bytes) -> None:
+def test_bytes_that_are_not_an_image_are_unreadable(content: bytes) -> None:
     with pytest.raises(UnreadableImage):
         read(content)
 
 
-def reason_or_nothing(content: bytes) -> str:
+def decoding_error(content: bytes) -> str:
     try:
         read(content)
     except UnreadableImage as error:
@@ -202,7 +202,7 @@ def reason_or_nothing(content: bytes) -> str:
     return ""
 
 
-def test_any_damage_gives_pixels_or_a_reason_and_silence(capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_images_are_decoded_or_refused_without_output(capfd: pytest.CaptureFixture[str]) -> None:
     random = np.random.default_rng(0)
     options: list[dict[str, Any]] = [{"compression": "group4"}, {"compression": "tiff_lzw"}, {}]
     images = [encoded(photo("1"), "TIFF", **options[0]), encoded(photo(), "TIFF", **options[1])]
@@ -214,12 +214,12 @@ def test_any_damage_gives_pixels_or_a_reason_and_silence(capfd: pytest.CaptureFi
         for content in images * 20:
             damaged = np.frombuffer(content, np.uint8).copy()
             damaged[random.integers(0, min(300, len(damaged)), 5)] = random.integers(0, 256, 5)
-            assert "\n" not in reason_or_nothing(damaged.tobytes())
+            assert "\n" not in decoding_error(damaged.tobytes())
     assert capfd.readouterr() == ("", "")
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A few bytes that announce an image of this size."""
+    """Return a few bytes of PNG whose header declares an image of this size."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = struct.pack(">I", 8) + b"IDAT" + bytes(12)
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + data
@@ -238,7 +238,7 @@ def test_postscript_is_never_run() -> None:
         read(stream.getvalue())
 
 
-def test_suffixes_are_those_of_images_that_can_be_decoded() -> None:
+def test_image_suffixes_are_those_of_formats_that_can_be_decoded() -> None:
     assert {".jpg", ".jpeg", ".png", ".tif", ".webp", ".bmp", ".gif"} <= IMAGE_SUFFIXES
     assert not {".txt", ".pdf", ".eps", ".mpg", ".h5"} & IMAGE_SUFFIXES
     assert all(suffix == suffix.lower() and suffix.startswith(".") for suffix in IMAGE_SUFFIXES)

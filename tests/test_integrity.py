@@ -1,4 +1,4 @@
-"""Each file that a step reads, damaged in each way: the step names it before it is used."""
+"""A step reports each damaged file, whatever the damage, before it uses the file."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from pipeline.artifacts import CHECKSUMS, DOWNLOAD, NORMALIZE, TRAIN, replace_fo
 from pipeline.core.errors import UserError
 from pipeline.models.build import build
 from pipeline.models.files import save_config, save_weights
-from tests.conftest import PROJECT, coloured_images, write_normalized
+from tests.conftest import PROJECT, colored_images, write_normalized
 from tests.raw_folders import image_folder, plain_files
 from tests.test_model import config
 
@@ -52,7 +52,7 @@ LISTS = [(step, folder / CHECKSUMS) for step, read in INPUTS.items() for folder 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folders between all steps, small, and an image to classify."""
+    """Make small folders of all steps and an image to classify, and return the project folder."""
     folder = tmp_path_factory.mktemp("prepared")
     shutil.copy(PROJECT / "params.yaml", folder)
     with replace_folder(folder / DOWNLOAD) as raw:
@@ -64,20 +64,20 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.manual_seed(seed)
             save_weights(build(chosen), model / f"{name}.safetensors")
         save_config(chosen, model)
-    Image.fromarray(coloured_images(1)[0][0]).save(folder / "photo.png")
+    Image.fromarray(colored_images(1)[0][0]).save(folder / "photo.png")
     return folder
 
 
 @pytest.fixture(autouse=True)
 def project(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of one's own as the current folder."""
+    """Change to a new copy of the prepared project."""
     monkeypatch.chdir(shutil.copytree(prepared, tmp_path / "project"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     monkeypatch.setattr("sys.argv", ["predict", "photo.png"])
 
 
-def told(step: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line of a step that refuses its input."""
+def refusal_of(step: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a step that refuses its input, and return the one line on its stderr."""
     with pytest.raises(SystemExit, match="2"):
         STEPS[step]()
     stdout, stderr = capsys.readouterr()
@@ -87,28 +87,30 @@ def told(step: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize(("step", "path"), READ, ids=str)
-def test_a_damaged_file_is_named_before_it_is_used(
+def test_a_damaged_file_is_reported_before_it_is_used(
     step: str, path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     DAMAGES[damage](path)
-    assert told(step, capsys).startswith(f"error: {path}: ")
+    assert refusal_of(step, capsys).startswith(f"error: {path}: ")
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "one bit flipped"])
 @pytest.mark.parametrize(("step", "path"), LISTS, ids=str)
-def test_a_damaged_list_is_named(step: str, path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_list_of_checksums_is_reported(
+    step: str, path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     DAMAGES[damage](path)
-    assert str(path) in told(step, capsys)  # cut between two lines, it lists fewer files than there are
+    assert str(path) in refusal_of(step, capsys)  # a list truncated between two lines lists fewer files than there are
 
 
 @pytest.mark.parametrize(("step", "path"), LISTS, ids=str)
-def test_a_file_that_is_not_listed_is_named(step: str, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stranger = path.with_name("train_images (copy).npy")
-    stranger.touch()
-    assert told(step, capsys).startswith(f"error: {stranger}: not listed in {path}; remove it if ")
+def test_a_file_without_a_checksum_is_reported(step: str, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unlisted = path.with_name("train_images (copy).npy")
+    unlisted.touch()
+    assert refusal_of(step, capsys).startswith(f"error: {unlisted}: not listed in {path}; remove it if ")
 
 
-def test_any_bit_flipped_in_the_list_is_noticed() -> None:
+def test_a_flipped_bit_anywhere_in_the_list_is_detected() -> None:
     whole = (TRAIN / CHECKSUMS).read_bytes()
     for position in range(len(whole)):
         flip(TRAIN / CHECKSUMS, at=position)
@@ -117,19 +119,21 @@ def test_any_bit_flipped_in_the_list_is_noticed() -> None:
         (TRAIN / CHECKSUMS).write_bytes(whole)
 
 
-def test_the_error_says_what_was_found_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_states_what_was_found_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     (NORMALIZE / "train_labels.npy").write_bytes(b"half")
-    error = told("train", capsys)
+    error = refusal_of("train", capsys)
     assert ": 4 bytes with MD5 7afe399f1415b137d0962f82662fa9d4 instead of " in error
     assert "; `rm -rf artifacts/normalize && dvc repro normalize` brings it back; " in error
 
 
-def test_a_folder_from_before_there_were_lists_is_told_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_about_a_missing_list_names_the_commands_that_make_it(capsys: pytest.CaptureFixture[str]) -> None:
     (NORMALIZE / CHECKSUMS).unlink()
-    assert "checksums.md5: no such file; `dvc repro normalize` makes it, `dvc pull` fetches it" in told("train", capsys)
+    assert "checksums.md5: no such file; `dvc repro normalize` makes it, `dvc pull` fetches it" in refusal_of(
+        "train", capsys
+    )
 
 
-def test_what_a_step_does_not_read_may_be_missing() -> None:
+def test_files_that_a_step_does_not_read_may_be_missing() -> None:
     for path in NORMALIZE.glob("test_*"):
         path.unlink()
     (NORMALIZE / ".DS_Store").touch()
@@ -138,7 +142,7 @@ def test_what_a_step_does_not_read_may_be_missing() -> None:
         verify(NORMALIZE)
 
 
-def test_the_list_is_what_md5sum_reads() -> None:
+def test_md5sum_accepts_the_list() -> None:
     if shutil.which("md5sum") is None:
         pytest.skip("no md5sum here")
     done = subprocess.run(["md5sum", "--check", "--strict", CHECKSUMS], cwd=NORMALIZE, capture_output=True, check=False)
@@ -155,7 +159,7 @@ def test_files_of_subfolders_are_listed_too(tmp_path: Path) -> None:
         verify(tmp_path / "out")
 
 
-def test_a_model_from_elsewhere_is_verified_where_it_has_a_list(
+def test_a_copied_model_is_verified_if_it_has_a_list(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["predict", "photo.png", "--model", "copied"])
@@ -168,4 +172,4 @@ def test_a_model_from_elsewhere_is_verified_where_it_has_a_list(
     assert capsys.readouterr().out.count("photo.png: class ") == 2
     shutil.copy(TRAIN / CHECKSUMS, "copied")
     flip(Path("copied/best.safetensors"), at=-1)
-    assert told("predict", capsys).startswith("error: copied/best.safetensors: ")
+    assert refusal_of("predict", capsys).startswith("error: copied/best.safetensors: ")

@@ -1,4 +1,4 @@
-"""Folders of images as people and public data sets pack them: read as they are meant, or refused in one line."""
+"""Folder layouts of public and private data sets are read as intended, or refused in one line."""
 
 import subprocess
 import zipfile
@@ -24,14 +24,15 @@ from pipeline.datasets.folder_scan import (
 )
 from pipeline.datasets.layout import split_of
 from pipeline.download import download
-from tests.test_download import imagefolder as imagefolder_params
-from tests.test_download import packed, project, source  # noqa: F401  # project: a fixture, each test's folder
+from tests.download import project  # noqa: F401  # a fixture that each test uses
+from tests.test_download_imagefolder import imagefolder as imagefolder_params
+from tests.test_download_imagefolder import packed, source
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(8)
 
 
 def tree(*names: str, root: str = "data") -> Path:
-    """Empty files, at the names given under `root`; `{a,b}` stands for each of them, and `*3` for 3 images in it."""
+    """Write empty files at these paths below `root`; `{a,b}` stands for both names, and `x/*3` for 3 images in x."""
     for name in (each for pattern in names for each in expanded(pattern)):
         path = Path(root, name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ def num_files(folder: Path) -> int:
 
 
 def summary(found: Scan) -> dict[str, dict[str, int]]:
-    """Images by split and class, after a check that every file below the folder is accounted for."""
+    """Return the images by split and class, after a check that every file below the folder is counted."""
     assert found.total + sum(found.not_used.values()) == num_files(Path("data"))
     return found.counts
 
@@ -147,7 +148,7 @@ READ: dict[str, tuple[list[str], dict[str, dict[str, int]]]] = {
 
 
 @pytest.mark.parametrize("case", READ)
-def test_a_layout_is_read_as_it_is_meant(case: str) -> None:
+def test_a_layout_is_read_as_intended(case: str) -> None:
     names, expected = READ[case]
     assert summary(scan(tree(*names))) == expected
 
@@ -236,7 +237,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_layout_that_may_be_misunderstood_is_refused_in_one_line(case: str) -> None:
+def test_an_ambiguous_layout_is_refused_in_one_line(case: str) -> None:
     names, parts = REFUSED[case]
     with pytest.raises(UserError) as refused:
         scan(tree(*names))
@@ -257,11 +258,11 @@ def test_a_layout_that_may_be_misunderstood_is_refused_in_one_line(case: str) ->
         ("constrain", None), ("valley", None), ("devices", None), ("data", None),
     ],
 )  # fmt: skip
-def test_splits_are_known_by_the_words_of_a_name(name: str, split: str | None) -> None:
+def test_splits_are_recognized_by_the_words_of_a_name(name: str, split: str | None) -> None:
     assert split_of(name) == split
 
 
-def test_every_file_is_accounted_for_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_file_is_counted_and_the_counts_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     tree("seg_train/{cat,dog}/*100", "seg_test/{cat,dog}/*3", "seg_pred/*7", "seg_pred/list.txt", "README.md")
     tree("seg_train/0.jpg", "seg_train/cat/IMG.{HEIC,MOV,AAE}", "seg_train/dog/{0.CR2,1.MP4,x.mp4,y.NEF,notes.txt}")
     tree(".DS_Store", "seg_train/dog/._0.jpg", ".git/objects/ab/{c,d}", "__MACOSX/x.jpg")
@@ -291,7 +292,9 @@ def test_folders_that_are_merged_into_one_class_are_printed(capsys: pytest.Captu
     assert "train/cats takes" not in printed
 
 
-def test_of_many_classes_with_folders_some_are_printed_and_all_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_some_of_many_classes_with_folders_are_printed_and_all_are_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     tree(*(f"class{number}/{{x{number},y{number}}}/*2" for number in range(7)))
     download(imagefolder_params("data"))
     printed = capsys.readouterr().out
@@ -299,7 +302,7 @@ def test_of_many_classes_with_folders_some_are_printed_and_all_counted(capsys: p
     assert "so do 2 more of the 7 class folders" in printed
 
 
-def test_hidden_files_do_not_change_what_is_recorded() -> None:
+def test_hidden_files_do_not_change_the_recorded_counts() -> None:
     tree("{cat,dog}/*3")
     download(imagefolder_params("data"))
     before = source()
@@ -308,7 +311,7 @@ def test_hidden_files_do_not_change_what_is_recorded() -> None:
     assert source() == before
 
 
-def test_the_content_says_what_is_an_image_where_the_suffix_does_not() -> None:
+def test_the_content_decides_whether_a_file_without_a_known_suffix_is_an_image() -> None:
     root = tree("{cat,dog}/*3", "cat/{IMG_1,photo.jpg_large,x.jpg?size=1,notes,song.mp3}", "dog/archive.zip")
     for name in ("IMG_1", "photo.jpg_large", "x.jpg?size=1"):
         (root / "cat" / name).write_bytes(PNG)
@@ -320,7 +323,7 @@ def test_the_content_says_what_is_an_image_where_the_suffix_does_not() -> None:
 
 
 @pytest.mark.parametrize("where", ["rose", "daisy/more", "daisy/self", "extra/up"])
-def test_a_link_to_a_folder_is_refused_as_dvc_does_not_look_into_it(where: str) -> None:
+def test_a_link_to_a_folder_is_refused_as_dvc_ignores_changes_in_it(where: str) -> None:
     root, far = tree("{daisy,tulip}/*3"), tree("*3", root="far")
     link = root / where
     link.parent.mkdir(exist_ok=True)
@@ -337,7 +340,7 @@ def test_a_broken_link_is_refused(where: str) -> None:
         scan(root)
 
 
-def test_a_linked_folder_itself_and_links_to_files_are_followed() -> None:
+def test_a_link_as_the_root_folder_and_links_to_files_are_followed() -> None:
     root = tree("{daisy,tulip}/*3")
     (root / "daisy/linked.png").symlink_to("0.jpg")
     Path("link").symlink_to(root)
@@ -345,7 +348,7 @@ def test_a_linked_folder_itself_and_links_to_files_are_followed() -> None:
 
 
 def test_dvc_sees_changes_in_a_linked_file_and_behind_a_linked_root(tmp_path: Path) -> None:
-    """What the rule for links relies on."""
+    """The rule for links relies on this behavior of DVC."""
     from dvc.repo import Repo  # noqa: PLC0415  # takes seconds, and one test needs it
 
     subprocess.run(["git", "init", "-q"], check=True)

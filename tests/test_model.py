@@ -55,17 +55,17 @@ def test_a_pretrained_residual_network_keeps_its_first_kernel() -> None:
     assert build(config("resnet18", weights="x.pth")).network.conv1.weight.shape == (64, 3, 7, 7)  # type: ignore[union-attr]
 
 
-def test_grey_images_feed_networks_made_for_colour() -> None:
+def test_networks_for_color_images_accept_gray_images() -> None:
     network = build(config("resnet18", channels=1))
     assert network(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
 
 
 def test_input_size_enlarges_the_images_for_the_network() -> None:
-    seen: list[torch.Size] = []
+    input_shapes: list[torch.Size] = []
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 48 * 48, 2))
-    network.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].shape))
+    network.register_forward_pre_hook(lambda module, arguments: input_shapes.append(arguments[0].shape))
     Classifier(network, network_channels=3, input_size=48)(torch.zeros(1, 3, 32, 32))
-    assert seen == [torch.Size([1, 3, 48, 48])]
+    assert input_shapes == [torch.Size([1, 3, 48, 48])]
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5", "efficientnet_b0"])
@@ -88,14 +88,14 @@ def test_an_unknown_model_suggests_close_names() -> None:
         build(config("resnet81"))
 
 
-def test_a_model_that_cannot_take_the_size_says_what_to_set() -> None:
+def test_the_error_about_an_image_size_names_the_parameter_to_set() -> None:
     with pytest.raises(UserError, match=r"alexnet cannot take images of 32 pixels .*set train\.input_size") as error:
         build(config("alexnet"))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_pretrained_weights_are_taken_and_the_head_is_replaced(tmp_path: Path, suffix: str) -> None:
+def test_pretrained_weights_are_loaded_and_the_head_is_replaced(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"weights{suffix}"
     donor = build(config("resnet18", classes=1000, weights=str(path))).network.state_dict()
     save_file(donor, path) if suffix == ".safetensors" else torch.save(donor, path)
@@ -105,7 +105,7 @@ def test_pretrained_weights_are_taken_and_the_head_is_replaced(tmp_path: Path, s
     assert torch.equal(classifier.network.state_dict()["conv1.weight"], donor["conv1.weight"])
 
 
-def test_weights_of_our_own_model_file_are_taken(tmp_path: Path) -> None:
+def test_weights_of_a_model_file_of_the_pipeline_are_loaded(tmp_path: Path) -> None:
     donor = build(config(classes=7))
     save_weights(donor, tmp_path / "best.safetensors")
     md5 = file_md5(tmp_path / "best.safetensors")
@@ -138,7 +138,7 @@ def test_a_pickle_in_a_weights_file_is_not_run(tmp_path: Path, monkeypatch: pyte
     assert not Path("pwned").exists()
 
 
-def test_weights_are_known_by_their_md5(tmp_path: Path) -> None:
+def test_weights_without_their_md5_are_refused(tmp_path: Path) -> None:
     save_weights(build(config()), tmp_path / "best.safetensors")
     chosen = config(weights=str(tmp_path / "best.safetensors"))
     with pytest.raises(
@@ -147,7 +147,7 @@ def test_weights_are_known_by_their_md5(tmp_path: Path) -> None:
         load_pretrained(build(chosen), config=chosen, md5=None)
 
 
-def test_only_the_head_may_be_left_as_drawn(tmp_path: Path) -> None:
+def test_only_the_head_may_keep_its_random_weights(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     donor = build(config("resnet18", classes=64, weights="any.pth")).network.state_dict()
     save_file(donor | {"conv1.weight": torch.zeros(64, 3, 3, 3)}, path)
@@ -156,14 +156,14 @@ def test_only_the_head_may_be_left_as_drawn(tmp_path: Path) -> None:
         load_pretrained(build(chosen), config=chosen, md5=file_md5(path))
 
 
-def test_a_batch_too_small_for_batch_normalisation_is_refused() -> None:
+def test_a_batch_too_small_for_batch_normalization_is_refused() -> None:
     chosen = config("resnet18", image_size=8)
     with pytest.raises(UserError, match=r"cannot take images of 8 pixels in batches of 1 .*raise batch_size"):
         try_training(build(chosen), config=chosen, batch_size=1)
 
 
 @pytest.mark.parametrize("name", ["absent.pth", "absent.safetensors"])
-def test_missing_weights_are_named(name: str) -> None:
+def test_missing_weights_are_reported(name: str) -> None:
     chosen = config(weights=name)
     with pytest.raises(UserError, match=f"train.weights: no such file {name}; allowed"):
         load_pretrained(build(chosen), config=chosen, md5=None)
@@ -175,7 +175,7 @@ def test_lenet_has_no_default_weights() -> None:
         load_pretrained(build(chosen), config=chosen, md5=None)
 
 
-def test_a_saved_model_comes_back_the_same(tmp_path: Path) -> None:
+def test_a_saved_model_is_loaded_unchanged(tmp_path: Path) -> None:
     classifier = build(config("resnet18"))
     save_weights(classifier, tmp_path / "best.safetensors")
     save_config(config("resnet18"), tmp_path)
@@ -186,7 +186,7 @@ def test_a_saved_model_comes_back_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 7, 1000])
-def test_a_damaged_model_file_is_named(tmp_path: Path, kept: int) -> None:
+def test_a_damaged_model_file_is_reported(tmp_path: Path, kept: int) -> None:
     save_weights(build(config()), tmp_path / "best.safetensors")
     save_config(config(), tmp_path)
     content = (tmp_path / "best.safetensors").read_bytes()

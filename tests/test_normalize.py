@@ -1,4 +1,4 @@
-"""From raw images to arrays, splits and the report on the data."""
+"""The step normalize turns raw images into arrays, splits and a report on the data."""
 
 import json
 import subprocess
@@ -47,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def made(tmp_path: Path, out: Path, files: Mapping[str, bytes], **changes: Any) -> dict[str, Any]:
+def normalize_files(tmp_path: Path, out: Path, files: Mapping[str, bytes], **changes: Any) -> dict[str, Any]:
     return normalize(image_folder(tmp_path / "raw", files), out, params=params(**changes))
 
 
@@ -64,7 +64,7 @@ def test_digits_become_stratified_splits_of_all_images(tmp_path: Path, out: Path
 
 
 def test_every_image_keeps_its_label(tmp_path: Path, out: Path) -> None:
-    made(tmp_path, out, plain_files(per_class=20))
+    normalize_files(tmp_path, out, plain_files(per_class=20))
     label_of = {noise(1000 * label + number).tobytes(): label for label in (0, 1) for number in range(20)}
     for split in SPLITS:
         images, labels = read_split(split, folder=out)
@@ -72,29 +72,29 @@ def test_every_image_keeps_its_label(tmp_path: Path, out: Path) -> None:
     assert not label_of
 
 
-def test_another_seed_draws_other_splits(tmp_path: Path, out: Path) -> None:
-    made(tmp_path, out, plain_files(per_class=20), seed=0)
+def test_another_seed_gives_other_splits(tmp_path: Path, out: Path) -> None:
+    normalize_files(tmp_path, out, plain_files(per_class=20), seed=0)
     first = arrays(out)["test"]
-    made(tmp_path, out, plain_files(per_class=20), seed=1)
+    normalize_files(tmp_path, out, plain_files(per_class=20), seed=1)
     assert first.tobytes() != arrays(out)["test"].tobytes()
 
 
-def test_the_draw_depends_on_neither_names_nor_order(tmp_path: Path, out: Path) -> None:
+def test_splits_depend_on_neither_names_nor_order_of_files(tmp_path: Path, out: Path) -> None:
     files = plain_files(per_class=20)
-    made(tmp_path, out, files)
+    normalize_files(tmp_path, out, files)
     first = arrays(out)["test"]
     renamed = {f"{name[:10]}{99 - number}.png": files[name] for number, name in enumerate(reversed(files))}
-    made(tmp_path, out, dict(sorted(renamed.items())))
+    normalize_files(tmp_path, out, dict(sorted(renamed.items())))
     assert {image.tobytes() for image in first} == {image.tobytes() for image in arrays(out)["test"]}
 
 
-def test_splits_of_the_source_stay_as_they_are(tmp_path: Path, out: Path) -> None:
+def test_splits_of_the_source_are_kept(tmp_path: Path, out: Path) -> None:
     files = {
         **plain_files(per_class=6),
         **plain_files(per_class=3, split="validation", seed=100),
         **plain_files(per_class=4, split="test", seed=200),
     }
-    description = made(tmp_path, out, files)
+    description = normalize_files(tmp_path, out, files)
     assert description["counts"] == {
         split: dict.fromkeys(NAMES, n) for split, n in (("train", 6), ("validation", 3), ("test", 4))
     }
@@ -108,31 +108,31 @@ def test_cifar_keeps_its_test_split(tmp_path: Path, out: Path) -> None:
 
 def test_every_class_keeps_one_image_in_every_split(tmp_path: Path, out: Path) -> None:
     changes = {"validation_fraction": 0.001, "test_fraction": 0.999}
-    description = made(tmp_path, out, plain_files(per_class=3), **changes)
+    description = normalize_files(tmp_path, out, plain_files(per_class=3), **changes)
     assert description["counts"] == dict.fromkeys(SPLITS, dict.fromkeys(NAMES, 1))
 
 
-def test_a_class_with_too_few_images_is_named(tmp_path: Path, out: Path) -> None:
+def test_a_class_with_too_few_images_is_reported(tmp_path: Path, out: Path) -> None:
     files = {**plain_files(per_class=5), "train/eel/1.png": encoded(noise(1)), "train/eel/2.png": encoded(noise(2))}
     with pytest.raises(UserError, match=r"class 'eel': 2 readable images in train; needed: 3 .*add images or remove"):
-        made(tmp_path, out, files)
+        normalize_files(tmp_path, out, files)
 
 
-def test_a_class_missing_from_a_given_split_is_named(tmp_path: Path, out: Path) -> None:
+def test_a_class_missing_from_a_split_of_the_source_is_reported(tmp_path: Path, out: Path) -> None:
     files = {**plain_files(per_class=5), "test/cat/1.png": encoded(noise(500))}
     with pytest.raises(UserError, match="class 'dog': 0 readable images in test"):
-        made(tmp_path, out, files)
+        normalize_files(tmp_path, out, files)
 
 
 def test_a_single_class_is_refused(tmp_path: Path, out: Path) -> None:
     with pytest.raises(UserError, match="found only cat; needed: at least 2"):
-        made(tmp_path, out, {f"train/cat/{number}.png": encoded(noise(number)) for number in range(5)})
+        normalize_files(tmp_path, out, {f"train/cat/{number}.png": encoded(noise(number)) for number in range(5)})
 
 
 def test_unreadable_files_above_the_limit_stop_the_step(tmp_path: Path, out: Path) -> None:
     files = plain_files(per_class=10) | {"train/cat/x.png": b"", "train/dog/y.jpg": b"no"}
     with pytest.raises(UserError) as caught:
-        made(tmp_path, out, files, max_unreadable_fraction=0.05)
+        normalize_files(tmp_path, out, files, max_unreadable_fraction=0.05)
     message = str(caught.value)
     assert message.startswith(
         "normalize.max_unreadable_fraction: 2 of 22 files (9.09%) cannot be read: train/cat/x.png (empty file)"
@@ -143,7 +143,7 @@ def test_unreadable_files_above_the_limit_stop_the_step(tmp_path: Path, out: Pat
 
 def test_unreadable_files_within_the_limit_are_listed(tmp_path: Path, out: Path) -> None:
     files = plain_files(per_class=10) | {"train/cat/x.png": b""}
-    description = made(tmp_path, out, files, max_unreadable_fraction=0.05)
+    description = normalize_files(tmp_path, out, files, max_unreadable_fraction=0.05)
     assert description["unreadable_files"] == [{"file": "train/cat/x.png", "reason": "empty file"}]
     assert sum(sum(counts.values()) for counts in description["counts"].values()) == 20
     assert "unreadable files: 1 (first: train/cat/x.png: empty file)" in report(description)
@@ -157,7 +157,7 @@ def test_planted_duplicates_are_found(tmp_path: Path, out: Path) -> None:
     files["test/cat/1.png"] = encoded(noise(6), "JPEG", quality=75)
     files["test/dog/2.png"] = encoded(Image.fromarray(noise(1007)[:, ::-1]))
     files["test/dog/3.png"] = files["validation/dog/1.png"]
-    description = made(tmp_path, out, files, near_duplicate_correlation=0.95)
+    description = normalize_files(tmp_path, out, files, near_duplicate_correlation=0.95)
     exact, near = description["exact_duplicates"], description["near_duplicates"]
     assert exact["within"] == {"train": 1, "validation": 0, "test": 0}
     assert exact["across"] == {"train-validation": 0, "train-test": 1, "validation-test": 1}
@@ -168,21 +168,21 @@ def test_planted_duplicates_are_found(tmp_path: Path, out: Path) -> None:
     assert "4 of 8 (50.00%) at correlation 0.95" in report(description)
 
 
-def test_a_drawn_split_does_not_leak_identical_images(tmp_path: Path, out: Path) -> None:
-    files = {f"train/{label}/{number}{copy}.png": encoded(noise(1000 * place + number))
-             for place, label in enumerate(NAMES) for number in range(30) for copy in "ab"}  # fmt: skip
-    across = made(tmp_path, out, files)["exact_duplicates"]["across"]
-    assert sum(across.values()) <= 4  # a border for each class and draw
+def test_random_splits_keep_identical_images_together(tmp_path: Path, out: Path) -> None:
+    files = {f"train/{label}/{number}{copy}.png": encoded(noise(1000 * position + number))
+             for position, label in enumerate(NAMES) for number in range(30) for copy in "ab"}  # fmt: skip
+    across = normalize_files(tmp_path, out, files)["exact_duplicates"]["across"]
+    assert sum(across.values()) <= 4  # one pair may be separated at the border of each split of each class
 
 
 def test_mean_and_deviation_are_those_of_train(tmp_path: Path, out: Path) -> None:
-    description = made(tmp_path, out, plain_files(per_class=30))
+    description = normalize_files(tmp_path, out, plain_files(per_class=30))
     train = arrays(out)["train"].astype(np.float64) / 255
     assert np.allclose(description["mean"], train.mean(axis=(0, 1, 2)), rtol=1e-12)
     assert np.allclose(description["std"], train.std(axis=(0, 1, 2)), rtol=1e-12)
 
 
-def test_a_constant_channel_has_a_deviation_to_divide_by() -> None:
+def test_the_deviation_of_a_constant_channel_is_not_zero() -> None:
     assert mean_and_deviation([np.full((2, 8, 8, 1), 51, np.uint8)]) == ([0.2], [1 / 255])
 
 
@@ -193,9 +193,9 @@ def test_two_runs_give_the_same_bytes(tmp_path: Path, make: Any) -> None:
     assert contents(tmp_path / "a" / "out") == contents(tmp_path / "b" / "out")
 
 
-def test_the_number_of_processes_does_not_matter(tmp_path: Path, out: Path, monkeypatch: Any) -> None:
+def test_the_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, out: Path, monkeypatch: Any) -> None:
     files = plain_files(per_class=20)
-    made(tmp_path, out, files)
+    normalize_files(tmp_path, out, files)
     first = contents(out)
     for module, name, value in (
         (imagefolder, "POOL_BYTES", 0),
@@ -204,21 +204,21 @@ def test_the_number_of_processes_does_not_matter(tmp_path: Path, out: Path, monk
         (decoding_pool, "num_cores", lambda: 2),
     ):
         monkeypatch.setattr(module, name, value)
-    made(tmp_path, out, files)
+    normalize_files(tmp_path, out, files)
     assert contents(out) == first
 
 
-def test_the_checksums_are_those_of_the_files(tmp_path: Path, out: Path) -> None:
-    md5 = made(tmp_path, out, plain_files(per_class=5))["md5"]
+def test_the_recorded_checksums_are_those_of_the_files(tmp_path: Path, out: Path) -> None:
+    md5 = normalize_files(tmp_path, out, plain_files(per_class=5))["md5"]
     assert md5 == {path.name: file_md5(path) for path in out.glob("*.npy")}
     assert len(md5) == 6
 
 
 @pytest.mark.parametrize(("module", "failing"), [(step, "write_json"), (duplicate_search, "near_duplicates")])
-def test_nothing_is_lost_or_left_behind_when_it_fails(
+def test_a_failure_keeps_the_previous_output_and_leaves_no_temporary_file(
     tmp_path: Path, out: Path, monkeypatch: Any, module: Any, failing: str
 ) -> None:
-    made(tmp_path, out, plain_files(per_class=5))
+    normalize_files(tmp_path, out, plain_files(per_class=5))
     before = contents(out)
 
     def fail(*_: Any, **__: Any) -> None:
@@ -226,21 +226,21 @@ def test_nothing_is_lost_or_left_behind_when_it_fails(
 
     monkeypatch.setattr(module, failing, fail)
     with pytest.raises(OSError, match="disk full"):
-        made(tmp_path, out, plain_files(per_class=6))
+        normalize_files(tmp_path, out, plain_files(per_class=6))
     assert contents(out) == before
     assert [path.name for path in out.parent.iterdir()] == ["normalize"]
 
 
-def test_what_a_killed_run_left_is_cleared(tmp_path: Path, out: Path) -> None:
-    left = out.parent / ".normalize.new.tmp"
-    left.mkdir(parents=True)
-    (left / "half.npy").write_bytes(b"half")
-    made(tmp_path, out, plain_files(per_class=5))
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path, out: Path) -> None:
+    leftover = out.parent / ".normalize.new.tmp"
+    leftover.mkdir(parents=True)
+    (leftover / "half.npy").write_bytes(b"half")
+    normalize_files(tmp_path, out, plain_files(per_class=5))
     assert "half.npy" not in contents(out)
-    assert not left.exists()
+    assert not leftover.exists()
 
 
-def test_many_classes_are_summed_up() -> None:
+def test_many_classes_are_summarized() -> None:
     names = [f"class{number:02}" for number in range(100)]
     counts = {name: number + 1 for number, name in enumerate(names)}
     nothing = {"exact_duplicates": {"within": {}, "across": {}}, "unreadable_files": [], "ignored_files": []}
@@ -259,7 +259,7 @@ def run_step(folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_step_reports_the_data(tmp_path: Path) -> None:
+def test_the_step_prints_a_report_and_writes_its_files(tmp_path: Path) -> None:
     image_folder(tmp_path / "artifacts" / "download", plain_files(per_class=10))
     done = run_step(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -269,7 +269,7 @@ def test_the_step_reports_the_data(tmp_path: Path) -> None:
     }
 
 
-def test_a_mistake_is_one_line_and_a_status(tmp_path: Path) -> None:
+def test_missing_input_is_reported_in_one_line_with_status_2(tmp_path: Path) -> None:
     done = run_step(tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: artifacts/download/checksums.md5: no such file")

@@ -1,4 +1,4 @@
-"""A project whose path has any characters, and one that is a folder of a larger repository."""
+"""A project works whatever characters its path has, and as a folder of a larger repository."""
 
 import shutil
 from collections.abc import Mapping
@@ -26,59 +26,61 @@ from pipeline.tracking.store import connect
 from pipeline.tracking.store_uri import tracking_uri
 from tests.conftest import PROJECT, copy_project, start_repository
 
-ODD = "a b#c?d%20e'f\"g&h;i$HOME é 桌面"
+SPECIAL_CHARS = "a b#c?d%20e'f\"g&h;i$HOME é 桌面"
 
 
 @pytest.fixture
-def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder with an odd name."""
+def special_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Change to an empty folder whose name has special characters, and return it."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("PIPELINE_PROJECT", raising=False)
-    (tmp_path / ODD).mkdir()
-    monkeypatch.chdir(tmp_path / ODD)
-    return tmp_path / ODD
+    (tmp_path / SPECIAL_CHARS).mkdir()
+    monkeypatch.chdir(tmp_path / SPECIAL_CHARS)
+    return tmp_path / SPECIAL_CHARS
 
 
-def test_the_address_of_a_database_opens_its_file(odd: Path) -> None:
-    uri = sqlite_uri(odd / "x.db")
+def test_the_uri_of_a_database_opens_its_file(special_folder: Path) -> None:
+    uri = sqlite_uri(special_folder / "x.db")
     with sqlalchemy.create_engine(uri).connect() as connection:
         connection.execute(sqlalchemy.text("CREATE TABLE t (x)"))
-    assert list(odd.iterdir()) == [odd / "x.db"] == [sqlite_path(uri)]
+    assert list(special_folder.iterdir()) == [special_folder / "x.db"] == [sqlite_path(uri)]
     assert redact_url(uri) == uri
 
 
 @pytest.mark.parametrize("path", ["/a/mlflow.db", "/a b/é#1/mlflow.db"])
-def test_an_address_without_special_characters_is_as_everybody_writes_it(path: str) -> None:
+def test_a_uri_without_special_characters_has_the_usual_form(path: str) -> None:
     assert sqlite_uri(Path(path)) == f"sqlite:///{path}"
     assert sqlite_path(f"sqlite:///{path}?timeout=5") == Path(path)
 
 
-def test_runs_are_recorded_in_the_project(odd: Path, mlflow_store: Path) -> None:
-    (odd / "mlflow.db").write_bytes((mlflow_store / "mlflow.db").read_bytes())
+def test_runs_are_recorded_in_the_project(special_folder: Path, mlflow_store: Path) -> None:
+    (special_folder / "mlflow.db").write_bytes((mlflow_store / "mlflow.db").read_bytes())
     connect()
     experiment = experiment_id("odd")
     run = RunLogger(mlflow.MlflowClient().create_run(experiment).info.run_id)
-    (odd / "file.txt").write_text("x")
-    run.log_file(odd / "file.txt")
+    (special_folder / "file.txt").write_text("x")
+    run.log_file(special_folder / "file.txt")
     record = find_run(run.run_id)
     assert record
     assert read_file(record, "file.txt") == b"x"
-    assert (odd / "mlartifacts" / run.run_id / "artifacts" / "file.txt").exists()
-    assert list(odd.parent.iterdir()) == [odd]
+    assert (special_folder / "mlartifacts" / run.run_id / "artifacts" / "file.txt").exists()
+    assert list(special_folder.parent.iterdir()) == [special_folder]
 
 
-def test_the_store_is_the_projects(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sqlite_path(tracking_uri(odd)) == odd / "mlflow.db"
-    assert workspace.made_store(odd) is None
-    (odd / "mlflow.db").touch()
-    assert workspace.made_store(odd) == tracking_uri(odd)
+def test_the_store_is_in_the_project_unless_the_user_names_one(
+    special_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sqlite_path(tracking_uri(special_folder)) == special_folder / "mlflow.db"
+    assert workspace.made_store(special_folder) is None
+    (special_folder / "mlflow.db").touch()
+    assert workspace.made_store(special_folder) == tracking_uri(special_folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db?timeout=5")
     get_settings.cache_clear()
-    assert tracking_uri(odd) == sqlite_uri(odd / "other.db") + "?timeout=5"
+    assert tracking_uri(special_folder) == sqlite_uri(special_folder / "other.db") + "?timeout=5"
 
 
-def test_a_workspace_gets_the_projects_cache_and_remotes(odd: Path) -> None:
-    project, clone = odd / "project", odd / "clone"
+def test_a_workspace_gets_the_projects_cache_and_remotes(special_folder: Path) -> None:
+    project, clone = special_folder / "project", special_folder / "clone"
     for folder in (project, clone):
         (folder / ".dvc").mkdir(parents=True)
         (folder / ".dvc" / "config").write_text(
@@ -90,14 +92,14 @@ def test_a_workspace_gets_the_projects_cache_and_remotes(odd: Path) -> None:
     assert settings["remote"]["local"]["url"] == str(project / ".dvcstore")
 
 
-def test_dvc_keeps_its_index_where_no_variable_is_expanded(odd: Path) -> None:
-    assert "DVC_SITE_CACHE_DIR" not in workspace.stage_environment(PROJECT, odd, variables={})
-    plain = workspace.stage_environment(PROJECT, odd.parent, variables={})
-    assert plain["DVC_SITE_CACHE_DIR"] == str(odd.parent / "index")
+def test_dvc_keeps_its_index_in_the_workspace_only_if_the_path_has_no_special_characters(special_folder: Path) -> None:
+    assert "DVC_SITE_CACHE_DIR" not in workspace.stage_environment(PROJECT, special_folder, variables={})
+    plain = workspace.stage_environment(PROJECT, special_folder.parent, variables={})
+    assert plain["DVC_SITE_CACHE_DIR"] == str(special_folder.parent / "index")
 
 
 def larger_repository(top: Path) -> Path:
-    """A copy of the project, with its first stage only, in a folder of a larger repository; gives its folder."""
+    """Copy the project, with its first stage only, into a folder of a larger repository, and return its folder."""
     project = copy_project(top / "ml é")
     shutil.rmtree(project / ".git")
     stages = read_yaml(project / "dvc.yaml")["stages"]
@@ -127,7 +129,7 @@ def test_a_project_that_the_larger_repository_does_not_track_is_refused_in_one_l
     assert "\n" not in str(error.value)
 
 
-def test_what_is_recorded_as_uncommitted_is_the_projects(tmp_path: Path) -> None:
+def test_only_changes_in_the_project_are_recorded_as_uncommitted(tmp_path: Path) -> None:
     (tmp_path / "ml").mkdir()
     for path in ("other.txt", "ml/own.txt"):
         (tmp_path / path).write_text("1\n")
@@ -145,9 +147,9 @@ def test_what_is_recorded_as_uncommitted_is_the_projects(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_stage_runs_in_a_folder_of_a_larger_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    project = larger_repository(tmp_path / ODD)
+    project = larger_repository(tmp_path / SPECIAL_CHARS)
     params: Mapping[str, Any] = read_yaml(project / "params.yaml")
-    (tmp_path / ODD / "other.txt").write_text("changed")
+    (tmp_path / SPECIAL_CHARS / "other.txt").write_text("changed")
     lines: list[str] = []
     with workspace.open_workspace(
         project, params=params, params_text=dump_yaml(params), experiment="odd", flow_run_id="run"
@@ -161,4 +163,4 @@ def test_a_stage_runs_in_a_folder_of_a_larger_repository(tmp_path: Path, monkeyp
     assert ref.endswith("/odd")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///none.db")
     assert str(DOWNLOAD) in Sources(project).outputs(ref)
-    assert list(tmp_path.iterdir()) == [tmp_path / ODD]
+    assert list(tmp_path.iterdir()) == [tmp_path / SPECIAL_CHARS]

@@ -1,4 +1,4 @@
-"""A real MLflow server that goes away in the midst of a training, and comes back or does not."""
+"""A training survives that its real MLflow server stops in the middle, whether the server returns or not."""
 
 import os
 import shutil
@@ -12,14 +12,14 @@ import pytest
 
 from flows import server
 from tests.conftest import free_port, read_until, release, run_step
-from tests.test_resume import Project, left_behind, undisturbed
+from tests.test_resume import Project, outcome, train_uninterrupted
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Any:
-    return undisturbed(tmp_path_factory.mktemp("whole"), mlflow_store)
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Any:
+    return train_uninterrupted(tmp_path_factory.mktemp("whole"), mlflow_store)
 
 
 class Server:
@@ -50,13 +50,15 @@ def mlflow_server(workspace: Path, mlflow_store: Path, monkeypatch: pytest.Monke
     shutil.copy(mlflow_store / "mlflow.db", workspace / "server.db")
     found = Server(workspace)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", found.uri.replace("//", "//me:secret@"))
-    for name, value in {"MAX_RETRIES": "0", "TIMEOUT": "300"}.items():  # for the test's own questions, too
+    for name, value in {"MAX_RETRIES": "0", "TIMEOUT": "300"}.items():  # they apply to the requests of the test, too
         monkeypatch.setenv(f"MLFLOW_HTTP_REQUEST_{name}", value)
     yield found
     found.kill()
 
 
-def test_metrics_wait_while_the_server_is_away_and_arrive_when_it_is_back(mlflow_server: Server, whole: Any) -> None:
+def test_metrics_are_queued_while_the_server_is_down_and_sent_when_it_is_back(
+    mlflow_server: Server, uninterrupted: Any
+) -> None:
     process = Project(Path.cwd()).start_until("epoch 2/4")
     mlflow_server.kill()
     output = read_until("warning: MLflow does not answer, metrics are queued", process)
@@ -66,10 +68,10 @@ def test_metrics_wait_while_the_server_is_away_and_arrive_when_it_is_back(mlflow
     output += process.communicate()[0]
     assert process.returncode == 0, output
     assert "secret" not in output
-    assert left_behind() == whole
+    assert outcome() == uninterrupted
 
 
-def test_what_a_server_that_stays_away_should_have_is_kept_for_it(mlflow_server: Server, whole: Any) -> None:
+def test_metrics_stay_queued_for_a_server_that_stays_down(mlflow_server: Server, uninterrupted: Any) -> None:
     process = Project(Path.cwd()).start_until("epoch 2/4")
     mlflow_server.kill()
     release(Path.cwd())
@@ -81,16 +83,16 @@ def test_what_a_server_that_stays_away_should_have_is_kept_for_it(mlflow_server:
     done = run_step("evaluate")
     assert done.returncode == 0, done.stderr
     assert "what was queued for it is sent" in done.stdout
-    model, steps = left_behind()
-    assert (model, {name: found for name, found in steps.items() if not name.startswith("test_")}) == whole
+    model, steps = outcome()
+    assert (model, {name: found for name, found in steps.items() if not name.startswith("test_")}) == uninterrupted
     [run] = mlflow.MlflowClient(mlflow_server.uri).search_runs(["1"])
     assert run.outputs
     assert len(run.outputs.model_outputs) == 1
     assert not list(Path(".cache/mlflow").iterdir())
 
 
-def test_a_server_that_is_away_at_the_start_may_be_back_at_the_next_try(workspace: Path) -> None:
-    os.environ["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{free_port()}"  # which `workspace` puts right again
+def test_a_server_that_is_down_at_the_start_is_a_temporary_failure(workspace: Path) -> None:
+    os.environ["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{free_port()}"  # the fixture `workspace` restores it
     process = Project(workspace).start()
     output, _ = process.communicate()
     assert process.returncode == 75

@@ -1,4 +1,4 @@
-"""What was queued while MLflow did not answer is sent once, whatever is killed."""
+"""Metrics that are queued while MLflow does not answer are sent exactly once, also after kills."""
 
 import shutil
 from pathlib import Path
@@ -12,14 +12,14 @@ from pipeline.tracking.search import find_run
 from pipeline.tracking.store import connect, store_md5
 
 
-def test_what_a_killed_removal_left_is_not_sent_again(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_queue_whose_removal_was_killed_is_not_sent_again(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     connect()
     client = mlflow.MlflowClient()
     run_id = client.create_run("0").info.run_id
     client.set_terminated(run_id, "KILLED")
     folder = workspace / ".cache" / "mlflow" / run_id
-    notes = {"run_id": run_id, "waiting": [["loss", 0.5, 1, 1]], "status": "FAILED", "ended": 2}
-    write_json(folder / "run.json", {"store": store_md5(), **notes})
+    record = {"run_id": run_id, "waiting": [["loss", 0.5, 1, 1]], "status": "FAILED", "ended": 2}
+    write_json(folder / "run.json", {"store": store_md5(), **record})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", interrupt)
         flush_outbox()
@@ -31,5 +31,5 @@ def test_what_a_killed_removal_left_is_not_sent_again(workspace: Path, monkeypat
 
 
 def interrupt(folder: Path) -> None:
-    (folder / "train").mkdir()  # whose files are removed already
+    (folder / "train").mkdir()  # its files are removed already, when rmtree is interrupted
     raise KeyboardInterrupt

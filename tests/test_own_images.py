@@ -1,4 +1,4 @@
-"""A folder of one's own images named on the command line, and what is checked before any server is started."""
+"""The command line accepts a folder of images, and checks it before a server starts."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What lies in the folder is not looked at."""
+    """Skip the check of the content of the folder."""
     monkeypatch.setattr(command_line, "check_inputs", lambda _params: None)
 
 
@@ -26,16 +26,18 @@ def folder_of(*arguments: str) -> str:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_folder_anywhere_is_taken_as_it_is(tmp_path: Path) -> None:
-    odd = tmp_path / "my photos #1 é: 'x' $HOME"
-    odd.mkdir()
-    assert folder_of("--images", str(odd)) == str(odd)
-    assert parse_arguments(["--images", str(odd)]).recipe == "my_images"
+def test_a_folder_with_any_path_is_accepted_unchanged(tmp_path: Path) -> None:
+    folder = tmp_path / "my photos #1 é: 'x' $HOME"
+    folder.mkdir()
+    assert folder_of("--images", str(folder)) == str(folder)
+    assert parse_arguments(["--images", str(folder)]).recipe == "my_images"
     assert parse_arguments([]).recipe == "digits"
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_home_folder_and_one_in_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_in_the_home_folder_and_in_the_project_are_resolved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "photos").mkdir()
     assert folder_of("--images", "~/photos") == str(tmp_path / "photos")
@@ -53,7 +55,7 @@ def test_a_home_folder_and_one_in_the_project(tmp_path: Path, monkeypatch: pytes
         (["--recipe", "nothing"], "recipe: found 'nothing'"),
     ],
 )
-def test_a_mistake_is_one_line_before_a_server_starts(
+def test_an_error_is_reported_in_one_line_before_a_server_starts(
     arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["train_classifier", *arguments])
@@ -65,7 +67,9 @@ def test_a_mistake_is_one_line_before_a_server_starts(
     assert expected in line
 
 
-def test_another_checkout_is_checked_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_checkout_without_a_repository_is_refused_before_a_server_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(command_line, "PROJECT", tmp_path)
     with pytest.raises(UserError, match="not in a git repository"):
         read_overrides(parse_arguments([]))

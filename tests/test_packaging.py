@@ -11,7 +11,7 @@ from tests.conftest import PROJECT
 
 @pytest.fixture(scope="module")
 def pip(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command of a pip of its own: the project's environment has none."""
+    """Return the command of a new pip, as the project's environment has none."""
     folder = tmp_path_factory.mktemp("pip")
     venv.create(folder, with_pip=True)
     return [str(folder / "bin/python"), "-m", "pip", "--isolated", "--disable-pip-version-check"]
@@ -21,7 +21,7 @@ def pip(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize(
     "command", [["wheel"], ["install", "--target", "."], ["install", "--target", ".", "--editable"]]
 )
-def test_a_build_ends_with_the_reason_and_the_remedy(command: list[str], pip: list[str], tmp_path: Path) -> None:
+def test_a_build_fails_with_the_reason_and_the_remedy(command: list[str], pip: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
         [*pip, command[0], "--no-index", "--no-deps", *command[1:], str(PROJECT)],
         cwd=tmp_path,

@@ -19,7 +19,7 @@ def test_every_recipe_is_valid(recipe: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "told"),
+    ("name", "value", "message"),
     [
         ("download__dataset", "mnist", "download.dataset is 'mnist'; allowed: 'digits', 'cifar10'"),
         ("download__md5", "xyz", "download.md5 is 'xyz'"),
@@ -46,19 +46,19 @@ def test_every_recipe_is_valid(recipe: str, monkeypatch: pytest.MonkeyPatch) -> 
         ("evaluate__top_k", 1, "evaluate.top_k is 1; allowed: greater than or equal to 2"),
     ],
 )
-def test_a_bad_value_is_named_with_what_is_allowed(name: str, value: object, told: str) -> None:
+def test_a_bad_value_is_reported_with_the_allowed_values(name: str, value: object, message: str) -> None:
     with pytest.raises(UserError) as error:
         params(**{name: value})
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_key_suggests_the_one_that_was_meant() -> None:
+def test_the_error_about_an_unknown_key_suggests_a_similar_key() -> None:
     with pytest.raises(UserError, match=r"did you mean learning_rate\?"):
         params(train__learnig_rate=0.1)
 
 
-def test_a_missing_key_is_named() -> None:
+def test_a_missing_key_is_reported() -> None:
     values = {section: dict(fields) for section, fields in DEFAULTS.items()}
     del values["train"]["epochs"]
     with pytest.raises(UserError, match=r"train\.epochs is missing"):
@@ -72,14 +72,14 @@ def test_a_number_in_exponent_form_is_a_number() -> None:
     assert params(train__learning_rate="1e-3").train.learning_rate == 0.001
 
 
-def test_overrides_win_over_the_recipe_and_comments_stay(workspace: object) -> None:
+def test_overrides_take_precedence_over_the_recipe_and_comments_are_kept(workspace: object) -> None:
     values = compose("cifar10_tutorial", {"train.epochs": 7})
     assert (values["train"]["epochs"], values["train"]["batch_size"]) == (7, 4)
     assert "# Every value the pipeline uses" in dump_yaml(values)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         ({"train.epoch": 3}, "unknown key 'train.epoch'; allowed:"),
         (
@@ -89,13 +89,13 @@ def test_overrides_win_over_the_recipe_and_comments_stay(workspace: object) -> N
         ({"train.epochs": "three"}, "override: train.epochs is 'three'; allowed: a valid integer"),
     ],
 )
-def test_a_bad_override_is_named(workspace: object, overrides: dict[str, object], told: str) -> None:
+def test_a_bad_override_is_reported(workspace: object, overrides: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as error:
         compose(None, overrides)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
-def test_an_unknown_recipe_lists_the_recipes(workspace: object) -> None:
+def test_the_error_about_an_unknown_recipe_lists_the_recipes(workspace: object) -> None:
     with pytest.raises(UserError, match=r"recipe: found 'cifar'; allowed: cifar10_fast94, cifar10_lenet, .*digits"):
         recipe_path("cifar")
     with pytest.raises(UserError, match="recipe: found ''; allowed: cifar10_fast94, cifar10_lenet"):
@@ -108,7 +108,7 @@ def test_a_malformed_override_is_refused(text: str) -> None:
         parse_override(text)
 
 
-def test_values_of_overrides_are_yaml() -> None:
+def test_values_of_overrides_are_parsed_as_yaml() -> None:
     assert parse_override("train.weights=null") == ("train.weights", None)
     assert parse_override("train.learning_rate=0.1") == ("train.learning_rate", 0.1)
 
@@ -121,14 +121,14 @@ def test_a_recipe_can_be_written_into_params_yaml(workspace: object, monkeypatch
 
 
 @pytest.mark.parametrize("text", ["train: [", "- 1\n", "", "\x00", "train:\n", "train: 3\n"])
-def test_a_params_file_that_is_not_one_is_refused_in_one_line(workspace: object, text: str) -> None:
+def test_an_invalid_params_file_is_refused_in_one_line(workspace: object, text: str) -> None:
     Path("params.yaml").write_text(text)
     with pytest.raises(UserError, match=r"params\.yaml: ") as error:
         load_params()
     assert "\n" not in str(error.value)
 
 
-def test_recorded_parameters_hold_no_password() -> None:
+def test_recorded_parameters_contain_no_password() -> None:
     flat = params(download__urls=["https://host/a.tar.gz?token=secret#secret", "/data/b.tar.gz"]).flat()
     assert flat["download.urls"] == "https://host/a.tar.gz, /data/b.tar.gz"
     assert flat["train.epochs"] == 20

@@ -1,4 +1,4 @@
-"""`params.yaml` is written as DVC writes it: to set one value with `dvc exp run -S` changes one line."""
+"""`params.yaml` has the format that DVC writes, so that `dvc exp run -S` changes one line for one value."""
 
 import difflib
 import shutil
@@ -12,7 +12,7 @@ from pipeline.params import compose, parse_override
 from tests.conftest import PROJECT
 
 RECIPES = sorted(path.stem for path in (PROJECT / "recipes").glob("*.yaml"))
-ODD_VALUES = {
+UNUSUAL_VALUES = {
     "small": "train.learning_rate=1e-5",
     "hexadecimal": "train.batch_size=0x20",
     "a list in one line": 'download.urls=["https://a.example/x.tar.gz", "https://b.example/y.tar.gz"]',
@@ -23,7 +23,7 @@ ODD_VALUES = {
 
 
 def changed_lines(text: str, override: str) -> list[str]:
-    """The lines that DVC removes or adds when it sets a value in a file of this text."""
+    """Set a value by DVC in a params.yaml with this text, and return the lines that were removed or added."""
     path = Path("params.yaml")
     path.write_text(text)
     apply_overrides(path, [override])
@@ -33,13 +33,13 @@ def changed_lines(text: str, override: str) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A current folder with the committed parameters and recipes."""
+    """Change to a folder with the committed parameters and recipes."""
     shutil.copy(PROJECT / "params.yaml", tmp_path)
     shutil.copytree(PROJECT / "recipes", tmp_path / "recipes")
     monkeypatch.chdir(tmp_path)
 
 
-def test_the_committed_file_is_in_that_style() -> None:
+def test_the_committed_file_has_the_format_of_dvc() -> None:
     text = Path("params.yaml").read_text()
     assert dump_yaml(compose(None, {})) == text
     removed, added = changed_lines(text, "train.seed=2")
@@ -47,13 +47,13 @@ def test_the_committed_file_is_in_that_style() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_one_value_set_over_a_recipe_changes_one_line(recipe: str) -> None:
+def test_setting_one_value_of_a_recipe_changes_one_line(recipe: str) -> None:
     removed, added = changed_lines(dump_yaml(compose(recipe, {})), "evaluate.top_k=4")
     assert (removed[2:].split("#")[0].strip(), added[2:].split("#")[0].strip()) == ("top_k: 5", "top_k: 4")
 
 
-@pytest.mark.parametrize("override", ODD_VALUES.values(), ids=ODD_VALUES)
-def test_one_value_set_beside_an_odd_one_changes_one_line(override: str) -> None:
+@pytest.mark.parametrize("override", UNUSUAL_VALUES.values(), ids=UNUSUAL_VALUES)
+def test_setting_one_value_beside_an_unusual_one_changes_one_line(override: str) -> None:
     name, value = parse_override(override)
     section, _, field = name.partition(".")
     text = dump_yaml(compose(None, {name: value}))

@@ -1,4 +1,4 @@
-"""Photographs from telephones and cameras: HEIC and AVIF are read; what cannot be decoded counts as unreadable."""
+"""HEIC and AVIF photographs are read; files of cameras that cannot be decoded count as unreadable."""
 
 from pathlib import Path
 from typing import Any
@@ -39,23 +39,23 @@ def test_a_photograph_is_turned_upright_once(file_format: str, orientation: int)
     assert np.abs(read(content) - UPRIGHT).mean() < 2
 
 
-def test_heic_of_a_brand_that_avif_may_have_too_is_read() -> None:
+def test_heic_with_a_brand_that_avif_also_uses_is_read() -> None:
     content = encoded(UPRIGHT, "HEIF", quality=95)
     assert np.abs(read(content.replace(b"ftypheic", b"ftypmif1", 1)) - UPRIGHT).mean() < 10
 
 
-def test_the_picture_is_read_and_not_its_thumbnail() -> None:
+def test_the_full_image_is_read_and_not_its_thumbnail() -> None:
     large = Image.fromarray(UPRIGHT).resize((512, 512), Image.Resampling.NEAREST)
     content = encoded(large, "HEIF", quality=95, thumbnails=[128])
     assert (read(content) == read(encoded(large, "HEIF", quality=95))).all()
 
 
-def test_transparent_and_grey_heic() -> None:
+def test_transparent_and_gray_heic_are_read() -> None:
     assert (read(encoded(Image.new("RGBA", (64, 64), 0), "HEIF", quality=-1, chroma=444)) >= 254).all()
     assert np.abs(read(encoded(np.full((64, 64), 100, np.uint8), "HEIF"), channels=1) - 100).max() <= 2
 
 
-def reason_or_nothing(content: bytes) -> str:
+def decoding_error(content: bytes) -> str:
     try:
         read(content)
     except UnreadableImage as error:
@@ -63,19 +63,19 @@ def reason_or_nothing(content: bytes) -> str:
     return ""
 
 
-def test_damaged_heic_gives_pixels_or_a_reason_in_one_line_and_silence(capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_heic_is_decoded_or_refused_in_one_line_without_output(capfd: pytest.CaptureFixture[str]) -> None:
     random, content, reasons = np.random.default_rng(0), encoded(UPRIGHT, "HEIF"), []
     for number in range(300):
         damaged = np.frombuffer(content, np.uint8).copy()
         damaged[random.integers(0, len(damaged) if number % 2 else 600, 4)] = random.integers(0, 256, 4)
-        reasons.append(reason_or_nothing(damaged.tobytes()))
+        reasons.append(decoding_error(damaged.tobytes()))
     assert sum(map(bool, reasons)) > 100
     assert not any("\n" in reason for reason in reasons)
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("length", [0, 30, 300, -1])
-def test_cut_heic_is_unreadable(length: int) -> None:
+def test_truncated_heic_is_unreadable(length: int) -> None:
     with pytest.raises(UnreadableImage):
         read(encoded(UPRIGHT, "HEIF")[:length])
 
@@ -89,18 +89,18 @@ def test_heic_with_too_many_pixels_is_refused_before_it_is_decoded() -> None:
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "WEBP", "AVIF", "HEIF"])
-def test_the_first_bytes_of_common_images_are_known(file_format: str) -> None:
+def test_common_images_are_recognized_by_their_first_bytes(file_format: str) -> None:
     assert is_image_content(encoded(UPRIGHT, file_format)[:16])
 
 
 @pytest.mark.parametrize(
     "head", [b"", b"text", b"\0\0\0\x14ftypqt  \0\0", b"\0\0\0\x18ftypmp42", b"PK\3\4", b"RIFF0000WAVE"]
 )
-def test_the_first_bytes_of_other_files_are_not(head: bytes) -> None:
+def test_other_files_are_not_recognized_as_images(head: bytes) -> None:
     assert not is_image_content(head)
 
 
-def test_a_raw_file_is_refused_by_its_name_as_pillow_would_give_its_thumbnail() -> None:
+def test_a_raw_file_is_refused_by_its_suffix_as_pillow_would_read_only_its_thumbnail() -> None:
     with pytest.raises(UnreadableImage, match=r"\.nef files cannot be decoded here; export it"):
         check_suffix("DSC_1.NEF")
     for name in ("a.jpg", "b.HEIC", "c", "d.avif"):
@@ -122,7 +122,7 @@ def test_images_without_a_decoder_count_as_unreadable(tmp_path: Path) -> None:
     assert read_json(tmp_path / "out/dataset.json")["unreadable_files"] == undecodable(5)
 
 
-def test_every_process_that_decodes_reads_heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_decoding_process_reads_heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imagefolder, "POOL_BYTES", 0)
     for module in (imagefolder, decoding_pool):
         monkeypatch.setattr(module, "num_cores", lambda: 2)

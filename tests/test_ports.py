@@ -1,4 +1,4 @@
-"""A server that answers is ours only where the process that we started listens on its port."""
+"""A server counts as ours only if the process that we started listens on its port."""
 
 import http.server
 import os
@@ -22,7 +22,7 @@ from pipeline.core.processes import start_of
 from tests.conftest import free_port
 
 
-class Anything(http.server.BaseHTTPRequestHandler):
+class AnyServer(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
@@ -32,24 +32,24 @@ class Anything(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def foreign_server(kind: type[Anything] = Anything) -> Iterator[int]:
-    """A server of this process, which answers every request with 200; gives its port."""
+def foreign_server(kind: type[AnyServer] = AnyServer) -> Iterator[int]:
+    """Start a server in this process that answers every request with 200, and yield its port."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as found:
         threading.Thread(target=found.serve_forever, daemon=True).start()
         yield found.server_address[1]
         found.shutdown()
 
 
-class Tokened(Anything):
+class ServerWithToken(AnyServer):
     def do_GET(self) -> None:
         super().do_GET()
         if self.path == "/api/admin/settings":
-            self.wfile.write(b'{"deployments": {"default_docker_build_namespace": "drawn"}}')
+            self.wfile.write(b'{"deployments": {"default_docker_build_namespace": "own"}}')
 
 
 @contextmanager
 def sleeper(code: str = "pass") -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has run `code`, and waits."""
+    """Start a process that runs `code` and then waits, and yield it."""
     command = [sys.executable, "-c", f"import sys; {code}; print(flush=True); sys.stdin.read()"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout
@@ -59,10 +59,12 @@ def sleeper(code: str = "pass") -> Iterator[subprocess.Popen[bytes]]:
 
 
 LISTEN = "import socket; s = socket.create_server(('127.0.0.1', {port}))"
-BELOW = "import subprocess; p = subprocess.Popen([sys.executable, '-c', {code!r}], stdout=-1); p.stdout.readline()"
+IN_CHILD_PROCESS = (
+    "import subprocess; p = subprocess.Popen([sys.executable, '-c', {code!r}], stdout=-1); p.stdout.readline()"
+)
 
 
-def test_the_owner_of_a_port_is_known() -> None:
+def test_the_process_that_listens_on_a_port_is_recognized() -> None:
     port = free_port()
     with sleeper(LISTEN.format(port=port)) as owner, sleeper() as other:
         assert ports.listens(owner.pid, port) is True
@@ -71,28 +73,30 @@ def test_the_owner_of_a_port_is_known() -> None:
     assert ports.listens(owner.pid, port) is False
 
 
-def test_a_process_owns_what_one_below_it_listens_on() -> None:
+def test_a_port_of_a_child_process_belongs_to_the_parent() -> None:
     port = free_port()
     child = f"{LISTEN.format(port=port)}; print(flush=True); import sys; sys.stdin.read()"
-    with sleeper(BELOW.format(code=child)) as owner:
+    with sleeper(IN_CHILD_PROCESS.format(code=child)) as owner:
         assert ports.listens(owner.pid, port) is True
 
 
-def test_where_the_system_hides_processes_nothing_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_owner_of_a_port_is_unknown_where_the_system_hides_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with foreign_server() as port:
         assert ports.listens(os.getpid(), port) is True
         monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
         assert ports.listens(os.getpid(), port) is None
 
 
-def test_the_answer_of_another_server_is_not_taken_for_ours(tmp_path: Path) -> None:
+def test_another_server_on_the_port_does_not_count_as_ours(tmp_path: Path) -> None:
     with foreign_server() as port, sleeper() as process:
         with pytest.raises(ports.PortTakenError, match=f"port {port} is in use; .* PREFECT_PORT="):
             wait(port, process, folder=tmp_path)
         assert not psutil.pid_exists(process.pid)
 
 
-def test_an_answer_that_cannot_be_proven_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_of_an_unknown_process_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with foreign_server() as port, sleeper() as process:
         monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
         with pytest.raises(TemporaryError, match="does not say which process listens there"):
@@ -100,17 +104,17 @@ def test_an_answer_that_cannot_be_proven_is_an_error(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("kind", "token"), [(Tokened, "drawn"), (Tokened, "other"), (Tokened, ""), (Anything, "drawn")]
+    ("kind", "token"), [(ServerWithToken, "own"), (ServerWithToken, "other"), (ServerWithToken, ""), (AnyServer, "own")]
 )
-def test_where_the_system_hides_processes_a_prefect_server_is_known_by_its_token(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Anything], token: str
+def test_a_prefect_server_is_recognized_by_its_token_where_the_system_hides_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[AnyServer], token: str
 ) -> None:
     record = {"pid": os.getpid(), "started": start_of(os.getpid()), "token": token}
     monkeypatch.setattr(ports, "listens", lambda _pid, _port: None)
     (tmp_path / ".prefect").mkdir()
     with foreign_server(kind) as port:
         write_json(tmp_path / ".prefect" / "server.json", record | {"port": port})
-        if (kind, token) == (Tokened, "drawn"):
+        if (kind, token) == (ServerWithToken, "own"):
             assert server.running(tmp_path)
             return
         with pytest.raises(TemporaryError, match="does not say which process listens there"):
@@ -118,7 +122,7 @@ def test_where_the_system_hides_processes_a_prefect_server_is_known_by_its_token
 
 
 @pytest.mark.slow
-def test_where_the_system_hides_processes_a_prefect_server_starts(
+def test_a_prefect_server_starts_where_the_system_hides_processes(
     tmp_path: Path, stores: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ports, "listens", lambda _pid, _port: None)
@@ -135,7 +139,7 @@ def wait(port: int, process: subprocess.Popen[bytes], *, folder: Path) -> None:
     server.wait_for(f"http://127.0.0.1:{port}/", process, name="the server", log=folder / "log")
 
 
-def test_a_server_at_the_recorded_port_that_is_not_ours_is_not_running(tmp_path: Path) -> None:
+def test_another_server_on_the_recorded_port_does_not_count_as_running(tmp_path: Path) -> None:
     with foreign_server() as port, sleeper() as process:
         record = {"pid": process.pid, "started": start_of(process.pid), "port": port}
         (tmp_path / ".prefect").mkdir()
@@ -147,7 +151,7 @@ def test_a_server_at_the_recorded_port_that_is_not_ours_is_not_running(tmp_path:
         assert server.running(tmp_path)
 
 
-def test_the_server_of_a_project_is_not_that_of_its_copy(tmp_path: Path) -> None:
+def test_a_copy_of_a_project_does_not_use_the_server_of_the_original(tmp_path: Path) -> None:
     original = tmp_path / "original" / ".prefect"
     original.mkdir(parents=True)
     with sleeper() as process:
@@ -176,7 +180,7 @@ for number in range(3):
 """
 
 
-def test_our_server_is_not_given_up_where_it_is_slow_to_answer(tmp_path: Path) -> None:
+def test_our_server_counts_as_running_although_it_answers_slowly(tmp_path: Path) -> None:
     port = free_port()
     with sleeper(f"exec({BUSY.format(port=port)!r})") as process:
         while not ports.listens(process.pid, port):
@@ -187,7 +191,7 @@ def test_our_server_is_not_given_up_where_it_is_slow_to_answer(tmp_path: Path) -
         assert server.running(tmp_path) == server.Server(**record)  # type: ignore[arg-type]
 
 
-def test_the_next_free_port_is_tried_where_the_first_is_lost() -> None:
+def test_the_next_free_port_is_tried_if_the_first_is_taken() -> None:
     first = free_port()
     tried = []
 
@@ -206,15 +210,15 @@ def test_the_next_free_port_is_tried_where_the_first_is_lost() -> None:
 def test_a_port_that_the_user_named_is_the_only_one_tried() -> None:
     named = free_port()
 
-    def lose(port: int) -> int:
+    def fail(port: int) -> int:
         raise ports.taken(port, variable="X_PORT")
 
     with pytest.raises(UserError, match=f"port {named} is in use; .* X_PORT="):
-        ports.start_on_port(lose, named=named, default=free_port(), variable="X_PORT")
+        ports.start_on_port(fail, named=named, default=free_port(), variable="X_PORT")
 
 
 @pytest.mark.slow
-def test_two_checkouts_that_start_together_get_a_server_each(
+def test_two_checkouts_that_start_at_the_same_time_get_a_server_each(
     tmp_path: Path, stores: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server, "DEFAULT_PORT", free_port())

@@ -1,4 +1,4 @@
-"""Flow runs at once, with MLflow's and Prefect's records in a real PostgreSQL on loopback."""
+"""Parallel flow runs are recorded by MLflow and Prefect in a real PostgreSQL on loopback."""
 
 import os
 import pwd
@@ -17,10 +17,10 @@ from mlflow import MlflowClient
 from flows import server
 from tests.conftest import copy_project, free_port
 
+# Debian keeps these commands out of PATH.
 COMMANDS = Path(
     shutil.which("initdb") or max(Path("/usr/lib/postgresql").glob("*/bin/initdb"), default="initdb")
 ).parent
-"""Debian keeps them out of PATH."""
 PASSWORD = "s3cret-of-the-test"
 RATES = ("0.02", "0.1")
 
@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def as_server(*command: str, cwd: Path) -> None:
-    """Run as a user under whom PostgreSQL agrees to start: it refuses root."""
+    """Run a command of PostgreSQL, as the user postgres if this process is root, as PostgreSQL refuses root."""
     user = "postgres" if os.geteuid() == 0 else None
     subprocess.run(
         [str(COMMANDS / command[0]), *command[1:]], cwd=cwd, check=True, user=user, stdout=subprocess.DEVNULL
@@ -42,7 +42,7 @@ def as_server(*command: str, cwd: Path) -> None:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """`user:password@host:port` of a PostgreSQL with the empty databases mlflow and prefect."""
+    """Start a PostgreSQL with the empty databases mlflow and prefect, and yield `user:password@host:port`."""
     folder = Path(tempfile.mkdtemp(prefix="postgresql-"))
     (folder / "password").write_text(PASSWORD)
     if os.geteuid() == 0:
@@ -70,7 +70,7 @@ def rows(address: str, database: str, query: LiteralString) -> list[tuple[object
         return connection.execute(query).fetchall()
 
 
-def test_flow_runs_at_once_are_recorded_in_postgresql(
+def test_parallel_flow_runs_are_recorded_in_postgresql(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = copy_project(tmp_path / "project")

@@ -21,14 +21,14 @@ from pipeline.models.cpu_kernels import PORTABLE
 from pipeline.models.files import save_config, save_weights
 from pipeline.predict import BATCH_SIZE, main, predict
 from pipeline.tracking import served_model
-from tests.conftest import DEFAULTS, PROJECT, coloured_images, write_normalized
+from tests.conftest import DEFAULTS, PROJECT, colored_images, write_normalized
 from tests.raw_folders import encoded, noise
 from tests.test_model import config
 
 
 @pytest.fixture
 def model(workspace: Path) -> Path:
-    """A LeNet whose last layer always favours "b"."""
+    """Write a LeNet that always predicts "b", and a photo.png; return the folder of the model."""
     chosen = config(classes=3, class_names=("a", "b", "c"), cpu_kernels="portable")
     classifier = build(chosen)
     with torch.no_grad():
@@ -36,7 +36,7 @@ def model(workspace: Path) -> Path:
     with replace_folder(workspace / "artifacts" / "train") as folder:
         save_weights(classifier, folder / "best.safetensors")
         save_config(chosen, folder)
-    Image.fromarray(coloured_images(1, size=50)[0][0]).save(workspace / "photo.png")
+    Image.fromarray(colored_images(1, size=50)[0][0]).save(workspace / "photo.png")
     return workspace / "artifacts" / "train"
 
 
@@ -51,7 +51,7 @@ def test_probabilities_are_sorted_and_sum_to_one(model: Path) -> None:
     assert sum(result.probabilities.values()) == pytest.approx(1)
 
 
-def test_it_prints_a_line_for_each_image(
+def test_one_line_is_printed_for_each_image(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(monkeypatch, "photo.png", "photo.png", "--top", "2")
@@ -68,19 +68,19 @@ def test_json_has_all_classes(model: Path, monkeypatch: pytest.MonkeyPatch, caps
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["photo.png", "--model", "elsewhere"], "error: elsewhere/model.json: no such file"),
         (["photo.png", "--top", "0"], "error: --top is 0; allowed: 1 or more"),
     ],
 )
-def test_a_mistake_is_told_in_one_line(
-    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+def test_a_bad_option_is_reported_in_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, *arguments)
     stderr = capsys.readouterr().err
-    assert stderr.startswith(told)
+    assert stderr.startswith(message)
     assert len(stderr.splitlines()) == 1
 
 
@@ -89,7 +89,7 @@ def test_a_mistake_is_told_in_one_line(
 
 @pytest.fixture
 def bad_files(model: Path) -> dict[str, str]:
-    """Files that cannot be read, and the reason."""
+    """Write files that cannot be read, and return the reason for each."""
     Path("cut.png").write_bytes(Path("photo.png").read_bytes()[:200])
     Path("text.jpg").write_text("not an image")
     Path("empty.png").touch()
@@ -110,62 +110,62 @@ def bad_files(model: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_bad_files_are_named_and_the_others_answered(
+def test_bad_files_are_reported_and_the_others_classified(
     bad_files: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     options: list[str],
 ) -> None:
     mixed = [name for bad in bad_files for name in (bad, "photo.png")]
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exit_info:
         run(monkeypatch, *options, *mixed)
     captured = capsys.readouterr()
-    assert leaving.value.code == EXIT_PARTIAL == 3
+    assert exit_info.value.code == EXIT_PARTIAL == 3
     answers = captured.out.splitlines()
     assert len(answers) == len(bad_files)
     assert all("photo.png" in line for line in answers)
-    *named, last = captured.err.splitlines()
+    *errors, last = captured.err.splitlines()
     assert [
-        line for line, (name, reason) in zip(named, bad_files.items(), strict=True)
+        line for line, (name, reason) in zip(errors, bad_files.items(), strict=True)
         if not line.startswith(f"error: {name}: {reason}")
     ] == []  # fmt: skip
     assert last.startswith(f"error: {len(bad_files)} of {len(mixed)} files cannot be read")
     assert "the others are classified" in last
 
 
-def test_files_that_are_all_bad_are_all_named(
+def test_all_files_are_reported_if_all_are_bad(
     bad_files: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exit_info:
         run(monkeypatch, *bad_files)
     captured = capsys.readouterr()
-    assert (leaving.value.code, captured.out) == (EXIT_PARTIAL, "")
-    *named, last = captured.err.splitlines()
-    assert len(named) == len(bad_files)
+    assert (exit_info.value.code, captured.out) == (EXIT_PARTIAL, "")
+    *errors, last = captured.err.splitlines()
+    assert len(errors) == len(bad_files)
     assert "none is classified" in last
     assert "the others" not in last
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_that_may_not_be_read_is_named(model: Path) -> None:
+def test_a_file_without_read_permission_is_reported(model: Path) -> None:
     shutil.copy("photo.png", "secret.png")
     Path("secret.png").chmod(0)
     secret, photo = predict([Path("secret.png"), Path("photo.png")], folder=model)
     assert (secret.unreadable, photo.unreadable) == ("Permission denied", "")
 
 
-def test_answers_come_batch_by_batch_and_each_file_has_its_own(model: Path) -> None:
-    asked = []
+def test_predictions_are_made_batch_by_batch_and_belong_to_their_files(model: Path) -> None:
+    read = []
 
     def paths() -> Iterator[Path]:
         for number in range(2 * BATCH_SIZE + 1):
-            asked.append(number)
+            read.append(number)
             Image.fromarray(np.full((32, 32, 3), 3 * number, np.uint8)).save(f"{number}.png")
             yield Path(f"{number}.png")
 
     answers = predict(paths(), folder=model)
     first = next(answers)
-    assert len(asked) == BATCH_SIZE
+    assert len(read) == BATCH_SIZE
     together = {answer.path: answer.probabilities for answer in [first, *answers]}
     assert list(together) == [Path(f"{number}.png") for number in range(2 * BATCH_SIZE + 1)]
     for number in (0, BATCH_SIZE - 1, BATCH_SIZE, 2 * BATCH_SIZE):
@@ -173,7 +173,7 @@ def test_answers_come_batch_by_batch_and_each_file_has_its_own(model: Path) -> N
         assert together[alone.path] == pytest.approx(alone.probabilities, abs=1e-5)
 
 
-def test_an_answer_is_printed_before_the_next_batch_is_read(
+def test_predictions_are_printed_before_the_next_batch_is_read(
     model: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -181,18 +181,18 @@ def test_an_answer_is_printed_before_the_next_batch_is_read(
     printed: list[int] = []
     original = module._batches
 
-    def watched(paths: list[Path]) -> Iterator[list[Path]]:
+    def record_printed(paths: list[Path]) -> Iterator[list[Path]]:
         for batch in original(paths):
             printed.append(len(capsys.readouterr().out.splitlines()))
             yield batch
 
-    monkeypatch.setattr(module, "_batches", watched)
+    monkeypatch.setattr(module, "_batches", record_printed)
     run(monkeypatch, *["photo.png"] * (BATCH_SIZE + 1))
     assert printed == [0, BATCH_SIZE]
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="the file system admits UTF-8 names only")
-def test_a_name_that_is_no_text_is_printed_all_the_same(
+def test_a_name_that_is_not_utf8_is_printed_escaped(
     model: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -205,7 +205,7 @@ def test_a_name_that_is_no_text_is_printed_all_the_same(
     assert capsys.readouterr().out.startswith("\\udcff é.png: b ")
 
 
-def test_a_reader_that_has_seen_enough_ends_it_quietly(model: Path) -> None:
+def test_a_closed_pipe_ends_the_command_without_an_error_message(model: Path) -> None:
     command = [sys.executable, "-m", "pipeline.predict", *["photo.png"] * (BATCH_SIZE + 1)]
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -216,8 +216,8 @@ def test_a_reader_that_has_seen_enough_ends_it_quietly(model: Path) -> None:
     assert process.wait() == EXIT_PIPE
 
 
-KERNELS = {
-    # it refuses the model's classes, after it has chosen the kernels
+ENTRY_POINTS = {
+    # evaluate refuses the classes of the model, but only after it has chosen the kernels
     "evaluate": "import contextlib, pipeline.evaluate as e\nwith contextlib.suppress(SystemExit): e.main()\n",
     "predict": "import sys; from pipeline.predict import main; sys.argv[1:] = ['photo.png']; main()",
     "served": "from types import SimpleNamespace as S; from pipeline.tracking.served_model import ServedModel; "
@@ -226,19 +226,19 @@ KERNELS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", KERNELS)
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="this CPU has no AVX2")
-def test_the_kernels_are_those_of_the_model_and_of_the_parameters(model: Path, way: str) -> None:
+def test_the_kernels_of_the_model_or_the_parameters_are_used(model: Path, entry_point: str) -> None:
     write_normalized(model.parents[1])
     (model.parents[1] / "params.yaml").write_text(dump_yaml(DEFAULTS))
     environment = {name: value for name, value in os.environ.items() if name not in PORTABLE}
-    code = f"{KERNELS[way]}\nimport os; print(*sorted(set({set(PORTABLE)}) & os.environ.keys()))"
+    code = f"{ENTRY_POINTS[entry_point]}\nimport os; print(*sorted(set({set(PORTABLE)}) & os.environ.keys()))"
     environment["PYTHONPATH"] = str(PROJECT)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1:] == [" ".join(sorted(PORTABLE))], done.stderr
 
 
-def test_an_application_that_computes_with_other_kernels_is_warned(
+def test_an_application_with_other_kernels_gets_a_warning(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)

@@ -1,4 +1,4 @@
-"""A process is known again, whatever became of the clock, and told from a later one of its id."""
+"""A process is recognized after the clock changes, and distinguished from a later process with the same id."""
 
 import os
 import subprocess
@@ -10,36 +10,36 @@ import pytest
 
 from pipeline.core.processes import HOST, PID, STARTED, life, lives, start_of, this_process
 
-pytestmark = pytest.mark.skipif(not psutil.LINUX, reason="elsewhere a start is known by the wall clock only")
+pytestmark = pytest.mark.skipif(not psutil.LINUX, reason="other systems record a start by the wall clock only")
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, *, forward_seconds: float) -> None:
-    """As psutil sees it: the boot time, now less the time since boot, moves with the clock."""
+    """Move the clock for psutil, whose boot time is the current time less the time since boot."""
     boot = psutil.boot_time()
     monkeypatch.setattr("psutil._pslinux.boot_time", lambda: boot + forward_seconds)
 
 
 @pytest.mark.parametrize("seconds", [-3600, 3600])
 def test_a_living_process_stays_alive_when_the_clock_jumps(monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
-    me, created = this_process(), psutil.Process().create_time()
+    record, created = this_process(), psutil.Process().create_time()
     set_clock(monkeypatch, forward_seconds=seconds)
     assert psutil.Process().create_time() == created + seconds
-    assert (life(me), life(this_process())) == ("alive", "alive")
+    assert (life(record), life(this_process())) == ("alive", "alive")
 
 
-def test_a_later_owner_of_the_id_is_told_apart() -> None:
-    me = this_process()
-    ticks, _, boot = me[STARTED].partition("@")
-    assert life({**me, STARTED: f"{int(ticks) - 1}@{boot}"}) == "dead"
-    assert life({**me, STARTED: f"{ticks}@another-boot"}) == "dead"
-    assert life({**me, HOST: "far-away"}) == "elsewhere"
+def test_a_later_process_with_the_same_id_is_distinguished() -> None:
+    record = this_process()
+    ticks, _, boot = record[STARTED].partition("@")
+    assert life({**record, STARTED: f"{int(ticks) - 1}@{boot}"}) == "dead"
+    assert life({**record, STARTED: f"{ticks}@another-boot"}) == "dead"
+    assert life({**record, HOST: "far-away"}) == "elsewhere"
     assert life({}) == "unknown"
 
 
-def test_a_record_in_seconds_since_the_epoch_still_counts() -> None:
-    me = this_process()
-    assert life({**me, STARTED: f"{psutil.Process().create_time() + 1:.2f}"}) == "alive"
-    assert life({**me, STARTED: "1000.0"}) == "dead"
+def test_a_record_in_seconds_since_the_epoch_is_still_accepted() -> None:
+    record = this_process()
+    assert life({**record, STARTED: f"{psutil.Process().create_time() + 1:.2f}"}) == "alive"
+    assert life({**record, STARTED: "1000.0"}) == "dead"
 
 
 def test_a_process_that_has_ended_is_dead() -> None:
@@ -48,13 +48,13 @@ def test_a_process_that_has_ended_is_dead() -> None:
         assert life(record) == "alive"
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert life(record) == "dead"  # a zombie
+        assert life(record) == "dead"  # it is a zombie until its parent waits for it
     assert life(record) == "dead"
     with pytest.raises(psutil.NoSuchProcess):
         start_of(process.pid)
 
 
-def test_a_name_with_spaces_and_brackets_does_not_confuse(tmp_path: Path) -> None:
+def test_the_start_of_a_process_whose_name_has_spaces_and_brackets_is_read(tmp_path: Path) -> None:
     python = tmp_path / "a) R 1 (b"
     python.symlink_to(sys.executable)
     with subprocess.Popen([python, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:

@@ -1,4 +1,4 @@
-"""Where a run is recorded: in the project, also from a temporary folder of DVC, and after the project was moved."""
+"""A run is recorded in the project, also from a temporary folder of DVC and after the project was moved."""
 
 import shutil
 import sqlite3
@@ -29,7 +29,7 @@ VARIABLES = ("PIPELINE_PROJECT", "DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_UR
 
 @pytest.fixture
 def project(workspace: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project with an MLflow store, alone in a folder, as the current folder."""
+    """Change to a project with an MLflow store, the only entry of its parent folder, and return it."""
     folder = Path(shutil.move(workspace, tmp_path_factory.mktemp("place") / "project"))
     workspace.mkdir()
     monkeypatch.chdir(folder)
@@ -40,7 +40,7 @@ def project(workspace: Path, tmp_path_factory: pytest.TempPathFactory, monkeypat
 
 @pytest.fixture
 def temporary(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder in which DVC runs the experiment bold-name of that project, as the current folder."""
+    """Change to the folder in which DVC runs the experiment bold-name of the project, and return it."""
     folder = project / EXPERIMENTS / "tmpabcdef"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
@@ -50,7 +50,7 @@ def temporary(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make_run(name: str = "0", *, text: str = "x") -> str:
-    """An MLflow run of its own with a file; gives its id."""
+    """Make an MLflow run with a file, and return its id."""
     run, _ = find_or_create_run(name * 32, experiment="digits")
     Path("note.txt").write_text(text)
     run.log_file(Path("note.txt"))
@@ -58,7 +58,7 @@ def make_run(name: str = "0", *, text: str = "x") -> str:
 
 
 def go_to(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """As a new process there: in this one, MLflow has set the variable."""
+    """Change to a folder as a new process does, without MLFLOW_TRACKING_URI, which MLflow has set in this process."""
     patch.chdir(folder)
     patch.delenv("MLFLOW_TRACKING_URI")
     get_settings.cache_clear()
@@ -81,14 +81,16 @@ def test_a_temporary_folder_of_dvc_belongs_to_the_project(temporary: Path, proje
     assert kept_folder("checkpoints") == project / ".cache/checkpoints"
 
 
-def test_a_new_training_in_it_has_the_name_of_the_experiment(temporary: Path) -> None:
+def test_a_training_in_a_temporary_folder_has_the_name_of_the_experiment(temporary: Path) -> None:
     connect()
     run = find_run(create_run("digits", training="t").run_id)
     assert run
     assert run.name == "bold-name"
 
 
-def test_relative_settings_are_the_projects(temporary: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_in_settings_start_in_the_project(
+    temporary: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
     monkeypatch.setenv("PIPELINE_CACHE_DIR", "kept")
     assert find_run(make_run())
@@ -96,7 +98,9 @@ def test_relative_settings_are_the_projects(temporary: Path, project: Path, monk
     assert kept_folder("checkpoints") == project / "kept/checkpoints"
 
 
-def test_a_project_inside_a_stage_of_another_one_is_its_own(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_project_run_by_a_stage_of_another_project_uses_its_own_folder(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DVC_ROOT", str(project.parent))
     assert project_folder() == project
     assert kept_folder("checkpoints") == Path(".cache/checkpoints")
@@ -109,7 +113,7 @@ def test_a_clone_of_a_flow_run_belongs_to_the_project_that_the_flow_names(
     assert project_folder() == Path("/somewhere")
 
 
-def test_untracked_images_that_are_missing_there_are_told_with_the_option_that_copies_them(temporary: Path) -> None:
+def test_the_error_about_missing_untracked_images_names_the_option_that_copies_them(temporary: Path) -> None:
     Path("data/images").mkdir(parents=True)
     with pytest.raises(UserError, match=r"`--copy-paths data/images` to `dvc exp run`, or name an absolute path$"):
         download(params(download__dataset="imagefolder").download)
@@ -118,7 +122,7 @@ def test_untracked_images_that_are_missing_there_are_told_with_the_option_that_c
 
 
 def move(project: Path) -> Path:
-    """A renamed project, whose new name has characters that a URI escapes."""
+    """Rename the project to a name with characters that a URI escapes, and return the new folder."""
     return project.rename(project.with_name("new näme #1"))
 
 
@@ -127,7 +131,7 @@ def copy(project: Path) -> Path:
 
 
 def link(project: Path) -> Path:
-    """The project was used by a symbolic link, which has gone."""
+    """Make the store record paths below a symbolic link to the project that no longer exists; return the project."""
     (project.parent / "link").symlink_to(project)
     old, new = f"file://{project}/", f"file://{project.parent}/link/"
     with sqlite3.connect(project / "mlflow.db") as store:
@@ -139,11 +143,11 @@ def link(project: Path) -> Path:
 
 
 @pytest.mark.parametrize("change", [move, copy, link])
-def test_after_a_change_of_place_old_artifacts_are_found_and_nothing_is_written_to_the_old_place(
+def test_a_moved_project_finds_its_old_artifacts_and_writes_nothing_to_the_old_folder(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: Callable[[Path], Path]
 ) -> None:
     run_id = make_run()
-    other, _ = find_or_create_run("1" * 32, experiment="digits")  # without artifacts so far
+    other, _ = find_or_create_run("1" * 32, experiment="digits")  # it has no artifacts yet
     MlflowClient().create_registered_model("net")
     MlflowClient().create_model_version("net", f"{(project / 'mlartifacts').as_uri()}/models/m-1/artifacts")
     here = change(project)
@@ -168,8 +172,10 @@ def test_after_a_change_of_place_old_artifacts_are_found_and_nothing_is_written_
         assert (contents(project) if project.exists() else {}) == before
 
 
-def test_artifacts_that_are_in_another_project_only_stay_there(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a project that records into the store of this one."""
+def test_artifacts_that_exist_only_in_another_project_stay_there(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another project records into the store of this one."""
     other = project.with_name("other")
     other.mkdir()
     monkeypatch.chdir(other)
@@ -182,7 +188,7 @@ def test_artifacts_that_are_in_another_project_only_stay_there(project: Path, mo
     assert read_file(found, "note.txt") == b"x"
 
 
-def test_a_store_that_cannot_be_corrected_is_told_in_one_line_and_left_as_it_is(
+def test_a_store_that_cannot_be_corrected_is_reported_in_one_line_and_not_changed(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_run()
@@ -203,13 +209,13 @@ def test_a_store_that_cannot_be_corrected_is_told_in_one_line_and_left_as_it_is(
     assert relocate(tracking_uri(here), here) is None
 
 
-def test_a_damaged_store_is_left_to_mlflows_report(project: Path) -> None:
+def test_a_damaged_store_is_not_corrected_as_mlflow_reports_it(project: Path) -> None:
     (project / "mlflow.db").write_bytes(b"no database" * 1000)
     assert relocate(tracking_uri(project), project) is None
 
 
 @pytest.mark.parametrize("change", [move, copy])
-def test_a_folder_for_artifacts_that_the_user_chose_stays(
+def test_an_artifact_folder_chosen_by_the_user_is_kept(
     project: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Path]
 ) -> None:
     chosen = project.parent / "shared/mlartifacts/7"
@@ -224,7 +230,7 @@ def test_a_folder_for_artifacts_that_the_user_chose_stays(
     assert not list((here / "mlartifacts").rglob("note.txt"))
 
 
-def test_a_project_moved_away_from_its_store_elsewhere_writes_nothing_to_the_old_place(
+def test_a_project_that_is_moved_without_its_store_writes_nothing_to_the_old_folder(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"sqlite:///{project.parent}/elsewhere.db"
@@ -234,7 +240,7 @@ def test_a_project_moved_away_from_its_store_elsewhere_writes_nothing_to_the_old
     here = move(project)
     go_to(here, monkeypatch)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    for name in ("0", "1"):  # one that has a run in the old place, and a new one
+    for name in ("0", "1"):  # the first has a run with artifacts in the old folder, the second is new
         with pytest.raises(
             UserError, match=f"digits keeps its artifacts in {project}/mlartifacts, which no longer"
         ) as error:
@@ -256,7 +262,7 @@ def test_a_project_moved_away_from_its_store_elsewhere_writes_nothing_to_the_old
     assert list((here / "mlartifacts" / make_run("2")).rglob("note.txt"))
 
 
-def test_an_experiment_elsewhere_whose_folder_has_gone_is_refused(project: Path) -> None:
+def test_an_experiment_whose_artifact_folder_was_deleted_is_refused(project: Path) -> None:
     connect()
     chosen = project.parent / "my place/artifacts"
     MlflowClient().create_experiment("digits", artifact_location=chosen.as_uri())
@@ -267,14 +273,14 @@ def test_an_experiment_elsewhere_whose_folder_has_gone_is_refused(project: Path)
     assert not chosen.parent.exists()
 
 
-def test_an_experiment_whose_folder_was_never_made_is_used(project: Path) -> None:
+def test_an_experiment_whose_artifact_folder_was_never_created_is_used(project: Path) -> None:
     connect()
     MlflowClient().create_experiment("digits", artifact_location=(project.parent / "new/place").as_uri())
     assert list((project.parent / "new/place" / make_run()).rglob("note.txt"))
 
 
 @pytest.mark.slow
-def test_the_pages_of_a_moved_project_show_old_artifacts(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mlflow_ui_of_a_moved_project_shows_old_artifacts(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_id = make_run()
     here = move(project)
     go_to(here, monkeypatch)

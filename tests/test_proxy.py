@@ -1,4 +1,4 @@
-"""A proxy in the environment: our servers on loopback are asked directly, other hosts through it."""
+"""Requests to our servers on loopback bypass a proxy of the environment; those to other hosts use it."""
 
 import asyncio
 import os
@@ -29,7 +29,7 @@ NAMES = [name for capitals in PROXY_VARIABLES for name in (capitals, capitals.lo
 
 
 class Proxy:
-    """Takes connections, keeps what comes first in each, and closes them."""
+    """A proxy that keeps the first bytes of each connection, and closes it."""
 
     def __init__(self, listener: socket.socket) -> None:
         self.address = f"127.0.0.1:{listener.getsockname()[1]}"
@@ -54,7 +54,7 @@ def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
         thread.start()
         for name in (*NAMES, "NO_PROXY", "no_proxy"):
             monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("NO_PROXY", "")  # so that it is restored
+        monkeypatch.setenv("NO_PROXY", "")  # monkeypatch then restores it
         monkeypatch.setenv("no_proxy", "")
         yield found
         listener.shutdown(socket.SHUT_RDWR)
@@ -75,7 +75,7 @@ NO_PROXY = [
 
 
 def uses_proxy(url: str) -> dict[str, bool]:
-    """Whether each of the clients would go through a proxy: MLflow's, Prefect's, and that of Prefect's events."""
+    """Return for each client, of MLflow, Prefect and Prefect's events, whether it would use a proxy for the URL."""
     with httpx.Client() as client:
         pool = client._transport_for_url(httpx.URL(url))._pool  # type: ignore[attr-defined]
     events = websockets.proxy.get_proxy(websockets.uri.parse_uri(url.replace("http", "ws")))
@@ -87,14 +87,14 @@ def uses_proxy(url: str) -> dict[str, bool]:
 
 
 @pytest.mark.parametrize(
-    ("name", "given"), [*((name, "") for name in NAMES), *(("ALL_PROXY", given) for given in NO_PROXY)]
+    ("name", "no_proxy"), [*((name, "") for name in NAMES), *(("ALL_PROXY", value) for value in NO_PROXY)]
 )
-def test_loopback_goes_around_every_proxy_and_other_hosts_do_not(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, name: str, given: str
+def test_loopback_bypasses_every_proxy_and_other_hosts_do_not(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch, name: str, no_proxy: str
 ) -> None:
     scheme = "socks5" if name.upper() == "ALL_PROXY" else "http"
     monkeypatch.setenv(name, f"{scheme}://{proxy.address}")
-    monkeypatch.setenv("NO_PROXY", given)
+    monkeypatch.setenv("NO_PROXY", no_proxy)
     keep_loopback_off_proxies()
     assert [set(uses_proxy(url).values()) for url in LOCAL] == [{False}] * 3
     url = "https://example.org" if name.upper() == "HTTPS_PROXY" else "http://example.org"
@@ -102,9 +102,11 @@ def test_loopback_goes_around_every_proxy_and_other_hosts_do_not(
     assert uses_proxy(url)["httpx"]
 
 
-def test_hosts_that_the_user_excepted_stay_excepted(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_that_the_user_excludes_from_the_proxy_stay_excluded(
+    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HTTP_PROXY", f"http://{proxy.address}")
-    monkeypatch.setenv("NO_PROXY", "corp.example")  # the other spelling would go before it
+    monkeypatch.setenv("NO_PROXY", "corp.example")  # an empty `no_proxy` must not take precedence
     keep_loopback_off_proxies()
     assert set(uses_proxy("http://a.corp.example").values()) == {False}
     monkeypatch.setenv("NO_PROXY", "*,corp.example")
@@ -114,7 +116,7 @@ def test_hosts_that_the_user_excepted_stay_excepted(proxy: Proxy, monkeypatch: p
     assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "*"
 
 
-def test_without_a_proxy_nothing_is_set(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_proxy_no_variable_is_set(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     keep_loopback_off_proxies()
     assert os.environ["NO_PROXY"] == ""
 
@@ -141,7 +143,7 @@ def test_servers_and_clients_of_the_project_send_nothing_through_a_proxy(
     shutil.copy(stores / "mlflow.db", tmp_path)
     for name in NAMES:
         monkeypatch.setenv(name, f"socks5://{proxy.address}")
-    # settings of servers elsewhere, which ours must not have
+    # settings for servers elsewhere, which our servers must ignore
     for name, value in {
         "PREFECT_API_KEY": "key",
         "PREFECT_SERVER_API_BASE_PATH": "/x",

@@ -1,4 +1,4 @@
-"""The figures of README and recipes are those of docs/results.json, and `make results` measures them."""
+"""README and recipes have the figures of docs/results.json, which `make results` measures."""
 
 import argparse
 import json
@@ -46,7 +46,7 @@ TABLES = """| `digits` | 1 |
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder with the files that have figures."""
+    """Return a folder with copies of the files that contain figures."""
     for name in ("docs", "recipes"):
         shutil.copytree(PROJECT / name, tmp_path / name)
     shutil.copy(PROJECT / README, tmp_path)
@@ -59,26 +59,26 @@ def test_the_picture_is_of_docs_results() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(str(path.relative_to(PROJECT)) for path in published_texts(read_results())))
-def test_the_figures_of_a_file_are_those_of_docs_results(path: str) -> None:
-    """`python -m benchmarks.published` writes them."""
+def test_the_figures_in_a_file_are_those_of_docs_results(path: str) -> None:
+    """If this fails, run `python -m benchmarks.published`, which writes the figures."""
     assert (PROJECT / path).read_text(encoding="utf-8") == published_texts(read_results())[PROJECT / path]
 
 
-def test_the_digits_figure_is_of_the_committed_model() -> None:
-    """A change that makes another model needs `python -m benchmarks.results digits --write`."""
+def test_the_figure_for_digits_is_of_the_committed_model() -> None:
+    """If this fails after a change of the model, run `python -m benchmarks.results digits --write`."""
     if read_yaml(PROJECT / "params.yaml")["download"]["dataset"] != "digits":
         pytest.skip("params.yaml has another data set than the digits")
     assert read_results()["digits"].accuracies[0] == read_json(PROJECT / EVALUATE / "metrics.json")["accuracy"]
 
 
-def test_the_rows_that_name_the_command_are_of_what_it_measured() -> None:
+def test_the_rows_that_name_make_results_are_the_measured_recipes() -> None:
     [table] = TABLE.findall((PROJECT / README).read_text(encoding="utf-8"))
     rows = [line for line in table.splitlines() if line.endswith("| `make results` |")]
     assert {row.split("`")[1] for row in rows} == read_results().keys()
     assert all(len(result.seeds) >= results.SEEDS for result in read_results().values())
 
 
-def test_a_figure_is_mean_and_standard_deviation_of_a_sample() -> None:
+def test_a_figure_is_the_mean_and_the_sample_standard_deviation() -> None:
     assert in_prose(RESULT.accuracies) == "72.0 % ± 2.0"
     text = report({"digits": RESULT, "other": replace(RESULT, test_duplicates=0)})
     assert "72.00% ± 2.00% | 72.00% ± 2.00%" in text
@@ -102,7 +102,7 @@ def test_only_three_lines_of_a_recipe_change() -> None:
     ]
 
 
-def test_what_is_published_is_read_back_and_in_all_files(project: Path) -> None:
+def test_published_results_are_read_back_and_written_into_all_files(project: Path) -> None:
     publish({"cifar10_lenet": RESULT}, project)
     assert read_results(project) == {"cifar10_lenet": RESULT}
     assert "| `cifar10_lenet` | 72.0 % ± 2.0 |" in (project / README).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Raw data sets become blocks of pixels; what is damaged or hostile is refused in one line."""
+"""Raw data sets become blocks of pixels; damaged and malicious ones are refused in one line."""
 
 import os
 import subprocess
@@ -32,12 +32,12 @@ from tests.raw_folders import (
 
 
 def blocks(folder: Path, **changes: Any) -> list[Block]:
-    """All blocks, as of a folder whose checksums hold: what is wrong was so before they were taken."""
+    """Renew the checksums of a raw folder, and return all its blocks."""
     write_checksums(folder)
     return list(open_source(folder, params=params(**changes)).blocks)
 
 
-def test_digits(tmp_path: Path) -> None:
+def test_digits_are_read_in_blocks(tmp_path: Path) -> None:
     source = open_source(digits_folder(tmp_path / "raw"), params=params())
     found = list(source.blocks)
     assert source.class_names == tuple("0123456789")
@@ -47,7 +47,7 @@ def test_digits(tmp_path: Path) -> None:
     assert (found[0].images.min(), found[0].images.max()) == (0, 255)
 
 
-def test_digits_of_their_own_size_are_scaled_to_the_range_of_bytes(tmp_path: Path) -> None:
+def test_digits_in_their_original_size_are_scaled_to_the_range_of_bytes(tmp_path: Path) -> None:
     folder = digits_folder(tmp_path / "raw")
     values = np.load(folder / "images.npy")[:1024]
     (first, _) = blocks(folder, image_size=8, channels=3)
@@ -62,7 +62,7 @@ def test_digits_that_are_not_digits_are_refused(tmp_path: Path) -> None:
         open_source(folder, params=params())
 
 
-def test_cifar_comes_in_the_order_of_its_batches_with_its_pixels(tmp_path: Path) -> None:
+def test_cifar_images_keep_their_pixels_and_the_order_of_the_batches(tmp_path: Path) -> None:
     source = open_source(cifar_folder(tmp_path / "raw"), params=params())
     found = list(source.blocks)
     assert source.class_names == ("cat", "dog")
@@ -74,18 +74,18 @@ def test_cifar_comes_in_the_order_of_its_batches_with_its_pixels(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("image_size", "channels"), [(16, 3), (32, 1), (64, 1)])
-def test_cifar_in_another_size(tmp_path: Path, image_size: int, channels: int) -> None:
+def test_cifar_images_are_read_in_another_size(tmp_path: Path, image_size: int, channels: int) -> None:
     (first, *_) = blocks(cifar_folder(tmp_path / "raw"), image_size=image_size, channels=channels)
     assert first.images.shape == (20, image_size, image_size, channels)
 
 
-class Hostile:
+class Malicious:
     def __reduce__(self) -> Any:
         return os.system, ("touch hostile",)
 
 
-@pytest.mark.parametrize("value", [Hostile(), {b"data": Hostile()}, {b"label_names": [np.float64(1)]}])
-def test_a_pickle_that_wants_more_than_data_is_refused(tmp_path: Path, value: Any, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("value", [Malicious(), {b"data": Malicious()}, {b"label_names": [np.float64(1)]}])
+def test_a_pickle_with_more_than_data_is_refused(tmp_path: Path, value: Any, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"batches.meta refused \(.* is not allowed\)"):
         open_source(cifar_folder(tmp_path / "raw", **{"batches.meta": value}), params=params())
@@ -109,7 +109,7 @@ def test_only_latin1_bytes_are_decoded() -> None:
         ({"data": [1, 2]}, "is list"),
     ],
 )
-def test_a_batch_that_is_not_as_documented_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+def test_a_batch_that_differs_from_the_documented_format_is_refused(tmp_path: Path, change: Any, message: str) -> None:
     batch = {key.decode(): value for key, value in cifar_batch(6, 20).items()} | change
     with pytest.raises(UserError, match=message):
         blocks(cifar_folder(tmp_path / "raw", test_batch=batch))
@@ -123,7 +123,7 @@ def test_a_truncated_archive_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "imagefolder"])
-def test_a_missing_archive_is_named(tmp_path: Path, dataset: str) -> None:
+def test_a_missing_archive_is_reported(tmp_path: Path, dataset: str) -> None:
     make = {"cifar10": cifar_folder, "imagefolder": lambda folder: image_folder(folder, plain_files(per_class=1))}
     folder = make[dataset](tmp_path / "raw")
     next(folder.glob("*.tar*")).unlink()
@@ -131,16 +131,16 @@ def test_a_missing_archive_is_named(tmp_path: Path, dataset: str) -> None:
         blocks(folder)
 
 
-def test_a_folder_of_images_of_all_kinds(tmp_path: Path) -> None:
+def test_a_folder_of_images_with_an_unreadable_one_is_read(tmp_path: Path) -> None:
     files = {
         "test/cat/x/y.jpg": encoded(noise(1), "JPEG"),
         "train/cat/äöü 猫.png": encoded(noise(2)),
         "train/dog/broken.png": encoded(noise(3))[:60],
-        "train/dog/grey.tif": encoded(noise(4)[..., 0], "TIFF"),
+        "train/dog/gray.tif": encoded(noise(4)[..., 0], "TIFF"),
     }
     test, train = blocks(image_folder(tmp_path / "raw", files))
     assert (test.split, test.names, test.labels.tolist()) == ("test", ["test/cat/x/y.jpg"], [0])
-    assert (train.names, train.labels.tolist()) == (["train/cat/äöü 猫.png", "train/dog/grey.tif"], [0, 1])
+    assert (train.names, train.labels.tolist()) == (["train/cat/äöü 猫.png", "train/dog/gray.tif"], [0, 1])
     assert (train.images[0] == noise(2)).all()
     assert [name for name, _ in train.unreadable] == ["train/dog/broken.png"]
 
@@ -171,7 +171,7 @@ def test_blocks_of_large_images_are_short() -> None:
         ({"train/bird/1.png": b""}, "is of no class in train; allowed: cat, dog"),
     ],
 )
-def test_a_folder_that_download_did_not_make_is_refused(tmp_path: Path, files: Any, message: str) -> None:
+def test_an_archive_that_the_step_download_did_not_make_is_refused(tmp_path: Path, files: Any, message: str) -> None:
     counts = {"train": {"cat": 1, "dog": 1}}
     folder = image_folder(
         tmp_path / "raw", {"train/cat/0.png": b"", **files}, class_names=["cat", "dog"], counts=counts
@@ -180,7 +180,7 @@ def test_a_folder_that_download_did_not_make_is_refused(tmp_path: Path, files: A
         blocks(folder)
 
 
-def test_headers_are_read_as_tarfile_reads_them(tmp_path: Path) -> None:
+def test_tar_headers_are_read_as_by_tarfile(tmp_path: Path) -> None:
     files = {
         name: bytes(size) for size, name in enumerate(("a/b.png", "ä/猫.png", f"{'long/' * 40}c.png", "d e/f.png"))
     }
@@ -194,7 +194,7 @@ def test_headers_are_read_as_tarfile_reads_them(tmp_path: Path) -> None:
 def test_a_plain_header_with_a_wrong_bit_is_refused(tmp_path: Path) -> None:
     write_tar(tmp_path / "some.tar", {"train/cat/0.png": b"0123"}, mode="w")
     content = bytearray((tmp_path / "some.tar").read_bytes())
-    for position in (0, 130, 150):  # of the name, size and checksum
+    for position in (0, 130, 150):  # a byte of the name, of the size and of the checksum
         content[position] ^= 1
         (tmp_path / "wrong.tar").write_bytes(content)
         with pytest.raises(DamagedArchive, match="bad checksum"):

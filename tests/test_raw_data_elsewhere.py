@@ -1,4 +1,4 @@
-"""A recorded commit is made again where its folder of images is gone, and DVC has kept the raw data."""
+"""A recorded commit is reproduced although its folder of images is deleted, if DVC has kept the raw data."""
 
 import shutil
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ stages:
 
 @pytest.fixture
 def project(tmp_path: Path, stores: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A commit of a project that was made from images in a folder elsewhere, which is gone."""
+    """Change to a project that was run and committed with images of a folder that is then deleted, and yield it."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
@@ -69,14 +69,16 @@ def run(project: Path) -> Run:
     return Run("1" * 32, "run", "", 0, tags, {}, {})
 
 
-def test_the_raw_data_that_dvc_has_kept_are_enough(project: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_reproduced_from_the_raw_data_that_dvc_has_kept(
+    project: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reproduce, "STAGES", (DOWNLOAD, NORMALIZE))
     result = reproduce.reproduce(project, run, from_cache=False, keep=False)
     assert [stage.differences for stage in result.stages] == [(), ()]
     assert "DVC has kept the data" in str(result.stages[0])
 
 
-def test_without_them_the_folder_that_is_gone_is_named(project: Path, run: Run) -> None:
+def test_the_deleted_folder_is_reported_if_dvc_has_not_kept_the_raw_data(project: Path, run: Run) -> None:
     lost = replace(run, tags={**run.tags, "dvc.download": "0" * 32 + ".dir"})
     with pytest.raises(UserError, match=r"^download.folder: '.*/photos' does not exist; allowed: <class>/… or"):
         reproduce.reproduce(project, lost, from_cache=False, keep=False)

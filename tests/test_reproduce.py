@@ -1,4 +1,4 @@
-"""A real run on digits is reproduced."""
+"""`flows.reproduce` repeats a real run on digits, and reports what differs."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def run(project: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def again(recorded: Path) -> tuple[int, str]:
-    """Status and output of the command, which trains again."""
+    """Reproduce the recorded run, which trains again, and return the exit status and the output."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{recorded}/mlflow.db")
         get_settings.cache_clear()
@@ -60,7 +60,7 @@ def again(recorded: Path) -> tuple[int, str]:
 
 
 def state(project: Path) -> Any:
-    """What a reproduction leaves alone: the checkout and DVC's cache; and no workspace is left."""
+    """Return what a reproduction must not change: the checkout, DVC's cache, and the list of workspaces."""
     cache = sorted(str(path) for path in (project / ".dvc/cache").rglob("*"))
     spaces = [path for path in (project / workspace_folders.FOLDER).iterdir() if path.is_dir()]
     return git(project, "diff", "HEAD"), git(project, "status", "--porcelain"), cache, spaces
@@ -70,7 +70,7 @@ def from_cache(project: Path, run: Run, *, keep: bool = False) -> reproduce.Repr
     return reproduce.reproduce(project, run, from_cache=True, keep=keep)
 
 
-def test_a_run_comes_out_the_same_again(again: tuple[int, str], run: Run) -> None:
+def test_a_reproduced_run_is_identical(again: tuple[int, str], run: Run) -> None:
     status, text = again
     assert (status, text.splitlines()[-1]) == (0, "identical"), text
     assert "epoch 1/1" in text
@@ -89,7 +89,7 @@ def test_an_experiment_is_reproduced_by_its_name(project: Path) -> None:
     assert len(result.stages) == 4
 
 
-def test_another_package_version_or_hardware_is_named(
+def test_another_package_version_or_hardware_is_reported(
     again: tuple[int, str], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [copy] = find_runs({REPRODUCES: run.run_id})
@@ -102,7 +102,7 @@ def test_another_package_version_or_hardware_is_named(
 
 
 @pytest.mark.parametrize(
-    ("was", "reasons"),
+    ("original_hardware", "reasons"),
     [
         (
             {"cpu": "AMD", "cpu_kernels": "native (as chosen): x"},
@@ -116,11 +116,13 @@ def test_another_package_version_or_hardware_is_named(
         ({}, []),
     ],
 )
-def test_the_reason_for_other_bits_is_named(was: Mapping[str, str], reasons: Sequence[str]) -> None:
-    now = {"cpu": "Intel", "cpu_kernels": "portable", "gpu": "none", "threads": "2"}
+def test_the_reason_for_different_bits_is_reported(
+    original_hardware: Mapping[str, str], reasons: Sequence[str]
+) -> None:
+    hardware = {"cpu": "Intel", "cpu_kernels": "portable", "gpu": "none", "threads": "2"}
     run, again = (
         Run("b", "again", "FINISHED", 0, {f"hardware.{part}": value for part, value in tags.items()}, {}, {})
-        for tags in (was, now)
+        for tags in (original_hardware, hardware)
     )
     lines = list(reproduce._reasons(run, again))
     assert len(lines) == len(reasons)
@@ -139,7 +141,7 @@ def test_a_run_of_older_code_is_found_by_its_tags(
     assert find(since=copy.started + 1) is None
 
 
-def test_another_hash_is_named_with_its_file(project: Path, run: Run) -> None:
+def test_a_different_hash_is_reported_with_its_file(project: Path, run: Run) -> None:
     tags = {**run.tags, "outputs.train": run.tags["outputs.train"].replace('"history.csv": "', '"history.csv": "f')}
     result = from_cache(project, replace(run, tags=tags))
     assert not result.identical
@@ -149,7 +151,7 @@ def test_another_hash_is_named_with_its_file(project: Path, run: Run) -> None:
     assert "history.csv was f" in str(stage)
 
 
-def test_a_model_changed_by_hand_in_mlflow_is_told_and_a_clone_can_be_kept(project: Path, run: Run) -> None:
+def test_a_model_changed_in_mlflow_is_reported_and_the_clone_can_be_kept(project: Path, run: Run) -> None:
     copies = list((project / "mlartifacts").rglob("best.safetensors"))
     content = copies[0].read_bytes()
     for copy in copies:
@@ -165,7 +167,7 @@ def test_a_model_changed_by_hand_in_mlflow_is_told_and_a_clone_can_be_kept(proje
     assert file_md5(kept / "artifacts/train/best.safetensors") == run.tags["model.md5"]
 
 
-def test_a_model_changed_by_hand_in_dvcs_cache_is_told_though_dvc_mends_it(project: Path, run: Run) -> None:
+def test_a_model_changed_in_the_cache_is_reported_although_dvc_fixes_it(project: Path, run: Run) -> None:
     cached = cache_folder(project) / run.tags["model.md5"][:2] / run.tags["model.md5"][2:]
     content = cached.read_bytes()
     cached.chmod(0o644)
@@ -181,9 +183,11 @@ def test_an_unknown_run_is_refused(project: Path) -> None:
         reproduce.find(project, "0" * 32)
 
 
-def test_a_commit_that_is_not_here_is_refused(project: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    stranger = replace(run, tags={**run.tags, COMMIT: "1" * 40})
-    monkeypatch.setattr(reproduce, "find_run", lambda run_id: stranger)
+def test_a_commit_that_is_not_in_the_repository_is_refused(
+    project: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown_commit = replace(run, tags={**run.tags, COMMIT: "1" * 40})
+    monkeypatch.setattr(reproduce, "find_run", lambda run_id: unknown_commit)
     with pytest.raises(UserError, match=f"its commit {'1' * 40} is not in this repository"):
         reproduce.find(project, run.run_id)
 

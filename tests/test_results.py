@@ -1,4 +1,4 @@
-"""What a step hands to the program that started it."""
+"""A step passes its result to the program that started it, in a file."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
-def test_without_the_variable_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_result_is_written_without_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RESULT_FILE, raising=False)
     monkeypatch.chdir(tmp_path)
     write_result(StepResult("5f3a"))

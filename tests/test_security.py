@@ -1,4 +1,4 @@
-"""What docs/security.md promises, where no other test shows it."""
+"""The promises of docs/security.md that no other test checks hold."""
 
 import ast
 import io
@@ -31,7 +31,7 @@ from tests import conftest
 from tests.conftest import PROJECT, run_step
 from tests.raw_folders import checksum, cifar_folder, encoded, image_folder, noise, params, plain_files
 
-HOSTILE = [
+MALICIOUS_NAMES = [
     "$(touch run)",
     "<img src=x onerror=alert(1)>",
     "`touch run`; '\"",
@@ -59,8 +59,8 @@ def test_no_code_unpickles_or_runs_text() -> None:
     assert len(loads) >= 2
 
 
+# The beginning of a pickle of an array, up to its state.
 ARRAY = b"\x80\x02cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85X\x01\x00\x00\x00b\x87R"
-"""A pickle of an array, up to its state."""
 
 
 @pytest.mark.parametrize(
@@ -82,21 +82,23 @@ ARRAY = b"\x80\x02cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\
         (b"\x82\x01.", "extension code"),
     ],
 )
-def test_a_pickle_is_data_only(content: bytes, reason: str) -> None:
+def test_a_pickle_with_anything_but_data_is_refused(content: bytes, reason: str) -> None:
     with pytest.raises(DamagedArchive, match=reason) as error:
         load_pickle(content)
     assert str(error.value).isprintable()
 
 
-def test_a_pickle_cannot_turn_numbers_into_addresses() -> None:
+def test_a_pickle_cannot_turn_numbers_into_pointers() -> None:
     fields = b"X\x01\x00\x00\x00a\x85}X\x01\x00\x00\x00acnumpy\ndtype\n(X\x02\x00\x00\x00u8tRK\x00\x86s"
-    record = b"(K\x03X\x01\x00\x00\x00|N" + fields + b"K\x08K\x01K\x00tb"  # numpy would let it change a copied u1
+    record = (
+        b"(K\x03X\x01\x00\x00\x00|N" + fields + b"K\x08K\x01K\x00tb"
+    )  # numpy itself would let this record change the type u1
     state = b"(K\x01K\x02\x85cnumpy\ndtype\n(X\x02\x00\x00\x00u1tR" + record + b"\x89X\x02\x00\x00\x00abtb."
     array = load_pickle(ARRAY + state)
     assert (array.dtype, array.tolist(), np.dtype("u1").fields) == (np.dtype("u1"), [97, 98], None)
 
 
-def test_no_archive_is_parsed_before_its_checksum_was_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_archive_is_parsed_before_its_checksum_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = cifar_folder(tmp_path / "raw")
     archive = folder / cifar10.ARCHIVE
     archive.write_bytes(archive.read_bytes() + b"changed")
@@ -111,7 +113,7 @@ def test_an_archive_without_a_checksum_is_refused() -> None:
         conftest.params(download__md5=None)
 
 
-def test_an_archive_that_goes_back_in_itself_ends(tmp_path: Path) -> None:
+def test_an_archive_with_a_negative_size_does_not_loop_forever(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "raw", plain_files(per_class=1))
     header = bytearray(tarfile.TarInfo("train/cat/0.png").tobuf(tarfile.GNU_FORMAT))
     header[124:136] = b"\xff" * 10 + b"\xfe\x00"  # a size of -512
@@ -132,7 +134,7 @@ def test_reading_an_archive_writes_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_image_that_announces_too_much_is_refused_without_memory() -> None:
+def test_an_image_that_declares_too_many_pixels_is_refused_without_allocating_them() -> None:
     head = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + head
     bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -145,7 +147,7 @@ def test_an_image_that_announces_too_much_is_refused_without_memory() -> None:
 
 
 @pytest.mark.parametrize("name", ["\x1b[2Jcat", "a\nerror: b", "</script><script>alert(1)</script>", "\u202ecat", " "])
-def test_an_archive_cannot_bring_in_a_class_name_that_no_folder_has(tmp_path: Path, name: str) -> None:
+def test_an_archive_with_a_class_name_that_no_folder_could_have_is_refused(tmp_path: Path, name: str) -> None:
     changes: dict[str, Any] = {"batches.meta": {b"label_names": [name.encode(), b"dog"]}}
     folder = cifar_folder(tmp_path / "raw", **changes)
     with pytest.raises(UserError, match="found the class name") as error:
@@ -153,18 +155,18 @@ def test_an_archive_cannot_bring_in_a_class_name_that_no_folder_has(tmp_path: Pa
     assert str(error.value).isprintable()
 
 
-def test_terminal_codes_are_spelt_out() -> None:
+def test_terminal_control_codes_are_escaped() -> None:
     assert escape_control_chars("a\x1b[2J\u202e\udc80b\n") == r"a\x1b[2J\u202e\udc80b\n"
 
 
-def test_names_of_classes_are_text_in_a_plot() -> None:
-    picture = Image.open(io.BytesIO(confusion_matrix(np.eye(7, dtype=int), class_names=HOSTILE)))
+def test_class_names_are_drawn_as_plain_text_in_a_plot() -> None:
+    picture = Image.open(io.BytesIO(confusion_matrix(np.eye(7, dtype=int), class_names=MALICIOUS_NAMES)))
     assert picture.getcolors(maxcolors=1 << 20)
 
 
 @pytest.mark.slow
-def test_hostile_names_and_secrets_stay_out_of_what_a_run_writes(workspace: Path) -> None:
-    for position, name in enumerate(HOSTILE):
+def test_a_run_writes_no_secrets_and_executes_no_malicious_names(workspace: Path) -> None:
+    for position, name in enumerate(MALICIOUS_NAMES):
         (workspace / "images" / name).mkdir(parents=True)
         for number in range(8):
             content = encoded(noise(100 * position + number))
@@ -182,10 +184,10 @@ def test_hostile_names_and_secrets_stay_out_of_what_a_run_writes(workspace: Path
     assert not [path for path in workspace.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
 
-def test_a_name_that_unfolds_is_not_told_whole() -> None:
-    # a list of the one before it, twice, again and again, where a name should be
-    twice = (b"]q%c(h%ch%ce" % (number, number - 1, number - 1) for number in range(1, 40))
-    content = b"]q\x00" + b"".join(twice)
+def test_a_name_that_expands_exponentially_is_shortened_in_the_message() -> None:
+    # where a name is expected, lists follow that each contain the previous list twice
+    nested = (b"]q%c(h%ch%ce" % (number, number - 1, number - 1) for number in range(1, 40))
+    content = b"]q\x00" + b"".join(nested)
     for wrong in (content + b")R.", content + b"h\x00\x93."):
         with pytest.raises(DamagedArchive) as error:
             load_pickle(b"\x80\x04" + wrong)
@@ -193,7 +195,7 @@ def test_a_name_that_unfolds_is_not_told_whole() -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
-def test_a_tar_header_that_is_a_bomb_is_refused_without_reading_it(tmp_path: Path, kind: bytes) -> None:
+def test_a_huge_tar_header_is_refused_without_reading_it(tmp_path: Path, kind: bytes) -> None:
     member = tarfile.TarInfo("bomb")
     member.type, member.size = kind, 2**33 - 1
     (tmp_path / "bomb.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
@@ -201,18 +203,18 @@ def test_a_tar_header_that_is_a_bomb_is_refused_without_reading_it(tmp_path: Pat
         list(members(open_tar(tmp_path / "bomb.tar", "r:")))
 
 
-def test_addresses_are_shown_without_what_may_be_secret() -> None:
+def test_urls_are_shown_without_parts_that_may_be_secret() -> None:
     assert redact_url("postgresql://me:pa#s?s@host/db") == "postgresql://host/db"
     assert redact_url("https://me:secret@host/a.tar.gz?token=secret#secret") == "https://host/a.tar.gz"
 
 
-def test_a_password_in_the_prefect_address_is_not_shown(tmp_path: Path) -> None:
+def test_a_password_in_the_prefect_url_is_not_shown(tmp_path: Path) -> None:
     address = "http://me:secret@host:4200/api"
-    with temporary_settings({PREFECT_API_URL: address}), ui.prefect_server(tmp_path) as told:
-        assert told.startswith("http://host:4200 ")
+    with temporary_settings({PREFECT_API_URL: address}), ui.prefect_server(tmp_path) as printed:
+        assert printed.startswith("http://host:4200 ")
 
 
-def test_servers_are_started_on_loopback_only() -> None:
+def test_servers_listen_on_loopback_only() -> None:
     commands = [path.read_text(encoding="utf-8") for path in SOURCES if '"--host"' in path.read_text(encoding="utf-8")]
     assert len(commands) == 2
     assert all('"--host", "127.0.0.1"' in text and "0.0.0.0" not in text for text in commands)
@@ -238,7 +240,7 @@ AUDITORS = {
 
 
 @pytest.mark.parametrize("case", AUDITORS)
-def test_an_audit_never_passes_in_silence(tmp_path: Path, case: str) -> None:
+def test_an_audit_always_prints_its_result(tmp_path: Path, case: str) -> None:
     code, status = AUDITORS[case]
     auditor = tmp_path / "auditor"
     auditor.write_text(f"#!/bin/sh\n{code}\n")

@@ -1,4 +1,4 @@
-"""Which epoch is kept, when a training stops early, and who is told why."""
+"""The rules select the kept epoch and the end of a training, and the reason is recorded."""
 
 from dataclasses import fields
 from typing import Any
@@ -21,7 +21,7 @@ from tests.test_train import QUICK, split_of
 
 
 def history(*results: tuple[float, float]) -> list[Epoch]:
-    """Epochs of these validation accuracies and losses."""
+    """Return epochs with these validation accuracies and losses."""
     others: dict[str, Any] = {field.name: 0.5 for field in fields(Epoch)}
     return [
         Epoch(**others | {"epoch": number, "validation_loss": loss, "validation_accuracy": accuracy})
@@ -44,7 +44,7 @@ def test_the_highest_accuracy_is_kept_whatever_its_loss() -> None:
     assert kept((0.8, 0.1), (0.9, 0.9), (0.8, 0.1)) == (2, "highest validation accuracy")
 
 
-def test_an_epoch_is_kept_even_where_no_image_is_right() -> None:
+def test_an_epoch_is_kept_even_if_no_image_is_classified_correctly() -> None:
     assert kept((0.0, 1.2), selection="latest_equivalent", num_images=48)[0] == 1
 
 
@@ -58,7 +58,7 @@ def test_among_equal_accuracies_and_losses_the_later_epoch_is_kept() -> None:
     assert kept((0.9, 0.2), (0.9, 0.2), (0.9, 0.3)) == (2, reason)
 
 
-def test_of_few_images_the_latest_equivalent_epoch_is_kept() -> None:
+def test_the_latest_equivalent_epoch_is_kept_for_few_images() -> None:
     lower, _ = wilson_interval(90, 100)
     assert 0.82 < lower < 0.83
     results = ((0.9, 0.1), (0.83, 0.8), (0.82, 0.1))
@@ -66,7 +66,7 @@ def test_of_few_images_the_latest_equivalent_epoch_is_kept() -> None:
     assert kept(*results, selection="latest_equivalent") == (2, reason)
 
 
-def test_of_many_images_little_is_equivalent() -> None:
+def test_fewer_epochs_are_equivalent_for_many_images() -> None:
     results = ((0.9, 0.1), (0.89, 0.8), (0.88, 0.1))
     assert kept(*results, selection="latest_equivalent", num_images=10_000)[0] == 1
 
@@ -79,11 +79,11 @@ def test_the_same_result_again_is_no_improvement() -> None:
     assert since_best((0.9, 0.3), (0.9, 0.3), (0.9, 0.3)) == 2
 
 
-def test_early_stopping_counts_no_equivalent_epoch_where_these_are_kept() -> None:
+def test_early_stopping_does_not_count_equivalent_epochs_with_latest_equivalent() -> None:
     assert since_best((0.9, 0.3), (0.85, 0.5), (0.5, 0.5), selection="latest_equivalent") == 1
 
 
-def test_one_order_decides_what_is_kept_and_when_to_stop() -> None:
+def test_selection_and_early_stopping_use_the_same_order() -> None:
     params = train_params(**QUICK | {"epochs": 40}, early_stopping_epochs=3, learning_rate=0.02)
     trained = run(params)
     assert not isinstance(trained, Checkpoint)
@@ -118,7 +118,7 @@ def test_a_resumed_training_keeps_the_same_epoch(selection: str) -> None:
     assert torch.equal(resumed.best["network.0.weight"], whole.best["network.0.weight"])
 
 
-def test_own_images_are_trained_with_the_rule_for_few_validation_images() -> None:
+def test_the_recipe_my_images_uses_the_rule_for_few_validation_images() -> None:
     assert check_params(compose("my_images", {}), origin="my_images").train.selection == "latest_equivalent"
 
 

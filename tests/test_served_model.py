@@ -1,4 +1,4 @@
-"""What a served model takes, and what it says of anything else."""
+"""A served model accepts images of whole numbers, and refuses anything else in one line."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ ACCEPTED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_whole_numbers_from_0_to_255_are_taken_as_they_are(name: str) -> None:
+def test_whole_numbers_from_0_to_255_are_accepted_unchanged(name: str) -> None:
     found = as_images(ACCEPTED[name], shape=SHAPE)
     assert found.dtype == np.uint8
     assert np.array_equal(found, IMAGES)
@@ -83,10 +83,10 @@ def test_anything_else_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(InvalidImages, match=message) as error:
         as_images(value, shape=SHAPE)
     assert "\n" not in error.value.message
-    assert error.value.error_code == "INVALID_PARAMETER_VALUE"  # status 400
+    assert error.value.error_code == "INVALID_PARAMETER_VALUE"  # MLflow answers with status 400
 
 
-def test_the_message_stays_when_the_server_puts_the_input_before_it() -> None:
+def test_the_server_cannot_prepend_the_input_to_the_message() -> None:
     error = InvalidImages("no image", shape=SHAPE)
     before = error.message
     error.message = f"Failed to predict data '{IMAGES}'. \nError: {before}"

@@ -1,4 +1,4 @@
-"""Settings of MLflow and Prefect: each is honored, refused in one line, or irrelevant, as docs/settings.md says."""
+"""Each setting of MLflow and Prefect is honored, refused in one line, or irrelevant, as docs/settings.md states."""
 
 import fnmatch
 import http.server
@@ -25,6 +25,7 @@ from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.settings import get_settings, read_settings
 from tests.conftest import PROJECT, free_port
 
+# Patterns in the names of variables that change where something is recorded or served.
 MLFLOW_NAMES = (
     r"_URI$|_STORE|EXPERIMENT|RUN_ID|RUN_NAME|RUN_CONTEXT|MLFLOW_TRACKING|_HOST|_PORT$|WORKSPACE|REGISTRY|ACTIVE_MODEL"
     "|ENABLE_ASYNC_LOGGING|_ENDPOINT_URL|_DESTINATION"
@@ -33,7 +34,6 @@ PREFECT_NAMES = (
     r"API_(URL|KEY|AUTH|BASE|HOST|PORT)|_HOST$|_PORT$|DATABASE_|HOME|PROFILE|UI_|RESULT|WORK_POOL|EPHEMERAL|STORAGE"
     "|CUSTOM_HEADERS|LOGGING|TEST_MODE|CLOUD_(API|UI)|DOCKET|MESSAGING|RETRIES|RETRY_DELAY|SSL|TLS|CACHE"
 )
-"""What a variable that changes where something is recorded or served has in its name."""
 PROBE = """
 from flows.settings import configured_server
 from pipeline.core.errors import report_errors
@@ -59,21 +59,21 @@ def prefect_settings() -> set[str]:
 
 
 @pytest.mark.parametrize("find", [mlflow_variables, prefect_settings])
-def test_every_variable_that_changes_a_place_is_documented(find: object) -> None:
+def test_every_variable_that_changes_a_location_is_documented(find: object) -> None:
     text = (PROJECT / "docs/settings.md").read_text(encoding="utf-8")
     patterns = [name for row in re.findall(r"(?m)^\| ([^|]*) \|", text) for name in re.findall(r"`([^`]+)`", row)]
     assert callable(find)
     assert not [name for name in find() if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def test_the_tests_that_the_table_names_exist() -> None:
+def test_the_test_files_that_the_table_names_exist() -> None:
     text = (PROJECT / "docs/settings.md").read_text(encoding="utf-8")
     assert all((PROJECT / "tests" / name).exists() for name in re.findall(r"`(test_\w+\.py)`", text))
 
 
 @pytest.fixture
 def prefect_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Enter:
-    """Prefect's settings as a process started in the temporary folder has them, with these variables of Prefect's."""
+    """Return a context manager that loads Prefect's settings as a process in the temporary folder, with variables."""
     for name in [name for name in os.environ if name.upper().startswith("PREFECT_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
@@ -84,7 +84,7 @@ def prefect_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Enter:
     def enter(**variables: str) -> Iterator[None]:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        # the first time for the path of the profiles, which are read the second time
+        # the first context sets the path of the profiles, and the second reads them
         with root_settings_context(), root_settings_context():
             yield
 
@@ -92,7 +92,7 @@ def prefect_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Enter:
 
 
 def start_in(folder: Path, **variables: str) -> tuple[int, str]:
-    """Exit status and output of a process that looks for the server in `folder`."""
+    """Start a process in the folder that prints the configured server, and return its exit status and output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     done = subprocess.run(
         [sys.executable, "-c", PROBE],
@@ -122,7 +122,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_the_file_that_names_the_server_is_known(tmp_path: Path, prefect_in: Enter, name: str) -> None:
+def test_the_file_that_names_the_server_is_reported(tmp_path: Path, prefect_in: Enter, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(FILES[name])
@@ -132,7 +132,7 @@ def test_the_file_that_names_the_server_is_known(tmp_path: Path, prefect_in: Ent
         assert configured_server() == PrefectServer("http://elsewhere/api", "PREFECT_API_URL")
 
 
-def test_without_a_name_the_server_is_the_projects_own(tmp_path: Path, prefect_in: Enter) -> None:
+def test_the_projects_own_server_is_used_if_none_is_configured(tmp_path: Path, prefect_in: Enter) -> None:
     with prefect_in():
         assert configured_server() is None
     (tmp_path / ".prefect").mkdir(exist_ok=True)
@@ -141,15 +141,15 @@ def test_without_a_name_the_server_is_the_projects_own(tmp_path: Path, prefect_i
         assert configured_server() is None
 
 
-def test_the_address_that_prefect_env_printed_is_not_trusted_to_be_ours(
+def test_a_url_printed_by_make_prefect_env_is_not_assumed_to_be_our_server(
     tmp_path: Path, prefect_in: Enter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIPELINE_OWN_PREFECT_API_URL", URL)
-    with prefect_in(PREFECT_API_URL=URL):  # of another checkout
+    with prefect_in(PREFECT_API_URL=URL):  # the URL may be of another checkout
         assert configured_server() == PrefectServer(URL, "PREFECT_API_URL")
         monkeypatch.setattr(settings, "PROJECT", tmp_path)
         assert configured_server() is None
-        assert server_in_force(tmp_path) is None  # whoever answers there
+        assert server_in_force(tmp_path) is None  # whatever server answers there
 
 
 def test_a_profile_that_prefect_ships_is_honored(prefect_in: Enter) -> None:
@@ -159,22 +159,22 @@ def test_a_profile_that_prefect_ships_is_honored(prefect_in: Enter) -> None:
     assert (found.api_url, "profile 'local'" in str(found.source)) == ("http://127.0.0.1:4200/api", True)
 
 
-def test_the_users_profile_counts_unless_a_home_of_ones_own_has_others(tmp_path: Path) -> None:
+def test_the_users_profile_is_used_unless_prefect_home_names_another_folder(tmp_path: Path) -> None:
     (tmp_path / ".prefect").mkdir()
     (tmp_path / ".prefect/profiles.toml").write_text(FILES[".prefect/profiles.toml"])
     assert f"PREFECT_API_URL in profile 'mine' of {tmp_path}/.prefect/profiles.toml" in start_in(tmp_path)[1]
     assert start_in(tmp_path, PREFECT_HOME=str(tmp_path / "home")) == (0, "None\n")
 
 
-def test_a_server_that_does_not_answer_is_one_line_with_its_source(prefect_in: Enter) -> None:
+def test_a_server_that_does_not_answer_is_reported_in_one_line_with_its_source(prefect_in: Enter) -> None:
     address = f"http://me:secret@127.0.0.1:{free_port()}/api"
     message = "^PREFECT_API_URL: no server answers at http://127.0.0.1:.*; start it, or unset it to use our own$"
     with prefect_in(PREFECT_API_URL=address), pytest.raises(TemporaryError, match=message):
         ensure_server()
 
 
-class Odd(http.server.BaseHTTPRequestHandler):
-    """Healthy, but no Prefect API of this version that lets us in: what it answers is in the path."""
+class UnusableServer(http.server.BaseHTTPRequestHandler):
+    """A server that is healthy but unusable: no Prefect API, an old version, or a refused login, as its path states."""
 
     def do_GET(self) -> None:
         _, kind, *rest = self.path.split("/")
@@ -187,21 +187,28 @@ class Odd(http.server.BaseHTTPRequestHandler):
         pass
 
 
-ODD = {"html": "does not answer as Prefect's API does", "old": "incompatible versions", "login": "refuses the login"}
+UNUSABLE = {
+    "html": "does not answer as Prefect's API does",
+    "old": "incompatible versions",
+    "login": "refuses the login",
+}
 
 
-@pytest.mark.parametrize("kind", ODD)
-def test_a_server_that_cannot_be_used_is_one_line(prefect_in: Enter, kind: str) -> None:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Odd) as odd:
-        threading.Thread(target=odd.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{odd.server_address[1]}/{kind}"
-        with prefect_in(PREFECT_API_URL=address), pytest.raises(UserError, match=f"PREFECT_API_URL: .*{ODD[kind]}"):
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_an_unusable_server_is_reported_in_one_line(prefect_in: Enter, kind: str) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), UnusableServer) as unusable:
+        threading.Thread(target=unusable.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{unusable.server_address[1]}/{kind}"
+        with (
+            prefect_in(PREFECT_API_URL=address),
+            pytest.raises(UserError, match=f"PREFECT_API_URL: .*{UNUSABLE[kind]}"),
+        ):
             ensure_server()
-        odd.shutdown()
+        unusable.shutdown()
 
 
 @pytest.mark.parametrize("address", ["localhost:4200/api", "ftp://host/api", "http://host:port/api", "http:///api"])
-def test_an_address_that_is_none_is_refused(prefect_in: Enter, address: str) -> None:
+def test_an_invalid_url_is_refused(prefect_in: Enter, address: str) -> None:
     message = "PREFECT_API_URL: found .*, no address of a server; allowed: the address of Prefect's API"
     with prefect_in(PREFECT_API_URL=address), pytest.raises(UserError, match=message):
         ensure_server()
@@ -218,7 +225,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_setting_that_cannot_hold_is_refused_in_one_line(prefect_in: Enter, name: str) -> None:
+def test_a_setting_that_cannot_be_honored_is_refused_in_one_line(prefect_in: Enter, name: str) -> None:
     value, message = REFUSED[name]
     with prefect_in(**{name: value}), pytest.raises(UserError, match=message) as error:
         configured_server()
@@ -227,14 +234,14 @@ def test_a_setting_that_cannot_hold_is_refused_in_one_line(prefect_in: Enter, na
     assert "\n" not in str(error.value)
 
 
-def test_a_value_that_prefect_cannot_read_is_one_line(tmp_path: Path) -> None:
+def test_a_value_that_prefect_cannot_read_is_reported_in_one_line(tmp_path: Path) -> None:
     status, text = start_in(tmp_path, PREFECT_SERVER_API_PORT="abc")
     assert status == 2
     assert re.search("^error: Prefect's settings: .*'abc'", text.splitlines()[-1])
     assert "Traceback" not in text
 
 
-def test_the_port_of_prefects_own_setting_counts(prefect_in: Enter) -> None:
+def test_the_port_in_the_setting_of_prefect_is_used(prefect_in: Enter) -> None:
     with prefect_in():
         assert named_port() == (None, "PREFECT_PORT")
     with prefect_in(PREFECT_SERVER_API_PORT="4321"):
@@ -243,17 +250,17 @@ def test_the_port_of_prefects_own_setting_counts(prefect_in: Enter) -> None:
         assert named_port() == (4322, "PREFECT_PORT")
 
 
-def test_links_of_the_own_server_lead_to_it() -> None:
+def test_links_lead_to_our_server() -> None:
     assert PrefectServer("http://127.0.0.1:4201/api", None).environment()["PREFECT_UI_URL"] == "http://127.0.0.1:4201"
     assert "PREFECT_UI_URL" not in PrefectServer("http://host/api", "PREFECT_API_URL").environment()
 
 
-def test_the_pages_show_the_server_that_the_profile_names(tmp_path: Path) -> None:
+def test_make_ui_shows_the_server_that_the_profile_names(tmp_path: Path) -> None:
     with temporary_settings({PREFECT_API_URL: "http://me:secret@host:4298/api"}), ui.prefect_server(tmp_path) as found:
         assert found.startswith("http://host:4298 (yours, from ")
 
 
-def test_the_own_mlflow_server_stays_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_our_mlflow_server_stays_on_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_HOST", "0.0.0.0")
     with (
@@ -263,13 +270,13 @@ def test_the_own_mlflow_server_stays_on_loopback(tmp_path: Path, monkeypatch: py
         pass
 
 
-def test_no_setting_of_mlflows_server_that_changes_its_place_is_passed_on() -> None:
+def test_settings_that_change_the_location_of_mlflows_server_are_not_passed_on() -> None:
     harmless = r"MLFLOW_SERVER_|MLFLOW_EXPOSE_PROMETHEUS|MLFLOW_TRACE_ARCHIVAL_CONFIG"
     left = {name for name in mlflow_server_variables() if not re.match(harmless, name)}
     assert left <= set(ui.OURS_TO_SET)
 
 
-def test_the_own_server_is_where_it_is_expected_whatever_is_set(prefect_in: Enter) -> None:
+def test_settings_do_not_change_the_location_of_our_prefect_server(prefect_in: Enter) -> None:
     port = free_port()
     elsewhere = {
         "PREFECT_SERVER_API_BASE_PATH": "/x",

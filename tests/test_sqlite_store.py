@@ -1,4 +1,4 @@
-"""A sqlite store is made and migrated as a whole or not at all; what cannot be migrated is named and stays."""
+"""A sqlite store is created and migrated completely or not at all; one that cannot be migrated is not changed."""
 
 import importlib.util
 import os
@@ -30,9 +30,10 @@ from pipeline.tracking.sqlite_store import MLFLOW, PREFECT, ensure_store, is_cur
 from pipeline.tracking.store import link_migrations, migrate
 from tests.conftest import PROJECT
 
-OLDER = "7d34483879f0"
-"""A revision of MLflow's schema to which the installed version can migrate down."""
+# A revision of MLflow's schema to which the installed version can downgrade.
+OLDER_REVISION = "7d34483879f0"
 RUN = "INSERT INTO runs (run_uuid, name, status, experiment_id) VALUES ('1f', 'old', 'FINISHED', 0)"
+# Opens the store, waits for a line on stdin, and writes.
 WRITER = """
 import sqlite3, sys
 connection = sqlite3.connect(sys.argv[1], isolation_level=None)
@@ -45,14 +46,13 @@ try:
 except sqlite3.Error as error:
     print(error)
 """
-"""Opens the store, waits for a line, writes."""
 
 
-def take(complete: Path, copy: Path, _lock: int) -> None:
+def copy_complete(complete: Path, copy: Path, _lock: int) -> None:
     shutil.copyfile(complete, copy)
 
 
-def refuse(_copy: Path, _lock: int) -> None:
+def fail(_copy: Path, _lock: int) -> None:
     raise AssertionError("nothing is to be migrated")
 
 
@@ -67,37 +67,37 @@ def names(file: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def older(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Path:
-    """An MLflow store with a run in it, as an older MLflow left it."""
+    """Return an MLflow store with a run and with the schema of an older MLflow."""
     file = Path(shutil.copy(mlflow_store / "mlflow.db", tmp_path_factory.mktemp("older")))
     execute(file, RUN)
     config = mlflow.store.db.utils._get_alembic_config(f"sqlite:///{file}")  # type: ignore[no-untyped-call]
     engine = mlflow.store.db.utils.create_sqlalchemy_engine(f"sqlite:///{file}")  # type: ignore[no-untyped-call]
     with engine.begin() as connection:
         config.attributes["connection"] = connection
-        command.downgrade(config, OLDER)
+        command.downgrade(config, OLDER_REVISION)
     engine.dispose()
     return file
 
 
 @pytest.fixture
 def store(older: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it in the current folder."""
+    """Change to a folder with a copy of the older store, and return the copy."""
     monkeypatch.chdir(tmp_path)
     return Path(shutil.copy(older, tmp_path))
 
 
 @pytest.fixture
-def half_made(store: Path) -> Path:
-    """A store without a run whose first migration was killed before it was written down."""
+def incomplete_store(store: Path) -> Path:
+    """Return a store without runs whose first migration was killed before its revision was recorded."""
     execute(store, "DELETE FROM runs", "DELETE FROM alembic_version")
     return store
 
 
-def left_over(file: Path) -> set[str]:
+def leftovers(file: Path) -> set[str]:
     return {path.name for path in file.parent.iterdir()} - {file.name, f"{file.name}.lock"}
 
 
-def test_the_revisions_are_those_of_alembic() -> None:
+def test_the_revisions_equal_those_that_alembic_reads() -> None:
     for tool, package in ((MLFLOW, mlflow.__file__), (PREFECT, prefect.__file__)):
         assert package
         versions = Path(package).parent / tool.versions
@@ -107,7 +107,7 @@ def test_the_revisions_are_those_of_alembic() -> None:
         assert known == {found.revision for found in script.walk_revisions()}
 
 
-def test_a_migration_that_merges_two_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_migration_that_merges_two_revisions_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "__init__.py").touch()
     for revision, previous in {"a": None, "b": "a", "c": "a", "d": ("b", "c")}.items():
         text = f"revision: str = {revision!r}\ndown_revision: tuple[str, str] = {previous!r}\n"
@@ -132,16 +132,16 @@ def test_a_migration_that_merges_two_names_both(tmp_path: Path, monkeypatch: pyt
         ("http://127.0.0.1:5000", None),
     ],
 )
-def test_the_file_that_a_url_names(uri: str, file: str | None) -> None:
+def test_the_file_of_a_database_is_read_from_its_url(uri: str, file: str | None) -> None:
     assert sqlite_path(uri) == (Path(file) if file else None)
 
 
-def test_an_older_store_is_migrated_with_what_its_log_holds_and_keeps_its_permissions(store: Path) -> None:
+def test_an_older_store_is_migrated_with_its_write_ahead_log_and_its_permissions(store: Path) -> None:
     store.chmod(0o600)
     with closing(sqlite3.connect(store, isolation_level=None)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("UPDATE runs SET name = 'newer'")
-        killed = store.parent / "killed"  # as a killed process leaves it: the change is in the log alone
+        killed = store.parent / "killed"  # a killed process leaves the change in the write-ahead log only
         killed.mkdir()
         for suffix in ("", "-wal"):
             shutil.copy(f"{store}{suffix}", killed)
@@ -151,29 +151,29 @@ def test_an_older_store_is_migrated_with_what_its_log_holds_and_keeps_its_permis
     assert names(file) == ["newer"]
     assert execute(file, "PRAGMA journal_mode") == [("wal",)]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert not left_over(file)
-    ensure_store(file, tool=MLFLOW, migrate=refuse)
+    assert not leftovers(file)
+    ensure_store(file, tool=MLFLOW, migrate=fail)
 
 
 @pytest.mark.parametrize("content", [None, b""])
-def test_a_store_is_made_where_there_is_none_or_an_empty_file(
+def test_a_store_is_created_where_the_file_is_missing_or_empty(
     tmp_path: Path, mlflow_store: Path, content: bytes | None
 ) -> None:
     file = tmp_path / "new" / "other.db"
     if content is not None:
         file.parent.mkdir()
         file.write_bytes(content)
-    ensure_store(file, tool=MLFLOW, migrate=partial(take, mlflow_store / "mlflow.db"))
+    ensure_store(file, tool=MLFLOW, migrate=partial(copy_complete, mlflow_store / "mlflow.db"))
     assert is_current(file, tool=MLFLOW)
-    assert not left_over(file)
+    assert not leftovers(file)
 
 
-def test_what_a_deleted_database_left_is_no_part_of_a_new_one(tmp_path: Path, mlflow_store: Path) -> None:
+def test_leftover_files_of_a_deleted_database_are_not_used_by_a_new_one(tmp_path: Path, mlflow_store: Path) -> None:
     file = tmp_path / "mlflow.db"
     for suffix in ("-journal", "-wal", "-shm"):
         file.with_name(file.name + suffix).write_bytes(b"old")
-    ensure_store(file, tool=MLFLOW, migrate=partial(take, mlflow_store / "mlflow.db"))
-    assert not left_over(file)
+    ensure_store(file, tool=MLFLOW, migrate=partial(copy_complete, mlflow_store / "mlflow.db"))
+    assert not leftovers(file)
 
 
 def test_a_link_stays_a_link(store: Path, tmp_path: Path) -> None:
@@ -184,19 +184,21 @@ def test_a_link_stays_a_link(store: Path, tmp_path: Path) -> None:
     assert is_current(store, tool=MLFLOW)
 
 
-def test_a_half_made_store_without_a_run_is_made_again(half_made: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # of a transaction that had not begun to write to the database: sqlite passes over it
-    half_made.with_name("mlflow.db-journal").write_bytes(bytes(1000))
-    ensure_store(half_made, tool=MLFLOW, migrate=migrate)
-    assert is_current(half_made, tool=MLFLOW)
+def test_an_incomplete_store_without_runs_is_created_again(
+    incomplete_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # the journal of a transaction that had not written to the database yet, which sqlite ignores
+    incomplete_store.with_name("mlflow.db-journal").write_bytes(bytes(1000))
+    ensure_store(incomplete_store, tool=MLFLOW, migrate=migrate)
+    assert is_current(incomplete_store, tool=MLFLOW)
     assert "with no run in it; made again" in capsys.readouterr().out
-    assert not left_over(half_made)
+    assert not leftovers(incomplete_store)
 
 
 @pytest.mark.parametrize("row", [RUN, "INSERT INTO experiments (experiment_id, name) VALUES (7, 'mine')"])
-def test_a_half_made_store_that_holds_anything_is_named_and_stays(half_made: Path, row: str) -> None:
-    execute(half_made, row)
-    assert_refused(half_made, match="cannot migrate it .*; nothing was changed.* move the file away")
+def test_an_incomplete_store_with_content_is_reported_and_not_changed(incomplete_store: Path, row: str) -> None:
+    execute(incomplete_store, row)
+    assert_refused(incomplete_store, match="cannot migrate it .*; nothing was changed.* move the file away")
 
 
 def test_the_store_of_a_newer_version_is_refused(store: Path) -> None:
@@ -210,7 +212,7 @@ def test_a_database_of_another_program_is_refused(tmp_path: Path) -> None:
     assert_refused(file, match="found the tables songs, which are not of MLflow; allowed: ")
 
 
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "mlflow.db"
     file.write_bytes(b"no database" * 100)
     assert_refused(file, match="mlflow.db: file is not a database; .* move the file away")
@@ -225,7 +227,7 @@ def test_a_damaged_database_is_refused(store: Path) -> None:
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unable to open database file; allowed: a file"):
-        ensure_store(tmp_path, tool=MLFLOW, migrate=refuse)
+        ensure_store(tmp_path, tool=MLFLOW, migrate=fail)
 
 
 def assert_refused(file: Path, *, match: str) -> None:
@@ -234,12 +236,12 @@ def assert_refused(file: Path, *, match: str) -> None:
         ensure_store(file, tool=MLFLOW, migrate=migrate)
     assert "\n" not in str(error.value)
     assert file.read_bytes() == before
-    assert not left_over(file)
+    assert not leftovers(file)
 
 
 @contextmanager
 def writer(file: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that has the store open, and writes to it when a line comes."""
+    """Start a process that has the store open and writes to it after a line on its stdin, and yield it."""
     with subprocess.Popen(
         [sys.executable, "-c", WRITER, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -251,15 +253,17 @@ def writer(file: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_store_that_another_process_has_open_is_not_migrated(store: Path) -> None:
     with writer(store) as process, pytest.raises(TemporaryError, match=rf"is open in process {process.pid} \("):
-        ensure_store(store, tool=MLFLOW, migrate=refuse)
+        ensure_store(store, tool=MLFLOW, migrate=fail)
     assert not is_current(store, tool=MLFLOW)
 
 
-def test_in_wal_mode_too(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_in_wal_mode_that_is_open_elsewhere_is_not_migrated(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sqlite_store, "LOCK_SECONDS", 0.1)
     execute(store, "PRAGMA journal_mode = WAL")
     with writer(store), pytest.raises(TemporaryError, match="is in use by another process"):
-        ensure_store(store, tool=MLFLOW, migrate=refuse)
+        ensure_store(store, tool=MLFLOW, migrate=fail)
     assert not is_current(store, tool=MLFLOW)
 
 
@@ -277,7 +281,7 @@ def test_a_process_that_opens_the_store_while_it_is_migrated_cannot_write_to_the
     assert names(store) == ["old"]
 
 
-def test_the_pages_migrate_an_older_store_before_they_are_served(
+def test_make_ui_migrates_an_older_store_before_it_starts_the_server(
     store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
@@ -289,7 +293,7 @@ def test_the_pages_migrate_an_older_store_before_they_are_served(
     assert capsys.readouterr().out.count("mlflow.db: migrated to the schema of MLflow") == 1
 
 
-def test_a_disk_without_room_is_one_line_and_the_store_stays(store: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_the_store_is_not_changed(store: Path) -> None:
     folder = store.parent / "mnt"
     folder.mkdir()
     script = f"""mount -t tmpfs -o size=1200k tmpfs {folder} && cp {store} {folder} && cd {folder} &&
@@ -299,7 +303,7 @@ with errors.report_errors(): connect()'; echo $?; cmp {store} mlflow.db && ls"""
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     unshare = ["unshare", "--user", "--map-root-user", "--mount"]
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine lets nobody mount a file system of their own (unshare --user --mount)")
+        pytest.skip("this machine does not let users mount file systems (unshare --user --mount)")
     done = subprocess.run(
         [*unshare, "sh", "-c", script],
         env=environment | {"PYTHONPATH": str(PROJECT)},
@@ -332,7 +336,7 @@ def test_prefects_own_command_makes_the_database_that_its_settings_name(
 
 
 def killer(folder: Path) -> Path:
-    """A folder for PYTHONPATH in which each Python process is killed in its first migration."""
+    """Make a folder for PYTHONPATH that kills each Python process at its first migration, and return it."""
     (folder / "sitecustomize.py").write_text(
         "import os\nfrom alembic.runtime.migration import HeadMaintainer as H\n"
         "H.update_to_step = lambda *_: os.kill(os.getpid(), 9)\n"
@@ -340,10 +344,10 @@ def killer(folder: Path) -> Path:
     return folder
 
 
-def test_a_database_that_is_no_sqlite_file_is_left_to_prefect(tmp_path: Path) -> None:
+def test_a_database_that_is_not_a_sqlite_file_is_not_touched(tmp_path: Path) -> None:
     for url in ("postgresql+asyncpg://127.0.0.1:9/prefect", "sqlite+aiosqlite:///file::memory:?cache=shared&uri=true"):
         ensure_database({"PREFECT_HOME": str(tmp_path), "PREFECT_API_DATABASE_CONNECTION_URL": url})
-        with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: url}):  # as a profile does
+        with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: url}):  # a profile sets the URL in this way
             ensure_database({"PREFECT_HOME": str(tmp_path)})
     assert not list(tmp_path.iterdir())
 
@@ -351,17 +355,17 @@ def test_a_database_that_is_no_sqlite_file_is_left_to_prefect(tmp_path: Path) ->
 def test_migrations_are_found_where_the_packages_path_has_a_percent_sign(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    odd = tmp_path / "100%"
-    odd.symlink_to(mlflow.store.db.utils._get_package_dir())  # type: ignore[no-untyped-call]
-    monkeypatch.setattr(mlflow.store.db.utils, "_get_package_dir", lambda: str(odd))
+    link = tmp_path / "100%"
+    link.symlink_to(mlflow.store.db.utils._get_package_dir())  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(mlflow.store.db.utils, "_get_package_dir", lambda: str(link))
     with pytest.raises(ValueError, match="invalid interpolation syntax"):
         mlflow.store.db.utils._get_alembic_config("sqlite://")  # type: ignore[no-untyped-call]
     link_migrations()
     config = mlflow.store.db.utils._get_alembic_config("sqlite://")  # type: ignore[no-untyped-call]
     assert ScriptDirectory.from_config(config).get_current_head()
-    with sqlite_store.without_percent(odd) as plain:
+    with sqlite_store.without_percent(link) as plain:
         assert "%" not in str(plain)
-        assert plain.samefile(odd)
+        assert plain.samefile(link)
     assert not os.path.lexists(plain)
     with sqlite_store.without_percent(tmp_path) as plain:
         assert plain == tmp_path

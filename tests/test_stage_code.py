@@ -1,4 +1,4 @@
-"""The code of a stage has one definition: a change outside it retrains nothing and orphans no checkpoint."""
+"""A change outside the code of a stage does not run the stage again, and does not invalidate checkpoints."""
 
 import shutil
 from pathlib import Path
@@ -11,17 +11,17 @@ from tests.conftest import PROJECT
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of the pipeline's code, with `dvc.yaml`."""
+    """Return a folder with a copy of the pipeline's code and of `dvc.yaml`."""
     shutil.copytree(PROJECT / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(PROJECT / "dvc.yaml", tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("module", ["core/errors.py", "tracking/runs.py", "predict.py", "datasets/digits.py"])
-def test_a_change_elsewhere_leaves_the_code_of_the_training_as_it_is(project: Path, module: str) -> None:
+def test_a_change_of_other_modules_does_not_change_the_code_of_the_training(project: Path, module: str) -> None:
     before = code_md5("train", project=project)
     with (project / "pipeline" / module).open("a") as file:
-        file.write("# a remark\n")
+        file.write("# a comment\n")
     assert code_md5("train", project=project) == before
 
 
@@ -29,11 +29,11 @@ def test_a_change_elsewhere_leaves_the_code_of_the_training_as_it_is(project: Pa
 def test_a_change_of_a_module_of_the_training_changes_its_code(project: Path, module: str) -> None:
     before = code_md5("train", project=project)
     with (project / "pipeline" / module).open("a") as file:
-        file.write("# a remark\n")
+        file.write("# a comment\n")
     assert code_md5("train", project=project) != before
 
 
-def test_a_new_or_renamed_module_in_a_folder_of_the_stage_counts(project: Path) -> None:
+def test_a_new_or_renamed_module_changes_the_code_of_the_stage(project: Path) -> None:
     before = code_md5("train", project=project)
     (project / "pipeline/models/mlp.py").write_text("")
     added = code_md5("train", project=project)
@@ -41,7 +41,7 @@ def test_a_new_or_renamed_module_in_a_folder_of_the_stage_counts(project: Path) 
     assert len({before, added, code_md5("train", project=project)}) == 3
 
 
-def test_compiled_modules_do_not_count(project: Path) -> None:
+def test_compiled_modules_do_not_change_the_code_of_the_stage(project: Path) -> None:
     before = code_files("train", project=project)
     (project / "pipeline/models/__pycache__").mkdir()
     (project / "pipeline/models/__pycache__/lenet.cpython-311.pyc").write_bytes(b"\x00")

@@ -1,4 +1,4 @@
-"""Weights as other programs save them: in which checkpoint, and under which names."""
+"""Weights are read from the checkpoints of other programs, whatever their keys and prefixes."""
 
 import copy
 import functools
@@ -37,7 +37,7 @@ def prefixed(prefix: str, model: str = "lenet") -> Weights:
 
 
 def load(content: Any, path: Path, *, model: str = "lenet", classes: int = 10) -> tuple[Weights, list[str]]:
-    """The network's weights after the file was read, and which were left as drawn."""
+    """Save the content, load it as weights, and return the network's weights and the names of those left random."""
     torch.save(content, path)
     return load_file_as_weights(path, model=model, classes=classes)
 
@@ -45,12 +45,12 @@ def load(content: Any, path: Path, *, model: str = "lenet", classes: int = 10) -
 def load_file_as_weights(path: Path | str, *, model: str = "lenet", classes: int = 10) -> tuple[Weights, list[str]]:
     chosen = config(model, classes=classes, weights=str(path))
     classifier = build(chosen)
-    drawn = load_pretrained(classifier, config=chosen, md5=file_md5(Path(path)))
-    return classifier.network.state_dict(), drawn
+    left_random = load_pretrained(classifier, config=chosen, md5=file_md5(Path(path)))
+    return classifier.network.state_dict(), left_random
 
 
 class Lightning(nn.Module):
-    """A module as Lightning saves it: the network is an attribute, beside a loss with weights of its own."""
+    """A module as in Lightning: the network is an attribute, beside a loss that has weights."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -114,8 +114,8 @@ FORMS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_of_the_same_network_are_read(form: str, tmp_path: Path) -> None:
-    found, drawn = load(FORMS[form](), tmp_path / "weights.pth")
-    assert drawn == []
+    found, left_random = load(FORMS[form](), tmp_path / "weights.pth")
+    assert left_random == []
     assert all(torch.equal(found[name], tensor) for name, tensor in weights().items())
 
 
@@ -125,8 +125,8 @@ def test_a_part_of_the_network_may_be_wrapped(tmp_path: Path) -> None:
     content = {
         name: tensor for name, tensor in network.state_dict().items() if not name.endswith("num_batches_tracked")
     }
-    found, drawn = load({"model": content}, tmp_path / "weights.pth", model="resnet18", classes=4)
-    assert drawn == ["fc.weight", "fc.bias"]
+    found, left_random = load({"model": content}, tmp_path / "weights.pth", model="resnet18", classes=4)
+    assert left_random == ["fc.weight", "fc.bias"]
     assert torch.equal(found["layer1.0.conv1.weight"], weights("resnet18")["layer1.0.conv1.weight"])
 
 
@@ -142,7 +142,7 @@ def test_a_regnet_takes_weights_from_a_file(tmp_path: Path) -> None:
 
 
 def deeper() -> Weights:
-    """ResNet-34 has all names of ResNet-18, in the same shapes."""
+    """Return weights of ResNet-34, which has all names of ResNet-18 with the same shapes."""
     return dict(build(config("resnet34", weights="any.pth")).network.state_dict())
 
 
@@ -201,20 +201,20 @@ REFUSED: dict[str, tuple[str, Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_does_not_fit_is_refused_in_one_line_that_says_what_differs(name: str, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_refused_in_one_line_with_the_differences(name: str, tmp_path: Path) -> None:
     model, content, message = REFUSED[name]
     with pytest.raises(UserError, match=message) as error:
         load(content(), tmp_path / "weights.pth", model=model)
     assert "\n" not in str(error.value)
 
 
-def test_a_mapping_that_holds_itself_is_read_once(tmp_path: Path) -> None:
+def test_a_mapping_that_contains_itself_is_read_once(tmp_path: Path) -> None:
     content: dict[str, Any] = {"model": weights()}
     content["again"] = content
     assert load(content, tmp_path / "weights.pth")[1] == []
 
 
-def test_which_of_several_sets_is_taken_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_set_of_weights_that_is_used_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load(FORMS["an average beside the model"](), tmp_path / "weights.pth")
     expected = f"train.weights {tmp_path / 'weights.pth'}: uses the weights model.*, not model_ema.module.*\n"
     assert capsys.readouterr().out == expected
@@ -235,7 +235,7 @@ def test_the_command_in_the_message_extracts_a_set(name: str, tmp_path: Path, mo
             load(content, Path(name))
     *_, program, option, code = shlex.split(str(error.value).rpartition("as in: ")[2])
     assert (program, option) == ("python", "-c")
-    exec(code, {})  # what the user is asked to run
-    found, drawn = load(torch.load("extracted.pth"), Path("again.pth"))
-    assert drawn == []
+    exec(code, {})  # the user is asked to run this code
+    found, left_random = load(torch.load("extracted.pth"), Path("again.pth"))
+    assert left_random == []
     assert all(torch.equal(found[each], tensor + 1) for each, tensor in weights().items())

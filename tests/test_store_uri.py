@@ -1,4 +1,4 @@
-"""What MLFLOW_TRACKING_URI and MLflow's other variables may be: honored, or refused in one line."""
+"""MLFLOW_TRACKING_URI and other variables of MLflow are honored or refused in one line."""
 
 import base64
 import http.server
@@ -59,7 +59,7 @@ def test_a_store_that_mlflow_supports_is_accepted(uri: str) -> None:
 
 
 @pytest.mark.parametrize("uri", BAD)
-def test_what_is_no_store_is_refused_with_what_is_allowed(uri: str) -> None:
+def test_a_uri_that_is_not_a_store_is_refused_with_the_allowed_forms(uri: str) -> None:
     with pytest.raises(UserError, match=f"MLFLOW_TRACKING_URI: found .*{BAD[uri]}.*; allowed: sqlite:///PATH") as error:
         check_tracking_uri(uri)
     assert "secret" not in str(error.value)
@@ -67,7 +67,7 @@ def test_what_is_no_store_is_refused_with_what_is_allowed(uri: str) -> None:
 
 
 @pytest.mark.parametrize("uri", ["file:///none/mlruns", "file:mlruns", "./mlruns", "mlruns", "/none/mlruns"])
-def test_a_file_store_is_refused_with_what_to_use(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_store_is_refused_with_the_alternative(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     with pytest.raises(UserError, match=r"a file store, .*allowed: sqlite:///PATH.*unset it to record into mlflow.db"):
         check_tracking_uri(uri)
@@ -82,13 +82,13 @@ def test_a_file_store_is_refused_with_what_to_use(uri: str, monkeypatch: pytest.
         ("my%20runs.db", "sqlite+pysqlite:///my%2520runs.db"),
     ],
 )
-def test_a_database_without_its_kind_is_refused_with_the_right_address(uri: str, expected: str) -> None:
+def test_a_database_path_without_a_scheme_is_refused_with_the_right_uri(uri: str, expected: str) -> None:
     with pytest.raises(UserError, match=r"found '.*', a file without the kind of database; allowed: ") as error:
         check_tracking_uri(uri)
     assert str(error.value).endswith(f"; set it to {expected}")
 
 
-def test_a_file_of_any_name_is_no_file_store(tmp_path: Path) -> None:
+def test_a_file_is_not_mistaken_for_a_file_store_whatever_its_name(tmp_path: Path) -> None:
     (tmp_path / "mlruns").touch()
     (tmp_path / "runs.db").mkdir()
     with pytest.raises(UserError, match=f"set it to sqlite:///{tmp_path}/mlruns"):
@@ -107,13 +107,13 @@ def test_a_file_store_with_runs_is_refused_with_the_command_that_copies_them(tmp
     assert command in str(error.value)
 
 
-def test_the_flow_refuses_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_flow_refuses_a_file_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "./mlruns")
     with pytest.raises(UserError, match="a file store"):
         tracking_uri(tmp_path)
 
 
-def test_advice_fits_the_kind_of_store() -> None:
+def test_the_advice_in_an_error_fits_the_kind_of_store() -> None:
     assert "start that server" in unreachable("http://host:5000", "x")
     assert "start that database" in unreachable("postgresql://me:secret@host/mlflow", "x")
     assert "folder exists" in unreachable("sqlite:////none/mlflow.db", "x")
@@ -129,7 +129,7 @@ def test_a_workspace_needs_a_server(name: str, monkeypatch: pytest.MonkeyPatch) 
         check_recording("sqlite:///mlflow.db")
 
 
-def test_no_run_is_recorded_into_one_of_the_users(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_mlflow_run_id_of_the_user_is_refused(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
     with pytest.raises(UserError, match=r"MLFLOW_RUN_ID: found '0+'; not allowed: .*unset it"):
         find_or_create_run("0" * 32, experiment="digits")
@@ -147,7 +147,9 @@ def experiment_of(run: RunLogger) -> str:
     return str(client.get_experiment(client.get_run(run.run_id).info.experiment_id).name)
 
 
-def test_the_users_experiment_is_that_of_new_runs(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_runs_belong_to_the_experiment_that_the_user_names(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     connect()
     mine = mlflow.create_experiment("mine")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", mine)
@@ -174,7 +176,7 @@ def test_an_experiment_that_does_not_exist_is_refused(
         find_or_create_run("0" * 32, experiment="digits")
 
 
-def test_metrics_are_sent_at_once_whatever_is_set(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_sent_synchronously_whatever_the_setting(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_ENABLE_ASYNC_LOGGING", "true")
     run, _ = find_or_create_run("0" * 32, experiment="digits")
     run.log({"loss": 1.0}, step=1)
@@ -182,11 +184,11 @@ def test_metrics_are_sent_at_once_whatever_is_set(workspace: Path, monkeypatch: 
     assert MlflowClient().get_run(run.run_id).data.metrics == {"loss": 1.0}
 
 
-class Guarded(http.server.BaseHTTPRequestHandler):
-    """Answers with the status that the server was given; keeps what it was sent."""
+class ServerWithLogin(http.server.BaseHTTPRequestHandler):
+    """A server that answers with the status in its attribute, and keeps the logins that it receives."""
 
     def do_GET(self) -> None:
-        self.server.sent.append(self.headers.get("Authorization"))  # type: ignore[attr-defined]
+        self.server.logins.append(self.headers.get("Authorization"))  # type: ignore[attr-defined]
         self.send_response(self.server.status)  # type: ignore[attr-defined]
         self.end_headers()
 
@@ -195,9 +197,9 @@ class Guarded(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def guarded(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.ThreadingHTTPServer]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Guarded) as found:
-        found.sent, found.status = [], 200  # type: ignore[attr-defined]
+def server_with_login(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.server.ThreadingHTTPServer]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ServerWithLogin) as found:
+        found.logins, found.status = [], 200  # type: ignore[attr-defined]
         threading.Thread(target=found.serve_forever, daemon=True).start()
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{found.server_address[1]}")
         yield found
@@ -205,21 +207,21 @@ def guarded(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[http.s
 
 
 def test_the_check_of_a_server_logs_in_as_mlflow_does(
-    guarded: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
+    server_with_login: http.server.ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "token")
     connect()
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
     connect()
-    assert guarded.sent == ["Bearer token", f"Basic {base64.b64encode(b'me:secret').decode()}"]  # type: ignore[attr-defined]
+    assert server_with_login.logins == ["Bearer token", f"Basic {base64.b64encode(b'me:secret').decode()}"]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("status", "answers"), [(200, True), (401, True), (403, True), (404, False), (502, False)])
-def test_a_server_that_wants_another_login_answers(
-    guarded: http.server.ThreadingHTTPServer, status: int, answers: bool
+def test_a_server_that_refuses_the_login_counts_as_reachable(
+    server_with_login: http.server.ThreadingHTTPServer, status: int, answers: bool
 ) -> None:
-    guarded.status = status  # type: ignore[attr-defined]
+    server_with_login.status = status  # type: ignore[attr-defined]
     if answers:
         connect()
         return

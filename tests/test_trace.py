@@ -1,4 +1,4 @@
-"""Every id of a real flow run leads to the same answer."""
+"""Every id of a real flow run leads to the same trace."""
 
 import json
 import subprocess
@@ -27,87 +27,103 @@ def project(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def only(project: Path) -> Trace:
-    [found], notes = trace(project, "HEAD")
-    assert notes == []
+def only_trace(project: Path) -> Trace:
+    [found], messages = trace(project, "HEAD")
+    assert messages == []
     return found
 
 
-def test_every_id_leads_to_the_same_answer(project: Path, only: Trace) -> None:
-    [experiment, *_], [own, *_] = only.experiments, only.flow_runs
-    assert only.run
-    ids = [only.commit, experiment.name, experiment.commit, only.run.run_id, own.run_id, own.name, only.model_md5]
+def test_every_id_leads_to_the_same_trace(project: Path, only_trace: Trace) -> None:
+    [experiment, *_], [own, *_] = only_trace.experiments, only_trace.flow_runs
+    assert only_trace.run
+    ids = [
+        only_trace.commit,
+        experiment.name,
+        experiment.commit,
+        only_trace.run.run_id,
+        own.run_id,
+        own.name,
+        only_trace.model_md5,
+    ]
     assert all(ids)
-    ids += [own.run_id.upper(), str(only.model_md5).upper()]
+    ids += [own.run_id.upper(), str(only_trace.model_md5).upper()]
     for wanted in ids:
-        assert trace(project, str(wanted))[0] == [only], wanted
-    [weights] = [file for file in only.files if file.path == "artifacts/train/best.safetensors"]
-    assert trace(project, "path", file=Path(str(weights.cached)))[0] == [only]
+        assert trace(project, str(wanted))[0] == [only_trace], wanted
+    [weights] = [file for file in only_trace.files if file.path == "artifacts/train/best.safetensors"]
+    assert trace(project, "path", file=Path(str(weights.cached)))[0] == [only_trace]
 
 
-def test_the_answer_has_code_data_parameters_and_files(only: Trace) -> None:
-    assert (only.dirty, only.uncommitted) == (True, ("params.yaml",))
-    assert only.changed == {"train.epochs": ("20", "1"), "evaluate.top_k": ("5", "3")}
-    assert only.data_set == "digits"
-    paths = {file.path for file in only.files if file.cached and Path(file.cached).is_file()}
+def test_a_trace_has_code_data_parameters_and_files(only_trace: Trace) -> None:
+    assert (only_trace.dirty, only_trace.uncommitted) == (True, ("params.yaml",))
+    assert only_trace.changed == {"train.epochs": ("20", "1"), "evaluate.top_k": ("5", "3")}
+    assert only_trace.data_set == "digits"
+    paths = {file.path for file in only_trace.files if file.cached and Path(file.cached).is_file()}
     assert {"artifacts/download", "artifacts/normalize", "artifacts/train/best.safetensors"} <= paths
-    own = only.flow_runs[0]
-    assert (own.state, own.experiment) == ("Completed", only.experiments[0].name)
+    own = only_trace.flow_runs[0]
+    assert (own.state, own.experiment) == ("Completed", only_trace.experiments[0].name)
     assert own.link
     assert own.link.endswith(own.run_id)
-    assert only.run
-    text = as_text(only)
+    assert only_trace.run
+    text = as_text(only_trace)
     assert f"dvc exp apply {own.experiment}" in text
-    assert f"test_accuracy {only.run.metrics['test_accuracy']:.6g}" in text
-    assert json.loads(as_json([only], []))["traces"][0]["run"]["tags"]["model.md5"] == only.model_md5
+    assert f"test_accuracy {only_trace.run.metrics['test_accuracy']:.6g}" in text
+    assert json.loads(as_json([only_trace], []))["traces"][0]["run"]["tags"]["model.md5"] == only_trace.model_md5
 
 
-def test_a_run_that_had_all_from_the_cache_leads_to_the_run_that_made_the_model(project: Path, only: Trace) -> None:
+def test_a_fully_cached_run_leads_to_the_run_that_made_the_model(project: Path, only_trace: Trace) -> None:
     text = flow_run(project, "--set", "train.epochs=1")
     assert "train cached, evaluate cached" in text
-    assert only.run
-    assert only.run.run_id in text
+    assert only_trace.run
+    assert only_trace.run.run_id in text
     [name] = [line.split()[1] for line in text.splitlines() if line.startswith("experiment ")]
     [found], _ = trace(project, name)
     assert found.run
-    assert found.run.run_id == only.run.run_id
+    assert found.run.run_id == only_trace.run.run_id
     [own] = [run for run in found.flow_runs if run.experiment == name]
-    assert trace(project, own.run_id)[0] == trace(project, str(only.model_md5))[0] == [found]
+    assert trace(project, own.run_id)[0] == trace(project, str(only_trace.model_md5))[0] == [found]
 
 
-def test_an_experiment_that_was_applied_is_no_trouble(recorded: Path, only: Trace) -> None:
-    ref = "refs/exps/apply/ORIG_HEAD"  # which `dvc exp apply` leaves
-    subprocess.run(["git", "update-ref", ref, str(only.commit)], cwd=recorded, check=True)
-    assert trace(recorded, str(only.model_md5))[0] == [only]
+def test_the_reference_that_dvc_exp_apply_leaves_is_ignored(recorded: Path, only_trace: Trace) -> None:
+    ref = "refs/exps/apply/ORIG_HEAD"  # `dvc exp apply` leaves this reference
+    subprocess.run(["git", "update-ref", ref, str(only_trace.commit)], cwd=recorded, check=True)
+    assert trace(recorded, str(only_trace.model_md5))[0] == [only_trace]
     subprocess.run(["git", "update-ref", "-d", ref], cwd=recorded, check=True)
 
 
-def test_without_a_prefect_server_the_rest_is_told(project: Path, only: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trace_without_a_prefect_server_has_the_rest(
+    project: Path, only_trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server, "running", lambda project: None)
     with temporary_settings(restore_defaults=[PREFECT_API_URL]):
-        [found], [note] = trace(project, only.flow_runs[0].run_id)
-    assert "Prefect was not looked at" in note
-    assert (found.run, found.flow_runs[0].name) == (only.run, only.flow_runs[0].name)
+        [found], [message] = trace(project, only_trace.flow_runs[0].run_id)
+    assert "Prefect was not looked at" in message
+    assert (found.run, found.flow_runs[0].name) == (only_trace.run, only_trace.flow_runs[0].name)
 
 
-def test_without_mlflow_the_experiment_is_told(project: Path, only: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trace_without_mlflow_has_the_experiment(
+    project: Path, only_trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/none.db")
     get_settings.cache_clear()
-    [found], notes = trace(project, only.experiments[0].name)
-    assert "MLflow has no runs yet" in notes[0]
+    [found], messages = trace(project, only_trace.experiments[0].name)
+    assert "MLflow has no runs yet" in messages[0]
     assert not (project / "none.db").exists()
-    assert (found.commit, found.model_md5, found.data_md5) == (only.commit, only.model_md5, only.data_md5)
-    assert found.changed == only.changed
+    assert (found.commit, found.model_md5, found.data_md5) == (
+        only_trace.commit,
+        only_trace.model_md5,
+        only_trace.data_md5,
+    )
+    assert found.changed == only_trace.changed
 
 
 @pytest.mark.parametrize("wanted", ["nonsense", "it's", "0" * 32, "--", "00000000-0000-4000-8000-000000000000"])
-def test_what_is_unknown_is_told_with_the_places(project: Path, wanted: str) -> None:
+def test_an_unknown_id_is_refused_with_the_places_that_were_searched(project: Path, wanted: str) -> None:
     with pytest.raises(UserError, match=r"nothing known of it; looked at: commits .* MLflow .* Prefect") as error:
         lineage.trace(project, wanted)
     assert "\n" not in str(error.value)
 
 
-def test_a_reader_that_has_seen_enough_gets_no_traceback(project: Path) -> None:
+def test_a_closed_pipe_causes_no_traceback(project: Path) -> None:
     command = f"{sys.executable} -m flows.trace HEAD | head -c 1"
     done = subprocess.run(["sh", "-c", command], cwd=project, capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("c", "")

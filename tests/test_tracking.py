@@ -21,13 +21,13 @@ from pipeline.tracking import model_code
 from pipeline.tracking.models import SERVED_PACKAGES, fetch_model, log_model
 from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.store import connect
-from tests.conftest import PROJECT, coloured_images, free_port, run_step, start_repository, write_normalized
+from tests.conftest import PROJECT, colored_images, free_port, run_step, start_repository, write_normalized
 from tests.test_architecture import MODULES, imports, reached
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Path:
-    """A workspace in which train and evaluate have run, in a git repository with an uncommitted change."""
+    """Run train and evaluate in a git repository with an uncommitted change, and return its folder."""
     folder = tmp_path_factory.mktemp("trained")
     write_normalized(folder)
     text = (
@@ -86,7 +86,7 @@ def test_losses_are_recorded_by_step_and_by_epoch(store: Path) -> None:
     assert [point.step for point in client.get_metric_history(run_id, "validation_loss")] == [1, 2]
 
 
-def test_a_run_leads_back_to_code_data_experiment_and_flow_run(store: Path) -> None:
+def test_the_tags_of_a_run_name_code_data_experiment_and_flow_run(store: Path) -> None:
     tags = only_run().data.tags
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert (tags["mlflow.source.git.commit"], tags["git.dirty"]) == (head, "true")
@@ -95,7 +95,7 @@ def test_a_run_leads_back_to_code_data_experiment_and_flow_run(store: Path) -> N
     assert tags["model.md5"] == file_md5(Path("artifacts/train/best.safetensors"))
 
 
-def test_what_was_not_committed_and_the_versions_are_kept_with_the_run(store: Path) -> None:
+def test_uncommitted_changes_and_package_versions_are_stored_with_the_run(store: Path) -> None:
     run_id = only_run().info.run_id
     difference = Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/uncommitted.diff")).read_bytes()
     assert b"+  model: lenet" in difference
@@ -104,11 +104,11 @@ def test_what_was_not_committed_and_the_versions_are_kept_with_the_run(store: Pa
 
 
 def test_the_data_set_is_recorded_with_its_digest(store: Path) -> None:
-    (recorded,) = only_run().inputs.dataset_inputs  # type: ignore[union-attr]
-    assert (recorded.dataset.name, recorded.dataset.digest) == ("imagefolder", DatasetInfo.read().md5)
+    (dataset_input,) = only_run().inputs.dataset_inputs  # type: ignore[union-attr]
+    assert (dataset_input.dataset.name, dataset_input.dataset.digest) == ("imagefolder", DatasetInfo.read().md5)
 
 
-def test_plots_are_kept_with_the_run(store: Path) -> None:
+def test_plots_are_stored_with_the_run(store: Path) -> None:
     names = {file.path for file in mlflow.MlflowClient().list_artifacts(only_run().info.run_id, "plots")}
     assert names == {"plots/curves.png", "plots/confusion_matrix.png"}
 
@@ -125,9 +125,9 @@ def test_history_and_run_name_the_kept_epoch_and_the_reason(store: Path) -> None
     assert run.data.metrics["kept_epoch"] == best[2]
 
 
-def test_the_recorded_model_predicts_and_holds_no_pickle(store: Path) -> None:
+def test_the_recorded_model_predicts_and_contains_no_pickle(store: Path) -> None:
     model = mlflow.pyfunc.load_model(f"runs:/{only_run().info.run_id}/model")
-    images, _ = coloured_images(12, seed=5)
+    images, _ = colored_images(12, seed=5)
     table = model.predict(images)
     assert list(table.columns) == ["predicted_class", "class 0", "class 1", "class 2"]
     np.testing.assert_allclose(table.iloc[:, 1:].sum(axis=1), 1, rtol=1e-5)
@@ -145,7 +145,7 @@ print(pipeline.__file__, sorted(name for name in sys.modules if name.startswith(
 """
 
 
-def test_an_application_with_modules_of_our_names_loads_models_of_two_versions(
+def test_an_application_with_modules_named_like_ours_loads_models_of_two_versions(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = f"runs:/{only_run().info.run_id}/model"
@@ -191,14 +191,14 @@ def test_an_unknown_model_is_refused_in_one_line(store: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_no_run_made_gets_a_run(workspace: Path) -> None:
+def test_a_model_without_a_run_gets_a_new_run(workspace: Path) -> None:
     run, made = find_or_create_run("0" * 32, experiment="digits")
     again, made_again = find_or_create_run("0" * 32, experiment="digits")
     assert (made, made_again, again.run_id) == (True, False, run.run_id)
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/nowhere/mlflow.db"])
-def test_a_store_that_cannot_be_reached_is_told_in_one_line(
+def test_an_unreachable_store_is_reported_in_one_line(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, uri: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -231,8 +231,8 @@ def served(store: Path) -> Iterator[str]:
             os.killpg(process.pid, 15)
 
 
-def answer(url: str, body: bytes | None = None) -> bytes:
-    """What the server says, once it is up; where it never is, pytest's timeout ends the test."""
+def response_of(url: str, body: bytes | None = None) -> bytes:
+    """Return the response of the server once it runs; if it never does, pytest's timeout ends the test."""
     while True:
         try:
             request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
@@ -243,13 +243,13 @@ def answer(url: str, body: bytes | None = None) -> bytes:
 
 
 def test_the_recorded_model_can_be_served(served: str) -> None:
-    answer(f"{served}/ping")
-    images, _ = coloured_images(2)
+    response_of(f"{served}/ping")
+    images, _ = colored_images(2)
     body = json.dumps({"inputs": images.tolist()}).encode()
-    predictions = json.loads(answer(f"{served}/invocations", body))["predictions"]
+    predictions = json.loads(response_of(f"{served}/invocations", body))["predictions"]
     assert [set(row) for row in predictions] == [{"predicted_class", "class 0", "class 1", "class 2"}] * 2
     floats = json.dumps({"instances": images.astype(float).tolist()}).encode()
-    assert json.loads(answer(f"{served}/invocations", floats))["predictions"] == predictions
+    assert json.loads(response_of(f"{served}/invocations", floats))["predictions"] == predictions
     for wrong, message in (
         ({"inputs": (images / 255).tolist()}, "inputs: found the value 0."),
         ({"instances": (images.astype(int) - 128).tolist()}, "inputs: found the value -"),

@@ -26,7 +26,7 @@ from pipeline.training.loop import TrainingResult, train
 from pipeline.training.optimizer import make_optimizers, set_learning_rate
 from pipeline.training.schedule import learning_rate
 from pipeline.training.state import TrainingState, copy_weights
-from tests.conftest import DEFAULTS, coloured_images, read_until, run_step, start_step, train_params, write_normalized
+from tests.conftest import DEFAULTS, colored_images, read_until, run_step, start_step, train_params, write_normalized
 from tests.test_model import config
 
 OPTIMIZERS = {
@@ -42,7 +42,7 @@ QUICK = {"epochs": 2, "batch_size": 16, "schedule": "constant", "warmup_fraction
 
 
 def split_of(number: int, *, seed: int) -> Split:
-    images, labels = coloured_images(number, seed=seed)
+    images, labels = colored_images(number, seed=seed)
     return Split.of(images, labels, mean=[0.4] * 3, std=[0.25] * 3, device=torch.device("cpu"))
 
 
@@ -93,18 +93,18 @@ def test_another_seed_gives_another_model() -> None:
     assert not torch.equal(first.last["network.0.weight"], second.last["network.0.weight"])
 
 
-def test_dropout_too_follows_from_the_seed() -> None:
+def test_dropout_depends_only_on_the_seed() -> None:
     params = train_params(**QUICK | {"epochs": 1}, model="mobilenet_v3_small")
     assert run(params).history == run(params).history
 
 
-def test_golden_losses() -> None:
+def test_losses_equal_the_recorded_ones() -> None:
     trained = run(train_params(**QUICK | {"epochs": 3}))
     losses = [epoch.train_loss for epoch in trained.history]
     assert losses == pytest.approx([1.0922, 1.0054, 0.5302], rel=0.02)
 
 
-def test_sgd_without_momentum_is_the_bare_rule() -> None:
+def test_sgd_without_momentum_follows_the_bare_update_rule() -> None:
     network = nn.Linear(3, 1, bias=False)
     network.weight.data = torch.tensor([[1.0, -2.0, 3.0]])
     weight = network.weight
@@ -116,12 +116,12 @@ def test_sgd_without_momentum_is_the_bare_rule() -> None:
     assert torch.equal(weight.detach(), expected)
 
 
-def test_mse_compares_with_one_hot_targets_of_the_outputs_shape() -> None:
+def test_mse_compares_with_one_hot_targets_of_the_shape_of_the_output() -> None:
     logits, labels = torch.tensor([[0.5, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])
     assert loss_function("mse")(logits, labels).item() == pytest.approx((0.25 + 0 + 0 + 1) / 4)
 
 
-def test_label_smoothing_is_pytorchs() -> None:
+def test_label_smoothing_equals_that_of_pytorch() -> None:
     logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
     ours = loss_function("cross_entropy", label_smoothing=0.1)(logits, labels)
     assert torch.equal(ours, nn.functional.cross_entropy(logits, labels, label_smoothing=0.1))
@@ -143,7 +143,7 @@ def pytorch_rates(scheduler_of: object, params: TrainParams, steps: int) -> list
     return found
 
 
-def test_one_cycle_is_pytorchs() -> None:
+def test_the_one_cycle_schedule_equals_that_of_pytorch() -> None:
     params = train_params(schedule="one_cycle", epochs=10, warmup_fraction=0.3)
     schedulers = torch.optim.lr_scheduler
     reference = pytorch_rates(
@@ -152,20 +152,20 @@ def test_one_cycle_is_pytorchs() -> None:
     assert rates(params) == pytest.approx(reference)
 
 
-def test_cosine_is_pytorchs() -> None:
+def test_the_cosine_schedule_equals_that_of_pytorch() -> None:
     params = train_params(schedule="cosine", epochs=10, warmup_fraction=0.0)
     reference = pytorch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 100), params, 100)
     assert rates(params) == pytest.approx(reference)
 
 
-def test_step_is_pytorchs() -> None:
+def test_the_step_schedule_equals_that_of_pytorch() -> None:
     params = train_params(schedule="step", epochs=10, warmup_fraction=0.0, step_epochs=3, step_factor=0.5)
     reference = pytorch_rates(lambda o: torch.optim.lr_scheduler.StepLR(o, 30, 0.5), params, 100)
     assert rates(params) == pytest.approx(reference)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "step", "linear", "cosine", "one_cycle"])
-def test_every_schedule_climbs_to_its_peak_during_the_warm_up(schedule: str) -> None:
+def test_every_schedule_rises_to_its_peak_during_the_warm_up(schedule: str) -> None:
     found = rates(train_params(schedule=schedule, epochs=10, warmup_fraction=0.2, step_epochs=4))
     assert found[:20] == sorted(found[:20])
     assert max(found) == pytest.approx(0.05)
@@ -173,12 +173,12 @@ def test_every_schedule_climbs_to_its_peak_during_the_warm_up(schedule: str) -> 
 
 
 @pytest.mark.parametrize("warmup_fraction", [0.0, 0.01, 0.99])
-def test_one_cycle_survives_extreme_warm_ups(warmup_fraction: float) -> None:
+def test_the_one_cycle_schedule_accepts_extreme_warm_ups(warmup_fraction: float) -> None:
     found = rates(train_params(schedule="one_cycle", epochs=2, warmup_fraction=warmup_fraction))
     assert all(0 < rate <= 0.05 for rate in found)
 
 
-def test_linear_climbs_from_a_fifth_and_falls_to_seven_hundredths() -> None:
+def test_the_linear_schedule_rises_from_a_fifth_and_falls_to_seven_hundredths() -> None:
     found = rates(train_params(schedule="linear", epochs=10, warmup_fraction=0.2))
     assert found[0] == pytest.approx(0.01)
     assert found[20] == max(found) == pytest.approx(0.05)
@@ -203,7 +203,7 @@ def test_lookahead_follows_its_rule_and_ends_with_the_slow_weights(total: int) -
     assert network.weight.item() == pytest.approx(slow)
 
 
-def test_the_biases_of_batch_normalisation_may_have_a_rate_of_their_own() -> None:
+def test_the_biases_of_batch_normalization_can_have_their_own_learning_rate() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
     [optimizer] = make_optimizers(network, params=train_params(bias_learning_rate_factor=4.0, weight_decay=0.1))
     set_learning_rate([optimizer], 0.5)
@@ -212,8 +212,8 @@ def test_the_biases_of_batch_normalisation_may_have_a_rate_of_their_own() -> Non
     assert (biases["lr"], biases["weight_decay"], biases["params"]) == (2.0, 0.025, [network[1].bias])
 
 
-class Questions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class is untyped
-    """Counts how often the host asks a device for a value, which on a GPU is to wait for it."""
+class SyncCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own class is untyped
+    """A counter of the values that the host reads from a device, each of which waits for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -226,25 +226,25 @@ class Questions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's 
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a training on the CPU check for non-finite losses as on a GPU: only when there is something to log."""
+    """Make a training on the CPU check for non-finite losses as on a GPU, only when it logs."""
     monkeypatch.setattr(non_finite, "can_raise_at_once", lambda state: False)
 
 
-def count_questions(*, images: int, log_every_steps: int = 1000) -> int:
-    """Return how often one epoch of `images / 16` steps asks the device for a value."""
+def count_syncs(*, images: int, log_every_steps: int = 1000) -> int:
+    """Return how many values the host reads from the device in one epoch of `images / 16` steps."""
     params = train_params(**QUICK | {"epochs": 1}, log_every_steps=log_every_steps, flip=True, gradient_clip_norm=1.0)
-    with Questions() as questions:
+    with SyncCounter() as counter:
         run(params, images=images)
-    return int(questions.number)
+    return int(counter.number)
 
 
-def test_no_step_asks_the_device_for_a_value(as_on_a_gpu: None) -> None:
-    assert count_questions(images=96) == count_questions(images=192)
-    assert count_questions(images=96, log_every_steps=3) > count_questions(images=96)
+def test_no_step_reads_a_value_from_the_device(as_on_a_gpu: None) -> None:
+    assert count_syncs(images=96) == count_syncs(images=192)
+    assert count_syncs(images=96, log_every_steps=3) > count_syncs(images=96)
 
 
 @pytest.mark.parametrize("precision", [None, torch.float16])
-def test_a_loss_that_is_not_finite_moves_no_weight_until_it_is_asked_for(
+def test_a_non_finite_loss_changes_no_weight_until_it_is_checked(
     as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, precision: torch.dtype | None
 ) -> None:
     monkeypatch.setattr(state_module, "autocast_dtype", lambda name, *, device: precision)
@@ -270,8 +270,8 @@ def test_a_loss_that_is_not_finite_moves_no_weight_until_it_is_asked_for(
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-def test_mixed_precision_trains_as_well(monkeypatch: pytest.MonkeyPatch, precision: torch.dtype) -> None:
-    """What a GPU does by train.mixed_precision, which is left out on the CPU."""
+def test_mixed_precision_reaches_a_similar_loss(monkeypatch: pytest.MonkeyPatch, precision: torch.dtype) -> None:
+    """The CPU ignores train.mixed_precision, so the test sets the precision of a GPU."""
     full = run(train_params(**QUICK))
     for module in (device, state_module):
         monkeypatch.setattr(module, "autocast_dtype", lambda name, *, device: precision)
@@ -280,8 +280,8 @@ def test_mixed_precision_trains_as_well(monkeypatch: pytest.MonkeyPatch, precisi
     assert mixed.history[-1].train_loss != full.history[-1].train_loss
 
 
-def test_a_first_step_that_is_skipped_leaves_momenta_of_zero() -> None:
-    """As a GradScaler skips it where float16 overflows."""
+def test_a_skipped_first_step_leaves_momentum_buffers_of_zero() -> None:
+    """A GradScaler skips a step whose float16 gradients overflow."""
     network = nn.Linear(2, 1)
     before = network.weight.clone()
     [optimizer] = make_optimizers(network, params=train_params(optimizer="sgd", momentum=0.9, nesterov=False))
@@ -317,12 +317,12 @@ def test_the_best_epoch_is_kept_beside_the_last() -> None:
     assert torch.equal(trained.best["network.0.weight"], shorter.last["network.0.weight"])
 
 
-def test_a_non_finite_loss_stops_before_the_step_and_names_it() -> None:
+def test_a_non_finite_loss_stops_the_training_before_the_step_and_is_reported() -> None:
     with pytest.raises(UserError, match=r"epoch 1, step \d+: the loss is (nan|inf); lower train\.learning_rate"):
         run(train_params(**QUICK, optimizer="sgd", momentum=0.0, nesterov=False, learning_rate=1e30))
 
 
-def test_a_model_spoilt_by_the_last_step_of_an_epoch_is_refused() -> None:
+def test_a_model_that_is_non_finite_after_the_last_step_of_an_epoch_is_refused() -> None:
     with pytest.raises(UserError, match=r"epoch 1, validation: the loss is (nan|inf)"):
         run(train_params(**QUICK, optimizer="sgd", momentum=0.0, nesterov=False, learning_rate=1e30), images=16)
 
@@ -339,7 +339,7 @@ def runs() -> list[mlflow.entities.Run]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"batch_size": 500}, "error: train.batch_size is 500, but the train split has 96 images; allowed: up to 96"),
         (
@@ -359,8 +359,8 @@ def runs() -> list[mlflow.entities.Run]:
         ),
     ],
 )
-def test_a_mistake_ends_in_one_line_and_the_last_model_stays(
-    workspace: Path, changes: dict[str, object], told: str, capfd: pytest.CaptureFixture[str]
+def test_a_bad_parameter_is_reported_in_one_line_and_the_last_model_is_kept(
+    workspace: Path, changes: dict[str, object], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     write_normalized(workspace)
     model = workspace / "artifacts" / "train" / "best.safetensors"
@@ -371,12 +371,12 @@ def test_a_mistake_ends_in_one_line_and_the_last_model_stays(
         main()
     stderr = capfd.readouterr().err
     assert len(stderr.splitlines()) == 1, stderr
-    assert stderr.startswith(told)
+    assert stderr.startswith(message)
     assert model.read_text() == "the last good model"
 
 
 @pytest.mark.slow
-def test_a_failed_run_is_marked_failed_and_leaves_the_last_model(workspace: Path) -> None:
+def test_a_failed_run_is_marked_failed_and_writes_no_model(workspace: Path) -> None:
     write_normalized(workspace)
     configure(workspace, optimizer="sgd", momentum=0.0, nesterov=False, learning_rate=1.0e30, schedule="constant")
     done = run_step("train")
@@ -411,6 +411,6 @@ def test_the_step_writes_models_history_and_curves(workspace: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith("epoch 2/2 ██████████ loss")
 
 
-def test_missing_input_names_the_step_that_makes_it(workspace: Path) -> None:
+def test_missing_input_ends_the_step_with_status_2(workspace: Path) -> None:
     with pytest.raises(SystemExit, match="2"):
         main()

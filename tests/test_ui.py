@@ -1,4 +1,4 @@
-"""`make ui`: both servers answer on loopback, and nothing of them stays."""
+"""`make ui` starts both servers on loopback, and leaves no process behind."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ def open_ui(folder: Path, *, mlflow_port: int, prefect_port: int) -> Iterator[su
 
 
 @pytest.mark.slow
-def test_both_pages_answer_and_ctrl_c_leaves_no_process(tmp_path: Path, stores: Path) -> None:
+def test_both_servers_answer_and_ctrl_c_leaves_no_process(tmp_path: Path, stores: Path) -> None:
     (tmp_path / ".prefect").mkdir()
     shutil.copy(stores / "prefect.db", tmp_path / ".prefect")
     shutil.copy(stores / "mlflow.db", tmp_path)
@@ -63,7 +63,7 @@ def test_both_pages_answer_and_ctrl_c_leaves_no_process(tmp_path: Path, stores: 
     assert ports.is_free(prefect_port)
 
 
-def test_links_lead_to_the_port_that_mlflows_server_got(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_links_use_the_port_of_mlflows_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_PORT", raising=False)
     assert ui.mlflow_page("0", project=tmp_path) == "http://127.0.0.1:5000/#/runs/0"
@@ -74,7 +74,7 @@ def test_links_lead_to_the_port_that_mlflows_server_got(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("name", ["MLFLOW_PORT", "PREFECT_PORT"])
-def test_a_port_in_use_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_port_in_use_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     port = free_port()
     monkeypatch.setenv(name, str(port))
     refused = pytest.raises(UserError, match=f"port {port} is in use; .* {name}=")
@@ -84,12 +84,12 @@ def test_a_port_in_use_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def open_page(name: str, folder: Path) -> None:
     page = ui.mlflow_server if name == "MLFLOW_PORT" else ui.prefect_server
-    # other tests of this process may have a server
+    # other tests in this process may have set a server
     with temporary_settings(restore_defaults=[PREFECT_API_URL]), page(folder):
         pass
 
 
-def test_a_port_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_PORT", "http")
     with pytest.raises(UserError, match="MLFLOW_PORT: found 'http'; allowed: a port number"):
         ports.port_variable("MLFLOW_PORT", 5000)
@@ -107,7 +107,7 @@ def test_stop_ends_the_server_and_a_second_start_reuses_it(tmp_path: Path, store
     assert server.stop(tmp_path) is None
 
 
-def test_a_server_that_does_not_start_is_one_line(tmp_path: Path) -> None:
+def test_a_server_that_does_not_start_is_reported_in_one_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
     process = server.launch(["nothing_here"], log=log, environment=dict(os.environ))
     with pytest.raises(TemporaryError, match=r"the server did not start: .*No module named nothing_here; see "):

@@ -1,4 +1,4 @@
-"""A user whom the machine does not know, without a home, with a quota of the CPU."""
+"""The pipeline runs for a user id without a name or a home, and with a limit on CPU cores."""
 
 import os
 import re
@@ -20,9 +20,9 @@ CACHES = ("XDG_CACHE_HOME", "MPLCONFIGDIR", "TRITON_HOME")
 
 @pytest.fixture(autouse=True)
 def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user of whom the environment tells nothing, in an empty folder."""
+    """Change to an empty folder, and unset all variables that name the user."""
     for name in (*NAMES, *CACHES, "PIPELINE_CACHE_DIR"):
-        monkeypatch.setenv(name, "")  # so that it is put back afterwards, whatever the test does to it
+        monkeypatch.setenv(name, "")  # monkeypatch then restores it, even if the test sets it
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -40,7 +40,7 @@ def test_a_known_user_keeps_name_home_and_caches(tmp_path: Path) -> None:
     assert not set(os.environ) & {*NAMES, *CACHES}
 
 
-def test_a_home_that_is_missing_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_home_folder_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/nonexistent")
     pipeline._ensure_user()
     assert Path.home() == tmp_path / ".cache" / "home"
@@ -66,14 +66,16 @@ def test_the_home_of_an_experiment_in_a_temporary_folder_is_in_the_project(
     assert Path.home() == tmp_path / "kept" / "home"
 
 
-def test_no_home_at_all_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unset_home_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
     pipeline._ensure_user()
     assert Path.home() == tmp_path / ".cache" / "home"
 
 
-def test_what_a_read_only_home_cannot_keep_goes_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_of_a_read_only_home_are_moved_into_the_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     monkeypatch.setenv("MPLCONFIGDIR", "mine")
     pipeline._ensure_user()
@@ -82,14 +84,14 @@ def test_what_a_read_only_home_cannot_keep_goes_into_the_cache(tmp_path: Path, m
     assert os.environ["XDG_CACHE_HOME"] == str(tmp_path / ".cache" / "home")
 
 
-def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_cores_that_the_process_may_use_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(everything)})
     try:
         assert num_cores() == 1
     finally:
         os.sched_setaffinity(0, everything)
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # as where a container's quota is one core
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # as in a container that is limited to one core
     assert num_cores() == 1
 
 
@@ -99,7 +101,7 @@ def test_cores_are_counted_in_one_place() -> None:
     assert [path.name for path in files if counting.search(path.read_text())] == ["processes.py"]
 
 
-def test_a_closed_standard_output_does_not_become_the_next_file(tmp_path: Path) -> None:
+def test_a_file_does_not_get_the_descriptor_of_a_closed_standard_output(tmp_path: Path) -> None:
     code = "import os, sys, pipeline; print(open('x').fileno(), sys.stdout.fileno(), file=sys.stderr)"
     (tmp_path / "x").touch()
     command = ["/bin/sh", "-c", '"$0" -c "$1" >&-', sys.executable, code]

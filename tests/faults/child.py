@@ -1,9 +1,10 @@
-"""One training that is killed by SIGKILL at a chosen point of its life, or not at all.
+"""Run trainings that are killed by SIGKILL at a chosen event, or not at all.
 
-`python -m tests.faults.child` reads JSON requests, one a line: {"folder", "log", "kill"}. For each it forks a process
-that runs the step `train` in the folder, and answers with its exit status (negative: the signal's number). What takes
-seconds to import is imported once. Every step, file operation and message to MLflow is an event, before and after it
-happens; the log lists them. "kill" is the number of an event, or a name and which one of that name: ["step after", 3].
+`python -m tests.faults.child` reads JSON requests, one per line: {"folder", "log", "kill"}. For each it forks a process
+that runs the step `train` in the folder, and prints its exit status, negative after a signal. Forking saves the slow
+imports. Each training step, file operation and message to MLflow is two events, before and after it, which the log
+lists. "kill" is the number of an event, or a name and the number of the event among those of that name, such as
+["step after", 3].
 """
 
 import functools
@@ -28,14 +29,14 @@ MESSAGES = ("create_run", "log_batch", "log_artifact", "log_inputs", "set_termin
 
 
 class Events:
-    """Counts events, and kills this process at the chosen one."""
+    """A counter of events that kills this process at the chosen one."""
 
     def __init__(self, log: Path, *, kill: Any) -> None:
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._kill, self._count, self._counts, self._over = kill, 0, Counter[str](), False
 
     def happen(self, name: str) -> bool:
-        """Whether this is the one; it is written down first, and nothing after it."""
+        """Log an event, and return whether it is the chosen one; no event is logged after that one."""
         if self._over:
             return False
         self._count += 1
@@ -45,7 +46,7 @@ class Events:
         return self._over
 
     def around(self, owner: Any, name: str, *, label: str) -> None:
-        """Make an event of the moments before and after each call of `owner.name`."""
+        """Make the moments before and after each call of `owner.name` events."""
         original = getattr(owner, name)
 
         @functools.wraps(original)
@@ -59,8 +60,8 @@ class Events:
 
         setattr(owner, name, wrapped)
 
-    def in_the_midst_of(self, write: Callable[[Path, bytes], None]) -> Callable[[Path, bytes], None]:
-        """Make an event of the moment when half of a checkpoint is on the disk."""
+    def during(self, write: Callable[[Path, bytes], None]) -> Callable[[Path, bytes], None]:
+        """Return a function that writes a checkpoint, with events when half of it and all of it is on the disk."""
 
         def wrapped(path: Path, content: bytes) -> None:
             if self.happen("checkpoint half written"):
@@ -90,13 +91,13 @@ def run(folder: str, log: str, kill: Any) -> None:
         events.around(os, name, label=name)
     for name in MESSAGES:
         events.around(MlflowClient, name, label=name)
-    setattr(checkpoint, "write_bytes", events.in_the_midst_of(artifacts.write_bytes))  # noqa: B010  (mypy)
-    logger.FLUSH_SECONDS = 0.02  # so that there is much to send twice
+    setattr(checkpoint, "write_bytes", events.during(artifacts.write_bytes))  # noqa: B010  (mypy)
+    logger.FLUSH_SECONDS = 0.02  # many messages make it likely that some are sent twice
     train.main()
 
 
 def main() -> None:
-    """Fork for each request."""
+    """Fork a process for each request."""
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

@@ -1,4 +1,4 @@
-"""Kills trainings all over their lives, lets the plain command go on, and compares what comes out.
+"""Kill trainings at any point, resume them by the same command, and compare the results.
 
 `python -m tests.faults.harness --kills 200` (`make faults`) prints a line for each training and the count at the end.
 """
@@ -29,6 +29,7 @@ from pipeline.core.yaml import dump_yaml
 from tests.conftest import DEFAULTS, PROJECT, write_normalized
 
 FILES = ("best.safetensors", "last.safetensors", "model.json", "history.csv", "curves.png")
+# 6 steps per epoch, and more than one checkpoint in each epoch.
 PARAMS = {
     "epochs": 4,
     "batch_size": 16,
@@ -36,11 +37,11 @@ PARAMS = {
     "checkpoint_every_minutes": 0.0002,
     "cpu_threads": 1,
 }
-"""6 steps an epoch, and more than one checkpoint in each."""
 GOLDEN_RATIO = (5**0.5 - 1) / 2
-PLAIN_SECONDS = 6.0
-"""About as long as the plain command takes, most of it for Python's imports."""
-DIRECTED: tuple[tuple[str, int], ...] = (
+# The duration of `python -m pipeline.train`, most of it for imports.
+COMMAND_SECONDS = 6.0
+# Events that evenly distributed kills may miss.
+CHOSEN_EVENTS: tuple[tuple[str, int], ...] = (
     ("create_run before", 1),
     ("create_run after", 1),
     ("step before", 1),
@@ -57,19 +58,18 @@ DIRECTED: tuple[tuple[str, int], ...] = (
     ("set_terminated before", 1),
     ("set_terminated after", 1),
 )
-"""Points that a spread of kills may miss."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished training left: the hash of each file, and of each MLflow run what must be equal."""
+    """The outcome of a finished training: the MD5 of each file, and the comparable data of each MLflow run."""
 
     files: dict[str, str]
     runs: tuple[tuple[str, dict[str, Any]], ...]
 
 
 class Site:
-    """A folder for trainings, and the process that starts them."""
+    """A folder for trainings, and the process that runs them."""
 
     def __init__(self, folder: Path, *, process: subprocess.Popen[str]) -> None:
         self._folder, self._process = folder, process
@@ -77,12 +77,12 @@ class Site:
         make_template(folder / "template")
 
     def project(self) -> Path:
-        """A fresh project."""
+        """Make a new project, and return its folder."""
         self._count += 1
         return Path(shutil.copytree(self._folder / "template", self._folder / f"training-{self._count}"))
 
     def train(self, project: Path, *, kill: Any = None) -> int:
-        """The exit status of one training in the project."""
+        """Run one training in the project, and return its exit status."""
         assert self._process.stdin
         assert self._process.stdout
         request = {"folder": str(project), "log": str(project / "events.txt"), "kill": kill}
@@ -92,7 +92,7 @@ class Site:
 
 
 def make_template(folder: Path) -> None:
-    """A project with data, parameters and an empty MLflow store."""
+    """Write a project with data, parameters and an empty MLflow store."""
     write_normalized(folder)
     values = json.loads(json.dumps(DEFAULTS))
     values["train"] |= PARAMS
@@ -121,7 +121,7 @@ def open_site(folder: Path) -> Iterator[Site]:
 
 
 def result(project: Path) -> Result:
-    """Read what the training left."""
+    """Read the outcome of a training."""
     files = {name: file_md5(project / "artifacts" / "train" / name) for name in FILES}
     client = MlflowClient(f"sqlite:///{project}/mlflow.db")
     runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
@@ -129,7 +129,7 @@ def result(project: Path) -> Result:
 
 
 def _history(client: MlflowClient, run: Run) -> dict[str, Any]:
-    """Each metric's steps and values, in the order of steps; speeds differ, so only their steps."""
+    """Return each metric's steps and values in the order of steps; of speeds, which differ, only the steps."""
     history: dict[str, Any] = {}
     for name in run.data.metrics:
         if not name.startswith("system/"):
@@ -142,7 +142,7 @@ def _history(client: MlflowClient, run: Run) -> dict[str, Any]:
 
 
 def train_with_kills(site: Site, kills: Sequence[Any]) -> tuple[Result, list[str]]:
-    """A training that is killed at each of the points in turn, where it gets that far, and then goes on to its end."""
+    """Train, kill and resume at each event that is reached, and return the outcome and the events of the kills."""
     project, points = site.project(), list[str]()
     for kill in [*kills, None]:
         if is_done(project):
@@ -157,36 +157,38 @@ def train_with_kills(site: Site, kills: Sequence[Any]) -> tuple[Result, list[str
     return found, points
 
 
-def differences(found: Result, whole: Result) -> str:
-    """What is not as in the uninterrupted training."""
-    lines = [f"{name} {md5}" for name, md5 in found.files.items() if whole.files[name] != md5]
-    if len(found.runs) != 1 or found.runs[0][0] != whole.runs[0][0]:
+def differences(found: Result, uninterrupted: Result) -> str:
+    """Describe the differences from an uninterrupted training."""
+    lines = [f"{name} {md5}" for name, md5 in found.files.items() if uninterrupted.files[name] != md5]
+    if len(found.runs) != 1 or found.runs[0][0] != uninterrupted.runs[0][0]:
         lines.append(f"runs {[status for status, _ in found.runs]}")
     history = found.runs[0][1]
-    lines += [f"{name} {history.get(name)}" for name, value in whole.runs[0][1].items() if history.get(name) != value]
+    lines += [
+        f"{name} {history.get(name)}" for name, value in uninterrupted.runs[0][1].items() if history.get(name) != value
+    ]
     return f"DIFFERENT: {'; '.join(lines)}"
 
 
 def is_done(project: Path) -> bool:
-    """Whether a process that was killed had nothing more to do but to sweep up: the result is there, whole."""
-    left = [path for path in (project / ".cache/checkpoints").glob("*/") if path.suffix != ".gone"]
-    return (project / "artifacts/train").exists() and not left
+    """Return whether a killed training was complete except for its cleanup."""
+    checkpoints = [path for path in (project / ".cache/checkpoints").glob("*/") if path.suffix != ".gone"]
+    return (project / "artifacts/train").exists() and not checkpoints
 
 
 def plans(*, events: int, seed: int) -> Iterator[list[Any]]:
-    """Points for one training after the other, without end: a directed or an even one, and one drawn at random.
+    """Yield without end the events at which to kill a training: a chosen or evenly distributed one, then a random one.
 
-    The second is left out where the training ends before it.
+    A training that ends before its second event is killed only once.
     """
     draw = random.Random(seed)
-    for point in DIRECTED:
+    for point in CHOSEN_EVENTS:
         yield [list(point), draw.randrange(1, events)]
-    for number in itertools.count():  # ever finer shares of the life
+    for number in itertools.count():  # events that divide the training ever more finely
         yield [1 + int(events * (number * GOLDEN_RATIO % 1)), draw.randrange(1, events)]
 
 
-def kill_plain_commands(project: Path, *, kills: int, seed: int) -> list[float]:
-    """Run `python -m pipeline.train` until it is done, killed `kills` times if it lasts; gives the seconds it had."""
+def kill_commands(project: Path, *, kills: int, seed: int) -> list[float]:
+    """Run `python -m pipeline.train` until it is done, with up to `kills` kills; return the seconds before each."""
     draw, times = random.Random(seed), list[float]()
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "MLFLOW_TRACKING_URI": f"sqlite:///{project}/mlflow.db"}
     while not times or not is_done(project):
@@ -194,7 +196,7 @@ def kill_plain_commands(project: Path, *, kills: int, seed: int) -> list[float]:
             process = subprocess.Popen(
                 [sys.executable, "-m", "pipeline.train"], cwd=project, env=environment, stdout=output, stderr=output
             )
-        seconds = draw.uniform(1, PLAIN_SECONDS)
+        seconds = draw.uniform(1, COMMAND_SECONDS)
         try:
             process.wait(seconds if len(times) < kills else None)
             assert process.returncode == 0, (project / "output.txt").read_text()
@@ -207,7 +209,7 @@ def kill_plain_commands(project: Path, *, kills: int, seed: int) -> list[float]:
 
 
 def main() -> None:
-    """Kill, compare, count."""
+    """Kill trainings, compare their outcomes, and print the number of differences."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults.harness", description=__doc__)
     parser.add_argument("--kills", type=int, default=200, help="at chosen points")
     parser.add_argument("--plain", type=int, default=20, help="kills of `python -m pipeline.train` at random times")
@@ -217,26 +219,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, open_site(Path(folder)) as site:
         project = site.project()
         assert site.train(project) == 0, (project / "output.txt").read_text()
-        whole, events = result(project), len((project / "events.txt").read_text().splitlines())
-        print(f"uninterrupted: {events} events, {whole.files}", flush=True)
+        uninterrupted, events = result(project), len((project / "events.txt").read_text().splitlines())
+        print(f"uninterrupted: {events} events, {uninterrupted.files}", flush=True)
         for found, points in _all(site, arguments, events=events):
             killed += len(points)
-            different += found != whole
-            verdict = "equal" if found == whole else differences(found, whole)
+            different += found != uninterrupted
+            verdict = "equal" if found == uninterrupted else differences(found, uninterrupted)
             print(f"{killed:>4} kills: {', '.join(points)}: {verdict}", flush=True)
     print(f"{killed} kills in {time.monotonic() - started:.0f} s; different: {different}")
     sys.exit(1 if different else 0)
 
 
 def _all(site: Site, arguments: argparse.Namespace, *, events: int) -> Iterator[tuple[Result, list[str]]]:
-    """Of each training, what it left, and where it was killed."""
+    """Yield the outcome of each training, and the events or times at which it was killed."""
     killed, points = 0, plans(events=events, seed=arguments.seed)
     while killed < arguments.kills:
         found, where = train_with_kills(site, next(points))
         killed += len(where)
         yield found, where
     project = site.project()
-    times = kill_plain_commands(project, kills=arguments.plain, seed=arguments.seed)
+    times = kill_commands(project, kills=arguments.plain, seed=arguments.seed)
     yield result(project), [f"{seconds:.1f} s" for seconds in times]
 
 

@@ -1,10 +1,10 @@
-"""Processes that make or migrate a store, and are killed by SIGKILL at a chosen point of it, or not at all.
+"""Create or migrate a store in processes that are killed by SIGKILL at a chosen event, or not at all.
 
-`python -m tests.faults.store_child` reads JSON requests, one a line: {"tool", "folder", "kill", "processes"}. For each
-it forks processes that make or migrate the store in the folder, and answers with their exit statuses (negative: the
-signal's number). "kill" is a name and which one of that name: ["migration", 9]. A migration is killed after its
-statements, before alembic writes down that it is done. {"tool", "folder", "revision"} migrates the store down to that
-revision.
+`python -m tests.faults.store_child` reads JSON requests, one per line: {"tool", "folder", "kill", "processes"}. For
+each it forks processes that create or migrate the store in the folder, and prints their exit statuses, negative after
+a signal. "kill" is the name of an event and its number among those of that name, such as ["migration", 9]. A migration
+is killed after its statements, before alembic records its revision. {"tool", "folder", "revision"} downgrades the store
+to that revision.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ def kill_at(owner: Any, name: str, *, label: str, kill: Any, counts: Counter[str
 
 
 def ensure(tool: str) -> None:
-    """What the project does before it uses the store in the current folder."""
+    """Create or migrate the store in the current folder, as the project does before it uses the store."""
     if tool == "MLflow":
         connect()
     else:  # as flows/prefect_database.py does, without a process for Prefect's command, which takes seconds to start
@@ -61,7 +61,7 @@ def upgrade_prefect(copy: Path, _lock: int) -> None:
 
 
 def downgrade(tool: str, *, revision: str) -> None:
-    """Make the store in the current folder as an older version of the tool would have left it."""
+    """Downgrade the store in the current folder to the schema of an older version of the tool."""
     if tool == "Prefect":
         with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: "sqlite+aiosqlite:///prefect.db"}):
             asyncio.run(run_sync(alembic_downgrade, revision))
@@ -88,7 +88,7 @@ def run(tool: str, folder: str, kill: Any, revision: str | None) -> None:
 
 
 def fork(request: dict[str, Any]) -> int:
-    """Start a process for the request; gives its id."""
+    """Start a process for the request, and return its process id."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -100,7 +100,7 @@ def fork(request: dict[str, Any]) -> int:
 
 
 def main() -> None:
-    """Fork for each request."""
+    """Fork processes for each request."""
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     get_settings.cache_clear()
     for line in sys.stdin:

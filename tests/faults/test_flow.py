@@ -1,4 +1,4 @@
-"""A training killed by SIGKILL in a real flow run, and in `dvc repro`: the same model, in the same MLflow run."""
+"""A training killed in a flow run or in `dvc repro` resumes to the same model in the same MLflow run."""
 
 import os
 import shutil
@@ -38,8 +38,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stores: Path) -> It
     server.stop(folder)
 
 
-def killed_at(line: str | None, project: Path, *command: str) -> tuple[int, str]:
-    """Status and output of a command whose training waits at a line and is killed there."""
+def run_and_kill_at(line: str | None, project: Path, *command: str) -> tuple[int, str]:
+    """Run a command, kill its training at a line, and return the exit status and the output of the command."""
     process = subprocess.Popen(
         [sys.executable, "-u", "-m", *command],
         cwd=project,
@@ -69,7 +69,7 @@ def training_below(pid: int) -> psutil.Process:
 
 
 def only_run(project: Path) -> Any:
-    """The only run of the project, and the steps of its validation losses."""
+    """Return the only run of the project, which must be finished and have one validation loss per epoch."""
     client = mlflow.MlflowClient(f"sqlite:///{project}/mlflow.db")
     [run] = client.search_runs([found.experiment_id for found in client.search_experiments()])
     history = client.get_metric_history(run.info.run_id, "validation_loss")
@@ -78,21 +78,21 @@ def only_run(project: Path) -> Any:
     return run
 
 
-def test_a_killed_training_goes_on_in_the_flow_run_and_in_dvc_repro(project: Path, stores: Path) -> None:
-    status, output = killed_at("epoch 2/4", project, "flows.train_classifier")
+def test_a_killed_training_resumes_in_the_flow_run_and_in_dvc_repro(project: Path, stores: Path) -> None:
+    status, output = run_and_kill_at("epoch 2/4", project, "flows.train_classifier")
     assert status == 0, output
     assert output.count("resumes from its checkpoint") == 1
     by_flow = only_run(project)
-    for name in (".dvc/cache", "mlflow.db", "mlartifacts"):  # a project that has nothing of it yet
+    for name in (".dvc/cache", "mlflow.db", "mlartifacts"):  # the project starts again without the result
         subprocess.run(["rm", "-rf", name], cwd=project, check=True)
     for name in ("mlflow.db", "other.db"):
         shutil.copy(stores / "mlflow.db", project / name)
 
-    status, output = killed_at("epoch 2/4", project, "dvc", "repro", "train")
+    status, output = run_and_kill_at("epoch 2/4", project, "dvc", "repro", "train")
     assert status != 0
-    # as DVC's shell has it: one that runs the command in its own place (dash), or one that waits for it (bash)
+    # the status depends on DVC's shell: dash replaces itself by the command, bash waits for it
     assert any(f"exited with {code}" in output for code in (-signal.SIGKILL, 128 + signal.SIGKILL)), output
-    status, output = killed_at(None, project, "dvc", "repro", "train")
+    status, output = run_and_kill_at(None, project, "dvc", "repro", "train")
     assert status == 0, output
     assert "resumes from its checkpoint" in output
     by_dvc = only_run(project)
@@ -100,6 +100,6 @@ def test_a_killed_training_goes_on_in_the_flow_run_and_in_dvc_repro(project: Pat
     model = file_md5(project / "artifacts/train/best.safetensors")
     assert by_flow.data.tags["model.md5"] == by_dvc.data.tags["model.md5"] == model
     environment = os.environ | {"PIPELINE_CACHE_DIR": "other", "MLFLOW_TRACKING_URI": f"sqlite:///{project}/other.db"}
-    done = run_step("train", folder=project, environment=environment)  # which nothing interrupts
+    done = run_step("train", folder=project, environment=environment)  # this training is not interrupted
     assert done.returncode == 0, done.stderr
     assert file_md5(project / "artifacts/train/best.safetensors") == model

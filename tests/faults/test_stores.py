@@ -1,4 +1,4 @@
-"""A process killed while it makes or migrates a store: the next one can use it, and has all that was in it."""
+"""After a process is killed while it creates or migrates a store, the next process can use it without any loss."""
 
 import json
 import shutil
@@ -20,19 +20,19 @@ pytestmark = pytest.mark.slow
 
 KILLED = [-signal.SIGKILL]
 TOOLS = {"mlflow.db": MLFLOW, "prefect.db": PREFECT}
-OLDER = {"mlflow.db": "7d34483879f0", "prefect.db": "a3b9c7d2e5f1"}
-"""Schema revisions that the installed versions can migrate down to, and from which they migrate up."""
+# Schema revisions to which the installed versions can downgrade, and from which they can upgrade.
+OLDER_REVISIONS = {"mlflow.db": "7d34483879f0", "prefect.db": "a3b9c7d2e5f1"}
 RUN = {
     "mlflow.db": "INSERT INTO runs (run_uuid, name, status, experiment_id) VALUES ('1f', 'old', 'FINISHED', 0)",
     "prefect.db": "INSERT INTO flow (id, name, tags, labels) VALUES ('1f', 'old', '[]', '{}')",
 }
 CREATION = [("mlflow.db", [1, 27]), ("prefect.db", [1, 40])]
-Ask = Callable[..., list[int]]
+SendRequest = Callable[..., list[int]]
 
 
 @pytest.fixture(scope="module")
-def ask() -> Iterator[Ask]:
-    """Have a store made or migrated; gives the processes' exit statuses."""
+def send_request() -> Iterator[SendRequest]:
+    """Yield a function that sends a request to create or migrate a store, and returns the exit statuses."""
     with subprocess.Popen(
         [sys.executable, "-m", "tests.faults.store_child"],
         cwd=PROJECT,
@@ -80,42 +80,42 @@ def leftovers(file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "numbers"), CREATION)
-def test_a_store_whose_creation_was_killed_is_made_by_the_next_process(
-    ask: Ask, tmp_path: Path, name: str, numbers: list[int]
+def test_a_store_whose_creation_was_killed_is_created_by_the_next_process(
+    send_request: SendRequest, tmp_path: Path, name: str, numbers: list[int]
 ) -> None:
     file = tmp_path / name
     for kill in [*(["migration", number] for number in numbers), ["replace", 1]]:
-        assert ask(file, kill=kill) == KILLED, output(file)
+        assert send_request(file, kill=kill) == KILLED, output(file)
         assert not file.exists()
-    assert ask(file) == [0], output(file)
+    assert send_request(file) == [0], output(file)
     assert is_current(file, tool=tool(file))
     assert not leftovers(file)
 
 
 @pytest.fixture(params=TOOLS)
-def older(ask: Ask, tmp_path: Path, stores: Path, request: pytest.FixtureRequest) -> Path:
-    """A store with a run in it, as an older version of its tool left it."""
+def older(send_request: SendRequest, tmp_path: Path, stores: Path, request: pytest.FixtureRequest) -> Path:
+    """Return a store with a run and with the schema of an older version of its tool."""
     file = Path(shutil.copy(stores / request.param, tmp_path))
     with closing(sqlite3.connect(file)) as connection, connection:
         connection.execute(RUN[request.param])
-    assert ask(file, revision=OLDER[request.param]) == [0], output(file)
+    assert send_request(file, revision=OLDER_REVISIONS[request.param]) == [0], output(file)
     assert not is_current(file, tool=tool(file))
     return file
 
 
-def test_a_store_whose_migration_was_killed_keeps_its_history(ask: Ask, older: Path) -> None:
+def test_a_store_whose_migration_was_killed_keeps_its_content(send_request: SendRequest, older: Path) -> None:
     before = content(older)
     for kill in (["migration", 1], ["migration", 2], ["replace", 1]):
-        assert ask(older, kill=kill) == KILLED, output(older)
+        assert send_request(older, kill=kill) == KILLED, output(older)
         assert content(older) == before
-    assert ask(older, kill=["replace after", 1]) == KILLED
+    assert send_request(older, kill=["replace after", 1]) == KILLED
     assert is_current(older, tool=tool(older))
-    assert ask(older) == [0], output(older)
+    assert send_request(older) == [0], output(older)
     assert has_run(older)
     assert not leftovers(older)
 
 
-def test_processes_that_start_together_make_one_store(ask: Ask, tmp_path: Path) -> None:
+def test_processes_that_start_at_the_same_time_create_one_store(send_request: SendRequest, tmp_path: Path) -> None:
     file = tmp_path / "mlflow.db"
-    assert ask(file, processes=3) == [0, 0, 0], output(file)
+    assert send_request(file, processes=3) == [0, 0, 0], output(file)
     assert is_current(file, tool=MLFLOW)
