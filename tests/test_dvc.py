@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -149,9 +150,12 @@ def test_a_damaged_file_in_the_cache_is_reported_and_fixed_by_the_commands_in_th
     verify(NORMALIZE)
 
 
-def shell(command: str) -> None:
+def shell(commands: str) -> str:
+    """Run commands as a user does in a shell, in the current folder, up to the first that fails."""
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
-    subprocess.run(["sh", "-c", command], env=environment, capture_output=True, check=True)
+    done = subprocess.run(["sh", "-ec", commands], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_pushed_outputs_can_be_pulled(project: Path) -> None:
@@ -162,6 +166,33 @@ def test_pushed_outputs_can_be_pulled(project: Path) -> None:
         shutil.rmtree(folder)
     dvc("pull")
     assert model.read_bytes() == content
+
+
+def test_a_colleague_pulls_from_the_remote_that_the_commands_of_the_docs_set(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (PROJECT / "docs/data.md").read_text(encoding="utf-8").partition("## Versions of data and models")[2]
+    set_up, _ = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    before, remote = output_md5s(), tmp_path / "a drive" / "storage"
+    dvc("push")  # into the remote that comes with the project, which no colleague can reach
+    shell("git config user.name t; git config user.email t@t; git commit -qam Train")
+    shell("git init -q --bare ../bare; git remote add origin ../bare; git push -qu origin HEAD")
+    shell(set_up.replace("/path/or/url", shlex.quote(str(remote))))
+    shutil.move(project, tmp_path / "gone")  # with its cache and .dvcstore/
+    monkeypatch.chdir(tmp_path)
+    shell("git clone -q bare colleague")
+    monkeypatch.chdir(tmp_path / "colleague")
+    dvc("pull")
+    assert output_md5s() == before
+    assert "Data and pipelines are up to date" in dvc("status")
+    answer = json.loads(shell("python -m pipeline.predict --json artifacts/evaluate/confusion_matrix.png"))
+    assert len(answer["probabilities"]) == 10
+    assert shell("git status --porcelain") == ""
+
+
+def output_md5s() -> dict[str, str]:
+    """Return the MD5 of each output of the stages, by its path."""
+    return {str(path): file_md5(path) for path in sorted(Path("artifacts").rglob("*")) if path.is_file()}
 
 
 def test_a_read_only_project_is_reported_in_one_line(project: Path) -> None:
