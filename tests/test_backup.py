@@ -161,8 +161,7 @@ def test_a_store_elsewhere_is_refused_in_one_line(project: Path, tmp_path: Path,
     assert "pg_dump" in done.stderr
     assert "secret" not in done.stderr
     assert not (tmp_path / "backup").exists()
-    done = subprocess.run([*command, "--files-only"], cwd=project, env=environment, check=False, capture_output=True)
-    assert done.returncode == 0
+    subprocess.run([*command, "--files-only"], cwd=project, env=environment, check=True, capture_output=True)
     assert not list((tmp_path / "backup").glob("*Z/*.db"))
 
 

@@ -14,7 +14,7 @@ from uuid import UUID
 
 import pytest
 from prefect import get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Crashed, Scheduled
@@ -243,7 +243,7 @@ def test_health_knows_the_worker_and_the_last_nightly_run(site: Site, monkeypatc
         return result.state, result.text
 
     def run_nightly(hours_ago: float) -> UUID:
-        planned = Scheduled(scheduled_time=now("UTC") - timedelta(hours=hours_ago))
+        planned: State[Any] = Scheduled(scheduled_time=now("UTC") - timedelta(hours=hours_ago))
         return client.create_flow_run_from_deployment(nightly.id, state=planned).id
 
     assert [check(name)[0] for name in ("prefect", "worker")] == ["ok", "ok"]

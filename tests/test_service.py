@@ -44,6 +44,7 @@ def test_a_unit_starts_a_module_of_the_project_and_stops_it_in_time(unit: Path) 
     grace = server.USERS_SECONDS if module == "flows.worker" else 10
     assert int(found["TimeoutStopSec"]) > grace
     assert found["Restart"] == "on-failure"
+    assert "_URL" not in unit.read_text()  # who has the port may be another user; the project's own record is not
 
 
 @pytest.mark.slow
