@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import chdir
 from dataclasses import dataclass
 from datetime import timedelta
@@ -231,6 +231,11 @@ QUICK_CHECKS: tuple[Check, ...] = (prefect_runs, prefect_server, workspaces, dvc
 CHECKS: tuple[Check, ...] = (mlflow_runs, *QUICK_CHECKS, checkpoints, missing_objects)
 
 
+def find_all(project: Path, *, checks: Sequence[Check] = CHECKS) -> list[Finding]:
+    """Return what the checks find in the project, which must be the current folder; nothing is fixed."""
+    return [finding for check in checks for finding in _run(check, project)]
+
+
 def _run(check: Check, project: Path) -> list[Finding]:
     """Return what a check finds; an error that ends the check is a finding too."""
     found: list[Finding] = []
@@ -261,8 +266,7 @@ def main() -> None:
     parser.add_argument("--fix", action="store_true", help="fix what can be fixed")
     arguments = parser.parse_args()
     with report_errors(), chdir(PROJECT):
-        findings = [finding for check in CHECKS for finding in _run(check, PROJECT)]
-        results = [_handle(finding, fix=arguments.fix) for finding in findings]
+        results = [_handle(finding, fix=arguments.fix) for finding in find_all(PROJECT)]
     print("\n".join(line for line, _ in results) or "nothing found")
     sys.exit(0 if all(fixed for _, fixed in results) else 1)
 

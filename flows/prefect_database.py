@@ -24,19 +24,24 @@ def ensure_database(environment: Mapping[str, str]) -> None:
 
     Raises what `pipeline.tracking.sqlite_store.ensure_store` raises.
     """
+    from prefect.settings import PREFECT_API_DATABASE_MIGRATE_ON_START  # noqa: PLC0415  # see database_path
+
+    path = database_path(environment)
+    if path and PREFECT_API_DATABASE_MIGRATE_ON_START.value():
+        ensure_store(path, tool=PREFECT, migrate=partial(_migrate, environment=environment))
+
+
+def database_path(environment: Mapping[str, str]) -> Path | None:
+    """Return the sqlite file that a server with this environment would use, or None where it uses another database."""
     from prefect.settings import (  # noqa: PLC0415  # takes a second; `make stop` has no need of it
         PREFECT_API_DATABASE_CONNECTION_URL,
-        PREFECT_API_DATABASE_MIGRATE_ON_START,
         PREFECT_HOME,
         temporary_settings,
     )
 
     with temporary_settings({PREFECT_HOME: Path(environment["PREFECT_HOME"])}):
         url = next((environment[name] for name in URL_VARIABLES if environment.get(name)), None)
-        path = sqlite_path(url or PREFECT_API_DATABASE_CONNECTION_URL.value())
-        wanted = PREFECT_API_DATABASE_MIGRATE_ON_START.value()
-    if path and wanted:
-        ensure_store(path, tool=PREFECT, migrate=partial(_migrate, environment=environment))
+        return sqlite_path(url or PREFECT_API_DATABASE_CONNECTION_URL.value())
 
 
 def _migrate(copy: Path, lock: int, *, environment: Mapping[str, str]) -> None:

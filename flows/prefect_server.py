@@ -45,7 +45,7 @@ def ensure_server() -> PrefectServer:
         return PrefectServer(own.api_url, None)
     if found.source:
         with temporary_settings({PREFECT_API_URL: found.api_url}):
-            _check_answers(found.api_url, found.source)
+            check_answers(found.api_url, found.source)
     return found
 
 
@@ -59,7 +59,7 @@ def prefect_client(url: str) -> Iterator[SyncPrefectClient]:
         raise TemporaryError(f"{redact_url(url)}: {first_line(error)}") from None
 
 
-def _check_answers(url: str, source: str) -> None:
+def check_answers(url: str, source: str) -> None:
     """Raise UserError where the address is no Prefect API that lets us in, TemporaryError where nothing answers."""
     allowed = "allowed: the address of Prefect's API, as http://HOST:4200/api"
     if not (is_server(url) and has_host(url)):

@@ -37,7 +37,7 @@ ANSWER_SECONDS = 20
 """A server that has more to do than the machine can bear answers within this."""
 SHOWN_VARIABLE = "PREFECT_DEPLOYMENTS_DEFAULT_DOCKER_BUILD_NAMESPACE"
 """A setting that a server does not use, and shows as it is."""
-USERS = {"flows.worker": "make worker", "flows.ui": "make ui"}
+USERS = {"flows.worker": "make worker", "flows.ui": "make ui", "flows.service": "flows.service"}  # ended in this order
 USERS_SECONDS = 50
 """A worker that ends lets its flow runs end."""
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -282,9 +282,9 @@ def _stop() -> str:
 
 def _end_users(project: Path = PROJECT) -> Iterator[tuple[int, str]]:
     """End the project's worker and pages, which need the server; gives process and name of each."""
-    for process in psutil.process_iter(["cwd", "cmdline"]):
-        name = next((USERS[word] for word in process.info["cmdline"] or [] if word in USERS), None)
-        if name and process.info["cwd"] == str(project):
+    processes = [one for one in psutil.process_iter(["cwd", "cmdline"]) if one.info["cwd"] == str(project)]
+    for word, name in USERS.items():
+        for process in [one for one in processes if word in (one.info["cmdline"] or [])]:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
                 psutil.wait_procs([process], timeout=USERS_SECONDS)

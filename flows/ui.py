@@ -51,12 +51,13 @@ def mlflow_page(run_id: str, *, project: Path = PROJECT) -> str:
     uri = tracking_uri(project)
     if is_server(uri):
         return f"{redact_url(uri).rstrip('/')}/#/runs/{run_id}"
-    found = server.read_record(_mlflow_record(project))
+    found = server.read_record(mlflow_record(project))
     port = found.port if found else _named_port() or MLFLOW_PORT
     return f"http://127.0.0.1:{port}/#/runs/{run_id}"
 
 
-def _mlflow_record(project: Path) -> Path:
+def mlflow_record(project: Path) -> Path:
+    """Return the file that names the process and port of the running MLflow server."""
     return project / ".prefect" / "mlflow.json"
 
 
@@ -87,7 +88,7 @@ def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
             start, named=port or _named_port(), default=MLFLOW_PORT, variable="MLFLOW_PORT"
         )
         try:
-            path = _mlflow_record(project)
+            path = mlflow_record(project)
             record = server.Server(process.pid, start_of(process.pid), port, str(path.parent.resolve()))
             write_json(path, asdict(record))
             yield record.address

@@ -7,17 +7,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 from prefect import get_client
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.states import Crashed, Scheduled
+from prefect.types._datetime import now
 
-from flows import deployments, server, train_classifier
+from flows import deployments, health, server, train_classifier
 from flows.form import Overrides
 from pipeline.core.errors import UserError
 from pipeline.core.stage_code import stage_names
@@ -233,3 +236,31 @@ def test_a_password_in_the_address_is_refused_and_not_printed() -> None:
 def test_an_unknown_revision_is_reported_in_one_line(site: Site) -> None:
     with pytest.raises(UserError, match=r"--revision: .* has no 'nothing'; allowed: a branch"):
         deployments.resolve_remote_revision(str(site.project), "nothing")
+
+
+def test_health_knows_the_worker_and_the_last_nightly_run(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(name: str) -> tuple[str, str]:
+        result = health.run_check(name, health.CHECKS[name], site.project)
+        return result.state, result.text
+
+    def run_nightly(hours_ago: float) -> UUID:
+        planned: State[Any] = Scheduled(scheduled_time=now("UTC") - timedelta(hours=hours_ago))
+        return client.create_flow_run_from_deployment(nightly.id, state=planned).id
+
+    assert [check(name)[0] for name in ("prefect", "worker")] == ["ok", "ok"]
+    assert check("nightly")[1].startswith("the schedule of train-classifier/nightly is off")
+    with get_client(sync_client=True) as client:
+        nightly = client.read_deployment_by_name("train-classifier/nightly")
+        client.update_deployment_schedule(nightly.id, nightly.schedules[0].id, active=True)
+        assert check("nightly") == ("unknown", "its schedule is on, and no run was due yet")
+        wait_for_end(run_nightly(hours_ago=30))
+        assert check("nightly")[0] == "wrong"
+        assert "is Completed; 30 hours ago, allowed: 1 day, 2:00:00" in check("nightly")[1]
+        latest = run_nightly(hours_ago=0)
+        wait_for_end(latest)
+        assert check("nightly")[0] == "ok"
+        client.set_flow_run_state(latest, Crashed(), force=True)
+        assert (check("nightly")[0], "is Crashed" in check("nightly")[1]) == ("wrong", True)
+        client.update_deployment_schedule(nightly.id, nightly.schedules[0].id, active=False)
+    monkeypatch.setattr(health, "HEARTBEATS_MISSED", -1)
+    assert check("worker")[1].startswith("no worker of the pool local is online")

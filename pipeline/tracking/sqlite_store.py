@@ -219,7 +219,7 @@ def _locked(path: Path, *, tool: Tool) -> Iterator[str]:
         journal_mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
         connection.execute("PRAGMA journal_mode = DELETE")  # the module's docstring says why
         connection.execute("BEGIN IMMEDIATE")
-        if users := _users(path):
+        if users := processes_using(path):
             raise TemporaryError(
                 f"{path}: must be migrated to the schema of {tool.release}, but is open in {', '.join(users)}; "
                 "end that, then run the same command again"
@@ -228,8 +228,8 @@ def _locked(path: Path, *, tool: Tool) -> Iterator[str]:
         connection.rollback()
 
 
-def _users(path: Path) -> list[str]:
-    """The other processes that have the file open, of those that may be examined: one's own, or all for root."""
+def processes_using(path: Path) -> list[str]:
+    """Return the other processes that have the file open, of those that may be examined: one's own, or all for root."""
     users = []
     for process in psutil.process_iter(["pid", "name", "open_files"]):
         opened = process.info["open_files"] or []  # None: not allowed to know
