@@ -12,7 +12,7 @@ from flows import doctor
 from flows.dvc_state import cache_folder, cached_path, missing_outputs
 from flows.lineage import Sources
 from pipeline.artifacts import write_json
-from pipeline.core.processes import HOST, PID, STARTED, life, this_process
+from pipeline.core.processes import HOST, PID, STARTED, process_state, this_process
 from pipeline.datasets.fetch import find_archive
 from pipeline.params import DownloadParams
 from pipeline.tracking.outbox import flush_outbox, outbox_folder, queued_runs
@@ -136,7 +136,7 @@ def test_a_run_stays_queued_while_it_is_unknown_what_became_of_its_process(
 
 @pytest.mark.parametrize("tags", [{PID: "many"}, {STARTED: "yesterday"}])
 def test_a_damaged_record_of_a_process_says_nothing(tags: dict[str, str]) -> None:
-    assert life({**this_process(), **tags}) == "unknown"
+    assert process_state({**this_process(), **tags}) == "unknown"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a file that can be opened, but not read, is /proc/self/mem")

@@ -206,7 +206,7 @@ def test_blocks_are_no_larger_than_said_whatever_the_batch() -> None:
 def test_a_file_that_is_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
     split = split_in_file(tmp_path, coloured_images(50)[0], window_bytes=1)
     os.truncate(tmp_path / "images.npy", 10_000)
-    with pytest.raises(UserError, match=r"images.npy: it was cut short"):
+    with pytest.raises(UserError, match=r"images.npy: became shorter while it was read"):
         split.pixels(40, 50)
 
 

@@ -117,7 +117,7 @@ def test_after_a_failed_stage_the_last_good_model_comes_back_as_the_error_says(p
     change("batch_size: 32", "batch_size: 32000")
     output = dvc("repro", status=255)
     assert "error: train.batch_size is 32000, but the train split has 1293 images" in output
-    assert "`dvc checkout` brings the last good outputs back" in output
+    assert "`dvc checkout` restores the last good outputs" in output
     dvc("checkout")
     assert {path: path.read_bytes() for path in Path("artifacts/train").iterdir()} == before
 

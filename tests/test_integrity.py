@@ -121,7 +121,7 @@ def test_the_error_says_what_was_found_and_what_to_do(capsys: pytest.CaptureFixt
     (NORMALIZE / "train_labels.npy").write_bytes(b"half")
     error = told("train", capsys)
     assert ": 4 bytes with MD5 7afe399f1415b137d0962f82662fa9d4 instead of " in error
-    assert "; `rm -rf artifacts/normalize && dvc repro normalize` brings it back; " in error
+    assert "; `rm -rf artifacts/normalize && dvc repro normalize` restores it; " in error
 
 
 def test_a_folder_from_before_there_were_lists_is_told_how_to_get_one(capsys: pytest.CaptureFixture[str]) -> None:

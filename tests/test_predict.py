@@ -151,7 +151,7 @@ def test_a_file_that_may_not_be_read_is_named(model: Path) -> None:
     shutil.copy("photo.png", "secret.png")
     Path("secret.png").chmod(0)
     secret, photo = predict([Path("secret.png"), Path("photo.png")], folder=model)
-    assert (secret.unreadable, photo.unreadable) == ("Permission denied", "")
+    assert (secret.unreadable_reason, photo.unreadable_reason) == ("Permission denied", "")
 
 
 def test_answers_come_batch_by_batch_and_each_file_has_its_own(model: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.core.processes import HOST, PID, STARTED, life, lives, start_of, this_process
+from pipeline.core.processes import HOST, PID, STARTED, is_alive, process_state, start_of, this_process
 
 pytestmark = pytest.mark.skipif(not psutil.LINUX, reason="elsewhere a start is known by the wall clock only")
 
@@ -24,32 +24,32 @@ def test_a_living_process_stays_alive_when_the_clock_jumps(monkeypatch: pytest.M
     me, created = this_process(), psutil.Process().create_time()
     set_clock(monkeypatch, forward_seconds=seconds)
     assert psutil.Process().create_time() == created + seconds
-    assert (life(me), life(this_process())) == ("alive", "alive")
+    assert (process_state(me), process_state(this_process())) == ("alive", "alive")
 
 
 def test_a_later_owner_of_the_id_is_told_apart() -> None:
     me = this_process()
     ticks, _, boot = me[STARTED].partition("@")
-    assert life({**me, STARTED: f"{int(ticks) - 1}@{boot}"}) == "dead"
-    assert life({**me, STARTED: f"{ticks}@another-boot"}) == "dead"
-    assert life({**me, HOST: "far-away"}) == "elsewhere"
-    assert life({}) == "unknown"
+    assert process_state({**me, STARTED: f"{int(ticks) - 1}@{boot}"}) == "dead"
+    assert process_state({**me, STARTED: f"{ticks}@another-boot"}) == "dead"
+    assert process_state({**me, HOST: "far-away"}) == "elsewhere"
+    assert process_state({}) == "unknown"
 
 
 def test_a_record_in_seconds_since_the_epoch_still_counts() -> None:
     me = this_process()
-    assert life({**me, STARTED: f"{psutil.Process().create_time() + 1:.2f}"}) == "alive"
-    assert life({**me, STARTED: "1000.0"}) == "dead"
+    assert process_state({**me, STARTED: f"{psutil.Process().create_time() + 1:.2f}"}) == "alive"
+    assert process_state({**me, STARTED: "1000.0"}) == "dead"
 
 
 def test_a_process_that_has_ended_is_dead() -> None:
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
         record = {**this_process(), PID: str(process.pid), STARTED: start_of(process.pid)}
-        assert life(record) == "alive"
+        assert process_state(record) == "alive"
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert life(record) == "dead"  # a zombie
-    assert life(record) == "dead"
+        assert process_state(record) == "dead"  # a zombie
+    assert process_state(record) == "dead"
     with pytest.raises(psutil.NoSuchProcess):
         start_of(process.pid)
 
@@ -59,5 +59,5 @@ def test_a_name_with_spaces_and_brackets_does_not_confuse(tmp_path: Path) -> Non
     python.symlink_to(sys.executable)
     with subprocess.Popen([python, "-c", "input()"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         started = start_of(process.pid)
-        assert lives(process.pid, started=started)
+        assert is_alive(process.pid, started=started)
         assert float(started.partition("@")[0]) >= float(start_of(os.getpid()).partition("@")[0])

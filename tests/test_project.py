@@ -11,7 +11,7 @@ import requests
 from mlflow import MlflowClient
 
 from flows.ui import mlflow_server
-from pipeline.artifacts import kept_folder
+from pipeline.artifacts import cache_folder
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.project import EXPERIMENTS, project_folder
 from pipeline.core.settings import get_settings
@@ -78,7 +78,7 @@ def test_a_temporary_folder_of_dvc_belongs_to_the_project(temporary: Path, proje
         "bold-name",
         f"sqlite:///{project}/mlflow.db",
     )
-    assert kept_folder("checkpoints") == project / ".cache/checkpoints"
+    assert cache_folder("checkpoints") == project / ".cache/checkpoints"
 
 
 def test_a_new_training_in_it_has_the_name_of_the_experiment(temporary: Path) -> None:
@@ -93,13 +93,13 @@ def test_relative_settings_are_the_projects(temporary: Path, project: Path, monk
     monkeypatch.setenv("PIPELINE_CACHE_DIR", "kept")
     assert find_run(make_run())
     assert not (temporary / "mlflow.db").exists()
-    assert kept_folder("checkpoints") == project / "kept/checkpoints"
+    assert cache_folder("checkpoints") == project / "kept/checkpoints"
 
 
 def test_a_project_inside_a_stage_of_another_one_is_its_own(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_ROOT", str(project.parent))
     assert project_folder() == project
-    assert kept_folder("checkpoints") == Path(".cache/checkpoints")
+    assert cache_folder("checkpoints") == Path(".cache/checkpoints")
 
 
 def test_a_clone_of_a_flow_run_belongs_to_the_project_that_the_flow_names(

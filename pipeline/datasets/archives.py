@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.artifacts import missing, naming
+from pipeline.artifacts import add_path_to_errors, missing_file_message
 from pipeline.core.errors import UserError, first_line
 from pipeline.datasets.source import DOWNLOAD_AGAIN
 
@@ -52,7 +52,7 @@ def report_damage(archive: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise UserError(missing(archive)) from None
+        raise UserError(missing_file_message(archive)) from None
     except DamagedArchive as error:
         raise UserError(f"{archive}: damaged ({error}); {DOWNLOAD_AGAIN}") from None
 
@@ -75,7 +75,7 @@ def open_compressed_tar(path: Path) -> tarfile.TarFile:
     try:
         with gzip.open(path) as file:
             while block := file.read(2**20):
-                with naming(path.parent):  # a full disk is no fault of the archive
+                with add_path_to_errors(path.parent):  # a full disk is no fault of the archive
                     unpacked.write(block)
                 if unpacked.tell() > MAX_UNPACKED_BYTES:
                     raise DamagedArchive(f"unpacked more than {MAX_UNPACKED_BYTES:,} bytes")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipeline.artifacts import Labels, copy_file
 from pipeline.core.errors import TemporaryError, UserError
-from pipeline.core.progress import in_bytes
+from pipeline.core.progress import format_bytes
 from pipeline.datasets.archives import DamagedArchive, check_members, open_compressed_tar, read_member, report_damage
 from pipeline.datasets.fetch import find_archive
 from pipeline.datasets.pickles import load_pickle
@@ -32,7 +32,7 @@ def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:
     count = check_members(archive)
     if copy_file(archive, folder / ARCHIVE) != params.md5:
         raise TemporaryError(f"{archive}: changed while it was copied; try again")
-    size = in_bytes(archive.stat().st_size)
+    size = format_bytes(archive.stat().st_size)
     print(f"cifar10: {ARCHIVE}, {size}, {count} members, MD5 {params.md5} as expected")
     return {}
 

@@ -12,9 +12,9 @@ from urllib.request import url2pathname
 import requests
 import urllib3
 
-from pipeline.artifacts import expand, file_md5, kept_folder, naming
+from pipeline.artifacts import add_path_to_errors, cache_folder, expand, file_md5
 from pipeline.core.errors import TemporaryError, UserError, escape_control_chars, redact_url
-from pipeline.core.progress import in_bytes, progress
+from pipeline.core.progress import format_bytes, progress
 from pipeline.core.project import copy_hint
 from pipeline.core.settings import get_settings
 from pipeline.params import DownloadParams
@@ -39,7 +39,7 @@ def find_archive(params: DownloadParams) -> Path:
     """A file on this machine whose MD5 is `params.md5`: kept from an earlier run, local, or fetched just now."""
     for place in params.urls:
         _local_path(place)
-    kept = kept_folder("download") / f"{params.md5}.tar.gz"
+    kept = cache_folder("download") / f"{params.md5}.tar.gz"
     with _lock(kept.with_name(f"{params.md5}.lock")):
         if _is_whole(kept, params.md5):
             print(f"{kept}: kept from an earlier download, MD5 as expected")
@@ -102,7 +102,7 @@ def _check_local(path: Path, md5: str) -> Path:
     except OSError as error:
         raise _PlaceError(error.strerror or str(error), may_pass=False) from None
     if found != md5:
-        raise _PlaceError(f"{in_bytes(path.stat().st_size)} with MD5 {found}", may_pass=False, found_md5=found)
+        raise _PlaceError(f"{format_bytes(path.stat().st_size)} with MD5 {found}", may_pass=False, found_md5=found)
     print(f"{path}: MD5 as expected")
     return path
 
@@ -142,7 +142,7 @@ def _fetch(url: str, params: DownloadParams, *, partial: Path) -> Path:
         if not resumed:
             break
         print(f"{redact_url(url)}: the resumed download has MD5 {found}; fetching it anew", flush=True)
-    raise _PlaceError(f"{in_bytes(size)} with MD5 {found}", may_pass=False, found_md5=found)
+    raise _PlaceError(f"{format_bytes(size)} with MD5 {found}", may_pass=False, found_md5=found)
 
 
 def _receive_all(url: str, params: DownloadParams, *, partial: Path) -> bool:
@@ -222,12 +222,13 @@ def _append(response: requests.Response, partial: Path, *, offset: int) -> None:
     """Write the body to `partial` from `offset` on. Raises _PlaceError where the body ends too early."""
     length = response.headers.get("Content-Length", "")
     total = offset + int(length) if length.isdecimal() else None
-    size = in_bytes(total) if total is not None else "size unknown"
+    size = format_bytes(total) if total is not None else "size unknown"
     print(
-        f"{redact_url(response.url)}: {f'resuming at {in_bytes(offset)}' if offset else 'fetching'}, {size}", flush=True
+        f"{redact_url(response.url)}: {f'resuming at {format_bytes(offset)}' if offset else 'fetching'}, {size}",
+        flush=True,
     )
     with (
-        naming(partial),
+        add_path_to_errors(partial),
         partial.open("ab" if offset else "wb") as file,
         progress("fetching", total=total, done=offset, unit="B") as advance,
     ):
@@ -235,7 +236,7 @@ def _append(response: requests.Response, partial: Path, *, offset: int) -> None:
             file.write(chunk)
             advance(len(chunk))
     if total is not None and _size(partial) < total:
-        raise _PlaceError(f"cut off after {in_bytes(_size(partial))} of {in_bytes(total)}", may_pass=True)
+        raise _PlaceError(f"cut off after {format_bytes(_size(partial))} of {format_bytes(total)}", may_pass=True)
 
 
 def _reason(error: Exception, timeout_seconds: float) -> str:

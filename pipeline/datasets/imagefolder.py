@@ -9,10 +9,10 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from pipeline.artifacts import atomic, expand, missing, naming
+from pipeline.artifacts import add_path_to_errors, atomic, expand, missing_file_message
 from pipeline.core.errors import TemporaryError, UserError, escape_control_chars
 from pipeline.core.processes import num_cores
-from pipeline.core.progress import in_bytes, progress
+from pipeline.core.progress import format_bytes, progress
 from pipeline.core.project import copy_hint
 from pipeline.datasets.archives import members, open_tar, report_damage
 from pipeline.datasets.decoding_pool import decode_in_processes
@@ -39,7 +39,7 @@ def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:
     found = _scan(expand(params.folder))
     size = pack(found, folder / ARCHIVE)
     splits = ", ".join(f"{split} {sum(counts.values()):,}" for split, counts in found.counts.items())
-    print(f"imagefolder: {found.total:,} images of {len(found.class_names)} classes ({splits}), {in_bytes(size)}")
+    print(f"imagefolder: {found.total:,} images of {len(found.class_names)} classes ({splits}), {format_bytes(size)}")
     for line in describe(found):
         print(f"imagefolder: {escape_control_chars(line)}")
     if found.not_used.get(UNDECODABLE):
@@ -83,7 +83,7 @@ def pack(found: Scan, path: Path) -> int:
 
 def _add(archive: tarfile.TarFile, name: str, path: Path) -> None:
     member = tarfile.TarInfo(name)  # owner 0, time 0 and mode 0644, the same on any machine
-    with path.open("rb") as content, naming(path):
+    with path.open("rb") as content, add_path_to_errors(path):
         member.size = os.fstat(content.fileno()).st_size
         archive.addfile(member, content)
     archive.members.clear()  # type: ignore[attr-defined]  # it keeps every member, and memory would grow with the folder
@@ -117,7 +117,7 @@ def open_imagefolder(folder: Path, *, description: Description, params: Normaliz
         _decode_chunk, archive, image_size=params.image_size, channels=channels, resize=params.resize
     )
     if not archive.is_file():
-        raise UserError(missing(archive))
+        raise UserError(missing_file_message(archive))
     if archive.stat().st_size >= POOL_BYTES and num_cores() > 1:
         blocks = decode_in_processes(decode_chunk, chunks, first_name=lambda chunk: chunk.files[0].name)
     else:
