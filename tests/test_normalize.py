@@ -198,7 +198,7 @@ def test_the_number_of_processes_does_not_matter(tmp_path: Path, out: Path, monk
     made(tmp_path, out, files)
     first = contents(out)
     for module, name, value in (
-        (imagefolder, "POOL_BYTES", 0),
+        (imagefolder, "MIN_BYTES_FOR_POOL", 0),
         (blocks_module, "BLOCK_IMAGES", 3),
         (imagefolder, "num_cores", lambda: 2),
         (decoding_pool, "num_cores", lambda: 2),

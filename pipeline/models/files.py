@@ -1,4 +1,4 @@
-"""The files that hold a model: `<checkpoint>.safetensors` with `model.json` beside it."""
+"""Save and load the files of a model: `<checkpoint>.safetensors` with the weights, and `model.json`."""
 
 from pathlib import Path
 
