@@ -312,16 +312,15 @@ def compose(recipe: str | None, overrides: Mapping[str, Any]) -> Any:
     """
     values = read_yaml(PARAMS_FILE)
     check_params(values, origin=str(PARAMS_FILE))
-    for section, fields in ({} if recipe is None else read_yaml(recipe_path(recipe))).items():
+    path = None if recipe is None else recipe_path(recipe)
+    for section, fields in ({} if path is None else read_yaml(path)).items():
         if not isinstance(fields, Mapping):
-            raise UserError(
-                f"{recipe_path(recipe)}: {section} is {describe_value(fields)}; allowed: a section with fields under it"
-            )
+            raise UserError(f"{path}: {section} is {describe_value(fields)}; allowed: a section with fields under it")
         for field, value in fields.items():
-            _assign(values, f"{section}.{field}", value, origin=str(recipe_path(recipe)))
+            _assign(values, f"{section}.{field}", value, origin=str(path))
     for name, value in overrides.items():
         _assign(values, name, value, origin="--set")
-    origins = [str(PARAMS_FILE), *([str(recipe_path(recipe))] if recipe else []), *(["--set"] if overrides else [])]
+    origins = [str(PARAMS_FILE), *([str(path)] if path else []), *(["--set"] if overrides else [])]
     check_params(values, origin=" with ".join(origins), overridden=overrides)
     return values
 

@@ -187,7 +187,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "classes above splits": (
         ["cat/{train,test}/*3", "dog/train/*3"], ["'data/cat' has the folders test, train", "put the splits above"],
     ),
-    "images and masks": (["{ill,well}/{images,masks}/*3"], ["both have the folders images, masks", "move the images"]),
+    "images and masks": (["{ill,well}/{images,masks}/*3"], ["both have the folders images, masks", "move their"]),
     "domains above classes": (["{amazon,dslr}/images/{bike,mug}/*3"], ["both have the folders bike, mug"]),
     "folds": (["fold{1,2,3}/{a,b}/*3"], ["both have the folders a, b"]),
     "unknown name beside splits": (

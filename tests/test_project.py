@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 from flows.ui import mlflow_server
 from pipeline.artifacts import cache_folder
 from pipeline.core.errors import TemporaryError, UserError
-from pipeline.core.project import EXPERIMENTS, project_folder
+from pipeline.core.project import DVC_TEMPORARY_FOLDERS, project_folder
 from pipeline.core.settings import get_settings
 from pipeline.download import download
 from pipeline.tracking.logger import RunLogger
@@ -41,7 +41,7 @@ def project(workspace: Path, tmp_path_factory: pytest.TempPathFactory, monkeypat
 @pytest.fixture
 def temporary(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which DVC runs the experiment bold-name of that project, as the current folder."""
-    folder = project / EXPERIMENTS / "tmpabcdef"
+    folder = project / DVC_TEMPORARY_FOLDERS / "tmpabcdef"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DVC_ROOT", str(project))

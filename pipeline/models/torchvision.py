@@ -1,13 +1,12 @@
 """Build torchvision's classification models, adapted to small images."""
 
-import difflib
 from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
-from pipeline.core.errors import UserError
 from pipeline.models.config import ModelConfig
+from pipeline.models.names import unknown_network_error
 
 # pixels; for images up to this size, the first layers of a ResNet keep the resolution (He et al. 2016, section 4.2)
 SMALL_IMAGE_SIZE = 64
@@ -22,19 +21,11 @@ def build_torchvision_network(config: ModelConfig, *, num_classes: int, own_name
 
     names = models.list_models(module=models)
     if config.model not in names:
-        raise UserError(_unknown(config.model, names, own_names=own_names))
+        raise unknown_network_error(config.model, own_names=own_names, torchvision_names=names)
     network: nn.Module = models.get_model(config.model, weights=None, num_classes=num_classes, **_options(config))
     if isinstance(network, models.ResNet) and config.network_size <= SMALL_IMAGE_SIZE:
         _keep_resolution(network, kernel_size=3 if config.weights is None else 7)
     return network
-
-
-def _unknown(name: str, names: Collection[str], *, own_names: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, [*own_names, *names], n=1)
-    return (
-        f"train.model is {name!r}; allowed: {', '.join(own_names)} or one of torchvision's {len(names)} classification "
-        f"models, such as resnet18{f' (did you mean {close[0]}?)' if close else ''}"
-    )
 
 
 def _options(config: ModelConfig) -> dict[str, Any]:
