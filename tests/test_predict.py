@@ -130,7 +130,7 @@ def test_bad_files_are_named_and_the_others_answered(
         if not line.startswith(f"error: {name}: {reason}")
     ] == []  # fmt: skip
     assert last.startswith(f"error: {len(bad_files)} of {len(mixed)} files cannot be read")
-    assert "the others are classified" in last
+    assert "all others were classified" in last
 
 
 def test_files_that_are_all_bad_are_all_named(
@@ -142,7 +142,7 @@ def test_files_that_are_all_bad_are_all_named(
     assert (leaving.value.code, captured.out) == (EXIT_PARTIAL, "")
     *named, last = captured.err.splitlines()
     assert len(named) == len(bad_files)
-    assert "none is classified" in last
+    assert "none was classified" in last
     assert "the others" not in last
 
 

@@ -111,7 +111,7 @@ def test_a_clone_of_a_flow_run_belongs_to_the_project_that_the_flow_names(
 
 def test_untracked_images_that_are_missing_there_are_told_with_the_option_that_copies_them(temporary: Path) -> None:
     Path("data/images").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"`--copy-paths data/images` to `dvc exp run`, or name an absolute path$"):
+    with pytest.raises(UserError, match=r"`--copy-paths data/images` to `dvc exp run`, or set an absolute path$"):
         download(params(download__dataset="imagefolder").download)
     with pytest.raises(UserError, match=r"no such file; .*`--copy-paths archive.tar.gz` to `dvc exp run`"):
         download(params(download__dataset="cifar10", download__urls=["archive.tar.gz"]).download)
