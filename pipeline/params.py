@@ -217,7 +217,7 @@ class TrainParams(Section):
         "AMD; native: the fastest kernels for this CPU, faster where it has AVX-512. Code that `compile` generates is "
         "native"
     )
-    deterministic: Flag = Field(description="use only deterministic kernels; slower on cuda")
+    deterministic: Flag = Field(description="use deterministic kernels where PyTorch has them; slower on cuda")
     checkpoint_every_minutes: Annotated[Number, Field(gt=0)] = Field(
         description="write a checkpoint this often during an epoch, and at its end if the last one is older than this "
         "or than 30 seconds"

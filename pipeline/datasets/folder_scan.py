@@ -19,7 +19,7 @@ from pipeline.images.decode import (
 )
 from pipeline.params import layout_error
 
-MAX_LOOSE_FRACTION = 0.01  # of images outside the class folders, to those in them; more are probably a mistake
+MAX_LOOSE_FRACTION = 0.01  # images outside the class folders / images in them; more are probably a mistake
 MAX_MERGED_CLASSES_PRINTED = 5
 # the kinds of files, in the words of the report
 IMAGE = "images"

@@ -184,13 +184,13 @@ def _is_unlabeled(name: str) -> bool:
 
 
 def _is_only_unlabeled(name: str) -> bool:
-    """Return whether all words of the name mean that; a class such as `prediction error` has others too."""
+    """Return whether all words of the name mean images without classes, unlike those of a class `prediction error`."""
     words = _words(name)
     return bool(words) and UNLABELED_WORDS.issuperset(words)
 
 
 def _is_only_split(name: str) -> bool:
-    """Return whether all words of the name mean one split; a class such as `train station` has others too."""
+    """Return whether all words of the name mean one split, unlike those of a class `train station`."""
     return split_of(name) is not None and all(word in SPLIT_WORDS for word in _words(name))
 
 
@@ -242,7 +242,7 @@ def _skip_wrappers(folder: Path, *, class_names: Iterable[str] = (), stop_at_spl
 def _holds_images(folder: Path, *, deep: bool = True) -> bool:
     """Return whether a file in the folder, or with `deep` below it, has the suffix of an image.
 
-    The search ends at the first one, so that a large folder takes no time.
+    The search ends at the first such file, since the folder may be large.
     """
     with os.scandir(folder) as found:
         visible = (entry for entry in found if not is_hidden(entry.name))

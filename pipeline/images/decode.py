@@ -140,7 +140,7 @@ def _open(content: bytes, *, image_size: int) -> Image.Image:
 def _quiet_stderr() -> Iterator[None]:
     """Discard what is written to file descriptor 2 during the block, also by other threads.
 
-    Libtiff, a C library, writes its warnings there, and they cannot be switched off.
+    The C library libtiff writes its warnings there.
     """
     saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
