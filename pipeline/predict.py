@@ -62,6 +62,7 @@ def predict(paths: Iterable[Path], *, folder: Path) -> Iterator[Prediction]:
 
 
 def _batches(paths: Iterable[Path]) -> Iterator[list[Path]]:
+    """Yield the paths in lists of up to BATCH_SIZE."""
     remaining = iter(paths)
     while batch := list(islice(remaining, BATCH_SIZE)):
         yield batch

@@ -43,6 +43,7 @@ class _LogLines:
         self._last_line = time.monotonic()
 
     def advance(self, count: int) -> None:
+        """Add finished units; print a line if the last one is old enough."""
         self._done += count
         if time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()

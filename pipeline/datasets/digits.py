@@ -18,7 +18,7 @@ WHITE = 16  # the largest value of a pixel
 CLASS_NAMES = tuple("0123456789")
 
 
-def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:  # noqa: ARG001  # all sources have the same arguments
+def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:  # noqa: ARG001  # as in all sources
     """Write `images.npy`, (1797, 8, 8) uint8 from 0 to 16, and `labels.npy`, (1797,) int64."""
     rows = _read_rows()
     images, labels = rows[:, :-1].reshape(-1, 8, 8), rows[:, -1]

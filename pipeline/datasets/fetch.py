@@ -225,6 +225,7 @@ def _continues(response: requests.Response, offset: int) -> bool:
 
 
 def _check_status(response: requests.Response, *, wanted: int) -> None:
+    """Raise _PlaceError where the response has another HTTP status than `wanted`."""
     status = response.status_code
     if status != wanted:
         raise _PlaceError(

@@ -113,6 +113,7 @@ def suffix(name: str) -> str:
 
 
 def subfolders(folder: Path) -> dict[str, Path]:
+    """Return the folders in a folder by name, sorted, without hidden ones; raises UserError as `entries` does."""
     return {name: Path(entry.path) for name, entry in entries(folder, only_folders=True)}
 
 

@@ -38,6 +38,8 @@ class Source:
 
 
 class _Undecodable(BaseModel):
+    """A file in a format without a decoder."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     file: str

@@ -33,6 +33,8 @@ class Open(Protocol):
 
 
 class _DataSource(NamedTuple):
+    """The two functions of a data source."""
+
     download: Download
     open: Open
 
