@@ -1,4 +1,4 @@
-"""What a flow run needs, checked before any server is started: the file of weights, the GPU, the images.
+"""What a flow run needs, checked before any server is started: the network, the file of weights, the GPU, the images.
 
 Only what costs little is checked: the stages, which check everything, have the same messages.
 """
@@ -13,6 +13,7 @@ import pynvml
 
 from pipeline.artifacts import check_weights, expand
 from pipeline.core.errors import UserError
+from pipeline.models.names import check_network_name
 
 MAX_ENTRIES = 10_000
 """A folder of images with more files and folders is not scanned here: the step download scans it anyway."""
@@ -21,11 +22,12 @@ OTHER_GPUS = (Path("/dev/kfd"), Path("/dev/nvhost-gpu"), Path("/dev/dxg"))
 
 
 def check_inputs(params: Mapping[str, Any]) -> None:
-    """Raise UserError where the parameters name weights, a GPU or images that are not there; paths are as they stand.
+    """Raise UserError where the parameters name a network, weights, a GPU or images that do not exist.
 
-    `params` are whole and valid.
+    `params` are complete and valid; relative paths in them start at the current folder.
     """
     train, download = params["train"], params["download"]
+    check_network_name(train["model"])
     if train["weights"] not in (None, "DEFAULT"):
         check_weights(Path(train["weights"]), train["weights_md5"])
     for section in ("train", "evaluate"):

@@ -34,7 +34,7 @@ from flows.prefect_server import PAGE_SIZE, prefect_client, server_in_force
 from flows.workspace import EXPERIMENT_LABEL, made_store
 from flows.workspace_folders import FOLDER, find_leftovers, is_held, remove_leftovers
 from pipeline.core.errors import TemporaryError, UserError, first_line, report_errors
-from pipeline.core.processes import HOST, PID, life, this_process
+from pipeline.core.processes import HOST, PID, process_state, this_process
 from pipeline.core.project import pipeline_cache_folder
 
 PROJECT_LABEL = "process.project"
@@ -123,7 +123,7 @@ def _check_flow_run(run: FlowRun, *, url: str) -> Iterator[Finding]:
     labels = {key: str(value) for key, value in run.labels.items()}
     # what an earlier attempt has registered says nothing of this one
     registered = run.state.type != StateType.PENDING and labels.get(RUN_COUNT_LABEL) == str(run.run_count)
-    fate = life(labels) if registered else "unknown"
+    fate = process_state(labels) if registered else "unknown"
     if fate == "dead" and not is_held(Path(labels[PROJECT_LABEL]), str(run.id)):
         make_state = Cancelled if run.state.type == StateType.CANCELLING else Crashed
         message = f"its process {labels[PID]} on {labels[HOST]} ended without a final state"

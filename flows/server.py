@@ -28,7 +28,7 @@ from flows import PROJECT, ports
 from flows.prefect_database import ensure_database
 from pipeline.artifacts import write_json
 from pipeline.core.errors import TemporaryError, report_errors
-from pipeline.core.processes import lives, start_of
+from pipeline.core.processes import is_alive, start_of
 
 DEFAULT_PORT = 4200
 START_SECONDS = 90
@@ -154,7 +154,7 @@ def read_record(path: Path) -> Server | None:
         server = Server(**json.loads(path.read_text(encoding="utf-8")))
         if not server.is_of(path) and Path(server.folder, path.name).exists():
             return None
-        return server if lives(server.pid, started=str(server.started)) else None  # once it was a number
+        return server if is_alive(server.pid, started=str(server.started)) else None  # once it was a number
     except (OSError, ValueError, TypeError):
         return None
 

@@ -1,4 +1,4 @@
-"""The arrays of `artifacts/normalize/` as tensors: one split at a time, on a device or in windows of a file."""
+"""Read the arrays of `artifacts/normalize/` as tensors: whole splits on a device, or slices from a file."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -25,12 +25,12 @@ from pipeline.core.errors import UserError
 from pipeline.core.validation import first_problem
 from pipeline.params import Channels, Resize
 
-WINDOW_BYTES = 8 * 2**30  # default limit of images on the device at a time
+WINDOW_BYTES = 8 * 2**30  # default limit for the images that are on the device at a time
 CPU = torch.device("cpu")
 
 
 class DatasetInfo(BaseModel):
-    """The content of `dataset.json`: what the arrays beside it hold."""
+    """The content of `dataset.json`, which describes the arrays in the same folder."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -41,18 +41,18 @@ class DatasetInfo(BaseModel):
     resize: Resize
     mean: tuple[FiniteFloat, ...]
     std: tuple[FiniteFloat, ...]
-    counts: dict[str, dict[str, NonNegativeInt]]
-    test_duplicates: tuple[NonNegativeInt, ...]
-    md5: str
+    counts: dict[str, dict[str, NonNegativeInt]]  # images by split and class
+    test_duplicates: tuple[NonNegativeInt, ...]  # indices of test images with a duplicate in another split
+    md5: str  # of dataset.json itself
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError("mean and std are not one number a channel each")
+            raise ValueError(f"mean and std must have {self.channels} numbers each, one for each channel")
         if self.counts.keys() != {"train", "validation", "test"}:
-            raise ValueError("counts is not of train, validation and test")
+            raise ValueError("counts must have the keys train, validation and test")
         if max(self.test_duplicates, default=0) >= max(1, sum(self.counts["test"].values())):
-            raise ValueError("test_duplicates has a number that no test image has")
+            raise ValueError("test_duplicates must hold indices of test images")
         return self
 
     @classmethod
@@ -70,10 +70,10 @@ class DatasetInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Split:
-    """The images of one split: `images` (N, H, W, C) uint8 and `labels` (N,) int64.
+    """The images of one split, `images` (N, H, W, C) uint8, and their `labels` (N,) int64.
 
-    The labels are on the device. So are the images, unless they are more than `window_bytes`: then they stay in
-    `file`, and `pixels` reads a slice of them. `scale` and `shift` are (H * W * C,) float32: pixels times scale plus
+    The labels are on the device. The images are too, unless they have more than `window_bytes`: then they stay in
+    `file`, from which `pixels` reads slices. `scale` and `shift` are (H * W * C,) float32: pixels times scale plus
     shift have mean 0 and standard deviation 1 over the train split.
     """
 
@@ -94,7 +94,7 @@ class Split:
         folder: Path = NORMALIZE,
         window_bytes: int = WINDOW_BYTES,
     ) -> Self:
-        """Read the split `name` of `artifacts/normalize/`, or of another folder, to a device.
+        """Read the split `name` from `artifacts/normalize/`, or from another folder, to a device.
 
         Raises UserError where an array is missing, damaged, or does not agree with `dataset.json`.
         """
@@ -102,7 +102,7 @@ class Split:
         expected = (sum(info.counts[name].values()), info.image_size, info.image_size, info.channels)
         if images.shape != expected:
             raise UserError(
-                f"{folder / f'{name}_images.npy'}: its shape is {images.shape}, but dataset.json announces {expected}; "
+                f"{folder / f'{name}_images.npy'}: its shape is {images.shape}, but dataset.json states {expected}; "
                 "`dvc repro normalize --force` makes both again"
             )
         if len(labels) and not 0 <= labels.min() <= labels.max() < len(info.class_names):
@@ -123,11 +123,11 @@ class Split:
         device: torch.device = CPU,
         window_bytes: int = WINDOW_BYTES,
     ) -> Self:
-        """Make a split of arrays (N, H, W, C) uint8 and (N,) int64.
+        """Create a split from arrays: images (N, H, W, C) uint8 and labels (N,) int64.
 
-        `mean` and `std` are those of pixels / 255, one number a channel.
+        `mean` and `std` are those of pixels / 255 in the train split, one number for each channel.
         """
-        # a channel without any contrast is only centered
+        # the clamp: a channel without contrast, whose deviation is 0, is only centered
         scale = 1 / (255 * torch.tensor(std, dtype=torch.float64)).clamp(min=1e-3)
         shift = -255 * torch.tensor(mean, dtype=torch.float64) * scale
         pixels = images.shape[1] * images.shape[2]
@@ -147,7 +147,7 @@ class Split:
 
     @property
     def image_bytes(self) -> int:
-        """Return the bytes of one image."""
+        """Return the size of one image in bytes."""
         return math.prod(self.images.shape[1:])
 
     def pixels(self, start: int, stop: int) -> Tensor:
@@ -157,18 +157,21 @@ class Split:
         """
         if self.file is None:
             return self.images[start:stop]
-        # a plain read: the pages of a memory map count as this process's memory until something else wants them
+        # not by the memory map: the pages that it reads count as memory of this process
         offset, size = self.file.offset + start * self.image_bytes, (stop - start) * self.image_bytes
         content = np.fromfile(str(self.file.filename), np.uint8, size, offset=offset)
         if len(content) < size:
-            raise UserError(f"{self.file.filename}: it was cut short while it was read; `dvc repro` makes it again")
+            raise UserError(f"{self.file.filename}: became shorter while it was read; `dvc repro` makes it again")
         return torch.from_numpy(content).view(-1, *self.images.shape[1:]).to(self.labels.device)
 
 
 def evaluation_batches(
     split: Split, *, batch_size: int, between: tuple[int, int] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the split in its order, or the slice `between`: images (B, C, H, W) float32 and labels (B,) int64."""
+    """Yield the batches of a split in its order: normalized images (B, C, H, W) float32 and labels (B,) int64.
+
+    `between` limits them to the images from its first index up to its second.
+    """
     first, end = between or (0, len(split))
     for start in range(first, end, batch_size):
         stop = min(start + batch_size, end)
@@ -177,6 +180,6 @@ def evaluation_batches(
 
 def normalize_pixels(pixels: Tensor, *, split: Split) -> Tensor:
     """Return (B, H, W, C) uint8 pixels as (B, C, H, W) float32 of mean 0 and deviation 1, channels last in memory."""
-    # whole images as rows: on the CPU six times as fast as with one number a channel
+    # scale and shift have a number for each value of an image: six times as fast on the CPU as one for each channel
     rows = torch.addcmul(split.shift, pixels.flatten(1).float(), split.scale)
     return rows.view(pixels.shape).permute(0, 3, 1, 2)

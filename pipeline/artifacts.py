@@ -1,7 +1,8 @@
-"""Files between the steps: where they lie, and how they are written (whole or not at all) and read.
+"""Paths, atomic writing, reading and checksums of the files that one step writes and another reads.
 
-Folder `artifacts/<step>/` holds what a step made. Arrays are `.npy`, read memory-mapped; everything else is JSON, CSV
-or safetensors. `checksums.md5` in a folder that another step reads lists its files, for `verify` and `md5sum -c` alike.
+The folder `artifacts/<step>/` holds the output of a step. Arrays are `.npy` files, which are memory-mapped; all other
+files are JSON, CSV or safetensors. `checksums.md5`, in each folder that another step reads, lists the MD5 of its files.
+`verify` compares them, and so does the command `md5sum -c`.
 """
 
 import csv
@@ -26,35 +27,30 @@ DOWNLOAD = ARTIFACTS / "download"
 NORMALIZE = ARTIFACTS / "normalize"
 TRAIN = ARTIFACTS / "train"
 EVALUATE = ARTIFACTS / "evaluate"
-HISTORY = "history.csv"
-"""In `artifacts/train/`: a row for each epoch."""
-KEPT = "kept"
-"""Column of HISTORY: in the row of the kept epoch the reason why it is kept, in the others nothing."""
-CHECKSUMS = "checksums.md5"
-"""A line `<MD5>  <name>` for each other file of the folder, sorted by name, as `md5sum` writes them."""
-Images = npt.NDArray[np.uint8]
-"""(N, H, W, C) uint8."""
-Labels = npt.NDArray[np.int64]
-"""(N,) int64, indices into the class names."""
+HISTORY = "history.csv"  # in `artifacts/train/`: a row for each epoch
+SELECTED_COLUMN = "kept"  # of HISTORY: the reason of the selection in the row of the selected epoch, else empty
+CHECKSUMS = "checksums.md5"  # a line `<MD5>  <name>` for each other file of the folder, sorted by name, as of `md5sum`
+Images = npt.NDArray[np.uint8]  # (N, H, W, C)
+Labels = npt.NDArray[np.int64]  # (N,), indices into the class names
 
 
-def kept_folder(name: str) -> Path:
-    """Return a folder below `pipeline_cache_folder`, as a relative path where that is in the project.
+def cache_folder(name: str) -> Path:
+    """Return the folder of this name in the pipeline's cache, as a relative path if the project is the current folder.
 
-    It holds what must outlive a stage: DVC empties a stage's outputs before it runs the stage.
+    The cache is for files that must outlive a stage: DVC deletes a stage's outputs before it runs the stage.
     """
     project = project_folder()
     return pipeline_cache_folder(Path() if project == Path.cwd() else project) / name
 
 
 def expand(path: str) -> Path:
-    """Return the path that a user wrote, with `~` replaced."""
+    """Return the path that a user wrote, with `~` replaced by the home folder."""
     return Path(os.path.expanduser(path))  # noqa: PTH111  # Path.expanduser raises where there is no such user
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Name `path` in errors that name no file, such as a full disk while writing."""
+def add_path_to_errors(path: Path) -> Iterator[None]:
+    """Add `path` to an OSError of the block that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -65,22 +61,25 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that takes the name `path` only once it is whole and on the disk."""
+    """Open a temporary file for writing; at the end of the block it is flushed to the disk and renamed to `path`.
+
+    If the block fails, the temporary file is removed, and a file at `path` stays as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path), temporary.open("wb") as file:
+        with add_path_to_errors(path), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync(path.parent)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
-    """Have the folder's entries on the disk too, should the power go."""
+def _sync_folder(folder: Path) -> None:
+    """Flush the folder's entries to the disk: a rename must survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -90,17 +89,17 @@ def _sync(folder: Path) -> None:
 
 @contextmanager
 def replace_folder(target: Path, *, known: Mapping[str, str] | None = None) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its place once the block is done; on failure `target` stays.
+    """Yield an empty folder that replaces `target` at the end of the block; if the block fails, `target` stays.
 
-    What the block left in it is then listed in `checksums.md5`. Files of which `known` has the MD5 by then, taken while
-    they were written, are not read again.
+    Before that, the files in the folder are listed in `checksums.md5`. The block may add the MD5 of files, computed
+    while they were written, to `known`: these files are not read again.
     """
     fresh, old = (target.with_name(f".{target.name}.{word}.tmp") for word in ("new", "old"))
-    if old.exists() and not target.exists():  # killed between the two renames below: the good one
+    if old.exists() and not target.exists():  # a run was killed between the two renames below: `old` is complete
         old.rename(target)
-    for leftover in (fresh, old):  # of a run that was killed
+    for leftover in (fresh, old):  # a run that was killed did not remove them
         shutil.rmtree(leftover, ignore_errors=True)
-    with naming(target):
+    with add_path_to_errors(target):
         fresh.mkdir(parents=True)
         try:
             yield fresh
@@ -127,32 +126,31 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError, naming the step to run, where the file is missing or not JSON."""
+    """Return the content of a JSON file; raises UserError, with the step to run, where it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(missing(path)) from None
+        raise UserError(missing_file_message(path)) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); remove it and run `dvc repro` to make it again") from None
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A table with a header; all rows have the first one's columns."""
+    """Write a table with a header; all rows must have the columns of the first one."""
     with atomic(path) as file:
-        lines = _Lines(file)
-        writer = csv.DictWriter(lines, fieldnames=list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(_Utf8Writer(file), fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a table that `write_csv` wrote; all values are text."""
+    """Return the rows of a table that `write_csv` wrote; all values are text."""
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-class _Lines:
-    """What `csv` writes to: text in, UTF-8 bytes out."""
+class _Utf8Writer:
+    """A text file for the module `csv` that writes UTF-8 to a binary file."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -162,33 +160,33 @@ class _Lines:
 
 
 def write_array(path: Path, blocks: Iterable[npt.NDArray[Any]], *, shape: tuple[int, ...], dtype: npt.DTypeLike) -> str:
-    """Write one `.npy` file from blocks along the first axis, one block in memory at a time; returns its MD5.
+    """Write one `.npy` file from blocks along the first axis, and return its MD5; one block is in memory at a time.
 
     The blocks together must have `shape`; each is cast to `dtype`.
     """
     with atomic(path) as file:
-        tee = _Tee(file)
+        writer = _HashingWriter(file)
         np.lib.format.write_array_header_2_0(
-            tee, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+            writer, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
         )
         rows = 0
         for block in blocks:
-            tee.write(np.ascontiguousarray(block, dtype=dtype).tobytes())
+            writer.write(np.ascontiguousarray(block, dtype=dtype).tobytes())
             rows += len(block)
-        assert rows == shape[0], f"{path}: {rows} rows written, {shape[0]} announced"
-    return tee.md5
+        assert rows == shape[0], f"{path}: {rows} rows were written, but the header states {shape[0]}"
+    return writer.md5
 
 
 def copy_file(source: Path, target: Path) -> str:
-    """Copy a file; returns the MD5 of what was written."""
+    """Copy a file, and return the MD5 of what was written."""
     with source.open("rb") as content, atomic(target) as file:
-        tee = _Tee(file)
-        shutil.copyfileobj(content, tee, length=2**20)
-    return tee.md5
+        writer = _HashingWriter(file)
+        shutil.copyfileobj(content, writer, length=2**20)
+    return writer.md5
 
 
-class _Tee:
-    """Writes to a file and knows the MD5 of all that was written."""
+class _HashingWriter:
+    """A writer to a file that computes the MD5 of all that is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self._digest = file, hashlib.md5(usedforsecurity=False)
@@ -203,14 +201,14 @@ class _Tee:
 
 
 def read_array(path: Path, *, dtype: npt.DTypeLike, dimensions: int) -> npt.NDArray[Any]:
-    """Memory-map an `.npy` file (pages are copied if written to, never the file); never unpickles.
+    """Memory-map an `.npy` file; changes of the array stay in memory, and nothing is unpickled.
 
-    Raises UserError where it is missing, cut short, or of another type or number of dimensions.
+    Raises UserError where the file is missing or truncated, or has another dtype or number of dimensions.
     """
     try:
         array: npt.NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
     except FileNotFoundError:
-        raise UserError(missing(path)) from None
+        raise UserError(missing_file_message(path)) from None
     except Exception as error:  # numpy's parser of headers raises nearly anything: tokenize.TokenError, SyntaxError, …
         raise UserError(
             f"{path}: damaged ({first_line(error)}); remove it and run `dvc repro` to make it again"
@@ -224,7 +222,10 @@ def read_array(path: Path, *, dtype: npt.DTypeLike, dimensions: int) -> npt.NDAr
 
 
 def read_split(split: str, *, folder: Path = NORMALIZE) -> tuple[Images, Labels]:
-    """Images (N, H, W, C) uint8 and labels (N,) int64 of train, validation or test, memory-mapped."""
+    """Return images (N, H, W, C) uint8 and labels (N,) int64 of train, validation or test, memory-mapped.
+
+    Raises UserError where one is missing or damaged, or their numbers differ.
+    """
     images = read_array(folder / f"{split}_images.npy", dtype=np.uint8, dimensions=4)
     labels = read_array(folder / f"{split}_labels.npy", dtype=np.int64, dimensions=1)
     if len(images) != len(labels):
@@ -235,17 +236,20 @@ def read_split(split: str, *, folder: Path = NORMALIZE) -> tuple[Images, Labels]
 
 
 def write_checksums(folder: Path, *, known: Mapping[str, str] | None = None) -> None:
-    """List the files that are in the folder now, those of its subfolders included, with their MD5, or that `known`."""
+    """Write `checksums.md5` with the MD5 of each file in the folder and its subfolders.
+
+    A file whose MD5 is in `known` is not read.
+    """
     md5 = known or {}
     lines = (f"{md5.get(name) or file_md5(folder / name)}  {name}\n" for name in _files(folder))
     write_text(folder / CHECKSUMS, "".join(lines))
 
 
 def verify(folder: Path, names: Iterable[str] | None = None, *, allow_unlisted: bool = False) -> dict[str, str]:
-    """Compare files with the folder's `checksums.md5` before they are used; returns MD5 by name, of all listed files.
+    """Compare files with the folder's `checksums.md5`, and return the MD5 of all listed files by name.
 
-    `names` are the files that will be read, by default all that are listed. `allow_unlisted` accepts further files.
-    Raises UserError naming the first file that is missing, changed or not listed.
+    `names` are the files to compare, by default all that are listed. With `allow_unlisted` the folder may have files
+    that are not listed. Raises UserError for the first file that is missing, changed or not listed.
     """
     listing = folder / CHECKSUMS
     listed = _read_checksums(listing)
@@ -260,7 +264,7 @@ def verify(folder: Path, names: Iterable[str] | None = None, *, allow_unlisted: 
 
 
 def verify_splits(*splits: str) -> None:
-    """Verify what steps after normalize read: `dataset.json` and the arrays of these splits."""
+    """Verify the files of `normalize` that later steps read: `dataset.json` and the arrays of these splits."""
     arrays = (f"{split}_{kind}.npy" for split in splits for kind in ("images", "labels"))
     verify(NORMALIZE, ["dataset.json", *arrays])
 
@@ -272,15 +276,16 @@ def _files(folder: Path) -> list[str]:
 
 
 def _read_checksums(path: Path) -> dict[str, str]:
+    """Return the MD5 of each listed file by name; raises UserError where the list is missing or damaged."""
     try:
         lines = path.read_bytes().decode("utf-8").split("\n")
     except FileNotFoundError:
-        raise UserError(missing(path)) from None
+        raise UserError(missing_file_message(path)) from None
     except UnicodeDecodeError:
         lines = []
     found = [re.fullmatch("([0-9a-f]{32})  (.+)", line) for line in lines]
     listed = {match[2]: match[1] for match in found if match}
-    if not listed or len(listed) != len(lines) - 1 or lines[-1]:  # the last line has an end too
+    if not listed or len(listed) != len(lines) - 1 or lines[-1]:  # a complete list ends with the end of a line
         raise UserError(f"{path}: damaged or empty; {_remedy(path.parent)}")
     return listed
 
@@ -292,28 +297,29 @@ def _problem(path: Path, *, md5: str | None, listing: Path) -> str | None:
     try:
         size, found = path.stat().st_size, file_md5(path)
     except FileNotFoundError:
-        return f"no such file, but {listing} has it"
+        return f"no such file, but {listing} lists it"
     if found == md5:
         return None
-    return f"{size:,} bytes with MD5 {found} instead of {md5}, by {listing}" if size else f"empty, not so by {listing}"
+    return f"{f'{size:,} bytes with MD5 {found}' if size else 'empty'}, but {listing} lists MD5 {md5}"
 
 
 def _remedy(folder: Path) -> str:
-    """Return how to restore an undamaged folder.
+    """Return how to restore a damaged folder.
 
-    DVC trusts a cached file that is write-protected or has its old modification time; it even replaces a newly made
-    file by the damaged one.
+    DVC does not check a cached file that is write-protected or has its old modification time; it even replaces a newly
+    made file by the damaged cached one.
     """
     if folder.parent != ARTIFACTS:
-        return "copy the folder again from where it came"
+        return "copy the folder again from its source"
     return (
-        f"`rm -rf {folder} && dvc repro {folder.name}` brings it back; if this comes again, DVC's cache is damaged: "
-        'let it look with `find "$(dvc cache dir)" -type f -exec chmod u+w {} + -exec touch {} +` first'
+        f"`rm -rf {folder} && dvc repro {folder.name}` restores it; if this error appears again, DVC's cache is "
+        'damaged: run `find "$(dvc cache dir)" -type f -exec chmod u+w {} + -exec touch {} +` first, which makes DVC '
+        "check its cached files"
     )
 
 
-def missing(path: Path) -> str:
-    """Return the message about a missing file between two steps."""
+def missing_file_message(path: Path) -> str:
+    """Return the error message for a missing file that another step should have written."""
     if path.parent.parent != ARTIFACTS:
         return f"{path}: no such file"
     return f"{path}: no such file; `dvc repro {path.parent.name}` makes it, `dvc pull` fetches it"
@@ -333,7 +339,7 @@ def check_weights(path: Path, md5: str | None) -> None:
         )
     if (found := file_md5(path)) != md5:
         raise UserError(
-            f"train.weights_md5 is {md5 or 'null'}, but {path} has {found}; set it to that if the file is right"
+            f"train.weights_md5 is {md5 or 'null'}, but {path} has {found}; set it to that if you trust the file"
         )
 
 

@@ -1,4 +1,7 @@
-"""Download, the first step: the raw data of `download.dataset` → `artifacts/download/`, the same bytes everywhere."""
+"""Download, the first step: write the raw data of `download.dataset` into `artifacts/download/`.
+
+The files have the same bytes on every machine.
+"""
 
 from pathlib import Path
 
@@ -9,10 +12,10 @@ from pipeline.params import DownloadParams, load_params
 
 
 def download(params: DownloadParams, *, folder: Path = DOWNLOAD) -> None:
-    """Bring the raw data of `params.dataset` into `folder`, which afterwards holds nothing else.
+    """Replace the content of `folder` by the raw data of `params.dataset`.
 
-    Until the new data is whole and checked, what the folder held stays as it was. Raises UserError where the
-    parameters, the archive or the images are at fault, TemporaryError where the network is.
+    The old content stays until the new data is complete and verified. Raises UserError where the parameters, the
+    archive or the images are at fault, TemporaryError where the network is.
     """
     with replace_folder(folder) as fresh:
         download_source(fresh, params=params)

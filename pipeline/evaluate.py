@@ -1,4 +1,4 @@
-"""Evaluate the model on the test split, which no other step reads."""
+"""Evaluate, the last step: compute the metrics of the model on the test split, which no other step reads."""
 
 from collections.abc import Sequence
 
@@ -21,12 +21,11 @@ from pipeline.tracking.store import store_errors
 from pipeline.training.device import choose_device
 
 FILES = ("confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv")
-MODEL = "best.safetensors"
-"""By its hash MLflow's run is found, whichever checkpoint is evaluated."""
+MODEL = "best.safetensors"  # its MD5 identifies the MLflow run, whichever checkpoint is evaluated
 
 
 def main() -> None:
-    """The step: the test split and `artifacts/train/` → `artifacts/evaluate/`, and into the model's run in MLflow."""
+    """Evaluate `artifacts/train/` on the test split; write `artifacts/evaluate/` and log to the model's MLflow run."""
     with report_errors():
         params = load_params().evaluate
         verify_splits("test")
@@ -41,7 +40,10 @@ def main() -> None:
                 f"{TRAIN}: the classes of the model are not those of {info.dataset}; `dvc repro train` trains it again"
             )
         if md5[f"{params.checkpoint}.safetensors"] != md5[MODEL]:
-            print(f"evaluates the last epoch; predict and MLflow have {MODEL}, of the epoch that train.selection kept")
+            print(
+                f"evaluate.checkpoint is {params.checkpoint}: the metrics are of the last epoch, but predict and "
+                f"MLflow use {MODEL}, of the epoch that train.selection selected"
+            )
         split = Split.read("test", info=info, device=device)
         views = params.test_time_augmentation
         logits = logits_of(classifier.to(device), split, batch_size=params.batch_size, views=views).cpu()
@@ -53,19 +55,19 @@ def main() -> None:
             top_k=params.top_k,
             duplicates=info.test_duplicates,
         )
-        _write(result, class_names=info.class_names)
-        _print(result)
-        _record(result, model_md5=md5[MODEL], experiment=info.dataset)
+        _write_files(result, class_names=info.class_names)
+        _print_summary(result)
+        _log_to_mlflow(result, model_md5=md5[MODEL], experiment=info.dataset)
 
 
-def _write(result: Evaluation, *, class_names: Sequence[str]) -> None:
+def _write_files(result: Evaluation, *, class_names: Sequence[str]) -> None:
     write_csv(EVALUATE / "per_class.csv", result.per_class)
     write_csv(EVALUATE / "predictions.csv", result.predictions)
     write_bytes(EVALUATE / "confusion_matrix.png", plots.confusion_matrix(result.confusion, class_names=class_names))
     write_json(EVALUATE / "metrics.json", result.metrics)
 
 
-def _print(result: Evaluation) -> None:
+def _print_summary(result: Evaluation) -> None:
     metrics = result.metrics
     print(
         f"test accuracy {metrics['accuracy']:.2%} (95% interval {metrics['accuracy_low']:.2%} to "
@@ -78,20 +80,24 @@ def _print(result: Evaluation) -> None:
         )
 
 
-def _record(result: Evaluation, *, model_md5: str, experiment: str) -> None:
-    """Into the run that made the model, found by the model's hash."""
+def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str) -> None:
+    """Log metrics, tags and plots to the MLflow run that made the model, which is found by the model's MD5.
+
+    Raises TemporaryError where MLflow does not answer.
+    """
     run, created = find_or_create_run(model_md5, experiment=experiment)
     if created:
         print(
-            "no MLflow run here made this model (it was pulled, or trained elsewhere): a new run holds its evaluation"
+            "the MLflow store has no run that made this model (it was pulled, or trained elsewhere): its evaluation is "
+            "logged to a new run"
         )
     print(f"MLflow run {run.run_id}", flush=True)
     write_result(StepResult(mlflow_run_id=run.run_id))
     run.log({f"test_{name.removeprefix('test_')}": value for name, value in result.metrics.items()}, step=0)
     with store_errors():
         if not run.flush():
-            raise TemporaryError("MLflow stopped answering: the evaluation is not recorded; run the same command again")
-        # a later evaluation may have other parameters
+            raise TemporaryError("MLflow does not answer: the evaluation was not logged; run the same command again")
+        # the tags of the first evaluation stay, as a later one may have other parameters
         run.set_tags(output_tags(EVALUATE, names=FILES), overwrite=False)
         for name in ("confusion_matrix.png", "per_class.csv"):
             run.log_file(EVALUATE / name, folder="plots" if name.endswith("png") else "evaluate")

@@ -1,4 +1,4 @@
-"""Matplotlib figures as PNG bytes that are the same for the same numbers."""
+"""Convert Matplotlib figures to PNG bytes, which are the same for the same numbers."""
 
 import io
 import warnings
@@ -10,9 +10,9 @@ matplotlib.rcParams["font.family"] = ["DejaVu Sans"]  # Matplotlib ships this fo
 
 
 def to_png(figure: Figure) -> bytes:
-    """Return the figure as PNG bytes without the version of Matplotlib in them."""
+    """Return the figure as PNG bytes, which do not hold the version of Matplotlib."""
     stream = io.BytesIO()
-    with warnings.catch_warnings():  # a class name in a script that the font lacks shows as boxes
+    with warnings.catch_warnings():  # characters of a class name that the font lacks are drawn as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
     return stream.getvalue()

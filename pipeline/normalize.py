@@ -1,7 +1,7 @@
-"""Normalize, the second step: raw images → uint8 arrays of one size, splits, and a report on the data.
+"""Normalize, the second step: convert raw images to uint8 arrays of one size, draw the splits, and report on the data.
 
-Memory stays flat: pixels pass through a file beside the result, which needs twice the room of the arrays meanwhile;
-some 60 bytes an image are held.
+The decoded images are kept in temporary files beside the result, which need as much space again as the arrays. About
+60 bytes for each image are held in memory.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,10 +27,10 @@ from pipeline.params import NormalizeParams, load_params
 
 
 def normalize(raw: Path, result: Path, *, params: NormalizeParams) -> dict[str, Any]:
-    """Make the folder `result` (arrays and `dataset.json`) from the folder `raw`; return the description.
+    """Write the arrays and `dataset.json` of the raw data in `raw` to the folder `result`; return the description.
 
-    They are written to a folder beside `result`, which then takes its place; on failure the old one stays as it was.
-    Raises UserError: see `open_source`, `check_unreadable` and `draw_splits`.
+    The new files replace an old `result` when they are complete; on failure the old one stays as it was. Raises
+    UserError as `open_source`, `check_unreadable` and `draw_splits` do.
     """
     source = open_source(raw, params=params)
     md5: dict[str, str] = {}
@@ -58,20 +58,21 @@ def check_unreadable(spool: Spool, *, params: NormalizeParams) -> None:
         more = f" and {unreadable - 3} more" if unreadable > 3 else ""
         raise UserError(
             f"normalize.max_unreadable_fraction: {unreadable} of {files} files ({unreadable / files:.2%}) cannot be "
-            f"read: {first}{more}; allowed: {params.max_unreadable_fraction:.2%}; fix or remove them, or raise it"
+            f"read: {first}{more}; allowed: {params.max_unreadable_fraction:.2%}; repair or remove them, or raise the "
+            "allowed fraction"
         )
 
 
 def _write(
     folder: Path, spool: Spool, splits: dict[str, Indices], *, source: Source, params: NormalizeParams
 ) -> dict[str, Any]:
-    """Write the arrays; return the fields of `dataset.json`. Pixels and features are read side by side."""
+    """Write the arrays in a thread, search for duplicates at the same time; return the fields of `dataset.json`."""
     labels, stopped = spool.labels, Event()
     with ThreadPoolExecutor(1) as pool:
         arrays = pool.submit(_write_arrays, folder, spool, splits, stopped)
         try:
             duplicates = find_duplicates(spool, splits, params=params)
-        except BaseException:  # Ctrl-C, for one, need not wait for the arrays
+        except BaseException:  # Ctrl-C, for example, must not wait until all arrays are written
             stopped.set()
             raise
     md5, (mean, deviation) = arrays.result()
@@ -83,7 +84,7 @@ def _write(
         "resize": params.resize,
         "mean": mean,
         "std": deviation,
-        "counts": {split: _counts(labels[indices], source.class_names) for split, indices in splits.items()},
+        "counts": {split: _class_counts(labels[indices], source.class_names) for split, indices in splits.items()},
         "md5": md5,
         "unreadable_files": [{"file": name, "reason": reason} for name, reason in spool.unreadable],
         **describe_duplicates(duplicates, spool, splits, params=params),
@@ -93,9 +94,9 @@ def _write(
 def _write_arrays(
     folder: Path, spool: Spool, splits: Mapping[str, Indices], stopped: Event
 ) -> tuple[dict[str, str], tuple[list[float], list[float]]]:
-    """Write the arrays; return the MD5 of each file, and mean and standard deviation of the train split.
+    """Write the arrays; return the MD5 of each file, and mean and standard deviation of the train split by channel.
 
-    Raises InterruptedError once `stopped` is set.
+    Raises InterruptedError when `stopped` is set meanwhile.
     """
 
     def pixels(split: str) -> Iterator[Images]:
@@ -113,7 +114,7 @@ def _write_arrays(
     return md5, mean_and_deviation(pixels("train"))
 
 
-def _counts(labels: Labels, class_names: tuple[str, ...]) -> dict[str, int]:
+def _class_counts(labels: Labels, class_names: tuple[str, ...]) -> dict[str, int]:
     return dict(zip(class_names, np.bincount(labels, minlength=len(class_names)).tolist(), strict=True))
 
 

@@ -1,6 +1,6 @@
-"""Parameters: `params.yaml` and the recipes, read into frozen models that refuse what they do not know.
+"""Read the parameters, `params.yaml` and the recipes, into frozen, typed models; an unknown key is an error.
 
-Run as a program, it writes a recipe and single values into `params.yaml` and keeps the comments:
+Run as a program, this module writes a recipe and single values into `params.yaml`, whose comments stay:
 `python -m pipeline.params --recipe cifar10_lenet --set train.epochs=3`.
 """
 
@@ -19,11 +19,10 @@ from pipeline.core.yaml import dump_yaml, read_yaml
 
 PARAMS_FILE = Path("params.yaml")
 RECIPES_FOLDER = Path("recipes")
-ALLOWED_FOLDERS = (
+ALLOWED_LAYOUTS = (
     "<class>/… or <split>/<class>/… with at least two classes, split being train (training), validation (val, valid, "
     "dev) or test (testing, holdout, eval), with words before or after it as in seg_train"
 )
-"""What `download.folder` may have in it."""
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -32,14 +31,13 @@ def _refuse_bool(value: Any) -> Any:
     return value
 
 
+# a whole number; `3.0`, `"3"` and `true` are refused
 Count = Annotated[int, BeforeValidator(_refuse_bool), Field(strict=True)]
-"""A whole number; `3.0`, `"3"` and `true` are refused."""
+# a finite number, or text that is one: YAML reads `1e-3` as text, and only `1.0e-3` as a number
 Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
-"""A finite number; YAML reads `1e-3` as text (it wants `1.0e-3`), so text that is a number is taken as one."""
+# the names of the data sources, which pipeline/datasets/sources.py downloads and reads
 Dataset = Literal["digits", "cifar10", "imagefolder"]
-"""The names of the data sources; how each is downloaded and read is in `pipeline/datasets/sources.py`."""
-Channels = Literal[1, 3]
-"""1 for gray, 3 for RGB."""
+Channels = Literal[1, 3]  # gray or RGB
 Resize = Literal["crop", "pad", "stretch"]
 Views = Literal["none", "mirror", "mirror_and_shift"]
 Selection = Literal["highest_accuracy", "latest_equivalent"]
@@ -47,20 +45,20 @@ CpuKernels = Literal["portable", "native"]
 Flag = Annotated[bool, Field(strict=True)]
 
 
-def bad_folder(found: str, remedy: str) -> UserError:
-    """What to raise where the folder that `download.folder` names does not have what it should."""
-    return UserError(f"download.folder: {found}; allowed: {ALLOWED_FOLDERS}; {remedy}")
+def layout_error(found: str, remedy: str) -> UserError:
+    """Return the error for a folder in `download.folder` that is missing or whose layout is not allowed."""
+    return UserError(f"download.folder: {found}; allowed: {ALLOWED_LAYOUTS}; {remedy}")
 
 
 def check_is_folder(folder: Path) -> None:
-    """Raise UserError where `download.folder` names no folder."""
+    """Raise UserError where the folder in `download.folder` does not exist or is a file."""
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "does not exist"
-        raise bad_folder(f"{str(folder)!r} {problem}", "correct the path")
+        raise layout_error(f"{str(folder)!r} {problem}", "correct the path")
 
 
 class Section(BaseModel):
-    """One section of `params.yaml`: immutable, complete (no default is hidden in code), nothing unknown."""
+    """A section of `params.yaml`, immutable; a missing key is an error, since no default is hidden in code."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -75,18 +73,18 @@ class DownloadParams(Section):
         description="imagefolder: the folder with <class>/… or <split>/<class>/… (train, validation, test)"
     )
     urls: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = Field(
-        description="cifar10: places of the archive, tried in turn: http(s)://, file://, or a path"
+        description="cifar10: places of the archive, tried in this order: http(s)://, file://, or a path"
     )
     md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] = Field(
         description="cifar10: MD5 of the archive in hexadecimal, checked before anything in it is read"
     )
     timeout_seconds: Annotated[Number, Field(gt=0)] = Field(
-        description="cifar10: give a place up after this long without a byte from it"
+        description="cifar10: try the next place when a server has sent nothing for this long"
     )
 
     @property
     def origin(self) -> str | None:
-        """Where the raw data comes from, without secrets; None where it comes with a package."""
+        """Return the URL or path of the raw data, without secrets, or None where it comes with a package."""
         match self.dataset:
             case "cifar10":
                 return redact_url(self.urls[0])
@@ -96,24 +94,22 @@ class DownloadParams(Section):
                 return None
 
     @model_validator(mode="after")
-    def _without_passwords(self) -> Self:
+    def _refuse_passwords(self) -> Self:
         for url in self.urls:
             if "@" in url.partition("://")[2].partition("/")[0]:
                 raise ValueError(
                     f"urls: {redact_url(url)} comes with a user or password, which every run would record; "
-                    "put it into ~/.netrc"
+                    "allowed: URLs without; put user and password into ~/.netrc"
                 )
         return self
 
 
 class NormalizeParams(Section):
-    """How raw images become arrays, and which of them train, validate and test."""
+    """How raw images become arrays, and which of them are for training, validation and test."""
 
-    image_size: Annotated[Count, Field(ge=8, le=1024)] = Field(description="pixels, height and width alike")
+    image_size: Annotated[Count, Field(ge=8, le=1024)] = Field(description="height and width of the arrays in pixels")
     channels: Literal["auto", 1, 3] = Field(description="1 (gray), 3 (RGB), or auto: what the data source has")
-    resize: Resize = Field(
-        description="how an image that is not square is made so: cut at the center, padded with black, or stretched"
-    )
+    resize: Resize = Field(description="how an image becomes square: crop to its center, pad with black, or stretch")
     validation_fraction: Annotated[Number, Field(gt=0, lt=1)] = Field(
         description="fraction of train used for validation in each class (where the source has no validation split)"
     )
@@ -127,11 +123,11 @@ class NormalizeParams(Section):
         description="a test image that correlates at least this much with a training image is a near-duplicate; the "
         "right value depends on the images (0.9 for photographs, 0.98 for digits)"
     )
-    seed: Annotated[Count, Field(ge=0, lt=2**32)] = Field(description="draws the splits")
+    seed: Annotated[Count, Field(ge=0, lt=2**32)] = Field(description="seed of the random choice of the splits")
 
 
 class TrainParams(Section):
-    """What is trained, and how."""
+    """Which network is trained, and how."""
 
     model: str = Field(
         description="lenet, airbench or another of pipeline/models/build.py, or any of torchvision (resnet18, …)"
@@ -140,10 +136,10 @@ class TrainParams(Section):
         description="null (from scratch), DEFAULT (torchvision's pretrained), or a .safetensors or .pth file of weights"
     )
     weights_md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = Field(
-        description="MD5 of the file of weights in hexadecimal, by which its content is known; null where there is none"
+        description="MD5 of the file in weights, in hexadecimal; null where weights names no file"
     )
     input_size: Annotated[Count, Field(ge=16, le=1024)] | None = Field(
-        description="pixels; enlarge the images to this on the device before the model sees them; null: as they are"
+        description="height and width in pixels to which images are enlarged on the device; null: not enlarged"
     )
     loss: Literal["cross_entropy", "mse"] = Field(description="mse compares the outputs with one-hot targets")
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = Field(description="for cross_entropy")
@@ -159,13 +155,14 @@ class TrainParams(Section):
         description="scale gradients down to this total norm; null: never"
     )
     bias_learning_rate_factor: Annotated[Number, Field(gt=0)] = Field(
-        description="times learning_rate for the biases of batch normalization; their weight decay is divided by it"
+        description="the learning rate of the biases of batch normalization is multiplied by it, their weight decay is "
+        "divided by it"
     )
     schedule: Literal["constant", "step", "linear", "cosine", "one_cycle"] = Field(
-        description="course of the learning rate"
+        description="how the learning rate changes from step to step"
     )
     warmup_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(
-        description="fraction of all steps over which the learning rate climbs to its peak"
+        description="fraction of all steps over which the learning rate rises to its peak"
     )
     step_epochs: Annotated[Number, Field(gt=0)] = Field(description="step: epochs between two drops")
     step_factor: Annotated[Number, Field(gt=0, le=1)] = Field(
@@ -173,24 +170,29 @@ class TrainParams(Section):
     )
     epochs: Annotated[Count, Field(ge=1)] = Field(description="passes over the training split")
     selection: Selection = Field(
-        description="which epoch is kept, and counts for early stopping. highest_accuracy: by validation accuracy, "
-        "then lower validation loss, then the later epoch. latest_equivalent: the latest whose validation accuracy is "
-        "inside the 95 % interval of the highest, for validation splits of up to a few hundred images"
+        description="rule that selects the epoch of best.safetensors; early stopping uses it too. highest_accuracy: "
+        "the highest validation accuracy, then the lower validation loss, then the later epoch. latest_equivalent: "
+        "the latest epoch whose validation accuracy is inside the 95 % interval of the highest one, for validation "
+        "splits of up to a few hundred images"
     )
     early_stopping_epochs: Annotated[Count, Field(ge=1)] | None = Field(
-        description="stop after this many epochs in a row that are no better than an earlier one, or with "
-        "selection: latest_equivalent worse than one; null: never"
+        description="stop after this many epochs in a row without improvement (with selection: latest_equivalent, that "
+        "are worse than an earlier one); null: never"
     )
-    batch_size: Annotated[Count, Field(ge=1)] = Field(description="images a step; an incomplete last batch is left out")
+    batch_size: Annotated[Count, Field(ge=1)] = Field(
+        description="images in each step; an incomplete last batch is left out"
+    )
     average_every_steps: Annotated[Count, Field(ge=1)] | None = Field(
-        description="lookahead: pull the weights back to their running mean this often; null: never"
+        description="lookahead: set the weights to their running mean once in this many steps; null: never"
     )
-    flip: Flag = Field(description="augmentation: mirror each image left to right in every other epoch, half in each")
+    flip: Flag = Field(
+        description="augmentation: mirror each image left to right in every other epoch, half of the images in each"
+    )
     crop_padding: Annotated[Count, Field(ge=0)] = Field(
-        description="augmentation: shift by up to this many pixels, the gap filled by reflection"
+        description="augmentation: shift by up to this many pixels; the gap is filled by reflection"
     )
     cutout_size: Annotated[Count, Field(ge=0)] = Field(
-        description="augmentation: blank a square of this many pixels a side"
+        description="augmentation: blank a square with sides of this many pixels"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
     mixed_precision: Literal["none", "bfloat16", "float16"] = Field(description="on cuda; elsewhere float32 is used")
@@ -199,48 +201,57 @@ class TrainParams(Section):
         description="torch.compile the network: quicker steps on cuda after tens of seconds; needs a C++ compiler"
     )
     window_megabytes: Annotated[Count, Field(ge=1)] = Field(
-        description="2**20 bytes of images held on the device; of a larger split, blocks in random order are read and "
-        "shuffled together"
+        description="limit for the images on the device, in 2**20 bytes; a larger split is read in blocks in random "
+        "order, and those that are on the device together are shuffled together"
     )
     processes: Annotated[Count, Field(ge=1)] = Field(
-        description="data-parallel by torchrun, one a GPU or each with cpu_threads; each has its slice of every batch"
+        description="number of data-parallel processes (torchrun), one for each GPU, or each with cpu_threads on the "
+        "CPU; each trains on a slice of every batch"
     )
     cpu_threads: Annotated[Count, Field(ge=0)] = Field(
-        description="threads on the CPU; sums depend on it, so the same number gives the same bits; 0: one a core"
+        description="threads on the CPU; rounding depends on their number, so that only the same number gives the same "
+        "bits; 0: one for each core"
     )
     cpu_kernels: CpuKernels = Field(
         description="portable: PyTorch's AVX2 kernels, with the same bits on every x86-64 CPU that has AVX2, Intel or "
-        "AMD; native: all that this CPU has, faster where it has AVX-512. Code that `compile` makes is native"
+        "AMD; native: the fastest kernels for this CPU, faster where it has AVX-512. Code that `compile` generates is "
+        "native"
     )
-    deterministic: Flag = Field(description="ask for deterministic kernels; slower on cuda")
+    deterministic: Flag = Field(description="use deterministic kernels where PyTorch has them; slower on cuda")
     checkpoint_every_minutes: Annotated[Number, Field(gt=0)] = Field(
-        description="write a checkpoint this often in a long epoch, and at the end of one if the last is older than "
-        "this or than 30 seconds"
+        description="write a checkpoint this often during an epoch, and at its end if the last one is older than this "
+        "or than 30 seconds"
     )
     log_every_steps: Annotated[Count, Field(ge=1)] = Field(
         description="steps between two points of the live loss curve"
     )
     seed: Annotated[Count, Field(ge=0, lt=2**32)] = Field(
-        description="draws initial weights, order, augmentation and dropout"
+        description="seed of the initial weights, the order of images, augmentation and dropout"
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         if self.nesterov and (self.optimizer not in ("sgd", "muon") or self.momentum == 0):
             raise ValueError(
-                f"nesterov is true, but optimizer is {self.optimizer} and momentum {self.momentum}; "
-                "Nesterov's rule needs optimizer: sgd or muon and a momentum above 0"
+                f"nesterov is true, but optimizer is {self.optimizer} and momentum {self.momentum}; allowed: true with "
+                "optimizer: sgd or muon and a momentum above 0; set nesterov to false, or change these"
             )
         from_file = self.weights not in (None, "DEFAULT")
         if self.weights_md5 is not None and not from_file:
-            raise ValueError(f"weights_md5 is set, but weights is {self.weights}; allowed: null, as there is no file")
+            raise ValueError(
+                f"weights_md5 is set, but weights is {self.weights or 'null'}, which is not a file; allowed: null; set "
+                "weights_md5 to null"
+            )
         if self.batch_size % self.processes:
             raise ValueError(
-                f"batch_size is {self.batch_size}, but processes {self.processes}; allowed: a multiple of it, as each "
-                "process has an equal slice of a batch"
+                f"batch_size is {self.batch_size}, but processes {self.processes}; allowed: a multiple of processes, "
+                "as each process has an equal slice of a batch; change one of them"
             )
         if self.loss == "mse" and self.label_smoothing > 0:
-            raise ValueError("label_smoothing is for loss: cross_entropy; set it to 0 for mse")
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}, but loss is mse; allowed: 0, as it is for cross_entropy; "
+                "set it to 0, or change the loss"
+            )
         return self
 
 
@@ -248,22 +259,24 @@ class EvaluateParams(Section):
     """How the model is evaluated on the test split."""
 
     checkpoint: Literal["best", "last"] = Field(
-        description="best: the epoch that train.selection keeps; last: the last epoch"
+        description="best: the epoch that train.selection selects; last: the last epoch"
     )
     batch_size: Annotated[Count, Field(ge=1)] = Field(description="images at a time; does not change the result")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
-    cpu_threads: Annotated[Count, Field(ge=0)] = Field(description="threads on the CPU; 0: one a core")
+    cpu_threads: Annotated[Count, Field(ge=0)] = Field(description="threads on the CPU; 0: one for each core")
     cpu_kernels: CpuKernels = Field(description="portable: the same bits on every x86-64 CPU with AVX2; as in train")
     test_time_augmentation: Views = Field(
-        description="mean of the logits over views: the image and its mirror image, and these shifted by a pixel"
+        description="average the logits over views. mirror: the image and its mirror image; mirror_and_shift: also "
+        "both shifted by a pixel"
     )
     top_k: Annotated[Count, Field(ge=2)] = Field(
-        description="also report the accuracy among the k most probable classes, where there are more"
+        description="also report the fraction of images whose class is among the k most probable ones; left out where "
+        "there are no more than k classes"
     )
 
 
 class Params(Section):
-    """The whole of `params.yaml`: one section a step."""
+    """The content of `params.yaml`: one section for each step."""
 
     download: DownloadParams
     normalize: NormalizeParams
@@ -271,18 +284,21 @@ class Params(Section):
     evaluate: EvaluateParams
 
     def flat(self) -> dict[str, Any]:
-        """`{"train.epochs": 20, …}` to be recorded: addresses without user, password and query."""
+        """Return the parameters as `{"train.epochs": 20, …}` for the records, with URLs redacted."""
         values = {f"{step}.{name}": value for step, section in self for name, value in section}
         return values | {"download.urls": ", ".join(map(redact_url, self.download.urls))}
 
 
 def load_params(path: Path = PARAMS_FILE) -> Params:
-    """Read and check `path`; raises UserError naming the field, what was found and what is allowed."""
+    """Read and check a params file; raises UserError naming the field, what was found and what is allowed."""
     return check_params(read_yaml(path), origin=str(path))
 
 
 def check_params(values: Mapping[str, Any], *, origin: str, overridden: Collection[str] = ()) -> Params:
-    """Check raw values; the UserError names `origin` (a file or a command), or `override` for a field overridden."""
+    """Check raw values and return them as typed parameters.
+
+    The UserError for a bad value names `origin`, such as a file, or `--set` for a field in `overridden`.
+    """
     try:
         return Params.model_validate(values)
     except ValidationError as error:
@@ -290,45 +306,53 @@ def check_params(values: Mapping[str, Any], *, origin: str, overridden: Collecti
 
 
 def compose(recipe: str | None, overrides: Mapping[str, Any]) -> Any:
-    """The raw `params.yaml`, with a recipe's values over it and `{"train.epochs": 3}` over both; comments are kept."""
+    """Return the values of `params.yaml`, replaced by those of a recipe and then by overrides; comments stay.
+
+    `overrides` has dotted names, as in `{"train.epochs": 3}`. Raises UserError for a bad name or value.
+    """
     values = read_yaml(PARAMS_FILE)
     check_params(values, origin=str(PARAMS_FILE))
-    for section, fields in ({} if recipe is None else read_yaml(recipe_path(recipe))).items():
+    path = None if recipe is None else recipe_path(recipe)
+    for section, fields in ({} if path is None else read_yaml(path)).items():
         if not isinstance(fields, Mapping):
-            raise UserError(
-                f"recipe {recipe}: {section} is {describe_value(fields)}; allowed: a section with fields under it"
-            )
+            raise UserError(f"{path}: {section} is {describe_value(fields)}; allowed: a section with fields under it")
         for field, value in fields.items():
-            _assign(values, f"{section}.{field}", value, origin=f"recipe {recipe}")
+            _assign(values, f"{section}.{field}", value, origin=str(path))
     for name, value in overrides.items():
-        _assign(values, name, value, origin="override")
-    check_params(
-        values, origin=f"{PARAMS_FILE} + recipe {recipe}" if recipe else str(PARAMS_FILE), overridden=overrides
-    )
+        _assign(values, name, value, origin="--set")
+    origins = [str(PARAMS_FILE), *([str(path)] if path else []), *(["--set"] if overrides else [])]
+    check_params(values, origin=" with ".join(origins), overridden=overrides)
     return values
 
 
 def recipe_path(recipe: str) -> Path:
-    """`recipes/<recipe>.yaml`; raises UserError listing the recipes where it is not one."""
+    """Return `recipes/<recipe>.yaml`; raises UserError with the names of all recipes where there is no such file."""
     names = sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
     if recipe not in names:
-        allowed = list_choices(recipe, names) if names else f"none here, since {RECIPES_FOLDER}/ holds no recipe"
-        raise UserError(f"recipe: found {recipe!r}; allowed: {allowed}")
+        allowed = list_choices(recipe, names) if names else f"none, since {RECIPES_FOLDER}/ has no recipe"
+        raise UserError(f"--recipe: found {recipe!r}; allowed: {allowed}")
     return RECIPES_FOLDER / f"{recipe}.yaml"
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """`"train.epochs=3"` → `("train.epochs", 3)`; the value is read as YAML."""
+    """Return name and value of an override: `("train.epochs", 3)` for `"train.epochs=3"`; the value is YAML.
+
+    Raises UserError where the text is not of this form.
+    """
     name, separator, value = text.partition("=")
     if not separator or "." not in name:
         raise UserError(f"--set: found {text!r}; allowed: section.field=value, as in train.epochs=3")
     try:
         return name.strip(), YAML(typ="safe", pure=True).load(value)
-    except Exception:  # see read_yaml
-        raise UserError(f"--set: the value in {redact_url(text)!r} is not valid YAML") from None
+    except Exception:  # ruamel raises nearly anything: see read_yaml
+        raise UserError(
+            f"--set: the value in {redact_url(text)!r} is not valid YAML; allowed: a number, true, false, null, text "
+            "or [a list]; put text with special characters into double quotes"
+        ) from None
 
 
 def _assign(values: Any, name: str, value: Any, *, origin: str) -> None:
+    """Set the value with the dotted name; raises UserError, naming `origin`, where the name is unknown."""
     section, _, field = name.partition(".")
     if section not in Params.model_fields:
         raise UserError(
@@ -351,12 +375,19 @@ def main() -> None:
     """Write a recipe and single values into `params.yaml`."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.params", description="Write values into params.yaml.")
     parser.add_argument("--recipe", help="a name from recipes/")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="overrides")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        dest="overrides",
+        help="set one value, as in train.epochs=3; may be repeated",
+    )
     arguments = parser.parse_args()
     with report_errors():
         overrides = dict(parse_override(text) for text in arguments.overrides)
         write_text(PARAMS_FILE, dump_yaml(compose(arguments.recipe, overrides)))
-        print(f"{PARAMS_FILE} written; `git diff {PARAMS_FILE}` shows what changed, `dvc repro` runs it")
+        print(f"{PARAMS_FILE} written; `git diff {PARAMS_FILE}` shows what changed, `dvc repro` runs the pipeline")
 
 
 if __name__ == "__main__":

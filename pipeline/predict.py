@@ -1,10 +1,10 @@
-"""Classify image files with the workspace's model or one from MLflow.
+"""Classify image files with the model in `artifacts/train/` or one from MLflow.
 
 `python -m pipeline.predict photo.jpg scan.png`
 `python -m pipeline.predict --model runs:/<run id>/model photo.jpg`
 
-The answers come as they are found, a batch at a time, in the order of the files. A file that cannot be read is named on
-stderr with the reason; the others, if there are any, are classified, and the exit status is EXIT_PARTIAL.
+Predictions are printed batch by batch, in the order of the files. A file that cannot be read is reported on stderr with
+the reason; all others are classified, and the exit status is EXIT_PARTIAL.
 """
 
 import argparse
@@ -31,8 +31,7 @@ from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.models.files import load_config, load_model
 from pipeline.models.inference import class_probabilities
 
-BATCH_SIZE = 32
-"""Files that are read and classified together."""
+BATCH_SIZE = 32  # files that are read and classified together
 
 
 @dataclass(frozen=True)
@@ -40,44 +39,45 @@ class Prediction:
     """The class probabilities of one image file, or why it could not be read."""
 
     path: Path
-    probabilities: dict[str, float]
-    """By class name, the most probable first; empty for an unreadable file."""
-    unreadable: str = ""
-    """The reason, in one line."""
+    probabilities: dict[str, float]  # by class name, the most probable first; empty for an unreadable file
+    unreadable_reason: str = ""  # one line; empty for a readable file
 
 
 def predict(paths: Iterable[Path], *, folder: Path) -> Iterator[Prediction]:
-    """Classify each image file with the model in `folder`, in this order, BATCH_SIZE files in memory at a time.
+    """Classify image files with the model in `folder`, in their order; BATCH_SIZE of them are in memory at a time.
 
-    Raises UserError where the model is missing or damaged, but not for an image file.
+    Raises UserError where the model is missing or damaged. A file that cannot be read gives a prediction with the
+    reason.
     """
     classifier, config = load_model(folder)
     for batch in _batches(paths):
-        read = [_read(path, config=config) for path in batch]
-        images = [image for image in read if not isinstance(image, UnreadableImage)]
+        results = [_read_image(path, config=config) for path in batch]
+        images = [image for image in results if not isinstance(image, UnreadableImage)]
         rows = iter(class_probabilities(classifier, np.stack(images), config=config)) if images else iter(())
-        for path, image in zip(batch, read, strict=True):
+        for path, image in zip(batch, results, strict=True):
             if isinstance(image, UnreadableImage):
-                yield Prediction(path, {}, unreadable=str(image))
+                yield Prediction(path, {}, unreadable_reason=str(image))
             else:
-                yield Prediction(path, _by_name(next(rows), config=config))
+                yield Prediction(path, _sorted_by_probability(next(rows), config=config))
 
 
 def _batches(paths: Iterable[Path]) -> Iterator[list[Path]]:
+    """Yield the paths in lists of up to BATCH_SIZE."""
     remaining = iter(paths)
     while batch := list(islice(remaining, BATCH_SIZE)):
         yield batch
 
 
-def _by_name(row: npt.NDArray[np.float32], *, config: ModelConfig) -> dict[str, float]:
+def _sorted_by_probability(row: npt.NDArray[np.float32], *, config: ModelConfig) -> dict[str, float]:
+    """Return the probabilities (num_classes,) of an image by class name, the most probable first."""
     return {config.class_names[index]: float(row[index]) for index in np.argsort(-row, kind="stable")}
 
 
-def _read(path: Path, *, config: ModelConfig) -> npt.NDArray[np.uint8] | UnreadableImage:
-    """(H, W, C) uint8, as `normalize` would have made it, or why that cannot be."""
+def _read_image(path: Path, *, config: ModelConfig) -> npt.NDArray[np.uint8] | UnreadableImage:
+    """Return the image as `normalize` would store it, (H, W, C) uint8, or the reason why it cannot be read."""
     try:
         check_suffix(path.name)
-        content = _content(path)
+        content = _read_bytes(path)
         return decode(content, image_size=config.image_size, channels=config.channels, resize=config.resize)
     except FileNotFoundError:
         return UnreadableImage("no such file")
@@ -89,7 +89,8 @@ def _read(path: Path, *, config: ModelConfig) -> npt.NDArray[np.uint8] | Unreada
         return UnreadableImage(f"not readable as an image ({error})")
 
 
-def _content(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
+    """Return the content of a file or pipe; raises UnreadableImage for a device and for a file that is too large."""
     with path.open("rb") as file:
         status = os.fstat(file.fileno())
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode)):
@@ -100,13 +101,14 @@ def _content(path: Path) -> bytes:
 
 
 def main() -> None:
+    """Print the most probable classes of each image file."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.predict", description="Classify image files.")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument(
         "--model", help="a folder, or a model in MLflow such as runs:/RUN_ID/model (default: artifacts/train)"
     )
     parser.add_argument("--top", type=int, default=3, help="how many classes to print for each image (default: 3)")
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line, with all classes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each image, with all classes")
     arguments = parser.parse_args()
     with report_errors():
         if arguments.top < 1:
@@ -114,23 +116,23 @@ def main() -> None:
         folder = _model_folder(arguments.model)
         _verify_model(folder)
         use_cpu_kernels(load_config(folder).cpu_kernels, field=f"{folder / 'model.json'}: cpu_kernels")
-        torch.set_num_threads(num_cores())  # PyTorch's own default knows no container's quota
+        torch.set_num_threads(num_cores())  # PyTorch's own default ignores the CPU quota of a container
         unreadable = 0
         for prediction in predict(arguments.images, folder=folder):
-            if prediction.unreadable:
+            if prediction.unreadable_reason:
                 unreadable += 1
                 print(
-                    f"error: {escape_control_chars(f'{prediction.path}: {prediction.unreadable}')}",
+                    f"error: {escape_control_chars(f'{prediction.path}: {prediction.unreadable_reason}')}",
                     file=sys.stderr,
                     flush=True,
                 )
             else:
                 print(_as_json(prediction) if arguments.json else _as_text(prediction, top=arguments.top), flush=True)
         if unreadable:
-            others = "the others are classified" if unreadable < len(arguments.images) else "none is classified"
+            others = "all others were classified" if unreadable < len(arguments.images) else "none was classified"
             raise PartialError(
-                f"{unreadable} of {len(arguments.images)} files cannot be read (named above); "
-                f"{others}; replace or leave out those"
+                f"{unreadable} of {len(arguments.images)} files cannot be read (reasons above); {others}; replace "
+                "those files or leave them out"
             )
 
 
@@ -139,7 +141,7 @@ def _as_json(prediction: Prediction) -> str:
     try:
         text = json.dumps(answer, ensure_ascii=False)
         text.encode(sys.stdout.encoding)
-    except UnicodeEncodeError:  # a file's name may hold bytes that are no text
+    except UnicodeEncodeError:  # a file's name may have bytes that are not text
         return json.dumps(answer)
     return text
 
@@ -151,12 +153,16 @@ def _as_text(prediction: Prediction, *, top: int) -> str:
 
 
 def _verify_model(folder: Path) -> None:
-    """Raises UserError where a file of the model is not as it was written; a foreign folder may have no checksums."""
+    """Raise UserError where a file of the model was changed since it was written.
+
+    Only `artifacts/train/` must have checksums; another folder without checksums is not checked.
+    """
     if folder == TRAIN or (folder / CHECKSUMS).exists():
         verify(folder, ["model.json", "best.safetensors"], allow_unlisted=folder != TRAIN)
 
 
 def _model_folder(model: str | None) -> Path:
+    """Return the folder with the model that `--model` names; a model in MLflow is downloaded into one."""
     if model is None:
         return TRAIN
     if ":/" not in model:

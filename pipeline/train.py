@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.arrays import DatasetInfo, Split
-from pipeline.artifacts import HISTORY, KEPT, TRAIN, replace_folder, verify_splits, write_bytes, write_csv
+from pipeline.artifacts import HISTORY, SELECTED_COLUMN, TRAIN, replace_folder, verify_splits, write_bytes, write_csv
 from pipeline.core.errors import UserError, report_errors
 from pipeline.core.processes import cpu_name
 from pipeline.core.results import StepResult, write_result
@@ -243,7 +243,10 @@ def _write(result: TrainingResult, classifier: Classifier, *, config: ModelConfi
             save_weights(classifier, folder / f"{name}.safetensors")
         save_config(config, folder)
         kept = result.kept
-        rows = [{**vars(epoch), KEPT: kept.reason if epoch.epoch == kept.epoch else ""} for epoch in result.history]
+        rows = [
+            {**vars(epoch), SELECTED_COLUMN: kept.reason if epoch.epoch == kept.epoch else ""}
+            for epoch in result.history
+        ]
         write_csv(folder / HISTORY, rows)
         write_bytes(folder / "curves.png", curves(rows, kept=kept.epoch, reason=kept.reason))
 

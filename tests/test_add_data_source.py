@@ -27,7 +27,7 @@ CLASS_NAMES = ("square", "disk", "cross")
 NUM_IMAGES = 300
 
 
-def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:  # noqa: ARG001  # as every source has it
+def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:  # noqa: ARG001  # as in all sources
     """Write `images.npy`, (300, 32, 32) uint8, and `labels.npy`, (300,) int64."""
     draw = np.random.default_rng(0)
     labels = np.arange(NUM_IMAGES) % len(CLASS_NAMES)

@@ -12,7 +12,7 @@ from flows import doctor
 from flows.dvc_state import cache_folder, cached_path, missing_outputs
 from flows.lineage import Sources
 from pipeline.artifacts import write_json
-from pipeline.core.processes import HOST, PID, STARTED, life, this_process
+from pipeline.core.processes import HOST, PID, STARTED, process_state, this_process
 from pipeline.datasets.fetch import find_archive
 from pipeline.params import DownloadParams
 from pipeline.tracking.outbox import flush_outbox, outbox_folder, queued_runs
@@ -134,7 +134,7 @@ def test_a_run_stays_queued_while_the_state_of_its_process_is_unknown(workspace:
 
 @pytest.mark.parametrize("tags", [{PID: "many"}, {STARTED: "yesterday"}])
 def test_the_state_of_a_process_with_a_damaged_record_is_unknown(tags: dict[str, str]) -> None:
-    assert life({**this_process(), **tags}) == "unknown"
+    assert process_state({**this_process(), **tags}) == "unknown"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a file that can be opened, but not read, is /proc/self/mem")

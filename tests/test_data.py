@@ -208,7 +208,7 @@ def test_the_length_of_blocks_fits_the_batch_size_and_the_limit() -> None:
 def test_a_file_truncated_during_the_training_is_reported(tmp_path: Path) -> None:
     split = split_in_file(tmp_path, colored_images(50)[0], window_bytes=1)
     os.truncate(tmp_path / "images.npy", 10_000)
-    with pytest.raises(UserError, match=r"images.npy: it was cut short"):
+    with pytest.raises(UserError, match=r"images.npy: became shorter while it was read"):
         split.pixels(40, 50)
 
 

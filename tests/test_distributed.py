@@ -161,7 +161,7 @@ def test_torchrun_can_start_the_processes(workspace: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 15}, "error: params.yaml: train.batch_size is 15, but processes 2; allowed: a multiple of it"),
+        ({"batch_size": 15}, "error: params.yaml: train.batch_size is 15, but processes 2; allowed: a multiple of p"),
         ({"learning_rate": 1e30, "momentum": 0.0, "nesterov": False, "schedule": "constant"}, "step 2: the loss is"),
     ],
 )

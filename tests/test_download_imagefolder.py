@@ -145,7 +145,7 @@ BAD_FOLDERS: dict[str, tuple[list[str], str]] = {
     "empty": (["images"], "has no folders"),
     "no folders": (["images/a.png"], "has no folders"),
     "a file": (["images.txt"], "is not a folder"),
-    "one class": (classes("a", prefix="images/"), "one class only, 'a'"),
+    "one class": (classes("a", prefix="images/"), "only one class, 'a'"),
     "wrapped beside an image": (
         [*classes("a", "b", prefix="images/mine/"), "images/0.png"],
         "set download.folder to 'images/mine'",

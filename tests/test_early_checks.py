@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import requests
+from torchvision import models
 
 from flows import PROJECT, checks, command_line, worker
 from flows.checks import check_device, check_inputs
 from flows.train_classifier import train_classifier
 from pipeline.artifacts import file_md5
 from pipeline.core.errors import TemporaryError, UserError
+from pipeline.models.build import OWN_NETWORKS
+from pipeline.models.names import own_network_names, torchvision_network_names
 from pipeline.params import compose
 from pipeline.tracking.store_uri import check_connection
 from tests.conftest import free_port
@@ -38,6 +41,22 @@ def test_missing_weights_and_weights_with_another_md5_are_refused(tmp_path: Path
     with pytest.raises(UserError, match=f"train.weights_md5 is 0{{32}}, but {weights} has {file_md5(weights)}; set"):
         check_inputs(composed(**values))
     check_inputs(composed(**values | {"train__weights_md5": file_md5(weights)}))
+
+
+@pytest.mark.parametrize(("model", "meant"), [("LeNet5", "lenet"), ("resnet19", "resnet18")])
+def test_a_mistyped_network_is_refused_with_the_one_that_was_meant(model: str, meant: str) -> None:
+    with pytest.raises(UserError, match=rf"train.model is '{model}'; allowed: lenet, .*\(did you mean {meant}\?\)"):
+        check_inputs(composed(train__model=model))
+
+
+def test_the_names_of_networks_are_known_without_an_import_of_torchvision() -> None:
+    assert own_network_names() == list(OWN_NETWORKS)
+    assert sorted(torchvision_network_names()) == sorted(models.list_models(module=models))
+
+
+def test_without_torchvision_every_name_is_allowed_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    check_inputs(composed(train__model="resnet19"))
 
 
 def write_images(folder: Path) -> Path:

@@ -91,7 +91,7 @@ def test_the_step_writes_metrics_tables_and_matrix(workspace: Path) -> None:
         save_config(chosen, folder)
     done = run_step("evaluate")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "no MLflow run here made this model" in done.stdout
+    assert "the MLflow store has no run that made this model" in done.stdout
     metrics = json.loads((workspace / "artifacts" / "evaluate" / "metrics.json").read_text())
     assert (metrics["test_images"], metrics["test_duplicates"]) == (30, 2)
     written = sorted(path.name for path in (workspace / "artifacts" / "evaluate").iterdir())

@@ -166,7 +166,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["train/cat.{0,1,2}.jpg", "train/dog.{0,1,2}.jpg", "test1/*3"],
         ["'data/train' has no class folders in it", "a folder for each class"],
     ),
-    "flowers, flat": (["jpg/*3", "imagelabels.mat"], ["'data' has one class only, 'jpg'"]),
+    "flowers, flat": (["jpg/*3", "imagelabels.mat"], ["'data' has only one class, 'jpg'"]),
     "plant village": (
         ["dataset/{color,grayscale,segmented}/{Apple,Corn,Grape,Peach}/*3"],
         ["'data/dataset/color' and 'data/dataset/grayscale' both have the folders Apple, Corn, Grape and 1 more",
@@ -174,10 +174,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     ),
     "a copy of the classes inside": (
         ["{yes,no}/*3", "brain_tumor_dataset/{yes,no}/*3"],
-        ["'data/brain_tumor_dataset' has the folders no, yes in it, and beside it lies no, yes", "move one of the two"],
+        ["'data/brain_tumor_dataset' has the folders no, yes in it, and beside it is no, yes", "move one of the two"],
     ),
     "a class inside another": (
-        ["{cat,dog}/*3", "dog/cat/*3"], ["'data/dog' has the folders cat in it, and beside it lies cat", "rename"],
+        ["{cat,dog}/*3", "dog/cat/*3"], ["'data/dog' has the folders cat in it, and beside it is cat", "rename"],
     ),
     "domains with unlike classes": (["a/{bike,mug}/*3", "b/mug/*3"], ["'data/a' and 'data/b' both have the folders m"]),
     "coco": (
@@ -188,13 +188,13 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "classes above splits": (
         ["cat/{train,test}/*3", "dog/train/*3"], ["'data/cat' has the folders test, train", "put the splits above"],
     ),
-    "images and masks": (["{ill,well}/{images,masks}/*3"], ["both have the folders images, masks", "move the images"]),
+    "images and masks": (["{ill,well}/{images,masks}/*3"], ["both have the folders images, masks", "move their"]),
     "domains above classes": (["{amazon,dslr}/images/{bike,mug}/*3"], ["both have the folders bike, mug"]),
     "folds": (["fold{1,2,3}/{a,b}/*3"], ["both have the folders a, b"]),
     "unknown name beside splits": (
         ["seg_train/{a,b}/*3", "seg_test/{a,b}/*3", "seg_extra/{a,b}/*3"], ["both have the folders a, b"],
     ),
-    "two names of one split": (["{val,dev,train}/{a,b}/*3"], ["are the split validation", "leave one of them"]),
+    "two names of one split": (["{val,dev,train}/{a,b}/*3"], ["are the split validation", "merge them, or remove one"]),
     "case": (["{Cat,cat,dog}/*3"], ["'data/Cat' and 'data/cat' differ only in upper and lower case", "merge them"]),
     "case across splits": (
         ["train/{Cat,dog}/*3", "test/{cat,dog}/*3"],
@@ -223,10 +223,10 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["{train,test}/{cat,dog}/*3", "train/{cat,dog}/crops/*3"], ["'data/train/cat' and 'data/train/dog' both have"],
     ),
     "masks beside classes": (
-        ["images/{cat,dog}/*3", "masks/*6"], ["'data/images' is hardly a class, and beside it lies masks", "to it"],
+        ["images/{cat,dog}/*3", "masks/*6"], ["'data/images' is probably not a class, and beside it is masks", "to it"],
     ),
-    "masks beside images": (["JPEGImages/*3", "Annotations/*3"], ["'data/JPEGImages' is hardly a class"]),
-    "one class and unlabeled images": (["cat/*3", "unlabeled/*3"], ["'data' has one class only, 'cat'"]),
+    "masks beside images": (["JPEGImages/*3", "Annotations/*3"], ["'data/JPEGImages' is probably not a class"]),
+    "one class and unlabeled images": (["cat/*3", "unlabeled/*3"], ["'data' has only one class, 'cat'"]),
     "only unlabeled images": (["{unlabeled,pred}/*3"], ["'data' has no class folders in it"]),
     "only raw files in a class": (
         ["{cat,dog}/*3", "bird/IMG_{1,2}.CR2"],
@@ -287,9 +287,9 @@ def test_folders_that_are_merged_into_one_class_are_printed(capsys: pytest.Captu
     tree("{cats,dogs}/*4", "other/{birds,fish}/*3", "dogs/old/*1")
     download(imagefolder_params("data"))
     printed = capsys.readouterr().out
-    assert "train/other takes the images of 2 folders in it: birds, fish; if those are classes" in printed
-    assert "train/dogs takes the images of 2 folders in it: ., old; if" in printed
-    assert "train/cats takes" not in printed
+    assert "train/other has images in 2 folders, which all count as this class: birds, fish; if these are" in printed
+    assert "train/dogs has images in 2 folders, which all count as this class: ., old; if" in printed
+    assert "train/cats has" not in printed
 
 
 def test_only_some_of_many_classes_with_folders_are_printed_and_all_are_counted(
@@ -298,8 +298,8 @@ def test_only_some_of_many_classes_with_folders_are_printed_and_all_are_counted(
     tree(*(f"class{number}/{{x{number},y{number}}}/*2" for number in range(7)))
     download(imagefolder_params("data"))
     printed = capsys.readouterr().out
-    assert printed.count("takes the images of") == 5
-    assert "so do 2 more of the 7 class folders" in printed
+    assert printed.count("which all count as this class") == 5
+    assert "2 more of the 7 class folders have images in several folders" in printed
 
 
 def test_hidden_files_do_not_change_the_recorded_counts() -> None:

@@ -198,7 +198,7 @@ def test_the_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, o
     normalize_files(tmp_path, out, files)
     first = contents(out)
     for module, name, value in (
-        (imagefolder, "POOL_BYTES", 0),
+        (imagefolder, "MIN_BYTES_FOR_POOL", 0),
         (blocks_module, "BLOCK_IMAGES", 3),
         (imagefolder, "num_cores", lambda: 2),
         (decoding_pool, "num_cores", lambda: 2),

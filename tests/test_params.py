@@ -86,7 +86,8 @@ def test_overrides_take_precedence_over_the_recipe_and_comments_are_kept(workspa
             {"trian.epochs": 3},
             f"unknown section 'trian'; allowed: {', '.join(SECTIONS)} (did you mean train?)",
         ),
-        ({"train.epochs": "three"}, "override: train.epochs is 'three'; allowed: a valid integer"),
+        ({"train.epochs": "three"}, "--set: train.epochs is 'three'; allowed: a valid integer"),
+        ({"train.momentum": 0.0}, "params.yaml with --set: train.nesterov is true, but optimizer is sgd and momentum"),
     ],
 )
 def test_a_bad_override_is_reported(workspace: object, overrides: dict[str, object], message: str) -> None:
@@ -96,9 +97,9 @@ def test_a_bad_override_is_reported(workspace: object, overrides: dict[str, obje
 
 
 def test_the_error_about_an_unknown_recipe_lists_the_recipes(workspace: object) -> None:
-    with pytest.raises(UserError, match=r"recipe: found 'cifar'; allowed: cifar10_fast94, cifar10_lenet, .*digits"):
+    with pytest.raises(UserError, match=r"--recipe: found 'cifar'; allowed: cifar10_fast94, cifar10_lenet, .*digits"):
         recipe_path("cifar")
-    with pytest.raises(UserError, match="recipe: found ''; allowed: cifar10_fast94, cifar10_lenet"):
+    with pytest.raises(UserError, match="--recipe: found ''; allowed: cifar10_fast94, cifar10_lenet"):
         compose("", {})
 
 

@@ -123,7 +123,7 @@ def test_images_without_a_decoder_count_as_unreadable(tmp_path: Path) -> None:
 
 
 def test_every_decoding_process_reads_heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imagefolder, "POOL_BYTES", 0)
+    monkeypatch.setattr(imagefolder, "MIN_BYTES_FOR_POOL", 0)
     for module in (imagefolder, decoding_pool):
         monkeypatch.setattr(module, "num_cores", lambda: 2)
     files = {

@@ -130,7 +130,7 @@ def test_bad_files_are_reported_and_the_others_classified(
         if not line.startswith(f"error: {name}: {reason}")
     ] == []  # fmt: skip
     assert last.startswith(f"error: {len(bad_files)} of {len(mixed)} files cannot be read")
-    assert "the others are classified" in last
+    assert "all others were classified" in last
 
 
 def test_all_files_are_reported_if_all_are_bad(
@@ -142,7 +142,7 @@ def test_all_files_are_reported_if_all_are_bad(
     assert (exit_info.value.code, captured.out) == (EXIT_PARTIAL, "")
     *errors, last = captured.err.splitlines()
     assert len(errors) == len(bad_files)
-    assert "none is classified" in last
+    assert "none was classified" in last
     assert "the others" not in last
 
 
@@ -151,7 +151,7 @@ def test_a_file_without_read_permission_is_reported(model: Path) -> None:
     shutil.copy("photo.png", "secret.png")
     Path("secret.png").chmod(0)
     secret, photo = predict([Path("secret.png"), Path("photo.png")], folder=model)
-    assert (secret.unreadable, photo.unreadable) == ("Permission denied", "")
+    assert (secret.unreadable_reason, photo.unreadable_reason) == ("Permission denied", "")
 
 
 def test_predictions_are_made_batch_by_batch_and_belong_to_their_files(model: Path) -> None:

@@ -11,9 +11,9 @@ import requests
 from mlflow import MlflowClient
 
 from flows.ui import mlflow_server
-from pipeline.artifacts import kept_folder
+from pipeline.artifacts import cache_folder
 from pipeline.core.errors import TemporaryError, UserError
-from pipeline.core.project import EXPERIMENTS, project_folder
+from pipeline.core.project import DVC_TEMPORARY_FOLDERS, project_folder
 from pipeline.core.settings import get_settings
 from pipeline.download import download
 from pipeline.tracking.logger import RunLogger
@@ -41,7 +41,7 @@ def project(workspace: Path, tmp_path_factory: pytest.TempPathFactory, monkeypat
 @pytest.fixture
 def temporary(project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Change to the folder in which DVC runs the experiment bold-name of the project, and return it."""
-    folder = project / EXPERIMENTS / "tmpabcdef"
+    folder = project / DVC_TEMPORARY_FOLDERS / "tmpabcdef"
     folder.mkdir(parents=True)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("DVC_ROOT", str(project))
@@ -78,7 +78,7 @@ def test_a_temporary_folder_of_dvc_belongs_to_the_project(temporary: Path, proje
         "bold-name",
         f"sqlite:///{project}/mlflow.db",
     )
-    assert kept_folder("checkpoints") == project / ".cache/checkpoints"
+    assert cache_folder("checkpoints") == project / ".cache/checkpoints"
 
 
 def test_a_training_in_a_temporary_folder_has_the_name_of_the_experiment(temporary: Path) -> None:
@@ -95,7 +95,7 @@ def test_relative_paths_in_settings_start_in_the_project(
     monkeypatch.setenv("PIPELINE_CACHE_DIR", "kept")
     assert find_run(make_run())
     assert not (temporary / "mlflow.db").exists()
-    assert kept_folder("checkpoints") == project / "kept/checkpoints"
+    assert cache_folder("checkpoints") == project / "kept/checkpoints"
 
 
 def test_a_project_run_by_a_stage_of_another_project_uses_its_own_folder(
@@ -103,7 +103,7 @@ def test_a_project_run_by_a_stage_of_another_project_uses_its_own_folder(
 ) -> None:
     monkeypatch.setenv("DVC_ROOT", str(project.parent))
     assert project_folder() == project
-    assert kept_folder("checkpoints") == Path(".cache/checkpoints")
+    assert cache_folder("checkpoints") == Path(".cache/checkpoints")
 
 
 def test_a_clone_of_a_flow_run_belongs_to_the_project_that_the_flow_names(
@@ -115,7 +115,7 @@ def test_a_clone_of_a_flow_run_belongs_to_the_project_that_the_flow_names(
 
 def test_the_error_about_missing_untracked_images_names_the_option_that_copies_them(temporary: Path) -> None:
     Path("data/images").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"`--copy-paths data/images` to `dvc exp run`, or name an absolute path$"):
+    with pytest.raises(UserError, match=r"`--copy-paths data/images` to `dvc exp run`, or set an absolute path$"):
         download(params(download__dataset="imagefolder").download)
     with pytest.raises(UserError, match=r"no such file; .*`--copy-paths archive.tar.gz` to `dvc exp run`"):
         download(params(download__dataset="cifar10", download__urls=["archive.tar.gz"]).download)

@@ -147,7 +147,7 @@ def test_a_folder_of_images_with_an_unreadable_one_is_read(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("limit", [0, 2**30])
 def test_blocks_are_the_same_from_one_process_and_from_several(tmp_path: Path, monkeypatch: Any, limit: int) -> None:
-    monkeypatch.setattr(imagefolder, "POOL_BYTES", limit)
+    monkeypatch.setattr(imagefolder, "MIN_BYTES_FOR_POOL", limit)
     monkeypatch.setattr(blocks_module, "BLOCK_IMAGES", 7)
     for module in (imagefolder, decoding_pool):
         monkeypatch.setattr(module, "num_cores", lambda: 2)

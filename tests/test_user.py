@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from pipeline.artifacts import kept_folder
+from pipeline.artifacts import cache_folder
 from pipeline.core.processes import num_cores
 from pipeline.core.settings import get_settings
 from tests.conftest import PROJECT
@@ -58,7 +58,7 @@ def test_the_home_of_an_experiment_in_a_temporary_folder_is_in_the_project(
     monkeypatch.chdir(temporary)
     pipeline._ensure_user()
     assert Path.home() == tmp_path / ".cache" / "home"
-    assert kept_folder("x") == tmp_path / ".cache" / "x"
+    assert cache_folder("x") == tmp_path / ".cache" / "x"
     monkeypatch.setenv("HOME", "/nonexistent")
     monkeypatch.setenv("PIPELINE_CACHE_DIR", "kept")
     get_settings.cache_clear()

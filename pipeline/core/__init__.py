@@ -1,1 +1,1 @@
-"""What every module may use: errors, settings, processes, progress. Nothing here changes what a stage writes."""
+"""Code that every module may use, such as errors, settings and progress. It does not change what a stage writes."""

@@ -1,4 +1,7 @@
-"""The one place that asks git: a question that git cannot answer raises, so that no failure passes for an answer."""
+"""Run git commands for the whole project.
+
+A command that fails raises UserError, so that no failure is mistaken for a result.
+"""
 
 import os
 import shlex
@@ -9,9 +12,9 @@ from pathlib import Path
 
 from pipeline.core.errors import UserError, first_line
 
-UNKNOWN = "unknown"
-"""What is recorded where a question could not be answered."""
-DIFF = (
+UNKNOWN = "unknown"  # recorded in place of what git could not determine
+# a diff that `git apply` accepts at the top of the repository, whatever the user's settings for diffs
+APPLICABLE_DIFF = (
     "diff",
     "--binary",
     "--no-ext-diff",
@@ -24,22 +27,21 @@ DIFF = (
     "--unified=3",
     "--inter-hunk-context=0",
 )
-"""What `git apply` can take at the top of the repository, whatever the user's settings for diffs."""
-NO_OUTPUTS = ":(exclude)artifacts"  # a pathspec without the stages' outputs
-CODE = "pipeline/*.py"
-"""Which untracked files count as uncommitted changes: a stage may import them."""
-_MISLEADING = (
+EXCLUDE_OUTPUTS = ":(exclude)artifacts"  # a pathspec that leaves out the outputs of the stages
+CODE_FILES = "pipeline/*.py"  # untracked files of this pattern are uncommitted changes: a stage may import them
+_MISLEADING_VARIABLES = (
     *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_PREFIX"),
     *("GIT_DIFF_OPTS", "GIT_LITERAL_PATHSPECS", "GIT_NOGLOB_PATHSPECS"),
 )
 
 
 def environment() -> dict[str, str]:
-    """Return our environment without what a git hook sets, which would point git and DVC to another repository.
+    """Return the environment variables for git and DVC.
 
-    Variables that change what our options and patterns mean are left out too.
+    Variables that a git hook sets are left out: they would lead git and DVC to another repository. So are variables
+    that change the meaning of our options and patterns.
     """
-    return {name: value for name, value in os.environ.items() if name not in _MISLEADING}
+    return {name: value for name, value in os.environ.items() if name not in _MISLEADING_VARIABLES}
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -47,10 +49,11 @@ def git(folder: Path, *arguments: str) -> str:
     return output(folder, *arguments).decode("utf-8", "replace").strip()
 
 
-def output(folder: Path, *arguments: str, answers: Collection[int] = (0,)) -> bytes:
-    """Return the standard output of a git command that ends with one of the exit statuses `answers`.
+def output(folder: Path, *arguments: str, allowed_statuses: Collection[int] = (0,)) -> bytes:
+    """Return the standard output of a git command that is run in the folder.
 
-    Raises UserError with git's reason, and git's own remedy where the folder belongs to another user.
+    Raises UserError where the exit status is not an allowed one: with git's reason, and with git's own remedy where
+    the folder belongs to another user.
     """
     command = ["git", *arguments]
     try:
@@ -63,12 +66,13 @@ def output(folder: Path, *arguments: str, answers: Collection[int] = (0,)) -> by
         raise UserError("git: not found; install it") from None
     except OSError as error:
         raise UserError(f"git: cannot be started ({error.strerror}); reinstall it") from None
-    if done.returncode not in answers:
+    if done.returncode not in allowed_statuses:
         raise UserError(_explain(folder, arguments[0], done.stderr.decode("utf-8", "replace")))
     return done.stdout
 
 
 def _explain(folder: Path, action: str, message: str) -> str:
+    """Return the error message for a git command that failed with `message` on stderr."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     remedy = next((line for line in lines if line.startswith("git config --global --add safe.directory")), None)
     if remedy:
@@ -82,10 +86,10 @@ def _explain(folder: Path, action: str, message: str) -> str:
 
 def find_commit(folder: Path, revision: str) -> str | None:
     """Return the full hash of the commit that a revision names, or None where it names none; raises UserError."""
-    if revision.startswith("-"):  # an option to git; git allows no such name
+    if revision.startswith("-"):  # git would take it for an option; no name may begin so
         return None
-    question = ("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
-    return output(folder, *question, answers=(0, 1)).decode().strip() or None
+    command = ("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}")
+    return output(folder, *command, allowed_statuses=(0, 1)).decode().strip() or None
 
 
 def check_committed(folder: Path, tracked: str) -> str:
@@ -114,14 +118,14 @@ def read_committed(folder: Path, commit: str, name: str) -> str | None:
 
 def setting(folder: Path, name: str) -> str | None:
     """Return a setting such as user.name, or None where it is not set; raises UserError for damaged settings."""
-    return output(folder, "config", name, answers=(0, 1)).decode("utf-8", "replace").strip() or None
+    return output(folder, "config", name, allowed_statuses=(0, 1)).decode("utf-8", "replace").strip() or None
 
 
 @dataclass(frozen=True)
 class CodeState:
-    """The code in a folder: `commit`, and `difference`, a patch from the commit to what is there.
+    """The code in a folder: its `commit`, and `difference`, a patch with the uncommitted changes.
 
-    Both are None where git could not answer; `problem` says why.
+    What git could not determine is None; `problem` then has the reason.
     """
 
     commit: str | None
@@ -130,43 +134,45 @@ class CodeState:
 
     @property
     def dirty(self) -> str:
-        """`true`, `false` or `unknown`."""
+        """Return whether there are uncommitted changes: `true`, `false` or `unknown`."""
         return UNKNOWN if self.difference is None else str(bool(self.difference)).lower()
 
 
 def code_state(folder: Path, *, tracked: str) -> CodeState:
-    """Return which code is in the folder, by a repository that has the file `tracked` of that folder; raises nothing.
+    """Return the commit and the uncommitted changes of the folder; a failure is a `problem` of the result.
 
-    Of a larger repository, changes below the folder count alone; the stages' outputs do not count.
+    The repository must track the file `tracked` of the folder. Changes outside the folder, in a larger repository, and
+    in the outputs of the stages do not count.
     """
     commit = None
     try:
         commit = check_committed(folder, tracked)
         _check_all_compared(folder)
-        return CodeState(commit, output(folder, *DIFF, "HEAD", "--", ".", NO_OUTPUTS) + _untracked_code(folder))
+        difference = output(folder, *APPLICABLE_DIFF, "HEAD", "--", ".", EXCLUDE_OUTPUTS)
+        return CodeState(commit, difference + _untracked_code(folder))
     except UserError as error:
         return CodeState(commit, None, str(error))
 
 
 def _check_all_compared(folder: Path) -> None:
-    """Raise UserError where the index has git take a file for unchanged without a look at it.
+    """Raise UserError where git's index marks a file as unchanged, so that git does not look at the file.
 
-    A file that a sparse checkout leaves out is no such file: it is not there.
+    A file that a sparse checkout leaves out has such a mark too; it is allowed, since it does not exist.
     """
     entries = output(folder, "ls-files", "-v", "-z", "--", ".").decode("utf-8", "surrogateescape").split("\0")
     for flag, name in (entry.split(" ", 1) for entry in entries if entry):
         if flag.islower() or (flag == "S" and os.path.lexists(folder / name)):
             option = "--no-assume-unchanged" if flag.islower() else "--no-skip-worktree"
             raise UserError(
-                f"{folder}: git does not compare {name} with the commit; let it, by "
-                f"`git update-index {option} -- {shlex.quote(name)}`"
+                f"{folder}: git does not compare {name} with the commit, since it is marked as unchanged; remove the "
+                f"mark by `git update-index {option} -- {shlex.quote(name)}`"
             )
 
 
 def _untracked_code(folder: Path) -> bytes:
-    """Return a patch that adds the code that git neither tracks nor ignores."""
-    names = output(folder, "ls-files", "--others", "--exclude-standard", "-z", "--", CODE).decode().split("\0")
-    prefix = git(folder, "rev-parse", "--show-prefix")  # without an index, git names files by the current folder
-    diff = (*DIFF, f"--src-prefix=a/{prefix}", f"--dst-prefix=b/{prefix}", "--no-index", "--", os.devnull)
-    patches = (output(folder, *diff, name, answers=(0, 1)) for name in names if name)
+    """Return a patch that adds the code files that git neither tracks nor ignores."""
+    names = output(folder, "ls-files", "--others", "--exclude-standard", "-z", "--", CODE_FILES).decode().split("\0")
+    prefix = git(folder, "rev-parse", "--show-prefix")  # with --no-index, git names files relative to the folder
+    diff = (*APPLICABLE_DIFF, f"--src-prefix=a/{prefix}", f"--dst-prefix=b/{prefix}", "--no-index", "--", os.devnull)
+    patches = (output(folder, *diff, name, allowed_statuses=(0, 1)) for name in names if name)
     return b"".join(patches)

@@ -1,4 +1,4 @@
-"""Records of processes, by which another process can find out later whether one is still alive; and the CPU."""
+"""Identify processes, so that another process can find out later whether they are alive; describe the CPU."""
 
 import os
 import platform
@@ -14,18 +14,21 @@ import psutil
 HOST, PID, STARTED = "process.host", "process.pid", "process.started"
 # a start in seconds since the epoch is computed from the boot time, which moves by a second when the clock is set
 START_TOLERANCE_SECONDS = 5
-Life = Literal["alive", "dead", "elsewhere", "unknown"]
+ProcessState = Literal["alive", "dead", "elsewhere", "unknown"]
 
 
 def this_process() -> dict[str, str]:
-    """Return this process's record: host, process id and start; a later owner of the id has another start."""
+    """Return the record of this process: host, process id and start time.
+
+    The start time tells it from a later process with the same id.
+    """
     return {HOST: socket.gethostname(), PID: str(os.getpid()), STARTED: start_of(os.getpid())}
 
 
 def start_of(pid: int) -> str:
-    """Return when a process started, on a clock that cannot be set: `<clock ticks since boot>@<id of the boot>`.
+    """Return the start time of a process as `<clock ticks since boot>@<id of the boot>`, a clock that cannot be set.
 
-    Other systems than Linux have seconds since the epoch. Raises psutil.NoSuchProcess.
+    On systems other than Linux it is in seconds since the epoch. Raises psutil.NoSuchProcess.
     """
     if not psutil.LINUX:
         return f"{psutil.Process(pid).create_time():.2f}"
@@ -37,37 +40,37 @@ def start_of(pid: int) -> str:
     return f"{ticks.decode()}@{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
 
 
-def life(record: Mapping[str, str]) -> Life:
-    """Return the state of the process with the record `record`; `elsewhere` means on another host."""
+def process_state(record: Mapping[str, str]) -> ProcessState:
+    """Return whether the process of a record from `this_process` is alive; `elsewhere` means on another host."""
     if not {HOST, PID, STARTED} <= record.keys():
         return "unknown"
     if record[HOST] != socket.gethostname():
         return "elsewhere"
     try:
-        return "alive" if lives(int(record[PID]), started=record[STARTED]) else "dead"
-    except (ValueError, OverflowError):  # not a record of `this_process`
+        return "alive" if is_alive(int(record[PID]), started=record[STARTED]) else "dead"
+    except (ValueError, OverflowError):  # `this_process` did not write this record
         return "unknown"
 
 
-def lives(pid: int, *, started: str) -> bool:
-    """Return whether the process with this id and start, as from `start_of`, is still running."""
+def is_alive(pid: int, *, started: str) -> bool:
+    """Return whether the process with this id and this start time, from `start_of`, is still running."""
     try:
         return _has_start(pid, started) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-    except psutil.AccessDenied:  # another user's, on macOS: unknown must count as alive
+    except psutil.AccessDenied:  # the process of another user, on macOS: it may be alive
         return True
 
 
 def _has_start(pid: int, started: str) -> bool:
     if "@" in started:
         return start_of(pid) == started
-    # not Linux, or the record of an older version: right unless the clock was set since
+    # the record is of another system than Linux or of an older version; the result is right unless the clock was set
     return abs(psutil.Process(pid).create_time() - float(started)) < START_TOLERANCE_SECONDS
 
 
 def call_at_parent_end(action: Callable[[], object]) -> None:
-    """Call `action`, on a thread, within a second after the process that started this one has ended."""
+    """Call `action`, in a thread, within a second after the parent process has ended."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -79,8 +82,8 @@ def call_at_parent_end(action: Callable[[], object]) -> None:
 
 
 def num_cores() -> int:
-    """Return how many cores this process may use, by its affinity and a container's quota of CPU time."""
-    from joblib import cpu_count  # noqa: PLC0415  # it imports NumPy, which a flow run's DVC process does without: 0.1 s
+    """Return how many CPU cores this process may use, according to its affinity and its container's CPU quota."""
+    from joblib import cpu_count  # noqa: PLC0415  # it imports NumPy, 0.1 s that a flow run's DVC process can save
 
     return int(cpu_count())
 

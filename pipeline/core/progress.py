@@ -1,4 +1,4 @@
-"""The progress of a long step: a live bar on a terminal, and a line every few seconds in a log."""
+"""Show the progress of a long step: by a live bar on a terminal, by a line every few seconds in a log."""
 
 import sys
 import time
@@ -7,17 +7,17 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-LINE_SECONDS = 10.0
-BAR_DELAY_SECONDS = 0.5
+SECONDS_BETWEEN_LINES = 10.0
+BAR_DELAY_SECONDS = 0.5  # a step that is done earlier shows no bar
 
 
 @contextmanager
 def progress(
     description: str, *, total: int | None, unit: str, done: int = 0, leave: bool = True
 ) -> Iterator[Callable[[int], object]]:
-    """Give the block a function that advances the progress by a number of units.
+    """Show the progress of the block; yields the function by which the block reports a number of finished units.
 
-    `done` units are done at the start. A bar without `leave` is removed at the end.
+    `done` units are finished at the start. With `leave=False` the bar is removed at the end.
     """
     if sys.stderr.isatty():
         scale = unit == "B"
@@ -32,25 +32,28 @@ def progress(
         ) as bar:
             yield bar.update
     else:
-        yield _Lines(description, total=total, done=done, unit=unit).advance
+        yield _LogLines(description, total=total, done=done, unit=unit).advance
 
 
-class _Lines:
+class _LogLines:
+    """A printer of the progress for logs, with at most one line every SECONDS_BETWEEN_LINES."""
+
     def __init__(self, description: str, *, total: int | None, done: int, unit: str) -> None:
         self._description, self._total, self._done, self._unit = description, total, done, unit
         self._last_line = time.monotonic()
 
     def advance(self, count: int) -> None:
+        """Add finished units; print a line if the last one is old enough."""
         self._done += count
-        if time.monotonic() - self._last_line >= LINE_SECONDS:
+        if time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            of = f" of {self._amount(self._total)}" if self._total else ""
-            print(f"{self._description}: {self._amount(self._done)}{of}", flush=True)
+            of_total = f" of {self._amount(self._total)}" if self._total else ""
+            print(f"{self._description}: {self._amount(self._done)}{of_total}", flush=True)
 
     def _amount(self, count: int) -> str:
-        return in_bytes(count) if self._unit == "B" else f"{count:,} {self._unit}"
+        return format_bytes(count) if self._unit == "B" else f"{count:,} {self._unit}"
 
 
-def in_bytes(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Return a size in bytes as text, such as `163 MB`."""
     return f"{tqdm.format_sizeof(size)}B" if size >= 1000 else f"{size} bytes"

@@ -1,20 +1,20 @@
-"""Which project a process works for: to that folder belong the MLflow store, its artifacts and what is kept for later.
+"""Find the project that a process works for: its folder has the MLflow store, MLflow's artifacts and the cache.
 
-A flow run trains in a clone of the project, and `dvc exp run --temp` and `--queue` in a copy that DVC deletes.
+It may differ from the current folder: a flow run trains in a clone of the project, and `dvc exp run --temp` and
+`--queue` train in a copy that DVC deletes.
 """
 
 from pathlib import Path
 
 from pipeline.core.settings import get_settings
 
-EXPERIMENTS = Path(".dvc/tmp/exps")
-"""Where DVC makes the temporary folders of queued experiments, in the project."""
+DVC_TEMPORARY_FOLDERS = Path(".dvc/tmp/exps")  # DVC creates the temporary copies of a project there
 
 
 def project_folder() -> Path:
-    """Return the project of which the current folder is a clone or a temporary copy, else the current folder; resolved.
+    """Return the absolute path of the project that the current folder is a clone or temporary copy of, or is itself.
 
-    PIPELINE_PROJECT names it in a flow run's clone, DVC_ROOT in a temporary folder of DVC.
+    PIPELINE_PROJECT names the project in a flow run's clone, DVC_ROOT in a temporary copy of DVC.
     """
     if project := get_settings().project:
         return Path(project).resolve()
@@ -22,18 +22,18 @@ def project_folder() -> Path:
 
 
 def temporary_folder_owner() -> Path | None:
-    """Return the project in whose `.dvc/tmp/exps/` the current folder lies, or None where it is no such copy.
+    """Return the project of which the current folder is a temporary copy of DVC, or None where it is not such a copy.
 
-    DVC_ROOT alone says nothing: DVC sets it in all stages, and a project inside a stage of another one inherits it.
+    DVC_ROOT alone is not enough: DVC sets it in all stages, and a project inside a stage of another one inherits it.
     """
     root = get_settings().dvc_root
-    if root and Path.cwd().resolve().is_relative_to((Path(root) / EXPERIMENTS).resolve()):
+    if root and Path.cwd().resolve().is_relative_to((Path(root) / DVC_TEMPORARY_FOLDERS).resolve()):
         return Path(root).resolve()
     return None
 
 
 def artifact_folder(project: Path) -> Path:
-    """Return the folder of MLflow's artifacts, for a store that is no server."""
+    """Return the folder of MLflow's artifacts, where the store is not a server."""
     return project / "mlartifacts"
 
 
@@ -43,10 +43,10 @@ def pipeline_cache_folder(project: Path) -> Path:
 
 
 def copy_hint(path: Path) -> str:
-    """Return what to do about an untracked file that is missing in DVC's temporary copy; empty elsewhere."""
+    """Return a hint for the message about a missing file; empty unless the folder is a temporary copy of DVC."""
     if path.is_absolute() or temporary_folder_owner() is None:
         return ""
     return (
-        f"; this is a temporary copy, in which DVC puts what git tracks: add `--copy-paths {path}` to `dvc exp run`, "
-        "or name an absolute path"
+        f"; this folder is a temporary copy, into which DVC copies only files that git tracks: add "
+        f"`--copy-paths {path}` to `dvc exp run`, or set an absolute path"
     )

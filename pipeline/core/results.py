@@ -1,7 +1,7 @@
-"""What a step hands to the program that started it: a small JSON file, which PIPELINE_RESULT_FILE names.
+"""Pass a step's result to the program that started it, in the small JSON file that PIPELINE_RESULT_FILE names.
 
-A flow run sets the variable for its stages; without it (as in `dvc repro`) nothing is written. Steps of older commits
-write no such file, and a step that is killed may not get to it: the reader then knows nothing, which is no error.
+A flow run sets the variable for its stages; without it, as in `dvc repro`, nothing is written. A missing file is not an
+error: steps of older commits do not write it, and a step may be killed before it does.
 """
 
 import json
@@ -16,15 +16,15 @@ RESULT_FILE = "PIPELINE_RESULT_FILE"
 
 @dataclass(frozen=True)
 class StepResult:
-    """The MLflow run into which a step records; None where it is unknown."""
+    """The result of a step: the id of the MLflow run that it logs to, or None where that is unknown."""
 
     mlflow_run_id: str | None = None
 
 
 def write_result(result: StepResult) -> None:
-    """Write the result to the file that PIPELINE_RESULT_FILE names, if it names one; the file appears whole.
+    """Write the result atomically to the file that PIPELINE_RESULT_FILE names, if the variable is set.
 
-    Where it cannot be written, the reader finds no result; the step continues.
+    A failure to write is ignored: the reader then finds no result.
     """
     if name := get_settings().result_file:
         with suppress(OSError):
@@ -34,7 +34,7 @@ def write_result(result: StepResult) -> None:
 
 
 def read_result(path: Path) -> StepResult:
-    """Read what a step wrote; a missing, damaged or unknown file gives an empty result."""
+    """Read the result of a step; a missing or damaged file gives an empty result."""
     try:
         run_id = json.loads(path.read_text(encoding="utf-8"))["mlflow_run_id"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The environment variables that the pipeline reads: one typed object, made once for each process.
+"""Read all environment variables of the pipeline in one place, into one typed object for each process.
 
 docs/settings.md describes the variables of MLflow, Prefect and proxies. Variables that a library reads by itself, such
 as `MLFLOW_TRACKING_TOKEN`, are not here.
@@ -11,68 +11,66 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROXY_VARIABLES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
+# the first that is set is used; the Makefile chooses in the same way for pip and uv
 CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR")
-"""In the order in which they are used. The Makefile has the same for pip and uv."""
-USER_VARIABLES = ("LOGNAME", "USER", "LNAME", "USERNAME")
-"""Where Python's `getpass` looks for the name of the user."""
+USER_VARIABLES = ("LOGNAME", "USER", "LNAME", "USERNAME")  # Python's `getpass` reads the user's name from these
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The values of the environment variables; a variable that is not set counts as an empty one unless stated."""
+    """The values of the environment variables; without another statement, a variable that is not set is empty."""
 
+    # PIPELINE_PROJECT: the project, where the current folder is a flow run's clone of it
     project: str
-    """PIPELINE_PROJECT: the project of which the current folder is a flow run's clone."""
+    # PIPELINE_CACHE_DIR: the folder for checkpoints and other cached files; relative to the project, or absolute
     cache_dir: Path
-    """PIPELINE_CACHE_DIR: the folder for checkpoints and what else is kept; a relative path is one in the project."""
+    # whether PIPELINE_FLOW_RUN_ID is set, even to an empty text: then the current folder is a temporary clone
     in_flow_clone: bool
-    """Whether PIPELINE_FLOW_RUN_ID is set, even to an empty text: the current folder is a clone, to be deleted."""
+    # PIPELINE_FLOW_RUN_ID: the Prefect flow run that runs this stage; empty also in the clone of a reproduction
     flow_run_id: str
-    """PIPELINE_FLOW_RUN_ID: the Prefect flow run that runs this stage; empty also in the clone of a reproduction."""
+    # PIPELINE_FLOW_RUN_NAME: the name of that flow run
     flow_run_name: str
-    """PIPELINE_FLOW_RUN_NAME: the name of that flow run."""
+    # PIPELINE_FLOW_RUN_LINK: the address of that flow run's page
     flow_run_link: str
-    """PIPELINE_FLOW_RUN_LINK: the address of that flow run's page."""
+    # the name of the current DVC experiment: PIPELINE_EXPERIMENT if it is set, even to an empty text, else DVC_EXP_NAME
     experiment: str
-    """The DVC experiment that is being made: PIPELINE_EXPERIMENT where it is set, even to an empty text, else
-    DVC_EXP_NAME."""
+    # PIPELINE_REPRODUCES: the id of the MLflow run that this training reproduces, or None
     reproduces: str | None
-    """PIPELINE_REPRODUCES: the id of the MLflow run that this training makes again, or None."""
+    # PIPELINE_RESULT_FILE: the file for a step's result; if it is empty, the step writes none
     result_file: str
-    """PIPELINE_RESULT_FILE: the file for a step's result; empty: the step writes none."""
+    # PIPELINE_OWN_PREFECT_API_URL: the address that `make prefect-env` printed for the project's own server
     own_prefect_api_url: str
-    """PIPELINE_OWN_PREFECT_API_URL: the address that `make prefect-env` printed for the project's own server."""
 
+    # DVC_ROOT: the project whose DVC runs this stage
     dvc_root: str
-    """DVC_ROOT: the project whose DVC runs this stage."""
+    # whether DVC_STAGE is set: DVC sets it for the stages that it runs
     in_dvc_stage: bool
-    """Whether DVC_STAGE is set, as DVC does for the stages that it runs."""
+    # whether DVC_EXP_NAME is set: `dvc exp run` sets it
     in_dvc_experiment: bool
-    """Whether DVC_EXP_NAME is set, as `dvc exp run` does."""
 
+    # MLFLOW_TRACKING_URI: the store of the runs; if it is empty, `mlflow.db` in the project
     mlflow_tracking_uri: str
-    """MLFLOW_TRACKING_URI: the store of the runs; empty: `mlflow.db` in the project."""
+    # MLFLOW_EXPERIMENT_NAME: the experiment of new runs; if it is empty, the data set's name
     mlflow_experiment_name: str
-    """MLFLOW_EXPERIMENT_NAME: the experiment of new runs; empty: the data set's name."""
+    # MLFLOW_EXPERIMENT_ID: the id of the experiment of new runs
     mlflow_experiment_id: str
-    """MLFLOW_EXPERIMENT_ID: the same, by its id."""
+    # MLFLOW_RUN_ID: the steps that log to MLflow refuse it
     mlflow_run_id: str
-    """MLFLOW_RUN_ID: refused by the steps that record."""
+    # MLFLOW_WORKSPACE: the workspace on an MLflow server
     mlflow_workspace: str
-    """MLFLOW_WORKSPACE: the workspace on an MLflow server."""
+    # MLFLOW_ENABLE_WORKSPACES: whether the store has workspaces
     mlflow_enable_workspaces: str
-    """MLFLOW_ENABLE_WORKSPACES: whether the store has workspaces."""
 
+    # whether one of PROXY_VARIABLES is set, in upper or lower case
     uses_proxy: bool
-    """Whether one of ALL_PROXY, HTTP_PROXY and HTTPS_PROXY is set, in capitals or not."""
+    # the hosts that no_proxy and NO_PROXY name, in this order; a client reads one of the two variables
     no_proxy: tuple[str, ...]
-    """The hosts that no_proxy and NO_PROXY name, in this order; clients read one of the two."""
+    # name and value of each of CERTIFICATE_VARIABLES that is set
     certificates: tuple[tuple[str, str], ...]
-    """Name and value of each of CERTIFICATE_VARIABLES that is set."""
+    # CXX: the C++ compiler of torch.compile; if it is not set, g++
     cxx: str
-    """CXX: the C++ compiler of torch.compile; by default g++."""
+    # the first of USER_VARIABLES that is set
     user_name: str
-    """The first of LOGNAME, USER, LNAME and USERNAME that is set."""
 
 
 @functools.cache

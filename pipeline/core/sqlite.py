@@ -1,4 +1,4 @@
-"""Sqlite files: their addresses, as SQLAlchemy reads them for MLflow and Prefect, and their errors in one line."""
+"""Convert between paths of sqlite files and SQLAlchemy's addresses, and report sqlite's errors in one line."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -15,17 +15,16 @@ REMEDIES = {
     sqlite3.SQLITE_READONLY: "make the file and its folder writable, then run the same command again",
     sqlite3.SQLITE_CANTOPEN: "allowed: a file that can be read and written, in a folder that can be written",
 }
-MOVE_AWAY = "bring back a backup, or move the file away to begin a new one"
-"""The remedy for all other errors."""
-_ENCODED = {"%": "%25", "?": "%3F"}
-"""What an address gives a meaning of its own; all other characters stand for themselves."""
+# the remedy for errors that are not in REMEDIES
+MOVE_AWAY = "restore a backup, or move the file away to begin a new one"
+_ENCODED = {"%": "%25", "?": "%3F"}  # the characters that have a special meaning in an address
 
 
 def sqlite_uri(path: Path, *, driver: str = "") -> str:
     """Return the address of the sqlite file at an absolute path, percent-encoded where SQLAlchemy needs it.
 
-    Without `driver` it is `sqlite:///…`. An encoded one always names a driver, since MLflow takes what follows
-    `sqlite:///` for a path as it stands, and would make the folders that it names.
+    Without `driver` it is `sqlite:///…`. An encoded address always names a driver: after `sqlite:///` MLflow expects an
+    unencoded path, and would create folders with the encoded names.
     """
     text = str(path)
     encoded = "".join(_ENCODED.get(char, char) for char in text)
@@ -34,7 +33,7 @@ def sqlite_uri(path: Path, *, driver: str = "") -> str:
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """Return the file that an address names; None for another kind of database and for one in memory."""
+    """Return the file that an address names, or None for another kind of database and for one in memory."""
     scheme, separator, rest = uri.partition(":///")
     if not separator or scheme.partition("+")[0] != "sqlite":
         return None
@@ -49,8 +48,8 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def error_code(error: sqlite3.Error) -> int:
-    """Return the primary code of an error, such as `sqlite3.SQLITE_BUSY`; 0 where Python itself found the mistake."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the other bits are the kind of that error
+    """Return the primary code of an error, such as `sqlite3.SQLITE_BUSY`; 0 for an error of Python's own module."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits hold the extended code
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The stages of `dvc.yaml`, and the code of each: the files that decide what it writes.
+"""Read the stages from `dvc.yaml`, and the code of each stage: the files that decide what the stage writes.
 
-DVC runs a stage again where one of them changed; the checkpoint fingerprint and MLflow's tag `code.md5` hash the same
-files.
+DVC runs a stage again when one of these files changed. The checkpoint fingerprint and MLflow's tag `code.md5` are
+hashes of the same files.
 """
 
 import hashlib

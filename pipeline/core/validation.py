@@ -14,13 +14,14 @@ def explain(
 ) -> str:
     """Return the first problem as one line: file, field, what was found, what is allowed.
 
-    `sections` maps the name of each section to its model; a field in `overridden` is reported as an override.
+    `sections` maps the name of each section to its model. For a field in `overridden` the line names `--set` in place
+    of the file.
     """
     problems = error.errors()
-    # a mistyped key also counts as missing: the key that was typed is the better message
+    # a mistyped key is both unknown and missing; the message about the unknown key says more
     problem = next((found for found in problems if found["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function"))
-    origin = "override" if where in overridden else origin
+    origin = "--set" if where in overridden else origin
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     model = sections.get(str(problem["loc"][0])) if len(problem["loc"]) > 1 else None
     fields = list(model.model_fields if model else sections)
@@ -35,13 +36,16 @@ def explain(
 
 
 def first_problem(error: ValidationError) -> str:
-    """`field.part: what is wrong with it`, of data that a program wrote."""
+    """Return the first problem in data that a program wrote, as `field.part: what is wrong with it`."""
     problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc'])) or 'the whole'}: {problem['msg']}"
+    return f"{'.'.join(map(str, problem['loc'])) or 'its content'}: {problem['msg']}"
 
 
 def describe_value(value: Any) -> str:
-    """A value as it was written, without secrets; lists and mappings, which YAML can fold without end, only if flat."""
+    """Return a value as text for an error message, without secrets.
+
+    Nested lists and mappings are not written out: by YAML's aliases, a short file can make them endless.
+    """
     if isinstance(value, str):
         return repr(redact_url(value))
     if isinstance(value, Mapping):
@@ -60,6 +64,6 @@ def _is_scalar(value: Any) -> bool:
 
 
 def list_choices(found: str, names: list[str]) -> str:
-    """The names, the closest match named where one is close to what was found."""
+    """Return the allowed names as text; suggests the closest one where it is close to what was found."""
     close = difflib.get_close_matches(found, names, n=1)
     return ", ".join(names) + (f" (did you mean {close[0]}?)" if close else "")

@@ -13,23 +13,26 @@ from pipeline.core.errors import UserError
 
 
 def read_yaml(path: Path) -> Any:
-    """A YAML mapping with its comments; raises UserError where the file is missing or is not one."""
+    """Return the YAML mapping in a file, with its comments; raises UserError where the file is missing or has none."""
     try:
         values = YAML().load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run this in the project's folder") from None
     except OSError:
         raise
-    # beside YAMLError, ruamel's constructors raise nearly anything on odd values: ValueError, KeyError, IndexError, …
+    # besides YAMLError, ruamel's constructors raise nearly anything on odd values: ValueError, KeyError, IndexError, …
     except Exception as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}; correct that line") from None
     if not isinstance(values, Mapping):
-        raise UserError(f"{path}: found no mapping; allowed: `name: value` lines")
+        raise UserError(f"{path}: found no YAML mapping; allowed: `name: value` lines; `git diff` shows what changed")
     return values
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """The text of a params file, comments included, as DVC writes it: `dvc exp run -S` then changes no other line."""
+    """Return the text of a params file, comments included, in the style of DVC.
+
+    `dvc exp run -S`, which writes the file anew, then changes no line but that of its value.
+    """
     yaml, stream = YAML(), io.StringIO()
     yaml.default_flow_style = False
     for fields in values.values():
@@ -40,7 +43,7 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """The value without the way in which it was written: 1e-4 as 0.0001, a list with one item a line."""
+    """Return the value in plain notation: 1e-4 as 0.0001, and a list with one item on each line."""
     if isinstance(value, CommentedSeq):
         value.fa.set_block_style()
     return float(value) if isinstance(value, float) else int(value) if isinstance(value, ScalarInt) else value

@@ -1,4 +1,4 @@
-"""Tar archives from outside: their headers and files are read in place, and nothing is unpacked into a folder."""
+"""Read tar archives that others made, without extracting their files into a folder."""
 
 import gzip
 import tarfile
@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.artifacts import missing, naming
+from pipeline.artifacts import add_path_to_errors, missing_file_message
 from pipeline.core.errors import UserError, first_line
 from pipeline.datasets.source import DOWNLOAD_AGAIN
 
 MAX_HEADER_BYTES = 2**20
-MAX_MEMBER_BYTES = 2**28
-"""Largest file that `read_member` reads; the batches of CIFAR-10 have 31 MB."""
-MAX_UNPACKED_BYTES = 2**30
-"""Largest compressed archive, unpacked; CIFAR-10's has 186 MB."""
+MAX_MEMBER_BYTES = 2**28  # of a file that `read_member` reads; the batches of CIFAR-10 have 31 MB
+MAX_UNPACKED_BYTES = 2**30  # of a compressed archive after decompression; CIFAR-10's has 186 MB
 _HEADER_TYPES = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -27,14 +25,14 @@ _HEADER_TYPES = (
 
 
 class DamagedArchive(ValueError):  # noqa: N818
-    """The reason, in one line, why an archive or something in it cannot be read."""
+    """The error for an archive, or a file in it, that cannot be read; its text is the reason, in one line."""
 
 
 class _TarInfo(tarfile.TarInfo):
-    """A header whose size is checked before it is used.
+    """A header of a tar archive whose size is checked before it is used.
 
-    Python before 3.11.14 reads the same headers without end where a size is negative, and any reads the header of a
-    header (a long name, pax) whole.
+    Where a size is negative, Python before 3.11.14 reads the same headers in an endless loop. Headers of extra data (a
+    long name, pax) are read into memory by every version, whatever their size.
     """
 
     def _block(self, count: int) -> int:
@@ -48,17 +46,17 @@ class _TarInfo(tarfile.TarInfo):
 
 @contextmanager
 def report_damage(archive: Path) -> Iterator[None]:
-    """Turn a missing or damaged archive of a download folder into a UserError that names the step to run again."""
+    """Turn the error for a missing or damaged archive into a UserError that names the step to run again."""
     try:
         yield
     except FileNotFoundError:
-        raise UserError(missing(archive)) from None
+        raise UserError(missing_file_message(archive)) from None
     except DamagedArchive as error:
         raise UserError(f"{archive}: damaged ({error}); {DOWNLOAD_AGAIN}") from None
 
 
 def open_tar(path: Path, mode: Any) -> tarfile.TarFile:
-    """Open an archive; raises DamagedArchive where it is none, OSError where there is no such file."""
+    """Open an archive; raises DamagedArchive where the file is not one, OSError where there is no such file."""
     try:
         return tarfile.open(path, mode, tarinfo=_TarInfo)
     except Exception as error:
@@ -66,16 +64,17 @@ def open_tar(path: Path, mode: Any) -> tarfile.TarFile:
 
 
 def open_compressed_tar(path: Path) -> tarfile.TarFile:
-    """Unpack a .tar.gz into a file without a name, and open that: in the .tar.gz, each look-up starts at the beginning.
+    """Decompress a .tar.gz into a temporary file without a name, and open that.
 
-    That takes 8.8 s instead of 11.6 s for normalize of CIFAR-10. Raises DamagedArchive where it is no such archive or
-    has more than MAX_UNPACKED_BYTES, OSError where there is no such file.
+    In the .tar.gz itself, each search for a file would start at the beginning: normalize takes 8.8 s instead of 11.6 s
+    for CIFAR-10. Raises DamagedArchive where the file is not such an archive or has more than MAX_UNPACKED_BYTES,
+    OSError where there is no such file.
     """
-    unpacked = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # lives as long as the archive
+    unpacked = tempfile.TemporaryFile(dir=path.parent)  # noqa: SIM115  # must stay open as long as the archive
     try:
         with gzip.open(path) as file:
             while block := file.read(2**20):
-                with naming(path.parent):  # a full disk is no fault of the archive
+                with add_path_to_errors(path.parent):  # an error with a path, as of a full disk, is not DamagedArchive
                     unpacked.write(block)
                 if unpacked.tell() > MAX_UNPACKED_BYTES:
                     raise DamagedArchive(f"unpacked more than {MAX_UNPACKED_BYTES:,} bytes")
@@ -87,9 +86,9 @@ def open_compressed_tar(path: Path) -> tarfile.TarFile:
 
 
 def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Yield all headers and keep none in memory; raises DamagedArchive."""
+    """Yield the headers of all members, one in memory at a time; raises DamagedArchive."""
     while (member := _next_member(tar)) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all: 1 KB a file
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile collects all headers: 1 KB for each file
         yield member
 
 
@@ -101,7 +100,10 @@ def _next_member(tar: tarfile.TarFile) -> tarfile.TarInfo | None:
 
 
 def read_member(tar: tarfile.TarFile, name: str) -> bytes:
-    """Return the content of a file of up to MAX_MEMBER_BYTES; raises KeyError where there is none, DamagedArchive."""
+    """Return the content of a file in the archive.
+
+    Raises KeyError where there is no such file, DamagedArchive where it is damaged or larger than MAX_MEMBER_BYTES.
+    """
     try:
         member = tar.getmember(name)
         if member.size > MAX_MEMBER_BYTES:
@@ -115,10 +117,10 @@ def read_member(tar: tarfile.TarFile, name: str) -> bytes:
 
 
 def check_members(archive: Path) -> int:
-    """Read the names in an archive that was fetched, nothing else; returns how many there are.
+    """Check the headers of a downloaded archive, and return the number of its members; no content is read.
 
-    Raises UserError where it is no tar archive, or one has a member that could be written outside the folder it is
-    unpacked in.
+    Raises UserError where the file is not a complete tar archive, or has a member that could be written outside the
+    folder into which somebody extracts it.
     """
     count = 0
     try:
@@ -128,13 +130,14 @@ def check_members(archive: Path) -> int:
                 _check_member(archive, member)
     except DamagedArchive as error:
         raise UserError(
-            f"{archive}: not a whole tar archive ({error}), although its MD5 is download.md5; "
-            "set download.urls and download.md5 to a whole one"
+            f"{archive}: not a complete tar archive ({error}), although its MD5 is download.md5; "
+            "set download.urls and download.md5 to a complete one"
         ) from None
     return count
 
 
 def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
+    """Raise UserError unless the member is a file or folder inside the archive's own folder."""
     name = PurePosixPath(member.name)
     problems = {
         "an absolute path": name.is_absolute(),
@@ -152,9 +155,9 @@ def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
 
 
 def _damaged(error: Exception) -> Exception:
-    """Return DamagedArchive for nearly anything that tarfile and zlib raise on damaged headers.
+    """Return DamagedArchive in place of an error that tarfile or zlib raised: they raise nearly anything.
 
-    An error of the file system that names a file is returned unchanged.
+    An error of the file system, which names a file, is returned unchanged.
     """
     if isinstance(error, DamagedArchive) or (isinstance(error, OSError) and error.filename is not None):
         return error

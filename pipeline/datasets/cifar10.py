@@ -1,4 +1,4 @@
-"""CIFAR-10 in the layout of its official archive: pickled batches of 32x32 pixels, of 10,000 images each."""
+"""Read CIFAR-10 from its official archive, which has six pickled batches of 10,000 images of 32x32 pixels each."""
 
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipeline.artifacts import Labels, copy_file
 from pipeline.core.errors import TemporaryError, UserError
-from pipeline.core.progress import in_bytes
+from pipeline.core.progress import format_bytes
 from pipeline.datasets.archives import DamagedArchive, check_members, open_compressed_tar, read_member, report_damage
 from pipeline.datasets.fetch import find_archive
 from pipeline.datasets.pickles import load_pickle
@@ -20,25 +20,28 @@ from pipeline.params import Channels, DownloadParams, NormalizeParams
 
 ARCHIVE = "cifar-10-python.tar.gz"
 ARCHIVE_FOLDER = "cifar-10-batches-py"
+# (name, split) of the files with images, in the order in which they are read
 BATCHES = (*((f"data_batch_{number}", "train") for number in range(1, 6)), ("test_batch", "test"))
-"""(name, split) of the files with images, in the order in which they are read."""
 IMAGE_SIZE = 32
 NUM_IMAGES = 60_000
 
 
 def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:
-    """Write the archive, whose MD5 is `params.md5`, to `cifar-10-python.tar.gz`; nothing in it is unpacked."""
+    """Write the archive with the MD5 `params.md5` to `cifar-10-python.tar.gz`; its files are not extracted.
+
+    Raises UserError or TemporaryError where no place has it.
+    """
     archive = find_archive(params)
     count = check_members(archive)
     if copy_file(archive, folder / ARCHIVE) != params.md5:
         raise TemporaryError(f"{archive}: changed while it was copied; try again")
-    size = in_bytes(archive.stat().st_size)
+    size = format_bytes(archive.stat().st_size)
     print(f"cifar10: {ARCHIVE}, {size}, {count} members, MD5 {params.md5} as expected")
     return {}
 
 
 def open_cifar10(folder: Path, *, description: Description, params: NormalizeParams) -> Source:
-    """Open the archive; raises UserError where a batch is missing, or one is not as documented."""
+    """Open the archive; raises UserError where a file in it is missing or does not have the documented format."""
     archive = folder / ARCHIVE
     with report_damage(archive):
         tar = open_compressed_tar(archive)
@@ -81,7 +84,7 @@ def _read_batch(
 
 
 def _read_dictionary(tar: tarfile.TarFile, name: str, *, archive: Path) -> dict[str, Any]:
-    """Return a pickled dictionary of the archive, its keys as text."""
+    """Return the dictionary in a pickled file of the archive, with its keys as text."""
     try:
         with report_damage(archive):
             content = read_member(tar, f"{ARCHIVE_FOLDER}/{name}")

@@ -1,4 +1,4 @@
-"""Decode chunks of image files side by side: one process for each core."""
+"""Decode chunks of image files in parallel, in one process for each core."""
 
 import multiprocessing
 import os
@@ -20,13 +20,13 @@ Chunk = TypeVar("Chunk")
 def decode_in_processes(
     decode: Callable[[Chunk], Block], chunks: Iterable[Chunk], *, first_name: Callable[[Chunk], str]
 ) -> Iterator[Block]:
-    """Yield the blocks in the order of the chunks; a bounded number of chunks is in memory.
+    """Decode chunks in parallel and yield their blocks in the same order, with a bounded number in memory.
 
-    `decode` and the chunks must be picklable; `first_name` names the first file of a chunk. Raises UserError where a
-    process dies.
+    `decode` and the chunks must be picklable; `first_name` returns the name of the first file of a chunk. Raises
+    UserError where a process dies.
 
-    Processes are started by `spawn`: forked ones would inherit the locks of numpy's and tqdm's threads, which nobody
-    would release.
+    Processes are started by `spawn`: forked ones would inherit locks that threads of numpy and tqdm hold, and no thread
+    in them would release these.
     """
     workers = num_cores()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
@@ -49,12 +49,13 @@ def decode_in_processes(
 
 
 def _start_worker() -> None:
+    """Prepare a worker process: it ignores Ctrl-C and exits with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    """Exit when the parent is gone, even if it was killed: the pool's own workers would wait forever."""
+    """Exit when the parent has ended, even if it was killed: without this, a worker would wait forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits of 8x8 pixels, which need no network."""
+"""Read scikit-learn's 1,797 handwritten digits of 8x8 pixels, which need no download."""
 
 import gzip
 import importlib.util
@@ -14,11 +14,11 @@ from pipeline.core.errors import UserError
 from pipeline.datasets.source import DOWNLOAD_AGAIN, Description, Source, array_blocks, choose_channels
 from pipeline.params import DownloadParams, NormalizeParams
 
-WHITE = 16
+WHITE = 16  # the largest value of a pixel
 CLASS_NAMES = tuple("0123456789")
 
 
-def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:  # noqa: ARG001  # as every source has it
+def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:  # noqa: ARG001  # as in all sources
     """Write `images.npy`, (1797, 8, 8) uint8 from 0 to 16, and `labels.npy`, (1797,) int64."""
     rows = _read_rows()
     images, labels = rows[:, :-1].reshape(-1, 8, 8), rows[:, -1]
@@ -29,9 +29,10 @@ def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:  # n
 
 
 def _read_rows() -> npt.NDArray[np.uint8]:
-    """Read the file that `sklearn.datasets.load_digits` reads: rows (1797, 65) of 64 pixels and the label.
+    """Return the digits as rows (1797, 65) uint8, each of 64 pixels and the label.
 
-    To import scikit-learn for that would take a second. Raises UserError where it is not installed.
+    The file is that of `sklearn.datasets.load_digits`; importing scikit-learn for it would take a second. Raises
+    UserError where scikit-learn is not installed.
     """
     package = importlib.util.find_spec("sklearn")
     path = Path(package.origin).parent / "datasets/data/digits.csv.gz" if package and package.origin else None
@@ -42,7 +43,7 @@ def _read_rows() -> npt.NDArray[np.uint8]:
 
 
 def open_digits(folder: Path, *, description: Description, params: NormalizeParams) -> Source:
-    """Open the digits, with values scaled to 0…255; raises UserError where the arrays are not the digits."""
+    """Open the digits, with pixels scaled to 0…255; raises UserError where the arrays cannot be the digits."""
     values = read_array(folder / "images.npy", dtype=np.uint8, dimensions=3)
     labels = read_array(folder / "labels.npy", dtype=np.int64, dimensions=1)
     in_range = 0 not in values.shape and values.max() <= WHITE and ((labels >= 0) & (labels < len(CLASS_NAMES))).all()

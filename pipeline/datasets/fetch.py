@@ -1,4 +1,4 @@
-"""Fetch a file whose MD5 is known from the first of several places that has it, resuming where it was interrupted."""
+"""Download a file whose MD5 is known from the first of several places that has it; an interrupted download resumes."""
 
 import fcntl
 import ssl
@@ -12,9 +12,9 @@ from urllib.request import url2pathname
 import requests
 import urllib3
 
-from pipeline.artifacts import expand, file_md5, kept_folder, naming
+from pipeline.artifacts import add_path_to_errors, cache_folder, expand, file_md5
 from pipeline.core.errors import TemporaryError, UserError, escape_control_chars, redact_url
-from pipeline.core.progress import in_bytes, progress
+from pipeline.core.progress import format_bytes, progress
 from pipeline.core.project import copy_hint
 from pipeline.core.settings import get_settings
 from pipeline.params import DownloadParams
@@ -25,49 +25,57 @@ RESUME_PAUSE_SECONDS = 0.5
 
 
 class _PlaceError(Exception):
-    """One place of the archive did not serve; the next is tried."""
+    """The error for one place that could not provide the archive; the next place is tried.
+
+    `may_pass` is true for a failure that may not occur at another time, as of the network, and false for a missing
+    file. `found_md5` is the MD5 of what the place provided, where it is not the right one.
+    """
 
     def __init__(self, reason: str, *, may_pass: bool, found_md5: str | None = None) -> None:
-        super().__init__(escape_control_chars(reason))  # some of it is the server's own words
+        super().__init__(escape_control_chars(reason))  # the server may have written part of it
         self.may_pass = may_pass
-        """Whether the same place may serve at another time: true for the network, false for a missing file."""
         self.found_md5 = found_md5
-        """MD5 of the content where the place gave some, but not the right one."""
 
 
 def find_archive(params: DownloadParams) -> Path:
-    """A file on this machine whose MD5 is `params.md5`: kept from an earlier run, local, or fetched just now."""
-    for place in params.urls:
+    """Return a local file with the MD5 `params.md5`: from the cache, from a path in `params.urls`, or downloaded.
+
+    Raises UserError for a place of an unknown kind, and where no place has the file; TemporaryError where one may have
+    it at another time.
+    """
+    for place in params.urls:  # all are checked before anything is downloaded
         _local_path(place)
-    kept = kept_folder("download") / f"{params.md5}.tar.gz"
-    with _lock(kept.with_name(f"{params.md5}.lock")):
-        if _is_whole(kept, params.md5):
-            print(f"{kept}: kept from an earlier download, MD5 as expected")
-            return kept
-        return _try_places(params, kept=kept)
+    cached = cache_folder("download") / f"{params.md5}.tar.gz"
+    with _lock(cached.with_name(f"{params.md5}.lock")):
+        if _has_md5(cached, params.md5):
+            print(f"{cached}: cached by an earlier download, MD5 as expected")
+            return cached
+        return _try_places(params, cached=cached)
 
 
-def _try_places(params: DownloadParams, *, kept: Path) -> Path:
+def _try_places(params: DownloadParams, *, cached: Path) -> Path:
+    """Return the file from the first place that provides it; a download is moved to `cached`."""
     failures: dict[str, _PlaceError] = {}
     for place in params.urls:
         local = _local_path(place)
         try:
             if local is not None:
                 return _check_local(local, params.md5)
-            return _fetch(place, params, partial=kept.parent / f"{params.md5}.partial").replace(kept)
+            return _fetch(place, params, partial=cached.parent / f"{params.md5}.partial").replace(cached)
         except _PlaceError as failure:
             print(f"{redact_url(place)}: {failure}", flush=True)
             failures[redact_url(place)] = failure
-    raise _no_place_served(failures, params.md5)
+    raise _all_failed(failures, params.md5)
 
 
-def _no_place_served(failures: dict[str, _PlaceError], md5: str) -> UserError | TemporaryError:
+def _all_failed(failures: dict[str, _PlaceError], md5: str) -> UserError | TemporaryError:
+    """Return the error for an archive that none of the places could provide."""
     places = "; ".join(f"{place}: {failure}" for place, failure in failures.items())
     found = ", ".join(failure.found_md5 for failure in failures.values() if failure.found_md5)
     if found:
         return UserError(
             f"download.md5: found {found}, expected {md5} ({places}); "
-            "name a place of the right archive in download.urls, or set download.md5 to the sum you trust"
+            "set download.urls to a place of the right archive, or download.md5 to the MD5 that you trust"
         )
     remedy = f"download.urls may name a local archive (file:///… or a path) with MD5 {md5}"
     if any(failure.may_pass for failure in failures.values()):
@@ -78,7 +86,7 @@ def _no_place_served(failures: dict[str, _PlaceError], md5: str) -> UserError | 
 
 
 def _local_path(place: str) -> Path | None:
-    """The path that a file URL or a plain path names; None for http and https. Raises UserError for anything else."""
+    """Return the path in a file URL or plain path, or None for an http or https URL; raises UserError for others."""
     scheme = place.partition("://")[0].lower() if "://" in place else ""
     if scheme in ("http", "https"):
         return None
@@ -94,6 +102,7 @@ def _local_path(place: str) -> Path | None:
 
 
 def _check_local(path: Path, md5: str) -> Path:
+    """Return the path of a local archive; raises _PlaceError where there is no file with this MD5."""
     if not path.is_file():
         reason = "a folder, not an archive" if path.is_dir() else f"no such file{copy_hint(path)}"
         raise _PlaceError(reason, may_pass=False)
@@ -102,18 +111,18 @@ def _check_local(path: Path, md5: str) -> Path:
     except OSError as error:
         raise _PlaceError(error.strerror or str(error), may_pass=False) from None
     if found != md5:
-        raise _PlaceError(f"{in_bytes(path.stat().st_size)} with MD5 {found}", may_pass=False, found_md5=found)
+        raise _PlaceError(f"{format_bytes(path.stat().st_size)} with MD5 {found}", may_pass=False, found_md5=found)
     print(f"{path}: MD5 as expected")
     return path
 
 
-def _is_whole(path: Path, md5: str) -> bool:
+def _has_md5(path: Path, md5: str) -> bool:
     return path.is_file() and file_md5(path) == md5
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Let one process at a time write a partial download; the lock goes with the process that holds it."""
+    """Let one process at a time write a partial download; the lock is released when the process ends, however."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
@@ -125,13 +134,14 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _fetch(url: str, params: DownloadParams, *, partial: Path) -> Path:
-    """Fetch `url` to `partial`, resuming where an earlier attempt, even one with another place, was interrupted.
+    """Download `url` to `partial`, resuming an earlier attempt even if that was with another place.
 
-    What holds the parts together is the MD5 of the whole and not If-Range, because the validators of one mirror mean
-    nothing to the next. So a file that was put together and is wrong says nothing about this place, which then gets
-    one attempt anew. Raises _PlaceError; a part that may be of use stays.
+    Only the MD5 of the complete file shows whether its parts belong together: the HTTP header If-Range does not help,
+    as one mirror does not know the validators of another. A file that consists of several parts and has a wrong MD5 is
+    therefore no proof against this place, which gets one more attempt from the beginning. Raises _PlaceError; a part
+    that may still be useful stays.
     """
-    if _is_whole(partial, params.md5):
+    if _has_md5(partial, params.md5):
         return partial
     for _ in range(2):
         resumed = _receive_all(url, params, partial=partial)
@@ -141,14 +151,14 @@ def _fetch(url: str, params: DownloadParams, *, partial: Path) -> Path:
         partial.unlink()
         if not resumed:
             break
-        print(f"{redact_url(url)}: the resumed download has MD5 {found}; fetching it anew", flush=True)
-    raise _PlaceError(f"{in_bytes(size)} with MD5 {found}", may_pass=False, found_md5=found)
+        print(f"{redact_url(url)}: the resumed download has MD5 {found}; downloading all of it again", flush=True)
+    raise _PlaceError(f"{format_bytes(size)} with MD5 {found}", may_pass=False, found_md5=found)
 
 
 def _receive_all(url: str, params: DownloadParams, *, partial: Path) -> bool:
-    """Receive the rest of the file, reconnecting as long as each connection brings it further.
+    """Receive the rest of the file; reconnect as long as each connection adds to it.
 
-    Returns whether the file is put together from more than one response.
+    Returns whether the file consists of parts from more than one response.
     """
     longest = _size(partial)
     for resumes in range(MAX_RESUMES + 1):
@@ -165,9 +175,12 @@ def _receive_all(url: str, params: DownloadParams, *, partial: Path) -> bool:
 
 
 def _receive(url: str, params: DownloadParams, *, partial: Path) -> bool:
-    """One request: append to `partial` what it lacks, or write it anew. Returns whether it was appended to."""
+    """Send one request, and append the rest of the file to `partial`, or write `partial` from the beginning.
+
+    Returns whether it was appended. Raises _PlaceError.
+    """
     offset = _size(partial)
-    # Bytes as they are stored: a .tar.gz that a server declares to be gzip-encoded must not be unpacked in passing.
+    # identity: a .tar.gz that a server declares as gzip-encoded must not be decompressed by the client
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
     try:
         with requests.get(
@@ -187,10 +200,11 @@ def _receive(url: str, params: DownloadParams, *, partial: Path) -> bool:
 
 
 def _certificates() -> str | bool:
-    """File or folder of the certificates to trust: the user's, else the system's, which a company's inspection needs.
+    """Return the file or folder of certificates to trust: the user's, else the system's.
 
-    True, which is the certificates that come with requests, where there are none. The Makefile has the same for pip and
-    uv. Raises UserError where a variable names no file or folder.
+    The system's may include that of a company that inspects TLS. Where there are none, the result is True: the
+    certificates that come with `requests`. The Makefile chooses in the same way for pip and uv. Raises UserError where
+    an environment variable names no file or folder.
     """
     for name, value in get_settings().certificates[:1]:
         if Path(value).exists():
@@ -199,18 +213,19 @@ def _certificates() -> str | bool:
     system = ssl.get_default_verify_paths()
     if system.cafile:
         return system.cafile
-    hashed = system.capath and any(Path(system.capath).glob("*.0"))  # as OpenSSL looks them up
-    return str(system.capath) if hashed else True
+    has_certificates = system.capath and any(Path(system.capath).glob("*.0"))  # OpenSSL finds them by these names
+    return str(system.capath) if has_certificates else True
 
 
 def _continues(response: requests.Response, offset: int) -> bool:
-    """Return whether the response resumes at `offset`; an error status, which says nothing of it, counts as yes."""
+    """Return whether the response begins at `offset`; for an error status the answer is yes, as it has no content."""
     if response.status_code == 206:
         return response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
     return response.status_code >= 400 and response.status_code != 416
 
 
 def _check_status(response: requests.Response, *, wanted: int) -> None:
+    """Raise _PlaceError where the response has another HTTP status than `wanted`."""
     status = response.status_code
     if status != wanted:
         raise _PlaceError(
@@ -219,15 +234,16 @@ def _check_status(response: requests.Response, *, wanted: int) -> None:
 
 
 def _append(response: requests.Response, partial: Path, *, offset: int) -> None:
-    """Write the body to `partial` from `offset` on. Raises _PlaceError where the body ends too early."""
+    """Write the body of the response to `partial` from `offset` on; raises _PlaceError where the body is incomplete."""
     length = response.headers.get("Content-Length", "")
     total = offset + int(length) if length.isdecimal() else None
-    size = in_bytes(total) if total is not None else "size unknown"
+    size = format_bytes(total) if total is not None else "size unknown"
     print(
-        f"{redact_url(response.url)}: {f'resuming at {in_bytes(offset)}' if offset else 'fetching'}, {size}", flush=True
+        f"{redact_url(response.url)}: {f'resuming at {format_bytes(offset)}' if offset else 'fetching'}, {size}",
+        flush=True,
     )
     with (
-        naming(partial),
+        add_path_to_errors(partial),
         partial.open("ab" if offset else "wb") as file,
         progress("fetching", total=total, done=offset, unit="B") as advance,
     ):
@@ -235,11 +251,11 @@ def _append(response: requests.Response, partial: Path, *, offset: int) -> None:
             file.write(chunk)
             advance(len(chunk))
     if total is not None and _size(partial) < total:
-        raise _PlaceError(f"cut off after {in_bytes(_size(partial))} of {in_bytes(total)}", may_pass=True)
+        raise _PlaceError(f"cut off after {format_bytes(_size(partial))} of {format_bytes(total)}", may_pass=True)
 
 
 def _reason(error: Exception, timeout_seconds: float) -> str:
-    """Why a request failed, without the addresses of Python objects and the URL that the libraries put before it."""
+    """Return why a request failed; the libraries' own texts begin with URLs and addresses of Python objects."""
     if isinstance(error, requests.ConnectTimeout):
         return f"no connection within {timeout_seconds:g} s"
     if isinstance(error, requests.ReadTimeout | urllib3.exceptions.ReadTimeoutError):

@@ -1,4 +1,4 @@
-"""What a folder of the user's own images holds: every file is counted, as used or with the reason why it is not."""
+"""Count the files in a folder of the user's own images: each as used, or with the reason why it is not used."""
 
 import os
 from collections import Counter
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.core.errors import TemporaryError, UserError
-from pipeline.datasets.layout import ClassFolder, entries, find_layout, is_hidden, listed, suffix
+from pipeline.datasets.layout import ClassFolder, entries, find_layout, is_hidden, shorten_list, suffix
 from pipeline.images.decode import (
     IMAGE_SUFFIXES,
     RAW_SUFFIXES,
@@ -17,11 +17,11 @@ from pipeline.images.decode import (
     check_suffix,
     is_image_content,
 )
-from pipeline.params import bad_folder
+from pipeline.params import layout_error
 
-MAX_LOOSE_FRACTION = 0.01
-"""Most images that may lie beside the class folders, as a fraction of those in them: more may be a mistake."""
-MAX_MERGED_SHOWN = 5
+MAX_LOOSE_FRACTION = 0.01  # images outside the class folders / images in them; more are probably a mistake
+MAX_MERGED_CLASSES_PRINTED = 5
+# the kinds of files, in the words of the report
 IMAGE = "images"
 UNDECODABLE = "images in formats that cannot be decoded"
 COMPANION = "camera raw files and videos beside an image of the same name"
@@ -35,33 +35,34 @@ HIDDEN = "hidden files, and what systems leave"
 
 @dataclass(frozen=True)
 class Scan:
-    """What a folder of images holds, and what of it is used."""
+    """The images in a folder, and the files that are not used."""
 
     class_names: list[str]
+    # number of images by split and class, including unreadable ones: only `normalize` decodes them
     counts: dict[str, dict[str, int]]
-    """Images by split and class, readable or not: only `normalize` decodes them."""
+    # (name in the archive, reason) of images in class folders whose format has no decoder
     undecodable: list[tuple[str, str]]
-    """(name as in the archive, reason) of images in class folders whose format has no decoder."""
+    # the names that other files in class folders, which are not used, would have in the archive
     ignored: list[str]
-    """Other files in class folders that are not used, named as the others are in the archive."""
+    # number of files that are not used, by reason; with `total` they add up to the number of files in the folder
     not_used: dict[str, int]
-    """Files that are not used, by reason; their numbers and `total` add up to the number of files in the folder."""
+    # the first file for each reason
     examples: dict[str, str]
-    """The first file of each reason."""
+    # the folder that has the class folders in it, by split
     splits: dict[str, Path]
-    """The folder that holds the class folders, by split."""
+    # for each `<split>/<class>` with images in several folders, these folders; "." is the class folder itself
     merged: dict[str, list[str]]
-    """The folders whose images make up one class, for each `<split>/<class>` that has several; "." is its own."""
     classes: list[ClassFolder]
 
     @property
     def total(self) -> int:
+        """Return the number of images that are used."""
         return sum(sum(of_split.values()) for of_split in self.counts.values())
 
 
 @dataclass
 class _Tally:
-    """What is counted while the folder is walked."""
+    """Counters and lists that are filled while the folder is walked."""
 
     undecodable: list[tuple[str, str]] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
@@ -69,13 +70,13 @@ class _Tally:
     merged: dict[str, list[str]] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
 
-    def leave_out(self, name: str, reason: str) -> None:
+    def add_unused(self, name: str, reason: str) -> None:
         self.not_used[reason] += 1
         self.examples.setdefault(reason, name)
 
 
 def scan(root: Path) -> Scan:
-    """Find splits, classes and images below `root`; raises UserError where no model can learn from them."""
+    """Find splits, classes and images below `root`; raises UserError where the layout or the counts are not allowed."""
     layout = find_layout(root)
     class_names = sorted(each.name for each in layout.classes if each.split == "train")
     tally = _Tally()
@@ -103,7 +104,7 @@ def scan(root: Path) -> Scan:
 
 
 def describe(found: Scan) -> list[str]:
-    """Return lines that account for every file: where the classes are, and how many files are used or not, and why."""
+    """Return lines of text: where the classes are, and how many files are used, or not used for which reason."""
     where = ", ".join(f"{split} {str(path)!r}" for split, path in found.splits.items())
     not_used = sum(found.not_used.values())
     lines = [
@@ -111,12 +112,12 @@ def describe(found: Scan) -> list[str]:
         f"{found.total + not_used:,} files: {found.total:,} used, {not_used:,} not used",
     ]
     lines += [
-        f"{member} takes the images of {len(folders):,} folders in it: {listed(folders)}; "
-        "if those are classes or other kinds of image, move them out of it"
-        for member, folders in list(found.merged.items())[:MAX_MERGED_SHOWN]
+        f"{member} has images in {len(folders):,} folders, which all count as this class: {shorten_list(folders)}; "
+        "if these are classes or other kinds of image, move them out of it"
+        for member, folders in list(found.merged.items())[:MAX_MERGED_CLASSES_PRINTED]
     ]
-    if (more := len(found.merged) - MAX_MERGED_SHOWN) > 0:
-        lines.append(f"so do {more:,} more of the {len(found.classes):,} class folders")
+    if (more := len(found.merged) - MAX_MERGED_CLASSES_PRINTED) > 0:
+        lines.append(f"{more:,} more of the {len(found.classes):,} class folders have images in several folders")
     for reason, number in found.not_used.items():
         example = f", such as {found.examples[reason]}" if reason in found.examples else ""
         lines.append(f"not used: {number:,} {reason}{example}")
@@ -145,9 +146,9 @@ def _count(classes: list[ClassFolder], class_names: list[str], tally: _Tally) ->
             if kind == IMAGE:
                 folders[name.rpartition("/")[0]] = None
                 continue
-            tally.leave_out(name, kind)
+            tally.add_unused(name, kind)
             if kind == UNDECODABLE:
-                tally.undecodable.append((name, _reason(path)))
+                tally.undecodable.append((name, _undecodable_reason(path)))
             else:
                 tally.ignored.append(name)
         if len(folders) > 1:
@@ -155,11 +156,12 @@ def _count(classes: list[ClassFolder], class_names: list[str], tally: _Tally) ->
         counts[each.split][each.name] = kinds.pop(IMAGE, 0)
         if not counts[each.split][each.name]:
             others = "".join(f", but {number} {kind}" for kind, number in sorted(kinds.items()))
-            raise bad_folder(f"{str(each.path)!r} has no images in it{others}", "add some, or remove the folder")
+            raise layout_error(f"{str(each.path)!r} has no images in it{others}", "add some, or remove the folder")
     return counts
 
 
-def _reason(path: str) -> str:
+def _undecodable_reason(path: str) -> str:
+    """Return why a file with such a suffix cannot be decoded."""
     try:
         check_suffix(path)
     except UnreadableImage as error:
@@ -170,28 +172,32 @@ def _reason(path: str) -> str:
 def _tally_outside(root: Path, classes: Set[Path], unlabeled: Set[Path], tally: _Tally) -> None:
     """Count the files that are in no class folder."""
     for name, _, kind in _files(root, "", skip=classes | unlabeled):
-        tally.leave_out(name, LOOSE if _is_photograph(name, kind) else OUTSIDE)
+        tally.add_unused(name, LOOSE if _is_photograph(name, kind) else OUTSIDE)
     for folder in sorted(unlabeled):
         for name, _, kind in _files(folder, folder.relative_to(root).as_posix()):
-            tally.leave_out(name, UNLABELED if _is_photograph(name, kind) else OUTSIDE)
+            tally.add_unused(name, UNLABELED if _is_photograph(name, kind) else OUTSIDE)
 
 
 def _is_photograph(name: str, kind: str) -> bool:
-    """Return whether a file may have been meant for a class, as a PDF beside the class folders is not."""
+    """Return whether a file outside the class folders may belong to a class; a PDF, for example, does not."""
     return kind == IMAGE or (kind == UNDECODABLE and suffix(name) in RAW_SUFFIXES)
 
 
 def _check_loose(tally: _Tally, *, total: int) -> None:
+    """Raise UserError where too many images are outside the class folders."""
     loose = tally.not_used[LOOSE]
     if loose > MAX_LOOSE_FRACTION * total:
-        raise bad_folder(
+        raise layout_error(
             f"{loose} images lie outside the class folders, such as {tally.examples[LOOSE]!r}, and {total} in them",
-            f"sort them into the class folders, or move them away; up to {MAX_LOOSE_FRACTION:.0%} would be left out",
+            f"sort them into the class folders, or move them away; up to {MAX_LOOSE_FRACTION:.0%} are ignored",
         )
 
 
 def _check_counts(root: Path, counts: dict[str, dict[str, int]]) -> None:
-    """Each split that is carved from train takes an image of each class at least, and one must be left to train on."""
+    """Raise UserError where a class has too few training images.
+
+    Each split that is drawn from train takes at least one image of each class, and one must be left to train on.
+    """
     carved = [split for split in ("validation", "test") if split not in counts]
     needed = 1 + len(carved)
     small = {name: n for name, n in counts["train"].items() if n < needed}
@@ -205,7 +211,7 @@ def _check_counts(root: Path, counts: dict[str, dict[str, int]]) -> None:
 
 
 def _num_files(root: Path) -> tuple[int, int]:
-    """How many files there are below `root`: visible ones, and those that are hidden or in a hidden folder."""
+    """Return the numbers of files below `root`: visible ones, and those that are hidden or in a hidden folder."""
     visible = hidden = 0
     concealed = set[str]()
     for folder, names, files in os.walk(root):
@@ -218,10 +224,10 @@ def _num_files(root: Path) -> tuple[int, int]:
 
 
 def _files(folder: Path, member: str, *, skip: Set[Path] = frozenset()) -> Iterator[tuple[str, str, str]]:
-    """(name in the archive, path, kind) of the files, sorted by code point, one folder in memory at a time."""
-    listed = entries(folder)
-    images = {name.rpartition(".")[0].lower() for name, _ in listed if suffix(name) in IMAGE_SUFFIXES}
-    for name, entry in listed:
+    """Yield (name in the archive, path, kind) of the files, sorted by code point, one folder in memory at a time."""
+    found = entries(folder)
+    images = {name.rpartition(".")[0].lower() for name, _ in found if suffix(name) in IMAGE_SUFFIXES}
+    for name, entry in found:
         full = f"{member}/{name}" if member else name
         if not entry.is_dir():
             yield full, entry.path, _kind(entry, images=images)
@@ -230,7 +236,7 @@ def _files(folder: Path, member: str, *, skip: Set[Path] = frozenset()) -> Itera
 
 
 def _kind(entry: os.DirEntry[str], *, images: Set[str]) -> str:
-    """Return what a file is by its suffix, or, where that has no meaning, by its first bytes."""
+    """Return the kind of a file: by its suffix, or by its first bytes where the suffix is unknown."""
     if not entry.is_file():
         return OTHER
     found = suffix(entry.name)

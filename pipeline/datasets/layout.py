@@ -1,4 +1,4 @@
-"""Which folders of a folder of images are splits and which are classes; raises UserError where that is ambiguous."""
+"""Find which folders in a folder of images are splits and which are classes; an ambiguous layout is an error."""
 
 import os
 import re
@@ -10,31 +10,32 @@ from pathlib import Path
 
 from pipeline.core.errors import UserError
 from pipeline.images.decode import IMAGE_SUFFIXES, UNDECODABLE_SUFFIXES
-from pipeline.params import bad_folder, check_is_folder
+from pipeline.params import check_is_folder, layout_error
 
+# words that name a split, in lower case, with the split that they mean; a split to evaluate on is called test
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trn", "trainval"), "train"),
     **dict.fromkeys(("validation", "validate", "validating", "val", "valid", "dev", "development"), "validation"),
     **dict.fromkeys(("test", "testing", "tst", "holdout", "eval", "evaluation"), "test"),
 }
-"""Words that name a split, in any case, and the split. What is evaluated on is `test`, as in the step `evaluate`."""
+# words that name a folder of images without classes
 UNLABELED_WORDS = frozenset(
     {
         *("pred", "predict", "prediction", "predictions", "inference", "unsupervised"),
         *("unlabeled", "unlabelled", "unannotated", "unclassified", "unsorted"),
     }
 )
-"""Words that name a folder of images without classes, beside split folders or, with no other word, beside classes."""
+# names that fit every folder of images; a folder with such a name is probably not a class
 IMAGES_WORDS = frozenset({"image", "images", "img", "imgs", "jpegimages"})
-"""Names that say what every folder holds, so that they are hardly those of classes."""
+# words that are ignored in the name of a folder, as in train_set
 FILLER_WORDS = frozenset({"set", "data", "dataset", "image", "images", "img", "imgs", "folder", "split", "sample"})
-PASSED_OVER = frozenset(
+# files and folders that operating systems create beside images, in lower case
+SYSTEM_NAMES = frozenset(
     {
         *("thumbs.db", "ehthumbs.db", "desktop.ini", "picasa.ini", "__macosx", "@eadir", "lost+found"),
         *("$recycle.bin", "#recycle", "system volume information"),
     }
 )
-"""What systems leave beside images, lower case; names with a leading dot are passed over as well."""
 _PHOTOGRAPH_SUFFIXES = IMAGE_SUFFIXES | UNDECODABLE_SUFFIXES
 
 
@@ -48,32 +49,32 @@ class ClassFolder:
 
     @property
     def member(self) -> str:
-        """Its name in the archive."""
+        """Return the name of the folder in the archive."""
         return f"{self.split}/{self.name}"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the classes are."""
+    """The folders of a data set: its classes, its splits, and folders of images without classes."""
 
+    # in the order of the archive; without folders for splits, all classes are in the split train
     classes: list[ClassFolder]
-    """In the order of the archive. Folders that hold classes only are the split train."""
+    # for each split the folder whose sub-folders are the classes
     splits: dict[str, Path]
-    """The folder whose sub-folders are the classes, for each split."""
+    # folders of images without classes, beside the splits or beside the classes
     unlabeled: list[Path]
-    """Folders of images without classes, beside the splits or beside the classes."""
 
 
 def find_layout(root: Path) -> Layout:
-    """Find splits and classes below `root`, through folders that hold nothing but one other folder of images.
+    """Find splits and classes below `root`; folders that hold nothing but one other folder of images are skipped.
 
-    Raises UserError, with the layout that was seen and those that are allowed, where there are none to learn from,
-    or where what looks like classes may be something else.
+    Raises UserError, with the layout that was found and those that are allowed, where there are too few classes, or
+    where folders that look like classes may be something else.
     """
     check_is_folder(root)
     if not subfolders(root):
-        raise bad_folder(f"{str(root)!r} has no folders in it", "put your images there, a folder for each class")
-    root = _unwrapped(root)
+        raise layout_error(f"{str(root)!r} has no folders in it", "put your images there, a folder for each class")
+    root = _skip_wrappers(root)
     folders, unlabeled = subfolders(root), list[Path]()
     splits = {"train": root}
     if _has_splits(folders):
@@ -84,7 +85,7 @@ def find_layout(root: Path) -> Layout:
     classes = list[ClassFolder]()
     for split, split_path in splits.items():
         for name, path in subfolders(split_path).items():
-            if _is_unlabeled_alone(name):
+            if _is_only_unlabeled(name):
                 unlabeled.append(path)
             else:
                 classes.append(ClassFolder(split, name, path))
@@ -96,30 +97,32 @@ def find_layout(root: Path) -> Layout:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a folder's name means: one of its words names a split, and no other word another one."""
+    """Return the split that a folder's name means, or None where none of its words names a split, or two different."""
     splits = {SPLIT_WORDS[word] for word in _words(name) if word in SPLIT_WORDS}
     return splits.pop() if len(splits) == 1 else None
 
 
 def is_hidden(name: str) -> bool:
-    """Whether systems and tools made it, not the owner of the images."""
-    return name.startswith(".") or name.lower() in PASSED_OVER
+    """Return whether a file or folder of this name is ignored, since systems and tools create such ones."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
 def suffix(name: str) -> str:
-    """A file name's suffix in lower case, with the dot; a hundred thousand `PurePath` would take seconds."""
-    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+    """Return the suffix of a file name in lower case, with the dot."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122  # creating 100,000 `PurePath` objects takes seconds
 
 
 def subfolders(folder: Path) -> dict[str, Path]:
+    """Return the folders in a folder by name, sorted, without hidden ones; raises UserError as `entries` does."""
     return {name: Path(entry.path) for name, entry in entries(folder, only_folders=True)}
 
 
 def entries(folder: Path, *, only_folders: bool = False) -> list[tuple[str, os.DirEntry[str]]]:
-    """What the folder holds, under names in Unicode's composed form (NFC), whichever form the file system keeps.
+    """Return the files and folders in a folder, without hidden ones, as sorted pairs (name, entry).
 
-    A folder sorts as if its name ended in "/", which makes the whole walk sorted by code point. Raises UserError
-    for a name that is not UTF-8, for two that are the same in that form, for a link to a folder and a broken link.
+    The names are in Unicode's composed form (NFC), whichever form the file system uses. A folder is sorted as if its
+    name ended in "/": a walk through all folders is then sorted by code point. Raises UserError for a name that is not
+    UTF-8 or has control characters, for two names that are equal in NFC, for a link to a folder and a broken link.
     """
     named: dict[str, os.DirEntry[str]] = {}
     with os.scandir(folder) as found:
@@ -130,7 +133,7 @@ def entries(folder: Path, *, only_folders: bool = False) -> list[tuple[str, os.D
                 _check_link(entry)
             if only_folders and not entry.is_dir():
                 continue
-            name = _composed(entry)
+            name = _composed_name(entry)
             if name in named:
                 raise UserError(
                     f"download.folder: {str(folder)!r} has two names that read {name!r} and differ only in their "
@@ -141,7 +144,7 @@ def entries(folder: Path, *, only_folders: bool = False) -> list[tuple[str, os.D
 
 
 def _check_link(entry: os.DirEntry[str]) -> None:
-    """Raises UserError unless it is a link to a file, which DVC reads as it reads the file itself."""
+    """Raise UserError for a link to a folder and a broken link; DVC reads a link to a file like the file itself."""
     if entry.is_dir():
         raise UserError(
             f"download.folder: {entry.path!r} is a link to a folder, in which DVC does not look for changes; allowed: "
@@ -155,7 +158,8 @@ def _check_link(entry: os.DirEntry[str]) -> None:
         )
 
 
-def _composed(entry: os.DirEntry[str]) -> str:
+def _composed_name(entry: os.DirEntry[str]) -> str:
+    """Return the name in Unicode's composed form; raises UserError where it is not UTF-8 or not printable."""
     try:
         entry.name.encode("utf-8")
     except UnicodeEncodeError:
@@ -168,7 +172,7 @@ def _composed(entry: os.DirEntry[str]) -> str:
 
 
 def _words(name: str) -> list[str]:
-    """The words of a name in lower case, without fillers and digits: seg, train for `Seg_TrainSet-2`."""
+    """Return the words of a name in lower case, without fillers and digits: seg and train for `Seg_TrainSet-2`."""
     spaced = re.sub(r"([a-z])([A-Z])", r"\1 \2", name)
     joined = re.sub(r"hold[\W_]*out", "holdout", spaced.casefold())
     words = [re.sub(rf"(?<=.)({'|'.join(FILLER_WORDS)})s?$", "", word) for word in re.findall(r"[^\W\d_]+", joined)]
@@ -176,62 +180,71 @@ def _words(name: str) -> list[str]:
 
 
 def _is_unlabeled(name: str) -> bool:
+    """Return whether a word of the name means that the folder has images without classes."""
     return not UNLABELED_WORDS.isdisjoint(_words(name))
 
 
-def _is_unlabeled_alone(name: str) -> bool:
-    """Whether the name says nothing else, so that it is hardly a class such as `prediction error`."""
+def _is_only_unlabeled(name: str) -> bool:
+    """Return whether all words of the name mean images without classes, unlike those of a class `prediction error`."""
     words = _words(name)
     return bool(words) and UNLABELED_WORDS.issuperset(words)
 
 
-def _is_split_alone(name: str) -> bool:
-    """Whether the name says nothing but the split, so that it is hardly a class such as `train station`."""
+def _is_only_split(name: str) -> bool:
+    """Return whether all words of the name mean one split, unlike those of a class `train station`."""
     return split_of(name) is not None and all(word in SPLIT_WORDS for word in _words(name))
 
 
 def _has_splits(folders: Mapping[str, Path]) -> bool:
-    """Whether the folders are splits: one that says nothing else has folders in it, or several are called so.
+    """Return whether the folders are splits and not classes.
 
-    A folder that is called train, but holds images and no folders, is a class, unless there is a test beside it.
+    They are if a folder whose name means only a split has folders in it, or if there are such names of two splits. They
+    are too if all names mean a split, and either mean nothing else or one of the folders has folders in it. A folder
+    `train` with images and no folders in it, beside folders of other names, is a class.
     """
     labeled = {name: path for name, path in folders.items() if not _is_unlabeled(name)}
-    alone = {name: path for name, path in labeled.items() if _is_split_alone(name)}
-    if len({split_of(name) for name in alone}) > 1 or any(subfolders(path) for path in alone.values()):
+    only_split = {name: path for name, path in labeled.items() if _is_only_split(name)}
+    if len({split_of(name) for name in only_split}) > 1 or any(subfolders(path) for path in only_split.values()):
         return True
     if not labeled or not all(split_of(name) for name in labeled):
         return False
-    return len(alone) == len(labeled) or any(subfolders(path) for path in labeled.values())
+    return len(only_split) == len(labeled) or any(subfolders(path) for path in labeled.values())
 
 
 def _check_no_split_in_names(folders: Mapping[str, Path]) -> None:
-    """Raises UserError for names that hold class and split in one, as in `cats_train` beside `cats_test`."""
+    """Raise UserError for names that join a class and a split, as in `cats_train` beside `cats_test`."""
     named: dict[tuple[str, ...], str] = {}
     for name, path in folders.items():
         if (split := split_of(name)) and not subfolders(path):
             other = named.setdefault(tuple(word for word in _words(name) if word not in SPLIT_WORDS), name)
             if split_of(other) != split:
-                raise bad_folder(
+                raise layout_error(
                     f"{str(folders[other])!r} and {str(path)!r} seem to have the class and the split in one name",
                     "make a folder for each split, with a folder for each class in it",
                 )
 
 
-def _unwrapped(folder: Path, *, known: Iterable[str] = (), splits: bool = True) -> Path:
-    """The folder, or what it only wraps: one folder of folders. None of the `known` classes is a wrapper."""
-    while not (splits and _has_splits(subfolders(folder))):
+def _skip_wrappers(folder: Path, *, class_names: Iterable[str] = (), stop_at_splits: bool = True) -> Path:
+    """Return the first folder that is not a wrapper: a wrapper has no images, and one folder of folders with images.
+
+    A folder with one of the `class_names` is not entered, nor with `stop_at_splits` a folder that is a split.
+    """
+    while not (stop_at_splits and _has_splits(subfolders(folder))):
         inside = {name: path for name, path in subfolders(folder).items() if _holds_images(path)}
         name, path = next(iter(inside.items()), ("", folder))
-        if len(inside) != 1 or name in known or not subfolders(path) or _holds_images(folder, deep=False):
+        if len(inside) != 1 or name in class_names or not subfolders(path) or _holds_images(folder, deep=False):
             break
-        if _holds_images(path, deep=False):  # then it is a class
+        if _holds_images(path, deep=False):  # then `path` is a class
             break
         folder = path
     return folder
 
 
 def _holds_images(folder: Path, *, deep: bool = True) -> bool:
-    """Whether there is an image by its suffix, readable or not; a large folder is not listed to its end."""
+    """Return whether a file in the folder, or with `deep` below it, has the suffix of an image.
+
+    The search ends at the first such file, since the folder may be large.
+    """
     with os.scandir(folder) as found:
         visible = (entry for entry in found if not is_hidden(entry.name))
         return any(
@@ -243,31 +256,35 @@ def _holds_images(folder: Path, *, deep: bool = True) -> bool:
 
 
 def _split_folders(root: Path, folders: Mapping[str, Path]) -> dict[str, Path]:
-    """The folders that hold the classes, by split, train first."""
+    """Return for each split, train first, the folder that has the classes in it; raises UserError without a train."""
     named: dict[str, Path] = {}
     for name, path in folders.items():
         split = split_of(name)
         if split is None and not _holds_images(path):
-            continue  # annotations, for instance
+            continue  # a folder of annotations, for example
         if split is None:
             beside = ", ".join(other for other in folders if split_of(other))
-            raise bad_folder(f"{str(path)!r} beside the splits {beside}", "move or rename that folder")
+            raise layout_error(f"{str(path)!r} beside the splits {beside}", "move or rename that folder")
         if split in named:
-            raise bad_folder(f"both {str(named[split])!r} and {str(path)!r} are the split {split}", "leave one of them")
+            raise layout_error(
+                f"both {str(named[split])!r} and {str(path)!r} are the split {split}", "merge them, or remove one"
+            )
         named[split] = path
     if "train" not in named:
-        raise bad_folder(
+        raise layout_error(
             f"{str(root)!r} has {', '.join(folders)} with folders inside, but no train",
             "add train/<class>/…, or rename them",
         )
-    train = _unwrapped(named.pop("train"), splits=False)
-    known = subfolders(train)
+    train = _skip_wrappers(named.pop("train"), stop_at_splits=False)
+    class_names = subfolders(train)
     splits = {"train": train} | {
-        split: _unwrapped(named[split], known=known, splits=False) for split in ("validation", "test") if split in named
+        split: _skip_wrappers(named[split], class_names=class_names, stop_at_splits=False)
+        for split in ("validation", "test")
+        if split in named
     }
     for path in splits.values():
         if not subfolders(path):
-            raise bad_folder(
+            raise layout_error(
                 f"{str(path)!r} has no class folders in it",
                 "sort its images into a folder for each class, or move it away",
             )
@@ -275,69 +292,69 @@ def _split_folders(root: Path, folders: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def _check_names(root: Path, classes: list[ClassFolder], splits: Mapping[str, Path]) -> None:
-    """Raises UserError for too few classes, and for names that cannot be those of classes."""
+    """Raise UserError for fewer than two classes, and for names of classes that are not allowed."""
     known = {each.name for each in classes if each.split == "train"}
     alike: dict[tuple[str, str], ClassFolder] = {}
     for each in classes:
-        if each.name == "predicted_class":  # the first column of what a served model answers
-            raise bad_folder(f"{str(each.path)!r} has a name that is taken", "rename it")
+        if each.name == "predicted_class":  # the name of a column in the answers of a served model
+            raise layout_error(f"{str(each.path)!r} has a name that no class may have", "rename it")
         other = alike.setdefault((each.split, each.name.strip().casefold()), each)
         if other is not each:
             found = f"{str(other.path)!r} and {str(each.path)!r} differ only in upper and lower case or in spaces"
-            raise bad_folder(found, "merge them, or rename one")
+            raise layout_error(found, "merge them, or rename one")
         if each.name not in known:
             like = alike.get(("train", each.name.strip().casefold()))
             hint = (
                 f"rename it to {like.name!r}" if like else "sort its images into the classes of train, or move it away"
             )
-            raise bad_folder(f"{str(each.path)!r} is a class that train does not have", hint)
+            raise layout_error(f"{str(each.path)!r} is a class that train does not have", hint)
     if not known:
-        raise bad_folder(f"{str(splits.get('train', root))!r} has no class folders in it", "add two classes at least")
+        raise layout_error(f"{str(splits.get('train', root))!r} has no class folders in it", "add at least two classes")
     if len(known) < 2:
         inside = next((each.path for each in classes if len(subfolders(each.path)) > 1), None)
         hint = (
             f"set download.folder to {str(inside)!r} if its folders are the classes" if inside else "add another class"
         )
-        raise bad_folder(f"{str(splits.get('train', root))!r} has one class only, {next(iter(known))!r}", hint)
+        raise layout_error(f"{str(splits.get('train', root))!r} has only one class, {next(iter(known))!r}", hint)
 
 
 def _check_not_misread(classes: Mapping[str, Path]) -> None:
-    """Raises UserError where the folders inside the classes say that these are no classes.
+    """Raise UserError where names or sub-folders of the classes suggest that these folders are not classes.
 
-    That is: splits inside a class; a class inside another one, or a copy of all of them; sub-folders of the same names
-    in several (color and grayscale above the classes, masks below them beside images or a folder of images); a folder
-    called `images`, beside masks for instance.
+    The cases are: a folder called `images`, for example beside one called `masks`; splits inside a class; a class
+    inside another one, or a copy of all classes inside one; sub-folders of the same names in several classes, such as
+    those of the real classes below `color` and `grayscale`, or `masks` beside images.
     """
     for name, path in classes.items():
         if re.sub(r"[\W_]+", "", name.casefold()) in IMAGES_WORDS:
-            beside = listed([other for other in classes if other != name])
-            raise bad_folder(
-                f"{str(path)!r} is hardly a class, and beside it lies {beside}",
+            beside = shorten_list([other for other in classes if other != name])
+            raise layout_error(
+                f"{str(path)!r} is probably not a class, and beside it is {beside}",
                 "set download.folder to it if its folders are the classes, else rename it",
             )
-    inside = {name: sorted(subfolders(_unwrapped(path, splits=False))) for name, path in classes.items()}
+    inside = {name: sorted(subfolders(_skip_wrappers(path, stop_at_splits=False))) for name, path in classes.items()}
     for name, names in inside.items():
-        where = f"{str(classes[name])!r} has the folders {listed(names)} in it"
-        if len({split_of(each) for each in names if _is_split_alone(each)}) > 1:
-            raise bad_folder(f"{where}: splits inside a class", "put the splits above the classes")
+        where = f"{str(classes[name])!r} has the folders {shorten_list(names)} in it"
+        if len({split_of(each) for each in names if _is_only_split(each)}) > 1:
+            raise layout_error(f"{where}: splits inside a class", "put the splits above the classes")
         if same := sorted(set(names) & (set(classes) - {name})):
-            raise bad_folder(
-                f"{where}, and beside it lies {listed(same)}", "move one of the two away, or rename the one inside"
+            raise layout_error(
+                f"{where}, and beside it is {shorten_list(same)}", "move one of the two away, or rename the one inside"
             )
-    for first, second in _alike(classes, inside):
+    for first, second in _suspicious_pairs(classes, inside):
         both = f"{str(classes[first])!r} and {str(classes[second])!r}"
         same = _shared(inside[first], inside[second])
-        raise bad_folder(
-            f"{both} both have the folders {listed(same)} in them, so they may be no classes",
+        raise layout_error(
+            f"{both} both have the folders {shorten_list(same)} in them, so they may not be classes",
             f"set download.folder to one of the two if its folders are the classes; if {first} and {second} are, "
-            "move the images that are meant into them, and those folders away",
+            "move their images directly into them, and move those folders away",
         )
 
 
-def _alike(classes: Mapping[str, Path], inside: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
-    """Pairs of classes with sub-folders of the same names: several, or one beside other folders or beside images.
+def _suspicious_pairs(classes: Mapping[str, Path], inside: Mapping[str, list[str]]) -> Iterator[tuple[str, str]]:
+    """Yield pairs of classes that share names of sub-folders: several names, or one beside other folders or images.
 
-    Beside images, one does not count if it holds no images or its name has no letters, as that of a date.
+    A single shared name beside images counts only if it has letters, unlike a date, and its folder holds images.
     """
     holders: dict[str, str] = {}
     shared: Counter[tuple[str, str]] = Counter()
@@ -358,10 +375,11 @@ def _alike(classes: Mapping[str, Path], inside: Mapping[str, list[str]]) -> Iter
 
 
 def _shared(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Return those of the names that are also among the others, in upper or lower case."""
+    """Return those of the names that are also among the others; upper and lower case are the same."""
     known = {other.casefold() for other in others}
     return sorted(name for name in names if name.casefold() in known)
 
 
-def listed(names: list[str]) -> str:
+def shorten_list(names: list[str]) -> str:
+    """Return the first three names and the number of the others, as text."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

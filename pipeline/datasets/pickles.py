@@ -1,10 +1,10 @@
-"""Read a pickle as data: numbers, texts, lists, dictionaries and arrays of numbers.
+"""Read the data in a pickle: numbers, texts, lists, dictionaries and arrays of numbers.
 
-Whatever else a pickle names is refused, so that none can run code, whoever made it. Nothing bounds the memory and the
-time that a hostile one takes: read only files whose checksum was compared.
+Anything else in a pickle is refused, so that it cannot run code. Memory and time are not limited: read only files whose
+checksum was compared.
 """
 
-import pickle  # only as the base of an unpickler that admits four names
+import pickle  # only as the base of an unpickler that allows a few names
 from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
@@ -15,14 +15,14 @@ import numpy.typing as npt
 from pipeline.core.errors import first_line
 from pipeline.datasets.archives import DamagedArchive
 
+# codes of the allowed types of arrays; the byte order is not read, as CIFAR-10's numbers are single bytes
 _NUMBER_TYPES = ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8")
-"""Codes of the types of arrays; the byte order is not read, as CIFAR-10's numbers are single bytes."""
 
 
 def load_pickle(content: bytes) -> Any:
-    """Return what a pickle holds; byte strings of Python 2 come as text (latin-1).
+    """Return the data in a pickle; byte strings of Python 2 become text (latin-1).
 
-    Raises DamagedArchive where it is damaged, or holds more than data.
+    Raises DamagedArchive where the pickle is damaged, or holds anything but data.
     """
     try:
         return _DataUnpickler(BytesIO(content), encoding="latin1").load()
@@ -34,19 +34,22 @@ def load_pickle(content: bytes) -> Any:
 
 
 def _empty_array(*_: object) -> npt.NDArray[np.uint8]:
-    """Stand in for numpy's `_reconstruct`; the array's own `__setstate__` fills it."""
+    """Return an empty array in place of numpy's `_reconstruct`; the array's own `__setstate__` then fills it."""
     return np.empty(0, np.uint8)
 
 
 def _number_type(code: str, *_: object) -> np.dtype[Any]:
-    """Stand in for `numpy.dtype`: arrays of objects or of records would take bytes for addresses."""
+    """Return the dtype in place of `numpy.dtype`; raises DamagedArchive unless it is a type of numbers.
+
+    Arrays of objects would use bytes of the file as addresses in memory.
+    """
     if code not in _NUMBER_TYPES:
         raise DamagedArchive("an array of anything but numbers is not allowed")
     return np.dtype(code)
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
-    """Stand in for `_codecs.encode`, as which Python 3 writes bytes in old protocols."""
+    """Return the bytes in place of `_codecs.encode`, by which Python 3 writes bytes in old protocols."""
     if encoding not in ("latin1", "latin-1"):
         raise DamagedArchive("bytes in another encoding than latin-1 are not allowed")
     return text.encode("latin1")
@@ -62,10 +65,10 @@ _ALLOWED: Mapping[tuple[str, str], Any] = {
 
 
 class _DataUnpickler(pickle.Unpickler):
-    """An unpickler for which no names exist but those that arrays of numbers need."""
+    """An unpickler that knows only the names that arrays of numbers need."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name; raises DamagedArchive for one that is not allowed."""
+        """Return our function for an allowed name; raises DamagedArchive for any other name."""
         if (module, name) not in _ALLOWED:
             raise DamagedArchive(f"{f'{module}.{name}'[:80]!r} is not allowed")
         return _ALLOWED[module, name]

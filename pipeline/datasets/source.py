@@ -1,4 +1,4 @@
-"""What all data sources share: `Source`, from which images are read, and `source.json`, which describes its files."""
+"""Define what all data sources share: `Source`, which yields images, and the content of `source.json`."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,22 +22,24 @@ DOWNLOAD_AGAIN = "run `dvc repro download --force`"
 
 @dataclass(frozen=True)
 class Source:
-    """A data set to be read once, from the first to the last block."""
+    """A data set whose images are read once, block by block."""
 
     dataset: Dataset
     class_names: tuple[str, ...]
     channels: Channels
+    # number of image files or images, including unreadable ones
     num_files: int
-    """Number of files or images, readable or not."""
+    # of at most BLOCK_IMAGES images and about BLOCK_BYTES each; their order depends only on the data
     blocks: Iterator[Block]
-    """At most BLOCK_IMAGES images and about BLOCK_BYTES each, in an order that only the data determines."""
+    # names of files in class folders that are not images
     ignored_files: Sequence[str] = ()
-    """Names of files in the class folders that are not used and are no images."""
+    # (name, reason) of images in formats without a decoder, which are in no block
     undecodable_files: Sequence[tuple[str, str]] = ()
-    """(name, reason) of images in formats without a decoder, which are in no block."""
 
 
 class _Undecodable(BaseModel):
+    """A file in a format without a decoder."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     file: str
@@ -51,12 +53,10 @@ class Description(BaseModel):
 
     dataset: Dataset
     class_names: list[str] = []
-    counts: dict[str, dict[str, NonNegativeInt]] = {}
-    """Number of files by split and class."""
+    counts: dict[str, dict[str, NonNegativeInt]] = {}  # files by split and class
     ignored_files: list[str] = []
     undecodable_files: list[_Undecodable] = []
-    files: dict[str, Any] = {}
-    """How many files were found, used and not used; for people who read the file."""
+    files: dict[str, Any] = {}  # numbers of files found, used and not used, for readers of the file only
 
 
 def read_description(folder: Path) -> Description:
@@ -69,29 +69,30 @@ def read_description(folder: Path) -> Description:
 
 
 def choose_channels(params: NormalizeParams, *, native: Channels) -> Channels:
-    """Return the number of channels to read: that of the parameters, or the source's own where that is auto."""
+    """Return the number of channels in the parameters, or where they say auto, the source's own number `native`."""
     return native if params.channels == "auto" else params.channels
 
 
 def check_class_names(class_names: Sequence[str], *, origin: str) -> tuple[str, ...]:
-    """Return the names if they could be those of folders: logs, tables and pages show them as they are.
+    """Return the class names as a tuple, checked so that logs, tables and file names can contain them.
 
-    Raises UserError for a name that is empty, not printable or has a slash, and for one that comes twice.
+    Raises UserError for a name that is empty, not printable or has a slash, and for one that occurs twice.
     """
     for name in class_names:
         if not name.isprintable() or not name.strip() or "/" in name:
             raise UserError(f"{origin}: found the class name {name!r}; allowed: printable characters without /")
     if len(set(class_names)) < len(class_names):
-        raise UserError(f"{origin}: a class name comes twice; allowed: distinct names; {DOWNLOAD_AGAIN}")
+        raise UserError(f"{origin}: a class name occurs twice; allowed: distinct names; {DOWNLOAD_AGAIN}")
     return tuple(class_names)
 
 
 def array_blocks(
     pixels: npt.NDArray[np.uint8], labels: Labels, *, split: str, prefix: str, image_size: int, channels: Channels
 ) -> Iterator[Block]:
-    """Yield blocks of (N, H, W) or (N, H, W, 3) uint8, brought to (N, image_size, image_size, channels).
+    """Resize images and yield them in blocks.
 
-    The images are named `<prefix>/00000` and so on.
+    `pixels` is (N, H, W) or (N, H, W, 3) uint8, `labels` (N,) int64. The blocks have (n, image_size, image_size,
+    channels) uint8, and the images have the names `<prefix>/00000` and so on.
     """
     unchanged = pixels.shape[1:] == (image_size, image_size, channels)
     length = block_length(image_size * image_size * channels)

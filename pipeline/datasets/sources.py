@@ -1,6 +1,6 @@
-"""The table of data sources: how each is downloaded, and how its files are opened.
+"""List the data sources: how each is downloaded, and how its files are opened.
 
-A new one is a module beside this one with two functions, and a line in `SOURCES`.
+A new one needs a module in this folder with two functions, and a line in `SOURCES`.
 """
 
 from collections.abc import Mapping
@@ -14,24 +14,27 @@ from pipeline.params import Dataset, DownloadParams, NormalizeParams
 
 
 class Download(Protocol):
-    """Write the raw data into an empty folder; return the other fields of its `source.json`.
+    """A function that writes the raw data into an empty folder, and returns the fields of `source.json` but `dataset`.
 
-    Raises UserError where the parameters or the data are at fault, TemporaryError where the network is.
+    It raises UserError where the parameters or the data are at fault, TemporaryError where the network is.
     """
 
     def __call__(self, folder: Path, *, params: DownloadParams) -> Mapping[str, Any]: ...
 
 
 class Open(Protocol):
-    """Return the raw data in a folder whose checksums were compared, as images of `params.image_size`.
+    """A function that opens the raw data in a folder, whose checksums were compared, as images of `params.image_size`.
 
-    Raises UserError, here or while blocks are read, where a file is missing, damaged or not what it should be.
+    It raises UserError, when it is called or while blocks are read, where a file is missing, damaged or of another
+    format.
     """
 
     def __call__(self, folder: Path, *, description: Description, params: NormalizeParams) -> Source: ...
 
 
 class _DataSource(NamedTuple):
+    """The two functions of a data source."""
+
     download: Download
     open: Open
 
@@ -44,7 +47,7 @@ SOURCES: Mapping[Dataset, _DataSource] = {
 
 
 def download_source(folder: Path, *, params: DownloadParams) -> None:
-    """Write the raw data of `params.dataset` and its `source.json` into an empty folder; raises as `Download`."""
+    """Write the raw data of `params.dataset` and its `source.json` into an empty folder; raises as `Download` does."""
     description = SOURCES[params.dataset].download(folder, params=params)
     write_json(folder / DESCRIPTION, {"dataset": params.dataset, **description})
 
@@ -52,7 +55,7 @@ def download_source(folder: Path, *, params: DownloadParams) -> None:
 def open_source(folder: Path, *, params: NormalizeParams) -> Source:
     """Compare the files in a download folder with its `checksums.md5`, then open the data set in it.
 
-    No file is parsed before its checksum was compared. Raises UserError as `verify` and `Open`.
+    No file is parsed before its checksum was compared. Raises UserError as `verify` and `Open` do.
     """
     verify(folder)
     description = read_description(folder)

@@ -1,1 +1,1 @@
-"""Metrics of a model and their plots."""
+"""Compute and plot the metrics of a model."""

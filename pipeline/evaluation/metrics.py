@@ -1,4 +1,4 @@
-"""Metrics of a classifier on a split: overall, per class and per image."""
+"""Compute the metrics of a classifier on a split: overall, for each class and for each image."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of a split, one row per class, one row per image, and the confusion matrix.
+    """The metrics of a split, with one row for each class, one row for each image, and the confusion matrix.
 
-    `confusion` (num_classes, num_classes) int64 counts images by actual (row) and predicted class (column).
+    `confusion` (num_classes, num_classes) int64 has the number of images by actual (row) and predicted class (column).
     """
 
     metrics: dict[str, float]
@@ -39,8 +39,8 @@ def evaluate(
 ) -> Evaluation:
     """Compute all metrics from logits (N, num_classes) float32 on the CPU and labels (N,) int64.
 
-    `loss` is the name of the training's loss function; `duplicates` are the indices of test images that are also in
-    the train split.
+    `loss` is the name of the training's loss function; `duplicates` are the indices of test images that have a
+    duplicate or near-duplicate in another split.
     """
     probabilities = logits.softmax(1).numpy()
     predicted = probabilities.argmax(1)
@@ -77,7 +77,7 @@ def evaluate(
 
 
 def _per_class(confusion: npt.NDArray[np.int64], *, class_names: Sequence[str]) -> list[Row]:
-    """Return precision, recall and F1 of each class; 0 where no image was predicted as it or none is of it."""
+    """Return precision, recall and F1 of each class; a value whose divisor is 0 is 0."""
     num_correct, actual, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     precision = num_correct / np.maximum(predicted, 1)
     recall = num_correct / np.maximum(actual, 1)

@@ -1,4 +1,4 @@
-"""Plots of an evaluation, as PNG bytes that are the same for the same numbers."""
+"""Plot the metrics of an evaluation, as PNG bytes that are the same for the same numbers."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from pipeline.figures import to_png
 
-MAX_LABELLED_CLASSES = 30
+MAX_LABELED_CLASSES = 30
 MAX_LABEL_LENGTH = 24
 
 
@@ -23,7 +23,7 @@ def confusion_matrix(counts: npt.NDArray[np.int64], *, class_names: Sequence[str
     fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     figure.colorbar(axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1), label="share of the actual class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="actual")
-    if len(class_names) <= MAX_LABELLED_CLASSES:
+    if len(class_names) <= MAX_LABELED_CLASSES:
         ticks = range(len(class_names))
         axes.set_xticks(ticks, [_label(name) for name in class_names], rotation=45, ha="right")
         axes.set_yticks(ticks, [_label(name) for name in class_names])
@@ -34,9 +34,9 @@ def confusion_matrix(counts: npt.NDArray[np.int64], *, class_names: Sequence[str
 
 
 def _label(name: str) -> str:
-    """Return a class name as literal text, shortened where it would push the matrix out of the figure.
+    """Return a class name as a label: long ones are shortened, since they would leave no room for the matrix.
 
-    Matplotlib reads text between two dollar signs as a formula.
+    Dollar signs are escaped, since Matplotlib reads text between two of them as a formula.
     """
     short = name if len(name) <= MAX_LABEL_LENGTH else f"{name[: MAX_LABEL_LENGTH - 1]}…"
     return short.replace("$", r"\$")

@@ -1,1 +1,1 @@
-"""From image files to arrays: decode, split, find duplicates."""
+"""Convert image files to arrays: decode them, assign them to splits, find duplicates."""

@@ -1,29 +1,25 @@
-"""Blocks of decoded images: the unit in which images are read and written."""
+"""Define blocks of decoded images, the unit in which images are read and written."""
 
 from dataclasses import dataclass
 
 from pipeline.artifacts import Images, Labels
 
 SPLITS = ("train", "validation", "test")
-BLOCK_IMAGES = 1024
-BLOCK_BYTES = 2**25
+BLOCK_IMAGES = 1024  # most images in a block
+BLOCK_BYTES = 2**25  # size of a block; a larger image is a block of its own
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive images of one split, and the files between them that could not be read."""
+    """Consecutive images of one split, and the files between them that could not be read."""
 
     split: str
-    images: Images
-    """(n, S, S, C) uint8."""
-    labels: Labels
-    """(n,) int64."""
-    names: list[str]
-    """n names, each unique in the source."""
-    unreadable: list[tuple[str, str]]
-    """(name, reason)."""
+    images: Images  # (n, S, S, C) uint8
+    labels: Labels  # (n,) int64
+    names: list[str]  # n names, each unique in the source
+    unreadable: list[tuple[str, str]]  # (name, reason)
 
 
 def block_length(image_bytes: int) -> int:
-    """Images of this many bytes to hold in memory at a time."""
+    """Return the number of images for a block, where an image has this many bytes."""
     return min(BLOCK_IMAGES, max(1, BLOCK_BYTES // image_bytes))

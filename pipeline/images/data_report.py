@@ -1,4 +1,4 @@
-"""The report on a data set, from `dataset.json`: a table of counts, then what was found wrong."""
+"""Write the report on a data set: a table of counts, then numbers of unreadable files and duplicates."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from pipeline.images.blocks import SPLITS
 
 
 def report(description: Mapping[str, Any]) -> str:
-    """Return the counts by class and split as a table, then unreadable files and duplicates, as lines of text."""
+    """Return the report as lines of text; `description` is the content of `dataset.json`."""
     counts = description["counts"]
     rows = {name: [counts[split][name] for split in SPLITS] for name in description["class_names"]}
     total = ("all", [sum(counts[split].values()) for split in SPLITS])
@@ -22,15 +22,16 @@ def report(description: Mapping[str, Any]) -> str:
 
 
 def _findings(description: Mapping[str, Any]) -> list[str]:
+    """Return lines of text with the numbers of unreadable files and duplicates."""
     exact, near = description["exact_duplicates"], description["near_duplicates"]
     unreadable, ignored = description["unreadable_files"], description["ignored_files"]
     first = f" (first: {unreadable[0]['file']}: {unreadable[0]['reason']})" if unreadable else ""
     num_test = sum(description["counts"]["test"].values())
     found = near["test_images_with_one_in_train"]
     return [
-        f"unreadable files: {len(unreadable)}{first}; files that are no images: {len(ignored)}",
-        f"exact duplicates within splits: {_join(exact['within'])}; across: {_join(exact['across'])}",
-        f"test images nearly like one in train or validation: {found} of {num_test:,} ({found / num_test:.2%}) "
+        f"unreadable files: {len(unreadable)}{first}; files that are not images: {len(ignored)}",
+        f"exact duplicates within splits: {_join(exact['within'])}; across splits: {_join(exact['across'])}",
+        f"test images with a near-duplicate in train or validation: {found} of {num_test:,} ({found / num_test:.2%}) "
         f"at correlation {near['correlation']:g}",
     ]
 

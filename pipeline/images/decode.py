@@ -1,4 +1,4 @@
-"""Image files to arrays: all formats and modes of Pillow and pillow-heif, at one size and number of channels."""
+"""Decode image files to arrays of one size and number of channels, in all formats of Pillow and pillow-heif."""
 
 import logging
 import os
@@ -17,30 +17,29 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from pipeline.core.errors import escape_control_chars
 from pipeline.params import Channels, Resize
 
-MAX_PIXELS = 2**27
-"""Largest image that is decoded, in pixels (134 megapixels, 0.5 GB as RGB): a small file can announce more."""
+MAX_PIXELS = 2**27  # 134 megapixels, 0.5 GB as RGB; a small file can claim to have more
 MAX_FILE_BYTES = 2**30
-"""Largest image file that is read."""
-# EPS runs Ghostscript, a program, on the file; the others are recognized by Pillow but have no decoder in it.
+# Pillow runs Ghostscript, another program, for EPS; it recognizes the others but cannot decode them
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-# The picture itself and nothing else of a HEIC file; the processes that decode are as many as the cores.
+# only the main picture of a HEIC file is decoded, by one thread, as there is a decoding process for each core
 pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False, decode_threads=1)
 _SUFFIXES = Image.registered_extensions()  # loads all of Pillow's plugins as well
 _FORMATS = sorted(set(Image.OPEN) - _REFUSED_FORMATS, key=lambda name: (name not in ("JPEG", "PNG"), name))
 
 
 def _suffixes(words: str) -> frozenset[str]:
+    """Return the words, separated by spaces, as suffixes with a dot."""
     return frozenset(f".{word}" for word in words.split())
 
 
+# the sets of suffixes are in lower case, with the dot
 IMAGE_SUFFIXES = frozenset(suffix for suffix, name in _SUFFIXES.items() if name in _FORMATS) | {".mpo"}
-"""Suffixes of image files that can be decoded, lower case, with the dot."""
+# of raw files from cameras; most are TIFF files, of which Pillow would decode only the thumbnail
 RAW_SUFFIXES = _suffixes(
     "3fr arq arw cr2 cr3 crw dcr dng erf fff gpr iiq kdc mef mos mrw nef nrw orf pef raf raw rw2 rwl sr2 srf srw x3f"
 )
-"""Suffixes of a camera's raw files. Most are TIFF files, of which Pillow would give the thumbnail."""
+# of images and documents that cannot be decoded here
 UNDECODABLE_SUFFIXES = RAW_SUFFIXES | _suffixes("ai dcm dicom emf eps exr hdp jng jxl jxr pdf svg svgz wdp wmf xcf")
-"""Suffixes of images and documents that cannot be decoded here."""
 VIDEO_SUFFIXES = _suffixes("3gp avi flv insv m2ts m4v mkv mov mp4 mpeg mpg mts ogv webm wmv")
 _SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftyp(avif|avis|heic|heix|hevc|hevx|mif1|msf1)",
@@ -48,11 +47,11 @@ _SIGNATURES = re.compile(
 )
 _RESAMPLE = Image.Resampling.BICUBIC
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # plugins log what they find odd; decode() gives it as a reason
+logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # plugins log problems of a file, which decode() reports anyway
 
 
 class UnreadableImage(ValueError):  # noqa: N818
-    """The reason, in one line, why an image file cannot be decoded."""
+    """The error for an image file that cannot be decoded; its text is the reason, in one line."""
 
 
 def is_image_content(head: bytes) -> bool:
@@ -61,7 +60,7 @@ def is_image_content(head: bytes) -> bool:
 
 
 def check_suffix(name: str) -> None:
-    """Raise UnreadableImage where a file's name says that it has a format without a decoder."""
+    """Raise UnreadableImage where the suffix of a file is of a format that cannot be decoded."""
     suffix = PurePath(name).suffix.lower()
     if suffix in UNDECODABLE_SUFFIXES:
         raise UnreadableImage(f"{suffix} files cannot be decoded here; export it as JPEG, PNG or TIFF")
@@ -70,15 +69,16 @@ def check_suffix(name: str) -> None:
 def decode(content: bytes, *, image_size: int, channels: Channels, resize: Resize) -> npt.NDArray[np.uint8]:
     """Decode the first frame of an image file to (image_size, image_size, channels) uint8; raises UnreadableImage.
 
-    - EXIF orientation is applied (damaged EXIF data counts as none); color profiles are not.
-    - Anything transparent is laid over white.
-    - CMYK, YCbCr and whatever else are converted as Pillow does, LAB (D50) to sRGB; gray from color is ITU-R 601 luma.
-    - 16-bit gray, and 32-bit integers (as which Pillow gives some 16-bit files), are divided by 257 and rounded, so
-      that 65535 is 255. Floats are fractions of white. Values outside 0…65535 or 0…1 have no known white: unreadable.
-    - Size: see `to_size`. JPEG files more than four times too large are decoded at a half, quarter or eighth of their
-      size, never below twice the wanted one, which is several times as fast.
+    - The EXIF orientation is applied, damaged EXIF data is ignored; color profiles are not applied.
+    - Transparent images are laid over white.
+    - CMYK, YCbCr and other modes are converted as Pillow does, LAB (D50) to sRGB; gray from color is ITU-R 601 luma.
+    - 16-bit gray, and 32-bit integers (which Pillow returns for some 16-bit files), are divided by 257 and rounded, so
+      that 65535 becomes 255. Floats are fractions of white. An image with values outside 0…65535 or 0…1 is unreadable,
+      as it is not known which value is white.
+    - `to_size` resizes the image. A JPEG file that is more than four times too large is decoded at a half, quarter or
+      eighth of its size, but not below twice `image_size`, which is several times as fast.
 
-    Truncated files raise; wrong bytes inside JPEG data cannot always be told from the picture.
+    A truncated file is unreadable; wrong bytes inside JPEG data cannot always be detected.
     """
     try:
         with warnings.catch_warnings():
@@ -93,14 +93,14 @@ def decode(content: bytes, *, image_size: int, channels: Channels, resize: Resiz
         raise UnreadableImage("empty file" if not content else "not an image, or its header is damaged") from None
     # Pillow's parsers raise nearly anything on damaged input: struct.error, SyntaxError, IndexError, OverflowError, …
     except Exception as error:
-        raise UnreadableImage(_one_line(error)) from None
+        raise UnreadableImage(_describe_error(error)) from None
 
 
 def to_size(image: Image.Image, *, image_size: int, resize: Resize) -> Image.Image:
-    """Bring an image to image_size x image_size: bicubic, antialiased; one of that size passes untouched.
+    """Resize an image to image_size x image_size (bicubic, antialiased); an image of that size is returned unchanged.
 
-    `crop` keeps the largest square at the center, `pad` the whole image between black bars, `stretch` neither cuts
-    nor keeps the proportions.
+    `crop` cuts out the largest square at the center, `pad` adds black bars to the whole image, and `stretch` resizes
+    the whole image without keeping its proportions.
     """
     if image.size == (image_size, image_size):
         return image
@@ -118,13 +118,13 @@ def to_size(image: Image.Image, *, image_size: int, resize: Resize) -> Image.Ima
 
 
 def resize_pixels(pixels: npt.NDArray[np.uint8], *, image_size: int, channels: Channels) -> npt.NDArray[np.uint8]:
-    """(H, W) gray or (H, W, 3) RGB uint8 to (image_size, image_size, channels) uint8, stretched by `to_size`."""
+    """Resize (H, W) gray or (H, W, 3) RGB uint8 to (image_size, image_size, channels) uint8, stretched by `to_size`."""
     image = _to_channels(Image.fromarray(pixels), channels=channels)
     return _pixels(to_size(image, image_size=image_size, resize="stretch"))
 
 
 def _open(content: bytes, *, image_size: int) -> Image.Image:
-    """Load the first frame, upright; its number of pixels is checked before any of them is decoded."""
+    """Load the first frame and turn it upright; raises UnreadableImage before decoding where it has too many pixels."""
     image: Image.Image = Image.open(BytesIO(content), formats=_FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -138,33 +138,36 @@ def _open(content: bytes, *, image_size: int) -> Image.Image:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Libtiff, a C library, writes its complaints to file descriptor 2; other threads are muted meanwhile."""
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    """Discard what is written to file descriptor 2 during the block, also by other threads.
+
+    The C library libtiff writes its warnings there.
+    """
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(saved)
         os.close(null)
 
 
 def _turn_upright(image: Image.Image) -> None:
-    """Apply the EXIF orientation.
+    """Apply the EXIF orientation in place.
 
-    In place, Pillow turns the picture before it rewrites the other EXIF data, which may be damaged.
+    In place, Pillow first turns the picture and then writes the other EXIF data, which may be damaged.
     """
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
-    # The parser raises nearly anything on damaged EXIF data; the picture itself is still good.
+    # Pillow raises nearly anything on damaged EXIF data; the picture itself can still be used
     except Exception:  # noqa: S110
         pass
 
 
 def _to_channels(image: Image.Image, *, channels: Channels) -> Image.Image:
-    """Mode L or RGB, whatever the mode was."""
+    """Convert an image of any mode to mode L (1 channel) or RGB (3 channels)."""
     if image.mode in _SIXTEEN_BIT:
         image = _scaled(image, white=65535)
     elif image.mode == "F":
@@ -180,9 +183,9 @@ def _to_channels(image: Image.Image, *, channels: Channels) -> Image.Image:
 
 
 def _scaled(image: Image.Image, *, white: int) -> Image.Image:
-    """Mode L from numbers in 0…white."""
+    """Convert an image of numbers from 0 to `white` to mode L; raises UnreadableImage for other numbers."""
     values = np.asarray(image).astype(np.float64)
-    if not (values.min() >= 0 and values.max() <= white):  # so written, NaN is refused too
+    if not (values.min() >= 0 and values.max() <= white):  # comparisons with NaN are false: NaN is refused too
         raise UnreadableImage(
             f"mode {image.mode}, values from {values.min():g} to {values.max():g}; allowed: 0 to {white}; "
             "save it with 8 bits"
@@ -191,6 +194,7 @@ def _scaled(image: Image.Image, *, white: int) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
+    """Lay a transparent image over white, and return it in mode RGB."""
     image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
@@ -204,11 +208,12 @@ def _lab_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """(H, W, 1) or (H, W, 3) uint8."""
+    """Return the pixels of an image in mode L as (H, W, 1) uint8, of one in mode RGB as (H, W, 3) uint8."""
     pixels = np.asarray(image)
     return pixels[:, :, np.newaxis] if pixels.ndim == 2 else pixels
 
 
-def _one_line(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
+    """Return in one line why Pillow could not decode an image."""
     reason = escape_control_chars(" ".join(str(error).split()))
     return reason if isinstance(error, OSError) and reason else f"damaged ({type(error).__name__}: {reason})"

@@ -1,4 +1,4 @@
-"""Search a spool for duplicates, and describe them for `dataset.json`."""
+"""Search the decoded images of a data set for duplicates, and describe them for `dataset.json`."""
 
 import math
 from collections.abc import Mapping
@@ -20,19 +20,19 @@ from pipeline.images.duplicates import (
 from pipeline.images.spool import Spool
 from pipeline.params import NormalizeParams
 
-MAX_EXAMPLES = 20
+MAX_EXAMPLES = 20  # pairs of duplicates that dataset.json names
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Images that occur more than once, by their numbers in the spool."""
+    """The images that occur more than once, exactly or nearly; indices are those in the spool."""
 
     exact: ExactDuplicates
     near: list[Match]
 
 
 def find_duplicates(spool: Spool, splits: Mapping[str, Indices], *, params: NormalizeParams) -> Duplicates:
-    """Find identical images in all splits, and images of test nearly like one in train or validation."""
+    """Find identical images in all splits, and test images that are nearly equal to one in train or validation."""
     others = np.sort(np.concatenate([splits["train"], splits["validation"]]))
     passes = math.ceil(len(splits["test"]) / TEST_ROWS)
     with progress("near-duplicates", total=passes * len(others), unit="images") as advance:
@@ -63,7 +63,9 @@ def describe_duplicates(
         "near_duplicates": {
             "correlation": params.near_duplicate_correlation,
             "test_images_with_one_in_train": len(near),
-            "examples": [[spool.name(m.test), spool.name(m.other), round(m.correlation, 4)] for m in most_similar],
+            "examples": [
+                [spool.name(match.test), spool.name(match.other), round(match.correlation, 4)] for match in most_similar
+            ],
         },
         "test_duplicates": np.searchsorted(splits["test"], test).tolist(),
     }

@@ -1,7 +1,7 @@
-"""Images that occur more than once: exactly, by a hash of their pixels, and nearly, by correlation.
+"""Find images that occur more than once: exact duplicates by a hash of the pixels, near-duplicates by correlation.
 
-What counts is computed in whole numbers or in single correctly rounded operations, so that the result is the same on
-any machine, whatever its number of threads and width of vectors.
+Results are computed in whole numbers, or in single operations that are correctly rounded. They are therefore the same
+on every machine, whatever its number of threads and its vector instructions.
 """
 
 import hashlib
@@ -19,40 +19,35 @@ from threadpoolctl import threadpool_limits
 from pipeline.artifacts import Images
 from pipeline.core.processes import num_cores
 
-Digests = npt.NDArray[np.uint64]
-"""(N, 2) uint64: 128 bits an image."""
-Features = npt.NDArray[np.int16]
-"""(N, D) int16; see `features`."""
+Digests = npt.NDArray[np.uint64]  # (N, 2): 128 bits for each image
+Features = npt.NDArray[np.int16]  # (N, D), see `features`
 Indices = npt.NDArray[np.int64]
-GRID = 8
-"""Cells a side to which an image is averaged before it is compared."""
-_NORM = 4000
+GRID = 8  # an image is averaged to GRID x GRID cells before it is compared
+_NORM = 4000  # to which the features of each image are scaled
+# principal axes for the upper bound of products: on CIFAR-10 they hold 73 % of the squared norms, and only two of a
+# million pairs of images have a bound above the threshold
 _AXES = 31
-"""Principal axes by which products are bounded; on CIFAR-10 they keep 73 % of the squares, and the bound leaves two of
-a million pairs."""
-_ROWS = 1024
-"""Rows of features multiplied at a time: 4 MB of products."""
-TEST_ROWS = 2**14
-"""Test images held in memory: 40 MB of features and their projections."""
+_ROWS = 1024  # of features that are multiplied at a time: 4 MB of products
+TEST_ROWS = 2**14  # test images in memory at a time: 40 MB of features and their projections
 
 
 @dataclass(frozen=True)
 class ExactDuplicates:
-    """What `exact_duplicates` found."""
+    """The numbers of identical images, examples of them, and the test images with a copy in another split."""
 
+    # by split: the number of images, less the number of different ones
     within: dict[str, int]
-    """By split: images beyond the first of each group of identical ones in it."""
+    # by pair of splits "A-B": the number of images in B that are identical to one in A
     across: dict[str, int]
-    """By pair of splits "A-B": images of B that are identical to one in A."""
+    # examples: indices of an image and of a later identical one; pairs of different splits come first
     pairs: list[tuple[int, int]]
-    """Examples: indices of an image and of an identical later one; pairs in two splits come first."""
+    # ascending indices of images in the last split that are identical to one in an earlier split
     test: Indices
-    """Images of the last split that are identical to one of an earlier split, ascending."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """A test image and the image outside the test split that it is most like."""
+    """A test image and the most similar image of the other splits, by their indices, with their correlation."""
 
     test: int
     other: int
@@ -70,15 +65,18 @@ def exact_duplicates(found: Digests, splits: Mapping[str, Indices], *, examples:
     group = _groups(found)
     members = {split: _present(group, indices) for split, indices in splits.items()}
     within = {split: len(indices) - int(members[split].sum()) for split, indices in splits.items()}
-    across = {f"{a}-{b}": int(members[a][group[splits[b]]].sum()) for a, b in combinations(splits, 2)}
+    across = {
+        f"{first}-{second}": int(members[first][group[splits[second]]].sum())
+        for first, second in combinations(splits, 2)
+    }
     *others, test = splits
-    earlier = np.logical_or.reduce([members[split] for split in others])
-    leaked = splits[test][earlier[group[splits[test]]]]
-    return ExactDuplicates(within, across, _example_pairs(group, splits, limit=examples), leaked)
+    in_others = np.logical_or.reduce([members[split] for split in others])
+    test_duplicates = splits[test][in_others[group[splits[test]]]]
+    return ExactDuplicates(within, across, _example_pairs(group, splits, limit=examples), test_duplicates)
 
 
 def _groups(found: Digests) -> Indices:
-    """Return the same number for identical digests: (N,) int64."""
+    """Return the group of each image, (N,) int64: images with identical digests have the same group."""
     order = np.lexsort((found[:, 1], found[:, 0]))
     ordered = found[order]
     starts = np.r_[False, (ordered[1:] != ordered[:-1]).any(axis=1)][: len(found)]
@@ -88,13 +86,14 @@ def _groups(found: Digests) -> Indices:
 
 
 def _present(group: Indices, indices: Indices) -> npt.NDArray[np.bool_]:
+    """Return for each group whether one of these images is in it: (number of groups,) bool."""
     present = np.zeros(int(group.max(initial=-1)) + 1, np.bool_)
     present[group[indices]] = True
     return present
 
 
 def _example_pairs(group: Indices, splits: Mapping[str, Indices], *, limit: int) -> list[tuple[int, int]]:
-    """Yield each image that is not the first of its group, with that first one."""
+    """Return pairs of the first image of a group and a later one in it, those of different splits first."""
     order = np.concatenate(list(splits.values()))
     split = np.repeat(np.arange(len(splits)), [len(indices) for indices in splits.values()])
     _, first, inverse = np.unique(group[order], return_index=True, return_inverse=True)
@@ -106,15 +105,17 @@ def _example_pairs(group: Indices, splits: Mapping[str, Indices], *, limit: int)
 
 
 def features(images: Images) -> Features:
-    """Return the differences between neighboring cells of the image in 8 x 8 cells, scaled to one norm and rounded.
+    """Return features of images whose dot products show how similar the images are.
 
-    (N, S, S, C) uint8, S at least 8, to (N, 112 C) int16. The dot product of two of them, over _NORM squared, is their
-    correlation to within 0.0001. An image of one color has none: all zeros.
+    Images (N, S, S, C) uint8, with S of at least 8, are averaged to 8 x 8 cells. Their features (N, 112 C) int16 are
+    the differences between neighboring cells, scaled to the norm _NORM and rounded. The dot product of the features of
+    two images, divided by _NORM squared, is their correlation to within 0.0001. The features of an image of one color
+    are zeros.
 
-    Differences were chosen on CIFAR-10 by looking at pairs. They leave out brightness and weigh slow gradients, as
-    of a sky, less: at the threshold where 2.6 % of the test images are found, 19 of 20 pairs are the same picture;
-    with the cells' values themselves it is three of four at 3.4 %. The literature, by neural features and by
-    eye, has 3.25 % (Barz and Denzler 2020, "Do We Train on Test Data?", doi:10.3390/jimaging6060041).
+    Differences were chosen after a look at pairs of CIFAR-10 images. They ignore brightness and give slow gradients, as
+    in a sky, less weight. At the threshold where 2.6 % of the test images have a match, 19 of 20 pairs show the same
+    picture. With the values of the cells it is three of four pairs, at 3.4 %. The literature found 3.25 %, by features
+    of a network and by eye (Barz and Denzler 2020, "Do We Train on Test Data?", doi:10.3390/jimaging6060041).
     """
     cells = _cells(images)
     down = np.diff(cells, axis=1).reshape(len(images), -1)
@@ -127,7 +128,7 @@ def features(images: Images) -> Features:
 
 
 def mirrored(values: Features) -> Features:
-    """Return the features of the images mirrored left to right."""
+    """Return the features of the mirrored images (left to right), given those of the images."""
     channels = values.shape[1] // (2 * GRID * (GRID - 1))
     down, right = np.split(values, 2, axis=1)
     down = down.reshape(-1, GRID - 1, GRID, channels)[:, :, ::-1]
@@ -137,9 +138,9 @@ def mirrored(values: Features) -> Features:
 
 
 def _cells(images: Images) -> npt.NDArray[np.int64]:
-    """Return the mean of each cell in sixteenths, rounded down: (N, 8, 8, C), 0 to 4080.
+    """Return the mean of each cell in sixteenths, rounded down: (N, 8, 8, C) int64 from 0 to 4080.
 
-    Sums of a cell up to 256 pixels a side are below 2**24: float32 is exact, and four times as fast as whole numbers.
+    The sum over a cell of up to 256 x 256 pixels is below 2**24: float32 is exact, and four times as fast as integers.
     """
     count, size, _, channels = images.shape
     edges = np.arange(GRID) * size // GRID
@@ -151,14 +152,14 @@ def _cells(images: Images) -> npt.NDArray[np.int64]:
     return result
 
 
-FeatureBlocks = Iterator[tuple[Indices, Features]]
-"""Indices (n,) of images and their features (n, D), in blocks."""
+FeatureBlocks = Iterator[tuple[Indices, Features]]  # blocks of indices (n,) of images and their features (n, D)
 
 
 def near_duplicates(test: FeatureBlocks, others: Callable[[], FeatureBlocks], *, correlation: float) -> list[Match]:
-    """Find test images whose correlation with another image or its mirror image is at least this, in order.
+    """Return the test images whose correlation with another image or its mirror image is at least `correlation`.
 
-    Only the most similar other image is returned. `others` is called once for each TEST_ROWS test images.
+    The matches are in the order of the test images, each with the most similar other image only. `others` is called
+    once for each TEST_ROWS test images, and returns all other images.
     """
     with ThreadPoolExecutor(num_cores()) as pool, threadpool_limits(1, user_api="blas"):
         blocks = _gathered(test, rows=TEST_ROWS)
@@ -171,8 +172,12 @@ def near_duplicates(test: FeatureBlocks, others: Callable[[], FeatureBlocks], *,
 def _matches(
     indices: Indices, values: Features, others: FeatureBlocks, *, correlation: float, pool: ThreadPoolExecutor
 ) -> list[Match]:
-    """Return the most similar other image of each test image, exact where the similarity is at least `correlation`."""
-    least = (0.99 * correlation - 0.001) * _NORM**2  # norms are within 0.25 % of _NORM, and bounds are rounded
+    """Return the most similar other image of each test image; it is exact if its correlation is at least `correlation`.
+
+    Test images without a candidate of such a correlation may have another match, with a lower correlation.
+    """
+    # the smallest product to look at: norms differ from _NORM by up to 0.25 %, and bounds are rounded
+    least = (0.99 * correlation - 0.001) * _NORM**2
     axes = _principal_axes(values[:_ROWS])
     sides = [_Rows(side, _projected(side, axes)) for side in (values, mirrored(values))]
     tiles = [(side, start) for side in sides for start in range(0, len(values), _ROWS)]
@@ -190,19 +195,20 @@ def _matches(
 
 
 class _Rows(NamedTuple):
+    """Features of some images, and their projections from `_projected`."""
+
     values: Features
     projected: npt.NDArray[np.float32]
-    """See `_projected`."""
 
 
 def _candidates(
     tile: tuple[_Rows, int], *, columns: _Rows, least: float
 ) -> tuple[Indices, npt.NDArray[np.float32], Indices]:
-    """Return, of the _ROWS rows from the start of the tile, those whose product with a column may be `least` or more.
+    """Return the rows of a tile whose product with a column may be `least` or more.
 
-    Returns them, the largest product of each, and the column that has it. Only these rows are multiplied whole. These
-    are products of whole numbers; every partial sum is at most the product of the norms (Cauchy-Schwarz), which is
-    below 2**24: float32 is exact.
+    A tile is the _ROWS rows from its start. The result is the numbers of the rows, the largest product of each, and the
+    column of that product. Only for these rows are the whole features multiplied. They are whole numbers, and every
+    partial sum is at most the product of the norms (Cauchy-Schwarz), which is below 2**24: float32 is exact.
     """
     side, start = tile
     bounds = side.projected[start : start + _ROWS] @ columns.projected.T
@@ -213,7 +219,7 @@ def _candidates(
 
 
 def _principal_axes(values: Features) -> npt.NDArray[np.float64]:
-    """Return the directions in which these rows extend most: (D, _AXES) float64, orthonormal."""
+    """Return the directions along which the rows have the largest sums of squares: (D, _AXES) float64, orthonormal."""
     wide = values.astype(np.float64)
     _, vectors = np.linalg.eigh(wide.T @ wide)
     axes: npt.NDArray[np.float64] = vectors[:, -_AXES:]
@@ -221,23 +227,25 @@ def _principal_axes(values: Features) -> npt.NDArray[np.float64]:
 
 
 def _projected(values: Features, axes: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """Return coordinates on the axes, and the norm of the remainder: (N, _AXES + 1) float32.
+    """Return the coordinates of features on the axes, and the norm of the remainder: (N, _AXES + 1) float32.
 
-    The dot product of two of them is no less than that of the features, by Cauchy-Schwarz on what is left.
+    The dot product of two projections is an upper bound of that of the features, by the inequality of Cauchy and
+    Schwarz for the remainders.
     """
     coordinates = values.astype(np.float64) @ axes
-    left = _squares(values) - np.einsum("nd,nd->n", coordinates, coordinates)
-    return np.column_stack([coordinates, np.sqrt(np.maximum(left, 0))]).astype(np.float32)
+    remainder = _squares(values) - np.einsum("nd,nd->n", coordinates, coordinates)
+    return np.column_stack([coordinates, np.sqrt(np.maximum(remainder, 0))]).astype(np.float32)
 
 
 def _squares(values: Features) -> npt.NDArray[np.int64]:
+    """Return the squared norm of each row: (N,) int64."""
     wide = values.astype(np.int64)
     squares: npt.NDArray[np.int64] = np.einsum("nd,nd->n", wide, wide)
     return squares
 
 
 def _gathered(blocks: FeatureBlocks, *, rows: int) -> FeatureBlocks:
-    """Yield the same in blocks of this many rows, the last one of fewer: products of few rows are slow."""
+    """Yield the same rows in blocks of `rows` rows, the last one of fewer; products of small blocks are slow."""
     indices, values, count = list[Indices](), list[Features](), 0
     for block_indices, block_values in blocks:
         indices.append(block_indices)

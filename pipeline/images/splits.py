@@ -21,14 +21,14 @@ from pipeline.params import NormalizeParams
 def draw_splits(spool: Spool, *, class_names: tuple[str, ...], params: NormalizeParams) -> dict[str, Indices]:
     """Return the ascending image indices of train, validation and test.
 
-    Splits that the source has stay as they are. What is missing is drawn from train, the same fraction of each class:
-    first test, then validation from the rest, at least one image each. The draw ranks images by a hash of their
-    pixels and the seed: it depends on neither names nor order, an image added moves few others, and identical
-    images of a class stay together (but for one group that the border may divide).
+    Splits that the source has stay as they are. Missing ones are drawn from train, the same fraction of each class:
+    first test, then validation from the rest, at least one image of each class. Images are drawn in the order of a hash
+    of their pixels and the seed. The result therefore depends on neither names nor order, a new image changes the split
+    of few others, and identical images of a class stay together, except for those at the border between two splits.
 
     Raises UserError where a class has too few images for that, or none in a split.
     """
-    labels, splits = spool.labels, {split: spool.given(split) for split in SPLITS}
+    labels, splits = spool.labels, {split: spool.images_of(split) for split in SPLITS}
     missing = {
         split: fraction
         for split, fraction in (("test", params.test_fraction), ("validation", params.validation_fraction))
@@ -46,11 +46,16 @@ def draw_splits(spool: Spool, *, class_names: tuple[str, ...], params: Normalize
         for split, chosen in _divide(members[np.argsort(ranks[members], kind="stable")], missing).items():
             drawn[split].append(chosen)
     joined = {split: np.sort(np.concatenate(pieces)) for split, pieces in drawn.items()}
-    return _checked({**splits, **joined}, labels=labels, class_names=class_names)
+    result = {**splits, **joined}
+    _check_splits(result, labels=labels, class_names=class_names)
+    return result
 
 
 def _divide(members: Indices, fractions: Mapping[str, float]) -> dict[str, Indices]:
-    """Divide a class by the fractions, each of what the earlier ones left; the rest is train, and none is empty."""
+    """Divide the images of a class into splits, none of them empty.
+
+    Each split gets its fraction of the images that the splits before it left; train gets the rest.
+    """
     divided = {}
     for number, (split, fraction) in enumerate(fractions.items(), start=1):
         most = len(members) - 1 - (len(fractions) - number)
@@ -60,12 +65,14 @@ def _divide(members: Indices, fractions: Mapping[str, float]) -> dict[str, Indic
 
 
 def _ranks(found: Digests, *, seed: int) -> npt.NDArray[np.uint64]:
+    """Return a hash (N,) uint64 of the seed and the pixels of each image, which decides the order of the draw."""
     key = seed.to_bytes(4, "little")
     hashes = (hashlib.blake2b(digest.tobytes(), digest_size=8, key=key).digest() for digest in found.astype("<u8"))
     return np.frombuffer(b"".join(hashes), "<u8").astype(np.uint64)
 
 
-def _checked(splits: dict[str, Indices], *, labels: Labels, class_names: tuple[str, ...]) -> dict[str, Indices]:
+def _check_splits(splits: Mapping[str, Indices], *, labels: Labels, class_names: tuple[str, ...]) -> None:
+    """Raise UserError where there are fewer than two classes, or a class has no image in a split."""
     if len(class_names) < 2:
         raise UserError(
             f"classes: found only {', '.join(class_names) or 'none'}; needed: at least 2; add a folder for another"
@@ -75,4 +82,3 @@ def _checked(splits: dict[str, Indices], *, labels: Labels, class_names: tuple[s
         if not counts.all():
             name = class_names[int(counts.argmin())]
             raise UserError(f"class {name!r}: 0 readable images in {split}; needed: 1; add images or remove the class")
-    return splits

@@ -1,4 +1,4 @@
-"""Decoded images on their way to the arrays, kept in temporary files so that memory stays flat."""
+"""Hold decoded images in temporary files, so that a large data set needs little memory."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from pipeline.images.duplicates import Digests, FeatureBlocks, Indices, digests,
 
 
 class Spool:
-    """What was read, on disk: pixels, features and names, found by an image's number; digests and labels in memory."""
+    """Decoded images, found by their index: pixels, features and names on disk, digests and labels in memory."""
 
     def __init__(self, folder: Path) -> None:
         self._files = ExitStack()
@@ -41,6 +41,7 @@ class Spool:
         self._files.close()
 
     def add(self, block: Block) -> None:
+        """Append the images of a block; their indices continue those of the images before."""
         self.unreadable += block.unreadable
         if not len(block.images):
             return
@@ -57,34 +58,41 @@ class Spool:
 
     @property
     def labels(self) -> Labels:
+        """Return the labels of all images: (N,) int64."""
         return np.array(self._labels, np.int64)
 
     @property
     def digests(self) -> Digests:
+        """Return the digests of all images: (N, 2) uint64."""
         return np.frombuffer(bytes(self._digests), np.uint64).reshape(-1, 2)
 
-    def given(self, split: str) -> Indices:
-        """Images that the source itself puts into this split."""
+    def images_of(self, split: str) -> Indices:
+        """Return the ascending indices of the images that the source has in this split."""
         return np.flatnonzero(np.array(self._splits, np.int8) == SPLITS.index(split))
 
     def name(self, index: int) -> str:
+        """Return the name of an image."""
         self._names.seek(self._name_starts[index])
         name: str = json.loads(self._names.readline())
         return name
 
     def pixel_blocks(self, indices: Indices) -> Iterator[Images]:
-        """Pixels (n, H, W, C) uint8 of images in ascending order, in blocks."""
+        """Yield the pixels (n, H, W, C) uint8 of images, whose indices are ascending, in blocks."""
         for _, block in self._blocks(self._pixels, indices, dtype=np.uint8, shape=self.shape):
             yield block
 
     def feature_blocks(self, indices: Indices) -> FeatureBlocks:
+        """Yield indices (n,) and features (n, D) int16 of images, whose indices are ascending, in blocks."""
         length = features(np.zeros((1, *self.shape), np.uint8)).shape[1]
         return self._blocks(self._features, indices, dtype=np.int16, shape=(length,))
 
     def _blocks(
         self, file: Any, indices: Indices, *, dtype: npt.DTypeLike, shape: tuple[int, ...]
     ) -> Iterator[tuple[Indices, npt.NDArray[Any]]]:
-        """Plain reads: the pages of a memory map count as this process's memory until something else wants it."""
+        """Yield indices and rows of a temporary file, in blocks.
+
+        The file is not memory-mapped: pages of a map that were read count as memory of this process.
+        """
         size = math.prod(shape) * np.dtype(dtype).itemsize
         length = block_length(size)
         for start in range(0, len(self._labels), length):

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of pixels, from exact sums: neither blocks nor machine change a bit of them."""
+"""Compute mean and standard deviation of pixels from exact sums: the result is the same on every machine."""
 
 import math
 from collections.abc import Iterable
@@ -8,8 +8,7 @@ import numpy.typing as npt
 
 from pipeline.artifacts import Images
 
-MIN_DEVIATION = 1 / 255
-"""Least standard deviation that is reported: a channel that never changes must not be divided by zero."""
+MIN_DEVIATION = 1 / 255  # the result for a channel that is constant: pixels are divided by the deviation
 
 
 def mean_and_deviation(blocks: Iterable[Images]) -> tuple[list[float], list[float]]:
@@ -23,7 +22,7 @@ def mean_and_deviation(blocks: Iterable[Images]) -> tuple[list[float], list[floa
 
 
 def _moments(histogram: list[int]) -> tuple[float, float]:
-    """Return mean and standard deviation of value / 255 from how often each value occurs, in exact integers."""
+    """Return mean and standard deviation of value / 255; `histogram` has the number of pixels of each value."""
     total = sum(histogram)
     first = sum(value * count for value, count in enumerate(histogram))
     second = sum(value * value * count for value, count in enumerate(histogram))

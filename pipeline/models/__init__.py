@@ -1,1 +1,1 @@
-"""Networks by name, their weights and files, and inference."""
+"""Build networks by name, load and save their weights, and compute their outputs."""

@@ -1,7 +1,8 @@
-"""The network of airbench94: small, and made to reach 94 % on CIFAR-10 in seconds on a GPU.
+"""Define the network of airbench94, a small one that was designed to reach 94 % on CIFAR-10 in seconds on a GPU.
 
-Keller Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv:2404.00498). Its first layer whitens: its
-filters are computed from images before the first step and stay. All other convolutions start as the identity.
+Keller Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv:2404.00498). The first layer whitens the
+images: its filters are computed from training images before the first step, and are not trained. All other convolutions
+start as the identity.
 """
 
 from collections.abc import Iterable
@@ -13,14 +14,14 @@ from torch import Tensor, nn
 from pipeline.core.errors import UserError
 
 WIDTHS = (64, 256, 256)
-PATCH_SIZE = 2  # pixels a side of the first layer's filters
+PATCH_SIZE = 2  # height and width of the first layer's filters in pixels
 OUTPUT_SCALE = 1 / 9
 EPSILON = 5e-4  # added to the variances, so that directions without contrast are not amplified
 MIN_IMAGE_SIZE = 25  # pixels; smaller images vanish in the pooling layers
 
 
 class Airbench(nn.Sequential):
-    """The network: (B, channels, image_size, image_size) normalized float32 → (B, num_classes) logits."""
+    """A network from normalized images (B, channels, image_size, image_size) float32 to logits (B, num_classes)."""
 
     def __init__(self, *, num_classes: int, channels: int, image_size: int) -> None:
         if image_size < MIN_IMAGE_SIZE:
@@ -35,8 +36,8 @@ class Airbench(nn.Sequential):
             nn.GELU(),
             *(
                 layer
-                for before, width in zip((whitened, *WIDTHS), WIDTHS, strict=False)
-                for layer in _block(before, width)
+                for in_channels, width in zip((whitened, *WIDTHS), WIDTHS, strict=False)
+                for layer in _block(in_channels, width)
             ),
             nn.MaxPool2d(3),
             nn.Flatten(),
@@ -56,9 +57,9 @@ class Airbench(nn.Sequential):
     def whiten(self, batches: Iterable[Tensor]) -> None:
         """Compute the first layer's filters from normalized images (B, channels, H, W) float32.
 
-        The filters are the principal components of their patches and the negatives of these, each divided by the root
-        of its variance. Sums are float64, so that the batch size hardly matters; they are taken on the images' device,
-        and their eigenvectors on the CPU: 0.03 s for 5,000 images on an H100, where its CPU alone takes 0.4 s.
+        The filters are the principal components of the images' patches, each divided by the root of its variance, and
+        the negatives of these. Sums are float64, so that the batch size hardly matters. They are computed on the
+        images' device, and the eigenvectors on the CPU: 0.03 s for 5,000 images on an H100, 0.4 s on its CPU alone.
         """
         size = self.whitening.weight[0].numel()
         products, number = torch.zeros(size, size, dtype=torch.float64), 0
@@ -72,7 +73,7 @@ class Airbench(nn.Sequential):
 
 
 class Scale(nn.Module):
-    """Multiplication by a number that is not trained."""
+    """A layer that multiplies by a number, which is not trained."""
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -82,9 +83,10 @@ class Scale(nn.Module):
         return values * self.factor
 
 
-def _block(before: int, width: int) -> list[nn.Module]:
+def _block(in_channels: int, width: int) -> list[nn.Module]:
+    """Return the layers of a block, which maps (B, in_channels, H, W) to (B, width, H // 2, W // 2)."""
     return [
-        _convolution(before, width),
+        _convolution(in_channels, width),
         nn.MaxPool2d(2),
         _norm(width),
         nn.GELU(),
@@ -94,13 +96,15 @@ def _block(before: int, width: int) -> list[nn.Module]:
     ]
 
 
-def _convolution(before: int, width: int) -> nn.Conv2d:
-    layer = nn.Conv2d(before, width, 3, padding="same", bias=False)
-    nn.init.dirac_(layer.weight[:before])
+def _convolution(in_channels: int, width: int) -> nn.Conv2d:
+    """Return a 3x3 convolution whose first `in_channels` outputs are its inputs."""
+    layer = nn.Conv2d(in_channels, width, 3, padding="same", bias=False)
+    nn.init.dirac_(layer.weight[:in_channels])
     return layer
 
 
 def _norm(width: int) -> nn.BatchNorm2d:
+    """Return a batch normalization whose scale is not trained."""
     layer = nn.BatchNorm2d(width, eps=1e-12, momentum=0.4)
     layer.weight.requires_grad_(False)
     return layer

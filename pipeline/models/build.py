@@ -1,4 +1,4 @@
-"""Build a network by the name in `train.model`, with what its input needs."""
+"""Build a network by the name in `train.model`, together with the preparation of its input."""
 
 import copy
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ from pipeline.params import TrainParams
 
 
 class OwnNetwork(Protocol):
-    """A class of networks (B, channels, image_size, image_size) float32 → (B, num_classes) logits."""
+    """A class of networks from (B, channels, image_size, image_size) float32 to logits (B, num_classes)."""
 
     def __call__(self, *, num_classes: int, channels: int, image_size: int) -> nn.Module: ...
 
 
+# by the name in `train.model`; all other names are torchvision's
 OWN_NETWORKS: Mapping[str, OwnNetwork] = {"lenet": LeNet, "airbench": Airbench}
-"""Our own networks, by the name in `train.model`; all other names are torchvision's."""
 
 
 class Classifier(nn.Module):
-    """A network with the preparation of its input: (B, C, H, W) normalized float32 → (B, num_classes) logits."""
+    """A network and the preparation of its input, from normalized (B, C, H, W) float32 to logits (B, num_classes)."""
 
     def __init__(self, network: nn.Module, *, network_channels: int, input_size: int | None) -> None:
         super().__init__()
@@ -42,40 +42,40 @@ class Classifier(nn.Module):
         if images.shape[1] < self.network_channels:
             images = images.expand(-1, self.network_channels, -1, -1)
         output = self.network(images)
-        # googlenet and inception_v3 return their auxiliary logits beside it while training
+        # while training, googlenet and inception_v3 return auxiliary logits too
         return output if isinstance(output, Tensor) else output.logits
 
 
 def build(config: ModelConfig) -> Classifier:
-    """Build the classifier with newly drawn weights; raises UserError for an unknown name or an unsuitable size."""
+    """Build the classifier with random initial weights; raises UserError for an unknown name or an unsuitable size."""
     network = build_network(config, num_classes=len(config.class_names))
     channels = config.channels if config.model in OWN_NETWORKS else 3
     classifier = Classifier(network, network_channels=channels, input_size=config.input_size)
-    _try(classifier.eval(), config=config, batch_size=1)
+    _check_forward_pass(classifier.eval(), config=config, batch_size=1)
     classifier.train()
     return classifier
 
 
 def build_network(config: ModelConfig, *, num_classes: int) -> nn.Module:
-    """Build the network itself, with newly drawn weights."""
+    """Build the network without the preparation of its input, with random initial weights."""
     if own := OWN_NETWORKS.get(config.model):
         return own(num_classes=num_classes, channels=config.channels, image_size=config.network_size)
     return build_torchvision_network(config, num_classes=num_classes, own_names=OWN_NETWORKS)
 
 
 def memory_format(params: TrainParams) -> torch.memory_format:
-    """Return the memory format of the network's weights."""
+    """Return the memory format that `train.channels_last` selects for the network's weights."""
     return torch.channels_last if params.channels_last else torch.contiguous_format
 
 
 def try_training(classifier: Classifier, *, config: ModelConfig, batch_size: int) -> None:
-    """Raise UserError where the network cannot train on such a batch, as with batch normalization of one image."""
+    """Raise UserError where the network cannot train on batches of this size, as batch normalization on one image."""
     if config.model != "lenet":
-        _try(copy.deepcopy(classifier).train(), config=config, batch_size=min(batch_size, 2))
+        _check_forward_pass(copy.deepcopy(classifier).train(), config=config, batch_size=min(batch_size, 2))
 
 
-def _try(classifier: nn.Module, *, config: ModelConfig, batch_size: int) -> None:
-    """Raise UserError where a forward pass over zeros fails: only that shows whether a network takes this size."""
+def _check_forward_pass(classifier: nn.Module, *, config: ModelConfig, batch_size: int) -> None:
+    """Raise UserError where a forward pass over zeros fails; only a pass shows whether the image size is suitable."""
     images = torch.zeros(batch_size, config.channels, config.image_size, config.image_size)
     try:
         with torch.no_grad():

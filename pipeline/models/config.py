@@ -1,4 +1,4 @@
-"""What is needed to build a network again and to prepare its input: the content of `model.json`."""
+"""Define the content of `model.json`, from which a trained network is built again and its input is prepared."""
 
 from typing import Annotated, Self
 
@@ -9,7 +9,7 @@ from pipeline.params import Channels, CpuKernels, Resize, TrainParams
 
 
 class ModelConfig(BaseModel):
-    """All that is needed to build the network and to prepare its input."""
+    """The content of `model.json`: all that is needed to build the network and to prepare its input."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -23,24 +23,24 @@ class ModelConfig(BaseModel):
     resize: Resize
     mean: tuple[FiniteFloat, ...]
     std: tuple[FiniteFloat, ...]
-    cpu_kernels: CpuKernels = "native"  # models trained before the choice existed
+    cpu_kernels: CpuKernels = "native"  # the default is for models from before this field existed
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_consistency(self) -> Self:
         if len(set(self.class_names)) < len(self.class_names):
-            raise ValueError("a class name comes twice")
+            raise ValueError("a class name occurs twice")
         if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError("mean and std are not one number a channel each")
+            raise ValueError(f"mean and std must have {self.channels} numbers each, one for each channel")
         return self
 
     @property
     def network_size(self) -> int:
-        """Return the pixels a side of the network's input."""
+        """Return the height and width of the network's input in pixels."""
         return self.input_size or self.image_size
 
 
 def configure(params: TrainParams, info: DatasetInfo) -> ModelConfig:
-    """Return the configuration of the network that `params` name, for a data set."""
+    """Return the configuration of a network with these parameters for this data set."""
     return ModelConfig(
         model=params.model,
         weights=params.weights,

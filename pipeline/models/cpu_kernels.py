@@ -1,6 +1,7 @@
-"""Which of PyTorch's kernels compute on the CPU: those with the same bits on every x86-64 CPU, or the fastest ones.
+"""Choose PyTorch's kernels on the CPU: those with the same bits on every x86-64 CPU, or the fastest ones.
 
-PyTorch and its libraries choose kernels by the CPU's instruction set and maker, and the last bits differ between them.
+By default, PyTorch and its libraries choose kernels by the instruction set and the maker of the CPU. The last bits of
+their results differ.
 """
 
 import os
@@ -12,19 +13,17 @@ import torch
 from pipeline.core.errors import UserError
 from pipeline.params import CpuKernels, TrainParams
 
+# with these environment variables, PyTorch and its libraries compute the same bits on every x86-64 CPU with AVX2;
+# MKL_CBWR=AVX2 would not be enough, as MKL then computes in another way on CPUs of AMD
 PORTABLE = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE"}
-"""The environment variables by which PyTorch and its libraries compute the same bits on every x86-64 CPU with AVX2.
-
-`MKL_CBWR=AVX2` would not do: on AMD, MKL takes another path then.
-"""
 
 
 def use_cpu_kernels(choice: CpuKernels, *, field: str) -> None:
     """Choose the kernels on the CPU; must be called before PyTorch's first operation in this process.
 
-    Prints a warning to stderr where the choice is `portable`, and this CPU has no AVX2.
-    Raises UserError naming `field` where the choice is `portable`, and PyTorch already computes with other kernels;
-    that can be detected only where these are not AVX2 ones too.
+    Prints a warning to stderr where the choice is `portable` and this CPU has no AVX2. Raises UserError naming `field`
+    where the choice is `portable` and PyTorch already computes with other kernels; this can be detected only on CPUs
+    that have more than AVX2.
     """
     if choice == "native":
         return
@@ -47,7 +46,7 @@ def use_cpu_kernels(choice: CpuKernels, *, field: str) -> None:
 
 
 def cpu_kernels_in_use(params: TrainParams) -> str:
-    """Return which kernels compute on the CPU, and what that means for the bits, for the records."""
+    """Return a text for the records: which kernels compute on the CPU, and whether the bits depend on the CPU."""
     if params.cpu_kernels == "portable" and not params.compile and torch.backends.cpu.get_cpu_capability() == "AVX2":
         return "portable"
     reason = "train.compile" if params.compile else "no AVX2" if params.cpu_kernels == "portable" else "as chosen"

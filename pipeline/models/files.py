@@ -1,4 +1,4 @@
-"""The files that hold a model: `<checkpoint>.safetensors` with `model.json` beside it."""
+"""Save and load the files of a model: `<checkpoint>.safetensors` with the weights, and `model.json`."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
 
-from pipeline.artifacts import missing, read_json, write_bytes, write_json
+from pipeline.artifacts import missing_file_message, read_json, write_bytes, write_json
 from pipeline.core.errors import UserError, first_line
 from pipeline.models.build import Classifier, build
 from pipeline.models.config import ModelConfig
@@ -46,7 +46,7 @@ def load_model(folder: Path, *, checkpoint: str = "best") -> tuple[Classifier, M
     try:
         classifier.load_state_dict(load(weights.read_bytes()))
     except FileNotFoundError:
-        raise UserError(missing(weights)) from None
+        raise UserError(missing_file_message(weights)) from None
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
             f"{weights}: damaged, or not weights of {config.model} ({first_line(error)}); "

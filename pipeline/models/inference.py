@@ -21,9 +21,10 @@ def logits_of(
     between: tuple[int, int] | None = None,
     views: Views = "none",
 ) -> Tensor:
-    """Return the logits (N, num_classes) float32 of a split, or of the slice `between`, on its device.
+    """Return the logits (N, num_classes) float32 of a split on its device.
 
-    The network is in evaluation mode meanwhile. With several views of each image, the weighted mean of their logits.
+    `between` limits them to the images from its first index up to its second. With several `views` of each image, the
+    result is the weighted mean of their logits. The network is in evaluation mode meanwhile.
     """
     was_training = classifier.training
     classifier.eval()
@@ -36,7 +37,11 @@ def logits_of(
 
 
 def _views(images: Tensor, views: Views) -> list[tuple[float, Tensor]]:
-    """Return the views with their weights: the images, mirrored, and both shifted diagonally by one pixel each way."""
+    """Return views of the images (B, C, H, W) with their weights, whose sum is 1.
+
+    They are the images and the mirrored images, and for `mirror_and_shift` also both shifted diagonally by one pixel,
+    once in each direction.
+    """
     if views == "none":
         return [(1.0, images)]
     unshifted = [(0.5, images), (0.5, images.flip(3))]

@@ -1,4 +1,4 @@
-"""LeNet."""
+"""Define LeNet, the network of the PyTorch tutorials."""
 
 from torch import nn
 
@@ -8,8 +8,8 @@ from pipeline.core.errors import UserError
 class LeNet(nn.Sequential):
     """The network of the PyTorch tutorials, after LeCun et al. 1998: two 5x5 convolutions and three linear layers.
 
-    (B, channels, image_size, image_size) float32 → (B, num_classes) logits. For 32x32 images the first linear layer has
-    400 inputs; for others their number follows from the size.
+    It maps (B, channels, image_size, image_size) float32 to logits (B, num_classes). The number of inputs of the first
+    linear layer follows from the image size: 400 for 32x32 images.
     """
 
     def __init__(self, *, num_classes: int, channels: int, image_size: int) -> None:
@@ -20,7 +20,7 @@ class LeNet(nn.Sequential):
             )
         super().__init__(
             nn.Conv2d(channels, 6, 5),
-            nn.MaxPool2d(2),  # before the ReLU, which then has a quarter of the work: the result is the same
+            nn.MaxPool2d(2),  # before the ReLU: the result is the same, and the ReLU has a quarter of the work
             nn.ReLU(),
             nn.Conv2d(6, 16, 5),
             nn.MaxPool2d(2),

@@ -1,4 +1,4 @@
-"""Loss functions."""
+"""Define the loss functions by their names in `train.loss`."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def loss_function(name: str, *, label_smoothing: float = 0.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function from logits (B, num_classes) and labels (B,) int64 to the mean loss of the batch.
+    """Return the loss function, from logits (B, num_classes) and labels (B,) int64 to the mean loss of the batch.
 
     `mse` compares the outputs with one-hot targets of the same shape.
     """

@@ -1,4 +1,4 @@
-"""Load pretrained weights into a network: torchvision's, or those of a file."""
+"""Load pretrained weights into a network, from torchvision or from a file."""
 
 import warnings
 from pathlib import Path
@@ -16,10 +16,11 @@ from pipeline.models.state_dict import COUNTER, flatten, select_weights
 
 
 def load_pretrained(classifier: Classifier, *, config: ModelConfig, md5: str | None) -> list[str]:
-    """Load the weights of `train.weights` into the network; a head for another number of classes stays as drawn.
+    """Load the weights that `train.weights` names into the network, and return the names of tensors left unchanged.
 
-    Returns the names of the tensors that stay as drawn. Only tensors are unpickled. Raises UserError where the file is
-    missing, damaged, of another network or has another MD5, TemporaryError where a download failed.
+    These are the tensors of the head, if the weights are for another number of classes: they keep their random initial
+    values. Only tensors are unpickled. Raises UserError where the file is missing, damaged, of another network or has
+    another MD5, TemporaryError where a download failed.
     """
     if config.weights is None:
         return []
@@ -32,23 +33,26 @@ def load_pretrained(classifier: Classifier, *, config: ModelConfig, md5: str | N
         network=f"train.model {config.model}",
         image_size=config.network_size,
     )
-    fits = {name: tensor for name, tensor in weights.items() if name in target and tensor.shape == target[name].shape}
-    classifier.network.load_state_dict(fits, strict=False)
-    return [name for name in target if name not in fits and not name.endswith(COUNTER)]
+    fitting = {
+        name: tensor for name, tensor in weights.items() if name in target and tensor.shape == target[name].shape
+    }
+    classifier.network.load_state_dict(fitting, strict=False)
+    return [name for name in target if name not in fitting and not name.endswith(COUNTER)]
 
 
 def _head(config: ModelConfig) -> set[str]:
-    """Return the names of the tensors whose shape depends on the number of classes."""
+    """Return the names of the head's tensors: those whose shape depends on the number of classes."""
     numbers = (len(config.class_names), len(config.class_names) + 1)
     try:
         with torch.device("meta"):
-            one, more = (build_network(config, num_classes=number).state_dict() for number in numbers)
+            first, second = (build_network(config, num_classes=number).state_dict() for number in numbers)
     except NotImplementedError:  # the RegNets compute their widths with tensors, which must have values
-        one, more = (build_network(config, num_classes=number).state_dict() for number in numbers)
-    return {name for name in one if one[name].shape != more[name].shape}
+        first, second = (build_network(config, num_classes=number).state_dict() for number in numbers)
+    return {name for name in first if first[name].shape != second[name].shape}
 
 
 def _read_weights(config: ModelConfig, *, md5: str | None) -> dict[str, Tensor]:
+    """Return the tensors by name: torchvision's for DEFAULT, else those in the file, whose MD5 must be `md5`."""
     assert config.weights is not None
     if config.weights == "DEFAULT":
         return _download_weights(config.model)
@@ -57,23 +61,26 @@ def _read_weights(config: ModelConfig, *, md5: str | None) -> dict[str, Tensor]:
         check_weights(path, md5)
         if path.suffix == ".safetensors":
             return load_file(path)
-        with warnings.catch_warnings():  # torch warns about a damaged file, beside the error
+        with warnings.catch_warnings():  # for a damaged file, torch raises an error and warns too
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # each of torch's formats raises its own; all mean the same to the user
+    except Exception as error:  # each of torch's file formats raises errors of its own
         raise UserError(
             f"train.weights {path}: not readable as weights ({first_line(error)}); "
-            "allowed: .safetensors, or .pth of a state dict"
+            "allowed: .safetensors, or .pth of a state dict; save the weights so, or name another file"
         ) from None
     weights = flatten(content)
     if not weights:
-        raise UserError(f"train.weights {path}: holds no named tensors; allowed: a state dict")
+        raise UserError(
+            f"train.weights {path}: holds no named tensors; allowed: a state dict; save network.state_dict() to a file"
+        )
     return weights
 
 
 def _download_weights(name: str) -> dict[str, Tensor]:
+    """Return torchvision's pretrained weights of a network; the download is cached and its checksum compared."""
     if name in OWN_NETWORKS:
         raise UserError(f"train.weights is DEFAULT, but {name} has no pretrained weights; allowed: null or a file")
     from torchvision import models  # noqa: PLC0415  # see pipeline/models/torchvision.py

@@ -1,50 +1,45 @@
-"""torchvision's classification models, adapted to small images."""
+"""Build torchvision's classification models, adapted to small images."""
 
-import difflib
 from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
-from pipeline.core.errors import UserError
 from pipeline.models.config import ModelConfig
+from pipeline.models.names import unknown_network_error
 
-# pixels; up to this size a residual network keeps the resolution in its first layers (He et al. 2016, section 4.2)
+# pixels; for images up to this size, the first layers of a ResNet keep the resolution (He et al. 2016, section 4.2)
 SMALL_IMAGE_SIZE = 64
 
 
 def build_torchvision_network(config: ModelConfig, *, num_classes: int, own_names: Collection[str]) -> nn.Module:
-    """Build `config.model` with newly drawn weights; raises UserError listing `own_names` too where it is unknown."""
-    from torchvision import models  # noqa: PLC0415  # it takes as long to import as torch does, and lenet needs none of it
+    """Build the network `config.model` with random initial weights.
+
+    Raises UserError where torchvision does not have it; the message lists our `own_names` too.
+    """
+    from torchvision import models  # noqa: PLC0415  # its import takes as long as that of torch, and lenet does not need it
 
     names = models.list_models(module=models)
     if config.model not in names:
-        raise UserError(_unknown(config.model, names, own_names=own_names))
+        raise unknown_network_error(config.model, own_names=own_names, torchvision_names=names)
     network: nn.Module = models.get_model(config.model, weights=None, num_classes=num_classes, **_options(config))
     if isinstance(network, models.ResNet) and config.network_size <= SMALL_IMAGE_SIZE:
         _keep_resolution(network, kernel_size=3 if config.weights is None else 7)
     return network
 
 
-def _unknown(name: str, names: Collection[str], *, own_names: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, [*own_names, *names], n=1)
-    return (
-        f"train.model is {name!r}; allowed: {', '.join(own_names)} or one of torchvision's {len(names)} classification "
-        f"models, such as resnet18{f' (did you mean {close[0]}?)' if close else ''}"
-    )
-
-
 def _options(config: ModelConfig) -> dict[str, Any]:
+    """Return the arguments that only some networks have."""
     if config.model.startswith("vit_"):
         return {"image_size": config.network_size}
-    # without the argument these two draw their weights from a slow truncated normal distribution, with a warning
+    # the default of these two is a slow draw of weights (truncated normal distribution), with a warning
     return {"init_weights": True} if config.model in {"googlenet", "inception_v3"} else {}
 
 
 def _keep_resolution(network: Any, *, kernel_size: int) -> None:
     """Set the first layer's stride to 1 and remove the pooling, which would reduce 32x32 images to 8x8 features.
 
-    From scratch the kernel is 3x3, as in He et al. 2016 for CIFAR-10; pretrained weights keep their 7x7.
+    Without pretrained weights, the kernel is 3x3 as in He et al. 2016 for CIFAR-10; with them it stays 7x7.
     """
     network.conv1 = nn.Conv2d(3, 64, kernel_size, stride=1, padding=kernel_size // 2, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")

@@ -14,7 +14,7 @@ from typing import Any
 import mlflow
 from mlflow import MlflowClient
 
-from pipeline.artifacts import TRAIN, kept_folder, read_json, write_json
+from pipeline.artifacts import TRAIN, cache_folder, read_json, write_json
 from pipeline.core.errors import UserError, first_line
 from pipeline.tracking.experiments import has_artifact_folder
 from pipeline.tracking.logger import RunLogger, pending_metrics
@@ -24,7 +24,7 @@ from pipeline.tracking.store import store_md5, warn_on_failure
 
 def outbox_folder() -> Path:
     """Return the folder with one subfolder for each queued run."""
-    return kept_folder("mlflow")
+    return cache_folder("mlflow")
 
 
 def queue_run(run: RunLogger, *, status: str) -> None:

@@ -10,7 +10,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipeline.core.processes import HOST, PID, Life, life
+from pipeline.core.processes import HOST, PID, ProcessState, process_state
 from pipeline.tracking.experiments import NOT_FOUND
 from pipeline.tracking.provenance import REPRODUCES
 from pipeline.tracking.store import store_errors
@@ -29,9 +29,9 @@ class Run:
     metrics: Mapping[str, float]
 
     @property
-    def life(self) -> Life:
+    def life(self) -> ProcessState:
         """What became of the process that made the run."""
-        return life(self.tags)
+        return process_state(self.tags)
 
     @property
     def is_free(self) -> bool:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.artifacts import naming
+from pipeline.artifacts import add_path_to_errors
 from pipeline.core.errors import TemporaryError, UserError, first_line
 from pipeline.core.sqlite import MOVE_AWAY, REMEDIES, sqlite_errors
 
@@ -246,7 +246,7 @@ def _finish(copy: Path, *, tool: Tool, journal_mode: str = "delete") -> None:
             connection.execute("PRAGMA journal_mode = WAL")
     if not is_current(copy, tool=tool):
         raise RuntimeError(f"the migration ended at revision {_revision(copy)}")
-    with naming(copy), copy.open("rb") as file:
+    with add_path_to_errors(copy), copy.open("rb") as file:
         os.fsync(file.fileno())
 
 

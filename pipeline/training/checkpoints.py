@@ -21,7 +21,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pipeline.artifacts import bytes_md5, kept_folder, write_bytes
+from pipeline.artifacts import bytes_md5, cache_folder, write_bytes
 from pipeline.core.errors import TemporaryError
 
 KEPT = 2  # the newest, and the one before it in case the newest is damaged
@@ -100,7 +100,7 @@ class Checkpoints:
 
 def checkpoint_folder() -> Path:
     """Return the folder with the checkpoints of all trainings of the project."""
-    return kept_folder("checkpoints")
+    return cache_folder("checkpoints")
 
 
 def fingerprint(**determines: Any) -> str:
