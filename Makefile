@@ -73,9 +73,10 @@ gpu: $(INSTALLED) ## check and measure on a GPU, in 8 minutes: make gpu IMAGES=<
 
 check: lint types test ## all that CI checks: lint, format, types, tests
 
-lint: $(INSTALLED_DEV) ## find mistakes and unformatted code; changes nothing
+lint: $(INSTALLED_DEV) ## find mistakes, misspellings and unformatted code; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	git ls-files -z | xargs -0 $(BIN)/codespell
 
 format: $(INSTALLED_DEV) ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
