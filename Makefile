@@ -32,8 +32,8 @@ export DVC_NO_ANALYTICS := true
 export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
-.PHONY: help run test test-quick faults check-bits results bench gpu check lint format types experiments ui worker \
-    prefect-env stop install lock audit clean
+.PHONY: help run test test-quick coverage faults check-bits results bench gpu check lint format types experiments ui \
+    worker prefect-env stop install lock audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,12 @@ test: $(INSTALLED_DEV) ## run all tests (10 minutes on 2 cores)
 test-quick: $(INSTALLED_DEV) ## run the tests without servers and trainings in processes of their own (75 seconds)
 	$(BIN)/python -m pytest -m "not slow" $(or $(PYTEST),$(WORKERS) 2)
 
+coverage: $(INSTALLED_DEV) ## measure which lines the quick tests run; fails below the floor (2 minutes)
+	@rm -rf .cache/coverage && mkdir -p .cache/coverage
+	$(BIN)/python -m coverage run -m pytest -m "not slow" $(or $(PYTEST),$(WORKERS) 2)
+	@$(BIN)/python -m coverage combine --quiet
+	@$(BIN)/python -m coverage report
+
 faults: $(INSTALLED_DEV) ## kill trainings 200 times, all over their lives, and compare what comes out (10 minutes)
 	@$(BIN)/python -m tests.faults.harness --kills 200
 
@@ -73,9 +79,10 @@ gpu: $(INSTALLED) ## check and measure on a GPU, in 8 minutes: make gpu IMAGES=<
 
 check: lint types test ## all that CI checks: lint, format, types, tests
 
-lint: $(INSTALLED_DEV) ## find mistakes and unformatted code; changes nothing
+lint: $(INSTALLED_DEV) ## find mistakes, misspellings and unformatted code; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	git ls-files -z | xargs -0 $(BIN)/codespell
 
 format: $(INSTALLED_DEV) ## format the code and fix what can be fixed
 	$(BIN)/ruff check --fix .
