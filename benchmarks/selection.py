@@ -1,4 +1,4 @@
-"""Measure what the choice of the kept epoch costs in test accuracy: on the digits, and on few images of one's own.
+"""Measure what the choice of the selected epoch costs in test accuracy: on the digits, and on few images of one's own.
 
 `python -m benchmarks.selection [SEEDS] [--images FOLDER]` trains with seeds 0, 1, … (which draw the splits of one's own
 images too), measures the test split after each epoch, and applies the rules of `train.selection` afterwards, without
@@ -28,7 +28,13 @@ from pipeline.training.state import Epoch
 PATIENCE = 5
 TEST_IMAGES = 200
 """Of each class, of one's own images."""
-HEADING = ["data (validation images)", "kept epoch", "test accuracy", "less the last epoch's (points)", "worst seed"]
+HEADING = [
+    "data (validation images)",
+    "selected epoch",
+    "test accuracy",
+    "less the last epoch's (points)",
+    "worst seed",
+]
 OWN = {"10 classes of 60": (10, 60), "3 classes of 50": (3, 50), "2 classes of 30": (2, 30)}
 OWN_OVERRIDES = {
     "normalize.image_size": 32,
@@ -52,7 +58,7 @@ class Run:
 
 
 Rule = Callable[[Run], int]
-"""The number of the kept epoch."""
+"""The number of the selected epoch."""
 
 
 def selected(selection: Selection, *, patience: int | None = None) -> Rule:
@@ -117,7 +123,7 @@ def link_images(folder: Path, *, classes: int, images: int) -> None:
 
 
 def differences(runs: Sequence[Run], rule: Rule) -> list[float]:
-    """Return by seed the test accuracy of the kept epoch, minus that of the last one."""
+    """Return by seed the test accuracy of the selected epoch, minus that of the last one."""
     return [run.test[rule(run) - 1] - run.test[-1] for run in runs]
 
 
@@ -133,7 +139,7 @@ def summary(name: str, runs: Sequence[Run]) -> list[list[str]]:
 
 
 def by_seed(runs: Sequence[Run]) -> list[list[str]]:
-    """Return a row for each seed: kept epoch and test accuracy of each rule that does not stop early."""
+    """Return a row for each seed: selected epoch and test accuracy of each rule that does not stop early."""
     rules = {label: rule for label, rule in RULES.items() if "stopped" not in label}
     rows = [["seed", *rules]]
     for seed, run in enumerate(runs):
@@ -161,7 +167,7 @@ def main() -> None:
         chosen = [compose("digits", {"train.seed": seed}) for seed in seeds]
         digits = [trained(check_params(values, origin="digits"), Path(folder) / "digits") for values in chosen]
     print(table([HEADING, *summary("digits", digits), *rows]))
-    print(f"\ndigits, kept epoch and its test accuracy:\n\n{table(by_seed(digits))}")
+    print(f"\ndigits, selected epoch and its test accuracy:\n\n{table(by_seed(digits))}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ TRAIN = ARTIFACTS / "train"
 EVALUATE = ARTIFACTS / "evaluate"
 HISTORY = "history.csv"
 """In `artifacts/train/`: a row for each epoch."""
-KEPT = "kept"
-"""Column of HISTORY: in the row of the kept epoch the reason why it is kept, in the others nothing."""
+# column of HISTORY: in the row of the selected epoch the reason for the selection, empty in the other rows
+SELECTED = "selected"
 CHECKSUMS = "checksums.md5"
 """A line `<MD5>  <name>` for each other file of the folder, sorted by name, as `md5sum` writes them."""
 Images = npt.NDArray[np.uint8]

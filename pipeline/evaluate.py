@@ -41,7 +41,7 @@ def main() -> None:
                 f"{TRAIN}: the classes of the model are not those of {info.dataset}; `dvc repro train` trains it again"
             )
         if md5[f"{params.checkpoint}.safetensors"] != md5[MODEL]:
-            print(f"evaluates the last epoch; predict and MLflow have {MODEL}, of the epoch that train.selection kept")
+            print(f"evaluates the last epoch; predict and MLflow use {MODEL}, the epoch selected by train.selection")
         split = Split.read("test", info=info, device=device)
         views = params.test_time_augmentation
         logits = logits_of(classifier.to(device), split, batch_size=params.batch_size, views=views).cpu()

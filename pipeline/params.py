@@ -173,7 +173,7 @@ class TrainParams(Section):
     )
     epochs: Annotated[Count, Field(ge=1)] = Field(description="passes over the training split")
     selection: Selection = Field(
-        description="which epoch is kept, and counts for early stopping. highest_accuracy: by validation accuracy, "
+        description="which epoch is selected, and counts for early stopping. highest_accuracy: by validation accuracy, "
         "then lower validation loss, then the later epoch. latest_equivalent: the latest whose validation accuracy is "
         "inside the 95 % interval of the highest, for validation splits of up to a few hundred images"
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.arrays import DatasetInfo, Split
-from pipeline.artifacts import HISTORY, KEPT, TRAIN, replace_folder, verify_splits, write_bytes, write_csv
+from pipeline.artifacts import HISTORY, SELECTED, TRAIN, replace_folder, verify_splits, write_bytes, write_csv
 from pipeline.core.errors import UserError, report_errors
 from pipeline.core.processes import cpu_name
 from pipeline.core.results import StepResult, write_result
@@ -100,7 +100,7 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
                 start=start,
                 save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
             )
-            run.log({"kept_epoch": result.kept.epoch}, step=result.kept.epoch)
+            run.log({"selected_epoch": result.selected.epoch}, step=result.selected.epoch)
             _write(result, classifier, config=configure(params, info))
             run.log_training(TRAIN)
 
@@ -242,10 +242,13 @@ def _write(result: TrainingResult, classifier: Classifier, *, config: ModelConfi
             classifier.load_state_dict(weights)
             save_weights(classifier, folder / f"{name}.safetensors")
         save_config(config, folder)
-        kept = result.kept
-        rows = [{**vars(epoch), KEPT: kept.reason if epoch.epoch == kept.epoch else ""} for epoch in result.history]
+        selected = result.selected
+        rows = [
+            {**vars(epoch), SELECTED: selected.reason if epoch.epoch == selected.epoch else ""}
+            for epoch in result.history
+        ]
         write_csv(folder / HISTORY, rows)
-        write_bytes(folder / "curves.png", curves(rows, kept=kept.epoch, reason=kept.reason))
+        write_bytes(folder / "curves.png", curves(rows, selected=selected.epoch, reason=selected.reason))
 
 
 if __name__ == "__main__":

@@ -113,16 +113,16 @@ def test_plots_are_kept_with_the_run(store: Path) -> None:
     assert names == {"plots/curves.png", "plots/confusion_matrix.png"}
 
 
-def test_history_and_run_name_the_kept_epoch_and_the_reason(store: Path) -> None:
+def test_history_and_run_name_the_selected_epoch_and_the_reason(store: Path) -> None:
     rows = read_csv(Path("artifacts/train/history.csv"))
-    [marked] = [row for row in rows if row["kept"]]
+    [marked] = [row for row in rows if row["selected"]]
     order = ("validation_accuracy", "validation_loss", "epoch")
     results = [tuple(float(row[name]) for name in order) for row in rows]
     best = max(results, key=lambda found: (found[0], -found[1], found[2]))
     assert float(marked["epoch"]) == best[2]
     run = only_run()
-    assert (run.data.tags["kept.epoch"], run.data.tags["kept.reason"]) == (marked["epoch"], marked["kept"])
-    assert run.data.metrics["kept_epoch"] == best[2]
+    assert (run.data.tags["selected.epoch"], run.data.tags["selected.reason"]) == (marked["epoch"], marked["selected"])
+    assert run.data.metrics["selected_epoch"] == best[2]
 
 
 def test_the_recorded_model_predicts_and_holds_no_pickle(store: Path) -> None:

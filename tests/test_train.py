@@ -310,7 +310,7 @@ def test_early_stopping_ends_after_epochs_without_a_better_validation() -> None:
     assert len(trained.history) == 3
 
 
-def test_the_best_epoch_is_kept_beside_the_last() -> None:
+def test_the_selected_epoch_is_returned_with_the_last() -> None:
     trained = run(train_params(**QUICK | {"epochs": 6}, learning_rate=0.1))
     best = max(trained.history, key=lambda each: (each.validation_accuracy, -each.validation_loss, each.epoch)).epoch
     shorter = run(train_params(**QUICK | {"epochs": best}, learning_rate=0.1))

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.artifacts import file_md5
 from pipeline.tracking.models import has_model, log_model
-from pipeline.tracking.provenance import kept_epoch_tags, output_tags
+from pipeline.tracking.provenance import output_tags, selected_epoch_tags
 from pipeline.tracking.store import error_reason
 
 FLUSH_SECONDS = 1.0
@@ -143,7 +143,7 @@ class RunLogger:
                 {
                     "model.md5": file_md5(folder / "best.safetensors"),
                     **output_tags(folder),
-                    **kept_epoch_tags(folder),
+                    **selected_epoch_tags(folder),
                 }
             )
             self.log_file(folder / "curves.png", folder="plots")

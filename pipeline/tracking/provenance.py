@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.artifacts import CHECKSUMS, DOWNLOAD, HISTORY, KEPT, NORMALIZE, bytes_md5, file_md5, read_csv
+from pipeline.artifacts import CHECKSUMS, DOWNLOAD, HISTORY, NORMALIZE, SELECTED, bytes_md5, file_md5, read_csv
 from pipeline.core.errors import UserError, first_line
 from pipeline.core.git import UNKNOWN, CodeState, code_state
 from pipeline.core.processes import this_process
@@ -86,10 +86,13 @@ def output_tags(folder: Path, *, names: Sequence[str] = ()) -> dict[str, str]:
     return {f"outputs.{folder.name}": json.dumps({path.name: file_md5(path) for path in files})}
 
 
-def kept_epoch_tags(folder: Path) -> dict[str, str]:
-    """Return the tags `kept.epoch` and `kept.reason`: which epoch the recorded model is of, and why that one."""
-    kept = [row for row in read_csv(folder / HISTORY) if row.get(KEPT)]
-    return {"kept.epoch": kept[0]["epoch"], "kept.reason": kept[0][KEPT]} if kept else {}
+def selected_epoch_tags(folder: Path) -> dict[str, str]:
+    """Return the tags `selected.epoch` and `selected.reason`: the epoch of the recorded model, and why it was selected.
+
+    Returns no tags where the history has no such column, because an earlier version wrote it.
+    """
+    selected = [row for row in read_csv(folder / HISTORY) if row.get(SELECTED)]
+    return {"selected.epoch": selected[0]["epoch"], "selected.reason": selected[0][SELECTED]} if selected else {}
 
 
 def environment_files(difference: bytes) -> dict[str, bytes]:

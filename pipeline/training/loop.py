@@ -1,7 +1,7 @@
 """The training loop: from a network and two splits to its best and last weights.
 
 Beside it: what a checkpoint holds (`state`) and when it is written (`saving`), non-finite losses (`non_finite`),
-several processes (`distributed`), which epoch is kept and when the training ends (`selection`).
+several processes (`distributed`), which epoch is selected and when the training ends (`selection`).
 """
 
 import time
@@ -25,7 +25,7 @@ from pipeline.training.non_finite import NonFiniteGuard, check_validation_loss
 from pipeline.training.optimizer import set_learning_rate
 from pipeline.training.saving import CheckpointSaver
 from pipeline.training.schedule import learning_rate
-from pipeline.training.selection import Kept, is_finished, select_epoch
+from pipeline.training.selection import SelectedEpoch, is_finished, select_epoch
 from pipeline.training.state import Epoch, TrainingState, copy_weights
 
 VALIDATION_BATCH_SIZE = 500
@@ -33,12 +33,12 @@ VALIDATION_BATCH_SIZE = 500
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The weights of the kept epoch and of the last one, the history, and the kept epoch with the reason."""
+    """The weights of the selected epoch and of the last one, the history, and the selected epoch with the reason."""
 
     best: dict[str, Tensor]
     last: dict[str, Tensor]
     history: list[Epoch]
-    kept: Kept
+    selected: SelectedEpoch
 
 
 OnStep = Callable[[int, float, float], None]
@@ -136,13 +136,13 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
             # keep the best
             with saver.whole_step():
                 state.finish_epoch(validation_loss, validation_accuracy, num_train_images=num_train_images)
-                kept = select_epoch(state.history, selection=params.selection, num_images=num_validation)
-                if kept.epoch == epoch:
+                selected = select_epoch(state.history, selection=params.selection, num_images=num_validation)
+                if selected.epoch == epoch:
                     state.best = copy_weights(classifier)
                 on_epoch(state.history[-1], images_per_second)
             saver.save_after_epoch()
-    kept = select_epoch(state.history, selection=params.selection, num_images=num_validation)
-    return TrainingResult(state.best, copy_weights(classifier), state.history, kept)
+    selected = select_epoch(state.history, selection=params.selection, num_images=num_validation)
+    return TrainingResult(state.best, copy_weights(classifier), state.history, selected)
 
 
 def validate(classifier: Classifier, split: Split, *, loss: str) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Select the epoch whose weights are kept."""
+"""Select the epoch whose weights become `best.safetensors`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,15 +9,15 @@ from pipeline.training.state import Epoch
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The epoch whose weights are kept, and the reason as text."""
+class SelectedEpoch:
+    """The number of the selected epoch (from 1), and the reason for the selection as text."""
 
     epoch: int
     reason: str
 
 
 def best_epochs(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> list[Epoch]:
-    """Return the epochs that count as the best by `train.selection`, in their order; the last of them is kept.
+    """Return the epochs that count as the best by `train.selection`, in their order; the last one is selected.
 
     `highest_accuracy`: those of highest validation accuracy, and among these of lowest validation loss, as few images
     give few values of accuracy. `latest_equivalent`: those whose validation accuracy is inside the 95 % interval of
@@ -35,7 +35,7 @@ def _score(epoch: Epoch) -> tuple[float, float]:
     return epoch.validation_accuracy, -epoch.validation_loss
 
 
-def select_epoch(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> Kept:
+def select_epoch(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> SelectedEpoch:
     """Select the last of the best epochs; `num_images` is the size of the validation split."""
     best = best_epochs(history, selection=selection, num_images=num_images)
     highest = max(epoch.validation_accuracy for epoch in history)
@@ -48,7 +48,7 @@ def select_epoch(history: Sequence[Epoch], *, selection: Selection, num_images: 
         reason = f"lowest validation loss of {num_highest} with the highest validation accuracy"
     else:
         reason = f"latest of {len(best)} with the highest validation accuracy and the lowest loss"
-    return Kept(best[-1].epoch, reason)
+    return SelectedEpoch(best[-1].epoch, reason)
 
 
 def epochs_since_best(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> int:

@@ -33,7 +33,7 @@ class TrainingState:
     """Weights, optimizers, counters and sums of one training; between two steps, `checkpoint` holds all of it.
 
     `step` counts the steps of the training, `position` those of the epoch under way. `loss_sum` and `num_correct` are
-    sums over the epoch's images so far, on the device. `best` are the weights of the epoch that is kept so far.
+    sums over the epoch's images so far, on the device. `best` are the weights of the epoch that is selected so far.
     """
 
     def __init__(self, classifier: Classifier, *, params: TrainParams) -> None:
