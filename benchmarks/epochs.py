@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.lenet import CONFIG, PARAMS, Splits, epoch, fresh, random_splits
 from benchmarks.setting import options, scratch
 from benchmarks.table import header, medians
-from pipeline.artifacts import replace_folder
+from pipeline.artifacts import BEST_WEIGHTS, replace_folder
 from pipeline.core.errors import report_errors
 from pipeline.core.settings import get_settings
 from pipeline.models.files import save_config, save_weights
@@ -48,7 +48,7 @@ def logged_epoch(splits: Splits, *, number: int) -> tuple[float, float]:
             on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=PARAMS.train, run=run),
         )
         with replace_folder(Path(folder) / "train") as target:
-            save_weights(classifier, target / "best.safetensors")
+            save_weights(classifier, target / BEST_WEIGHTS)
             save_config(CONFIG, target)
         start = time.perf_counter()
         log_model(Path(folder) / "train")

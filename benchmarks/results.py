@@ -34,7 +34,17 @@ from benchmarks.setting import PROJECT, check_is_committed, clone, positive, scr
 from benchmarks.table import mean_and_deviation, setting
 from benchmarks.ways import CIFAR10
 from pipeline.arrays import DatasetInfo
-from pipeline.artifacts import EVALUATE, NORMALIZE, TRAIN, bytes_md5, file_md5, read_json, write_json, write_text
+from pipeline.artifacts import (
+    BEST_WEIGHTS,
+    EVALUATE,
+    NORMALIZE,
+    TRAIN,
+    bytes_md5,
+    file_md5,
+    read_json,
+    write_json,
+    write_text,
+)
 from pipeline.core.errors import report_errors
 from pipeline.core.git import git
 from pipeline.params import PARAMS_FILE, check_params, compose, load_params, parse_override
@@ -104,7 +114,7 @@ def measure(folder: Path, seed: int) -> SeedResult:
         accuracy=metrics["accuracy"],
         accuracy_without_duplicates=metrics["accuracy_without_duplicates"],
         train_seconds=round(seconds, 2),
-        model_md5=file_md5(folder / TRAIN / "best.safetensors"),
+        model_md5=file_md5(folder / TRAIN / BEST_WEIGHTS),
     )
 
 

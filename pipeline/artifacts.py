@@ -26,6 +26,7 @@ DOWNLOAD = ARTIFACTS / "download"
 NORMALIZE = ARTIFACTS / "normalize"
 TRAIN = ARTIFACTS / "train"
 EVALUATE = ARTIFACTS / "evaluate"
+BEST_WEIGHTS = "best.safetensors"  # in TRAIN: the weights of the selected epoch
 HISTORY = "history.csv"
 """In `artifacts/train/`: a row for each epoch."""
 # column of HISTORY: in the row of the selected epoch the reason for the selection, empty in the other rows

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from pipeline.arrays import DatasetInfo, Split
-from pipeline.artifacts import EVALUATE, TRAIN, verify, verify_splits, write_bytes, write_csv, write_json
+from pipeline.artifacts import BEST_WEIGHTS, EVALUATE, TRAIN, verify, verify_splits, write_bytes, write_csv, write_json
 from pipeline.core.errors import TemporaryError, UserError, report_errors
 from pipeline.core.processes import num_cores
 from pipeline.core.results import StepResult, write_result
@@ -21,8 +21,6 @@ from pipeline.tracking.store import store_errors
 from pipeline.training.device import choose_device
 
 FILES = ("confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv")
-MODEL = "best.safetensors"
-"""By its hash MLflow's run is found, whichever checkpoint is evaluated."""
 
 
 def main() -> None:
@@ -30,7 +28,7 @@ def main() -> None:
     with report_errors():
         params = load_params().evaluate
         verify_splits("test")
-        md5 = verify(TRAIN, sorted({"model.json", MODEL, f"{params.checkpoint}.safetensors"}))
+        md5 = verify(TRAIN, sorted({"model.json", BEST_WEIGHTS, f"{params.checkpoint}.safetensors"}))
         info = DatasetInfo.read()
         device = choose_device(params.device, field="evaluate.device")
         use_cpu_kernels(params.cpu_kernels, field="evaluate.cpu_kernels")
@@ -40,8 +38,8 @@ def main() -> None:
             raise UserError(
                 f"{TRAIN}: the classes of the model are not those of {info.dataset}; `dvc repro train` trains it again"
             )
-        if md5[f"{params.checkpoint}.safetensors"] != md5[MODEL]:
-            print(f"evaluates the last epoch; predict and MLflow use {MODEL}, the epoch selected by train.selection")
+        if md5[f"{params.checkpoint}.safetensors"] != md5[BEST_WEIGHTS]:
+            print(f"evaluates the last epoch; predict and MLflow use {BEST_WEIGHTS}, of the selected epoch")
         split = Split.read("test", info=info, device=device)
         views = params.test_time_augmentation
         logits = logits_of(classifier.to(device), split, batch_size=params.batch_size, views=views).cpu()
@@ -55,7 +53,8 @@ def main() -> None:
         )
         _write(result, class_names=info.class_names)
         _print(result)
-        _record(result, model_md5=md5[MODEL], experiment=info.dataset)
+        # the run in MLflow is the one of these weights, whichever checkpoint is evaluated
+        _record(result, model_md5=md5[BEST_WEIGHTS], experiment=info.dataset)
 
 
 def _write(result: Evaluation, *, class_names: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.artifacts import CHECKSUMS, TRAIN, verify
+from pipeline.artifacts import BEST_WEIGHTS, CHECKSUMS, TRAIN, verify
 from pipeline.core.errors import PartialError, UserError, escape_control_chars, report_errors
 from pipeline.core.processes import num_cores
 from pipeline.images.decode import MAX_FILE_BYTES, UnreadableImage, check_suffix, decode
@@ -153,7 +153,7 @@ def _as_text(prediction: Prediction, *, top: int) -> str:
 def _verify_model(folder: Path) -> None:
     """Raises UserError where a file of the model is not as it was written; a foreign folder may have no checksums."""
     if folder == TRAIN or (folder / CHECKSUMS).exists():
-        verify(folder, ["model.json", "best.safetensors"], allow_unlisted=folder != TRAIN)
+        verify(folder, ["model.json", BEST_WEIGHTS], allow_unlisted=folder != TRAIN)
 
 
 def _model_folder(model: str | None) -> Path:

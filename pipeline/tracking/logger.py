@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from pipeline.artifacts import file_md5
+from pipeline.artifacts import BEST_WEIGHTS, file_md5
 from pipeline.tracking.models import has_model, log_model
 from pipeline.tracking.provenance import output_tags, selected_epoch_tags
 from pipeline.tracking.store import error_reason
@@ -141,7 +141,7 @@ class RunLogger:
         try:
             self.set_tags(
                 {
-                    "model.md5": file_md5(folder / "best.safetensors"),
+                    "model.md5": file_md5(folder / BEST_WEIGHTS),
                     **output_tags(folder),
                     **selected_epoch_tags(folder),
                 }

@@ -16,7 +16,7 @@ from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import DataType
 from mlflow.utils import requirements_utils
 
-from pipeline.artifacts import CHECKSUMS, file_md5, read_json
+from pipeline.artifacts import BEST_WEIGHTS, CHECKSUMS, file_md5, read_json
 from pipeline.core.errors import UserError, first_line
 from pipeline.tracking.model_code import packaged
 from pipeline.tracking.store import connect
@@ -43,7 +43,7 @@ def log_model(folder: Path) -> None:
             name="model",
             python_model=str(code.entry),
             artifacts={
-                "weights": str(folder / "best.safetensors"),
+                "weights": str(folder / BEST_WEIGHTS),
                 "config": str(folder / "model.json"),
                 "checksums": str(folder / CHECKSUMS),  # `predict` verifies a fetched model by them
             },
@@ -102,4 +102,4 @@ def recorded_model_md5(run_id: str) -> str | None:
             folder = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/model", dst_path=target)
         except (MlflowException, OSError):
             return None
-        return next((file_md5(path) for path in sorted(Path(folder).rglob("best.safetensors"))), None)
+        return next((file_md5(path) for path in sorted(Path(folder).rglob(BEST_WEIGHTS))), None)
