@@ -64,7 +64,7 @@ def test_two_processes_have_the_losses_of_one_with_the_joined_batch_killed_and_i
     os.kill(child_of_rank(killed.pid, "1"), signal.SIGKILL)
     _, stderr = killed.communicate()
     assert killed.returncode == 75, stderr
-    assert "the same command resumes" in stderr
+    assert "run the same command again to resume" in stderr
     interrupted = start_step("train", hold="epoch 3/4")
     assert "resumes from its checkpoint" in read_until("epoch 3/4", interrupted)
     interrupted.terminate()
@@ -177,7 +177,7 @@ ALONE = """
 import sys, torch
 from pipeline.training import distributed
 from pipeline.core.errors import UserError, report_errors
-distributed.LAG_SECONDS = 0
+distributed.MAX_LAG_SECONDS = 0
 cpu = torch.device("cpu")
 with report_errors():
     if not distributed.is_launched():

@@ -354,7 +354,7 @@ def runs() -> list[mlflow.entities.Run]:
         ({"weights": "gone.pth"}, "error: train.weights: no such file gone.pth"),
         pytest.param(
             {"device": "cuda"},
-            "error: train.device is cuda, but PyTorch finds none here; allowed on this machine: auto, ",
+            "error: train.device is cuda, but PyTorch finds no such device; allowed on this machine: auto, ",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
         ),
     ],

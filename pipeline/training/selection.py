@@ -19,10 +19,10 @@ class SelectedEpoch:
 def best_epochs(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> list[Epoch]:
     """Return the epochs that count as the best by `train.selection`, in their order; the last one is selected.
 
-    `highest_accuracy`: those of highest validation accuracy, and among these of lowest validation loss, as few images
-    give few values of accuracy. `latest_equivalent`: those whose validation accuracy is inside the 95 % interval of
-    the highest one on `num_images` images; the highest of many is often so by chance, and where the learning rate
-    falls a later epoch is better.
+    `highest_accuracy`: those of highest validation accuracy, and among these of lowest validation loss, since with few
+    images many epochs have the same accuracy. `latest_equivalent`: those whose validation accuracy is inside the 95 %
+    interval of the highest one on `num_images` images. The highest of many values is often so by chance, and where the
+    learning rate falls, a later epoch is better.
     """
     top = max(history, key=_score)
     if selection == "highest_accuracy":
@@ -32,6 +32,7 @@ def best_epochs(history: Sequence[Epoch], *, selection: Selection, num_images: i
 
 
 def _score(epoch: Epoch) -> tuple[float, float]:
+    """Return what `highest_accuracy` compares: the higher accuracy wins, then the lower loss."""
     return epoch.validation_accuracy, -epoch.validation_loss
 
 
@@ -52,7 +53,7 @@ def select_epoch(history: Sequence[Epoch], *, selection: Selection, num_images: 
 
 
 def epochs_since_best(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> int:
-    """Return how many epochs ended since the last improvement, or with `latest_equivalent` the last of the best."""
+    """Return the number of epochs since the last improvement; with `latest_equivalent`, since the last best epoch."""
     if not history:
         return 0
     best = best_epochs(history, selection=selection, num_images=num_images)
@@ -60,7 +61,7 @@ def epochs_since_best(history: Sequence[Epoch], *, selection: Selection, num_ima
 
 
 def is_finished(history: Sequence[Epoch], *, params: TrainParams, num_images: int) -> bool:
-    """Return whether the training ends here: all epochs done, or no improvement for `train.early_stopping_epochs`."""
+    """Return whether all epochs are done, or `train.early_stopping_epochs` have passed without an improvement."""
     patience = params.early_stopping_epochs
-    stalled = epochs_since_best(history, selection=params.selection, num_images=num_images)
-    return len(history) >= params.epochs or (patience is not None and stalled >= patience)
+    num_stalled = epochs_since_best(history, selection=params.selection, num_images=num_images)
+    return len(history) >= params.epochs or (patience is not None and num_stalled >= patience)
