@@ -83,7 +83,7 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
                 dataset=describe_dataset(info.dataset, source=all_params.download.origin, digest=info.md5),
                 hardware=_hardware(params, device),
                 training=training,
-                earlier=start.state["mlflow"] if start else None,
+                checkpointed=start.state["mlflow"] if start else None,
             ) as run,
             distributed.announce_failure(),  # inside, as ending the MLflow run may take seconds
         ):

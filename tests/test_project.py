@@ -239,7 +239,7 @@ def test_a_project_moved_away_from_its_store_elsewhere_writes_nothing_to_the_old
             UserError, match=f"digits keeps its artifacts in {project}/mlartifacts, which no longer"
         ) as error:
             make_run(name)
-    with pytest.raises(UserError, match="MLFLOW_EXPERIMENT_NAME=… takes another experiment"):
+    with pytest.raises(UserError, match="MLFLOW_EXPERIMENT_NAME=… records into another experiment"):
         create_run("digits", training="t")
     assert not project.exists()
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "moved")
