@@ -32,7 +32,7 @@ HEADING = [
     "data (validation images)",
     "selected epoch",
     "test accuracy",
-    "minus that of the last epoch (points)",
+    "gain over the last epoch (points)",
     "worst seed",
 ]
 # classes, and training images of each
@@ -65,7 +65,7 @@ def training_rule(selection: Selection, *, patience: int | None = None) -> Rule:
     """Return the rule of the training loop, which may stop early after `patience` epochs."""
 
     def rule(run: Run) -> int:
-        """Return the epoch that a training would select which ends at the first epoch where it would stop early."""
+        """Return the epoch that the training would have selected if it had stopped early."""
         options: dict[str, Any] = {"selection": selection, "num_images": run.num_images}
         ends = range(1, len(run.history) + 1)
         stops = (end for end in ends if patience and epochs_since_best(run.history[:end], **options) >= patience)

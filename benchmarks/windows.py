@@ -21,22 +21,22 @@ from pipeline.arrays import Split
 from pipeline.core.errors import report_errors
 from pipeline.training.device import prepare_torch
 
-IMAGES_PER_UNIT = 45_000  # 138 MB, as many as CIFAR-10 has in train
+CIFAR10_IMAGES = 45_000  # of the train split; 138 MB
 WINDOW_MEGABYTES = 64
-RESIDENT = f"{IMAGES_PER_UNIT:,} images in memory"
+RESIDENT = f"{CIFAR10_IMAGES:,} images in memory"
 
 
 def write_images(path: Path, num_images: int) -> None:
     """Write a file of random pixels (num_images, 32, 32, 3) uint8."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(num_images, 32, 32, 3))
     draw = np.random.default_rng(0)
-    for start in range(0, num_images, IMAGES_PER_UNIT):
-        block = array[start : start + IMAGES_PER_UNIT]
+    for start in range(0, num_images, CIFAR10_IMAGES):
+        block = array[start : start + CIFAR10_IMAGES]
         block[:] = draw.integers(0, 256, block.shape, dtype=np.uint8)
 
 
 def measure(path: Path, *, in_memory: bool) -> tuple[float, float]:
-    """Train an epoch; return its seconds per IMAGES_PER_UNIT images, and the peak of this process's memory in MB."""
+    """Train an epoch; return its seconds per CIFAR10_IMAGES images, and the peak of this process's memory in MB."""
     prepare_torch(PARAMS.train)
     images = np.load(path, mmap_mode=None if in_memory else "c")
     split = Split.of(
@@ -47,11 +47,11 @@ def measure(path: Path, *, in_memory: bool) -> tuple[float, float]:
         device=torch.device("cpu"),
         window_bytes=WINDOW_MEGABYTES * 2**20,
     )
-    train_epoch(new_classifier(), (random_split(IMAGES_PER_UNIT // 10, seed=1), random_split(100, seed=2)))
+    train_epoch(new_classifier(), (random_split(CIFAR10_IMAGES // 10, seed=1), random_split(100, seed=2)))
     seconds = train_epoch(new_classifier(), (split, random_split(100, seed=2)))
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak
-    return seconds * IMAGES_PER_UNIT / len(images), int(peak[1]) / 1000
+    return seconds * CIFAR10_IMAGES / len(images), int(peak[1]) / 1000
 
 
 def main() -> None:
@@ -60,11 +60,11 @@ def main() -> None:
     print(header(seeds="0"))
     context = multiprocessing.get_context("spawn")
     with scratch() as folder:
-        sizes = [IMAGES_PER_UNIT, 4 * IMAGES_PER_UNIT, 16 * IMAGES_PER_UNIT]
+        sizes = [CIFAR10_IMAGES, 4 * CIFAR10_IMAGES, 16 * CIFAR10_IMAGES]
         paths = {number: Path(folder) / f"{number}.npy" for number in sizes}
         for number, path in paths.items():
             write_images(path, number)
-        ways = {RESIDENT: partial(measure, paths[IMAGES_PER_UNIT], in_memory=True)}
+        ways = {RESIDENT: partial(measure, paths[CIFAR10_IMAGES], in_memory=True)}
         for number, path in paths.items():
             ways[f"{number:,} images from a file"] = partial(measure, path, in_memory=False)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -75,7 +75,7 @@ def main() -> None:
                     value, peak = pool.apply(run)
                 seconds[way].append(value)
                 peaks[way] = max(peaks[way], peak)
-    print(f"seconds for {IMAGES_PER_UNIT:,} images; windows of {WINDOW_MEGABYTES} MB of images")
+    print(f"seconds for {CIFAR10_IMAGES:,} images; windows of {WINDOW_MEGABYTES} MB of images")
     memory = {way: f"{peak:.0f}" for way, peak in peaks.items()}
     print(medians(seconds, base=RESIDENT, more={"peak of memory (MB)": memory}, digits=2))
 

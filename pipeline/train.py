@@ -139,7 +139,7 @@ def check_params_fit_data(params: TrainParams, info: DatasetInfo) -> None:
 
 
 def _read_split(name: str, params: TrainParams, info: DatasetInfo, *, device: torch.device) -> Split:
-    """Read a split onto the device, as far as it fits into train.window_megabytes."""
+    """Read a split; its images are copied to the device if all fit into train.window_megabytes."""
     return Split.read(name, info=info, device=device, window_bytes=params.window_megabytes * 2**20)
 
 

@@ -1,4 +1,4 @@
-"""Train by the pipeline, on the arrays that its step normalize wrote, without their validation split.
+"""Train by the pipeline, on the train split of the arrays that its step normalize wrote.
 
 Four fifths of an epoch suffice, since each test image is evaluated together with its mirror image.
 """

@@ -56,7 +56,7 @@ def flush_outbox() -> bool:
 
 
 def _flush_run(path: Path) -> None:
-    """Send the run of this `run.json` if its time has come, and then delete its folder."""
+    """Send a queued run and delete its folder; leave it in the queue where it may still be needed."""
     queued = _read_queued_run(path)
     run_id = queued["run_id"]
     found = find_run(run_id)

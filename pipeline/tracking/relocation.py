@@ -65,7 +65,7 @@ def relocate(uri: str, project: Path) -> str | None:
 
 
 def base_folder(location: str) -> Path | None:
-    """Return the folder that must exist if a location of artifacts was ever written to; None for `s3://…` and such.
+    """Return the folder that must exist if a location of artifacts was ever written to; None for `s3://…` and the like.
 
     That is `…/mlartifacts`; else the parent of `mlruns`, MLflow's own default, or of the folder that the user chose.
     """

@@ -120,7 +120,7 @@ def _connect_to_record() -> None:
 
 
 def _resume_run(training: str, *, checkpointed: Mapping[str, Any] | None) -> RunLogger | None:
-    """Return the unfinished run of the training, or None; it knows which metrics MLflow has, and which are pending."""
+    """Return the run to resume, or None; it knows which metrics MLflow has, and which are pending."""
     found = find_runs({TRAINING: training})
     if checkpointed:
         found = [run for run in found if run.run_id == checkpointed["run_id"]]

@@ -32,8 +32,8 @@ from pipeline.core.errors import TemporaryError, UserError, first_line
 from pipeline.core.sqlite import MOVE_AWAY, REMEDIES, sqlite_errors
 
 # Migrates a copy of a database to the newest schema; an empty file becomes a new database. The second argument is the
-# file descriptor of the lock: a child process that does the work inherits it, and so has the lock if its parent is
-# killed.
+# file descriptor of the lock: a child process that does the work inherits it, and holds the lock even if its
+# parent is killed.
 Migrate = Callable[[Path, int], None]
 LOCK_SECONDS = 30.0  # how long sqlite waits for another process to end its transaction
 SUFFIXES_BESIDE = ("-journal", "-wal", "-shm")  # of the files that sqlite has beside a database

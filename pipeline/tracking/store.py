@@ -28,7 +28,7 @@ from pipeline.tracking import sqlite_store
 from pipeline.tracking.relocation import relocate
 from pipeline.tracking.store_uri import ask_health, missing_package, no_answer, tracking_uri, unreachable
 
-# statuses that a working server may answer to the health check, which can need another login than all else
+# statuses of a health check that a working server may return, since that check can need another login than the rest
 OTHER_LOGIN_STATUSES = (401, 403)
 SYSTEM_METRICS_INTERVAL_SECONDS = 2
 

@@ -18,7 +18,7 @@ from pipeline.training import distributed
 
 BLOCK_BYTES = 2**20  # how much is read from a file at once; a disk takes little longer for it than for one image
 DROPOUT_STREAM = 1  # the `stream` of `generator` for dropout
-FIRST_WINDOW_STREAM = 2  # the `stream` of `generator` for window 0; window n has this plus n
+FIRST_WINDOW_STREAM = 2  # the `stream` of `generator` for window 0; window n has FIRST_WINDOW_STREAM + n
 
 
 @dataclass(frozen=True)
@@ -139,18 +139,18 @@ class TrainingBatches:
         starts = shuffled + [num_used - num_used % length] * (num_used % length > 0)
         return [(first + start, first + min(start + length, num_used)) for start in starts], length
 
-    def _load_window(self, number: int) -> _Window:
-        """Return the window of this index, read anew unless it is the one in memory."""
-        if self._window is None or self._window[0] != number:
+    def _load_window(self, index: int) -> _Window:
+        """Return the window of this index; read it, unless it is the one in memory."""
+        if self._window is None or self._window[0] != index:
             self._window = None  # free its memory before the next one is read
-            self._window = number, self._make_window(number)
+            self._window = index, self._make_window(index)
         return self._window[1]
 
-    def _make_window(self, number: int) -> _Window:
+    def _make_window(self, index: int) -> _Window:
         """Read the images of the window of this index, and draw its order and augmentation."""
         split, padding = self._split, self._augmentation.crop_padding
-        blocks = self._blocks[number * self._blocks_per_window : (number + 1) * self._blocks_per_window]
-        random = generator(self._seed, epoch=self._epoch, stream=FIRST_WINDOW_STREAM + number)
+        blocks = self._blocks[index * self._blocks_per_window : (index + 1) * self._blocks_per_window]
+        random = generator(self._seed, epoch=self._epoch, stream=FIRST_WINDOW_STREAM + index)
         indices = torch.cat([torch.arange(start, stop) for start, stop in blocks])
         order = torch.randperm(len(indices), generator=random)
         height, width = split.images.shape[1:3]

@@ -139,5 +139,5 @@ def _wait_for_lock(lock: int) -> None:
 
 
 def _is_still_at(path: Path, descriptor: int) -> bool:
-    """Return whether the open file still has this path; it has not where another process deleted it."""
+    """Return whether this path still names the open file, which another process may have deleted."""
     return path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor))

@@ -22,10 +22,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from pipeline.core.errors import EXIT_TEMPORARY, TemporaryError, UserError, first_line
 
-# This variable names the file by which processes of one machine find each other; without it they use torchrun's way.
+# This variable names the file by which processes of one machine find each other; without it they ask torchrun.
 RENDEZVOUS_VARIABLE = "PIPELINE_RENDEZVOUS_FILE"
 SIGTERM_GRACE_SECONDS = 5  # how long the other ranks live on after SIGTERM, while rank 0 writes a checkpoint
-MAX_LAG_SECONDS = 10  # a rank that fails waits this long for rank 0 to fail for the same reason, perhaps a bit later
+MAX_LAG_SECONDS = 10  # a rank that fails waits this long for rank 0, which may fail later for the same reason
 MAX_REPORT_SECONDS = 60  # the other ranks wait this long while rank 0 reports a failure and ends its MLflow run
 _RANK_0_FAILED = "failed"  # this key is set in `_store` when rank 0 fails
 _OTHER_RANK_FAILED = "failed/others"  # this key is set in `_store` when another rank fails, but rank 0 does not
@@ -105,7 +105,7 @@ def launch(module: str, *, processes: int) -> None:
 
 
 def _run_and_forward_status(launcher: Any, module: str) -> None:
-    """Run the module by torchrun's `launcher`; where a process fails, end this one in the same way."""
+    """Run the module by torchrun's `launcher`; where a process fails, exit with its status."""
     from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415  # see launch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415  # see launch
 

@@ -11,7 +11,7 @@ NUM_WHITENING_IMAGES = 5_000
 
 
 def initialize_from_images(classifier: Classifier, split: Split, *, seed: int) -> None:
-    """Set the whitening filters of an Airbench from 5,000 images of the train split.
+    """Set the whitening filters of an Airbench from up to 5,000 images of the train split.
 
     The images may be on another device than the network.
     """

@@ -1,8 +1,8 @@
 """The training loop: train a network on one split, validate it on another, return its weights and the history.
 
-These modules have what is not the algorithm itself: `state` what changes from step to step, `saving` when a checkpoint
-is written, `non_finite` losses that are not finite, `distributed` training in several processes, `selection` which
-epoch is selected and when the training ends.
+What is not the algorithm itself is in other modules: `state` (what changes from step to step), `saving` (when a
+checkpoint is written), `non_finite` (losses that are not finite), `distributed` (training in several processes) and
+`selection` (which epoch is selected, and when the training ends).
 """
 
 import time
