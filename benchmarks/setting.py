@@ -66,7 +66,7 @@ def check_is_committed() -> None:
     _, changes = timed("git", "status", "--porcelain", "--", "*.py", "*.yaml", cwd=PROJECT)
     if changes:
         names = ", ".join(changes.splitlines())
-        raise UserError(f"found uncommitted changes, which a clone would lack: {names}; commit them first")
+        raise UserError(f"found uncommitted changes, which a clone does not have: {names}; commit them first")
 
 
 def clone(folder: Path) -> None:

@@ -14,11 +14,12 @@ import pytest
 import requests
 
 from pipeline.arrays import DatasetInfo
-from pipeline.artifacts import file_md5, read_csv, verify
+from pipeline.artifacts import file_md5, read_csv, verify, write_csv
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.models.files import load_model
 from pipeline.tracking import model_code
 from pipeline.tracking.models import SERVED_PACKAGES, fetch_model, log_model
+from pipeline.tracking.provenance import selected_epoch_tags
 from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.store import connect
 from tests.conftest import PROJECT, coloured_images, free_port, run_step, start_repository, write_normalized
@@ -123,6 +124,11 @@ def test_history_and_run_name_the_selected_epoch_and_the_reason(store: Path) -> 
     run = only_run()
     assert (run.data.tags["selected.epoch"], run.data.tags["selected.reason"]) == (marked["epoch"], marked["selected"])
     assert run.data.metrics["selected_epoch"] == best[2]
+
+
+def test_the_history_of_an_earlier_version_gives_no_tags_of_the_selected_epoch(tmp_path: Path) -> None:
+    write_csv(tmp_path / "history.csv", [{"epoch": 1, "kept": ""}, {"epoch": 2, "kept": "highest validation accuracy"}])
+    assert selected_epoch_tags(tmp_path) == {}
 
 
 def test_the_recorded_model_predicts_and_holds_no_pickle(store: Path) -> None:

@@ -102,7 +102,8 @@ class RunLogger:
         It is written to checkpoints and to the outbox. Its keys must not be renamed: existing files have them.
         """
         with self._lock:
-            return {"run_id": self.run_id, "waiting": [[m.key, m.value, m.timestamp, m.step] for m in self._pending]}
+            pending = [[metric.key, metric.value, metric.timestamp, metric.step] for metric in self._pending]
+        return {"run_id": self.run_id, "waiting": pending}
 
     def set_tags(self, tags: Mapping[str, str], *, overwrite: bool = True) -> None:
         """Set the tags; without `overwrite`, a tag that the run already has is not changed."""
