@@ -188,7 +188,7 @@ def test_a_store_that_cannot_be_corrected_is_told_in_one_line_and_left_as_it_is(
     make_run()
     here = move(project)
     go_to(here, monkeypatch)
-    monkeypatch.setattr("pipeline.tracking.relocation.BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.tracking.relocation.MAX_BUSY_SECONDS", 0.1)
     with sqlite3.connect(here / "mlflow.db", isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(TemporaryError, match=r"holds paths of another folder.*database is locked"):
