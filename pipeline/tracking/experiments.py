@@ -79,7 +79,7 @@ def _check_artifact_folder(experiment: Experiment) -> None:
     folder = _missing_folder(experiment.artifact_location)
     if folder is None or not MlflowClient().search_runs([experiment.experiment_id], "", ViewType.ALL, max_results=1):
         return
-    remedy = f"`mkdir -p {shlex.quote(str(folder))}` creates it again"
+    remedy = f"`mkdir -p {shlex.quote(str(folder))}` makes it again"
     own_folder = artifact_folder(project_folder())
     if folder.name == own_folder.name:
         parent, target, link = (shlex.quote(str(path)) for path in (folder.parent, own_folder, folder))
