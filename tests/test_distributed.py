@@ -119,7 +119,7 @@ def test_processes_end_when_their_launcher_was_killed(workspace: Path) -> None:
 
 
 def test_more_processes_than_devices_are_refused() -> None:
-    with pytest.raises(UserError, match=r"train.processes is 2, but this machine has 1 of mps; allowed: up to 1"):
+    with pytest.raises(UserError, match=r"train.processes is 2, but this machine has 1 of type mps; allowed: up to 1"):
         distributed.check_num_devices(2, device=torch.device("mps"))
 
 

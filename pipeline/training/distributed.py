@@ -70,7 +70,7 @@ def check_num_devices(processes: int, *, device: torch.device) -> None:
     available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, processes)
     if processes > available:
         raise UserError(
-            f"train.processes is {processes}, but this machine has only {available} {device.type} devices; "
+            f"train.processes is {processes}, but this machine has {available} of type {device.type}; "
             f"allowed: up to {available}; lower it"
         )
 
