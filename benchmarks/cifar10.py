@@ -1,14 +1,14 @@
-"""Prepare CIFAR-10 for the benchmarks, once, in `.cache/benchmarks/cifar10/` (1 GB); its time counts in none of them.
+"""Prepare CIFAR-10 for the benchmarks, once, in `.cache/benchmarks/cifar10/` (1 GB); no benchmark measures this.
 
 `python -m benchmarks.cifar10 [--images FOLDER] [--recipe RECIPE]` takes a tree of JPEG files, `<split>/<class>/*.jpg`
-with the splits train and test, or the archive of such a tree beside the project, and makes
+with the splits train and test, or the archive of such a tree beside the project, and writes
 
     images/                the tree
     cifar-10-batches-py/   the same pixels in the layout of the official archive, as torchvision reads them
     download/              that archive, as the pipeline's download writes it
     normalize/<recipe>/    the same pixels, as the pipeline's normalize writes them for the recipe
 
-What was already made from the same images with the same parameters stays.
+What already exists, made from the same images with the same parameters, is not made again.
 """
 
 import argparse
@@ -40,18 +40,18 @@ ARCHIVE = Path("../shared/data/cifar10-jpeg.tar.gz")
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
-    """Add the option --images, the folder of the images."""
+    """Add the option --images, the folder of the images, to a command line."""
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="a tree <split>/<class>/*.jpg: train and test")
 
 
 def archive_overrides() -> list[str]:
-    """Return the overrides by which `download` takes the archive that `prepare` made."""
+    """Return the overrides with which `download` reads the archive that `prepare` wrote."""
     archive = (CIFAR10 / "download" / OFFICIAL_ARCHIVE).resolve()
     return [f"download.urls=[{archive}]", f"download.md5={file_md5(archive)}"]
 
 
 def prepare_apart(images: Path | None, *, recipe: str = RECIPE) -> None:
-    """Prepare in another process: this one's peak of memory would count for every process that it starts later."""
+    """Prepare the images in another process, so that the memory it takes does not count for processes started later."""
     option = ["--images", str(images)] if images else []
     done = subprocess.run([sys.executable, "-m", "benchmarks.cifar10", *option, "--recipe", recipe], check=False)
     if done.returncode:
@@ -59,10 +59,10 @@ def prepare_apart(images: Path | None, *, recipe: str = RECIPE) -> None:
 
 
 def prepare(images: Path | None, *, recipe: str) -> None:
-    """Make what is missing or was made from other images; raise UserError where there are no images of CIFAR-10."""
+    """Make what is missing or was made from other images; raise UserError where there are no images."""
     params = check_params(compose(recipe, {}), origin=recipe).normalize
     origin = {"images": _origin(images), "with": "checksums.md5"}
-    _make_once(CIFAR10, origin, lambda folder: _make(folder, images))
+    _make_once(CIFAR10, origin, lambda folder: _make_archive(folder, images))
     _make_once(
         arrays(recipe),
         {**origin, **params.model_dump(mode="json")},
@@ -71,32 +71,35 @@ def prepare(images: Path | None, *, recipe: str) -> None:
 
 
 def _make_once(folder: Path, description: Mapping[str, Any], make: Callable[[Path], object]) -> None:
-    """Make the folder, whole or not at all, unless it was made from the same description."""
-    mark, text = folder / "made_from.json", json.dumps(description, indent=2)
-    if mark.exists() and mark.read_text() == text:
+    """Call `make` for a new folder that replaces `folder`, unless that was made from the same description."""
+    made_from, text = folder / "made_from.json", json.dumps(description, indent=2)
+    if made_from.exists() and made_from.read_text() == text:
         return
     fresh = folder.with_name(f"{folder.name}.tmp")
     for leftover in (fresh, folder):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
     make(fresh)
-    (fresh / mark.name).write_text(text)
+    (fresh / made_from.name).write_text(text)
     fresh.rename(folder)
 
 
 def _origin(images: Path | None) -> str:
-    """Return the path of the tree or the archive."""
+    """Return the path of the tree or of the archive; raise UserError where there is none."""
     if images is None and not ARCHIVE.is_file():
         raise UserError(
             "found no images of CIFAR-10; name a tree <split>/<class>/*.jpg of them: make bench IMAGES=FOLDER, "
             "or --images FOLDER"
         )
     if images is not None and not all((images / split).is_dir() for split in ("train", "test")):
-        raise UserError(f"--images: {images} has no folders train and test; allowed: a tree <split>/<class>/*.jpg")
+        raise UserError(
+            f"--images: {images} has no folders train and test; allowed: a tree <split>/<class>/*.jpg; name another one"
+        )
     return str((images or ARCHIVE).resolve())
 
 
-def _make(folder: Path, images: Path | None) -> None:
+def _make_archive(folder: Path, images: Path | None) -> None:
+    """Make the tree of images, the files of the official archive, and the archive, in `folder`."""
     tree = folder / CIFAR10_IMAGES.name
     if images is not None:
         tree.symlink_to(images.resolve())
@@ -115,23 +118,26 @@ def _make(folder: Path, images: Path | None) -> None:
 
 
 def official_files(tree: Path) -> dict[str, bytes]:
-    """Return the files of the official archive by name, from `<split>/<class>/*.jpg`; each batch has all classes."""
+    """Return the content of the official archive's files by name, from `<split>/<class>/*.jpg`."""
     classes = sorted(path.name for path in (tree / "train").iterdir() if path.is_dir())
     paths = {split: _mixed(tree / split, classes) for split in ("train", "test")}
     meta = {"label_names": classes, "num_cases_per_batch": len(paths["test"]), "num_vis": 3 * IMAGE_SIZE**2}
     files = {"batches.meta": pickle.dumps(meta, protocol=2)}
-    training = [name for name, split in BATCHES if split == "train"]
-    for number, name in enumerate(training):
-        start, end = (len(paths["train"]) * index // len(training) for index in (number, number + 1))
+    train_files = [name for name, split in BATCHES if split == "train"]
+    for number, name in enumerate(train_files):
+        start, end = (len(paths["train"]) * index // len(train_files) for index in (number, number + 1))
         files[name] = _batch(paths["train"][start:end], classes)
     return {**files, "test_batch": _batch(paths["test"], classes)}
 
 
 def _mixed(folder: Path, classes: list[str]) -> list[Path]:
-    """Return the files of a split, one of each class in turn."""
+    """Return the files of a split in an order in which the classes take turns."""
     by_class = [sorted((folder / name).glob("*.jpg")) for name in classes]
     if not all(by_class):
-        raise UserError(f"{folder}: a class of train has no *.jpg in it; allowed: <split>/<class>/*.jpg of CIFAR-10")
+        raise UserError(
+            f"{folder}: one of the classes in train has no *.jpg here; allowed: <split>/<class>/*.jpg of CIFAR-10; "
+            "name a complete tree"
+        )
     return [path for path in chain.from_iterable(zip_longest(*by_class)) if path is not None]
 
 
@@ -147,9 +153,12 @@ def _batch(paths: list[Path], classes: list[str]) -> bytes:
 
 
 def _pixels(path: Path) -> npt.NDArray[np.uint8]:
+    """Return the pixels of an image: (3072,) uint8, channels first; raise UserError where it has another size."""
     pixels = np.asarray(Image.open(path))
     if pixels.shape != (IMAGE_SIZE, IMAGE_SIZE, 3):
-        raise UserError(f"{path} is {pixels.shape}; allowed: {IMAGE_SIZE}x{IMAGE_SIZE} pixels of 3 channels")
+        raise UserError(
+            f"{path} has the shape {pixels.shape}; allowed: {(IMAGE_SIZE, IMAGE_SIZE, 3)}; name images of CIFAR-10"
+        )
     return pixels.transpose(2, 0, 1).reshape(-1)
 
 
@@ -163,7 +172,7 @@ def write_archive(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def main() -> None:
-    """Prepare the images."""
+    """Prepare the images that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cifar10", description="Prepare CIFAR-10.")
     add_images(parser)
     parser.add_argument("--recipe", default=RECIPE, help=f"the recipe of the arrays; default: {RECIPE}")

@@ -1,8 +1,8 @@
-"""Measure what an epoch of cifar10_lenet costs with a checkpoint and with MLflow, each in turn in one process.
+"""Measure how much longer an epoch of cifar10_lenet takes with a checkpoint, and with MLflow.
 
-`python -m benchmarks.epochs [ROUNDS]` prints the medians, the median ratios within the rounds, and the seconds that
-MLflow takes for the finished model. The images are random pixels in the number and size of CIFAR-10's, since time does
-not depend on what they show. MLflow's store is a new one in sqlite.
+`python -m benchmarks.epochs [ROUNDS]` runs each way in turn in one process. It prints the medians, the median ratios
+within the rounds, and the seconds that MLflow takes for the finished model. The images are random pixels in the number
+and size of CIFAR-10's, since the time does not depend on what they show. MLflow's store is a new sqlite file.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.lenet import CONFIG, PARAMS, Splits, epoch, fresh, random_splits
+from benchmarks.lenet import CONFIG, PARAMS, Splits, new_classifier, random_splits, train_epoch
 from benchmarks.setting import options, scratch
 from benchmarks.table import header, medians
-from pipeline.artifacts import replace_folder
+from pipeline.artifacts import BEST_WEIGHTS, replace_folder
 from pipeline.core.errors import report_errors
 from pipeline.core.settings import get_settings
 from pipeline.models.files import save_config, save_weights
@@ -31,7 +31,7 @@ from pipeline.training.device import prepare_torch
 
 @contextlib.contextmanager
 def mlflow_run(*, number: int) -> Iterator[RunLogger]:
-    """Open a run in MLflow as the train step does."""
+    """Start a run in MLflow, as the step train does, and end it after the block."""
     dataset = describe_dataset("random", source=None, digest="0" * 32)
     with training_run(experiment="benchmark", params=PARAMS.flat(), dataset=dataset, training=str(number)) as run:
         yield run
@@ -39,16 +39,16 @@ def mlflow_run(*, number: int) -> Iterator[RunLogger]:
 
 def logged_epoch(splits: Splits, *, number: int) -> tuple[float, float]:
     """Return the seconds of an epoch that is logged to MLflow, and those of the upload of the model."""
-    classifier = fresh()
+    classifier = new_classifier()
     with mlflow_run(number=number) as run, tempfile.TemporaryDirectory() as folder:
-        seconds = epoch(
+        seconds = train_epoch(
             classifier,
             splits,
             on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
             on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=PARAMS.train, run=run),
         )
         with replace_folder(Path(folder) / "train") as target:
-            save_weights(classifier, target / "best.safetensors")
+            save_weights(classifier, target / BEST_WEIGHTS)
             save_config(CONFIG, target)
         start = time.perf_counter()
         log_model(Path(folder) / "train")
@@ -56,7 +56,7 @@ def logged_epoch(splits: Splits, *, number: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measure each way in turn and print the table."""
+    """Measure each way in turn, and print the table."""
     rounds = options("epochs", __doc__, repeats="ROUNDS", default=8).parse_args().repeats
     print(header(seeds="0"))
     prepare_torch(PARAMS.train)
@@ -72,8 +72,8 @@ def main() -> None:
         for number in range(rounds + 1):
             with contextlib.redirect_stdout(io.StringIO()):
                 logged_seconds, upload = logged_epoch(splits, number=number)
-            found = {alone: epoch(fresh(), splits), logged: logged_seconds}
-            found[checkpoint] = epoch(fresh(), splits, save=checkpoints.write)
+            found = {alone: train_epoch(new_classifier(), splits), logged: logged_seconds}
+            found[checkpoint] = train_epoch(new_classifier(), splits, save=checkpoints.write)
             for way, value in found.items() if number else ():  # the first round warms up
                 seconds[way].append(value)
             uploads.append(upload)

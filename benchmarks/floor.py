@@ -1,8 +1,9 @@
-"""Measure where the time of an epoch of cifar10_lenet goes, and how far it is from what the machine could do.
+"""Measure which operators take the time of an epoch of cifar10_lenet, and compare it with the least possible time.
 
-`python -m benchmarks.floor [ROUNDS]` counts the operations of forward and backward pass, measures the machine's matrix
-rate (float32, 2048 x 2048) and memory bandwidth, and prints the least time they allow, the time taken, and the
-operators that take it. Rates and epochs are measured in turn; the medians count.
+`python -m benchmarks.floor [ROUNDS]` counts the operations of the forward and backward pass, and measures how fast the
+machine multiplies matrices (float32, 2048 x 2048) and copies memory. It prints the least time that these rates allow
+(the floor), the time that an epoch takes, and the operators that take it. Rates and epochs are measured in turn; the
+medians count.
 """
 
 import statistics
@@ -14,24 +15,24 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.lenet import PARAMS, TRAIN_IMAGES, VALIDATION_IMAGES, Splits, epoch, fresh, random_splits
+from benchmarks.lenet import PARAMS, TRAIN_IMAGES, VALIDATION_IMAGES, Splits, new_classifier, random_splits, train_epoch
 from benchmarks.setting import options
 from benchmarks.table import header, table
 from pipeline.core.errors import report_errors
 from pipeline.training.device import prepare_torch
 
-SIDE, COPIED_BYTES = 2048, 2**28
-MAX_OPERATORS = 10
+MATRIX_SIDE, COPIED_BYTES = 2048, 2**28
+MAX_PRINTED_OPERATORS = 10
 
 
-def operations() -> float:
-    """Return the operations of an image, forward and backward; a multiplication and an addition count as two."""
-    images = PARAMS.train.batch_size
-    classifier, counter = fresh(), FlopCounterMode(display=False)
+def operations_per_image() -> float:
+    """Return the operations of one image, forward and backward; a multiplication and an addition count as two."""
+    num_images = PARAMS.train.batch_size
+    classifier, counter = new_classifier(), FlopCounterMode(display=False)
     with counter:
-        logits = classifier(torch.zeros(images, 3, 32, 32))
-        F.cross_entropy(logits, torch.zeros(images, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
-    return counter.get_total_flops() / images
+        logits = classifier(torch.zeros(num_images, 3, 32, 32))
+        F.cross_entropy(logits, torch.zeros(num_images, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
+    return counter.get_total_flops() / num_images
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -42,39 +43,41 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def operator_table(splits: Splits) -> str:
-    """Return the own time of the operators in an epoch, as a table."""
+    """Return a table of the operators that take most of an epoch, without the time of operators that they call."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        epoch(fresh(), splits)
+        train_epoch(new_classifier(), splits)
     events = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
     rows = [
-        [event.key, f"{event.self_cpu_time_total / total:.1%}", f"{event.count:,}"] for event in events[:MAX_OPERATORS]
+        [event.key, f"{event.self_cpu_time_total / total:.1%}", f"{event.count:,}"]
+        for event in events[:MAX_PRINTED_OPERATORS]
     ]
-    rest = sum(event.self_cpu_time_total for event in events[MAX_OPERATORS:]) / total
-    return table([["operator", "share of the time", "calls"], *rows, ["all others", f"{rest:.1%}", ""]])
+    rest = sum(event.self_cpu_time_total for event in events[MAX_PRINTED_OPERATORS:]) / total
+    return table([["operator", "fraction of the time", "calls"], *rows, ["all others", f"{rest:.1%}", ""]])
 
 
 def main() -> None:
-    """Measure rates and epochs in turn and print the tables."""
+    """Measure rates and epochs in turn, and print the tables."""
     rounds = options("floor", __doc__, repeats="ROUNDS", default=7).parse_args().repeats
     print(header(seeds="0"))
     prepare_torch(PARAMS.train)
     splits = random_splits()
-    matrix, memory, copy = torch.rand(SIDE, SIDE), *torch.zeros(2, COPIED_BYTES, dtype=torch.uint8)
-    works: dict[str, Callable[[], object]] = {
+    matrix, memory, copy = torch.rand(MATRIX_SIDE, MATRIX_SIDE), *torch.zeros(2, COPIED_BYTES, dtype=torch.uint8)
+    tasks: dict[str, Callable[[], object]] = {
         "matrix": lambda: matrix @ matrix,
         "memory": lambda: copy.copy_(memory),
-        "epoch": lambda: epoch(fresh(), splits),
+        "epoch": lambda: train_epoch(new_classifier(), splits),
     }
-    taken = [{name: seconds(work) for name, work in works.items()} for _ in range(rounds + 1)][1:]  # the first warms up
-    found = {name: statistics.median([each[name] for each in taken]) for name in works}
-    rate, bandwidth = 2 * SIDE**3 / found["matrix"], 2 * COPIED_BYTES / found["memory"]
-    flops = operations()
-    # a validation image goes forward only, a third of it and a little more
+    taken = [{name: seconds(task) for name, task in tasks.items()} for _ in range(rounds + 1)]
+    del taken[0]  # the first round warms up
+    found = {name: statistics.median([each[name] for each in taken]) for name in tasks}
+    rate, bandwidth = 2 * MATRIX_SIDE**3 / found["matrix"], 2 * COPIED_BYTES / found["memory"]
+    flops = operations_per_image()
+    # a validation image needs the forward pass only, which is about a third of the operations
     least = flops * (TRAIN_IMAGES + VALIDATION_IMAGES / 3) / rate
     read = (TRAIN_IMAGES + VALIDATION_IMAGES) * 32 * 32 * 3 / bandwidth
     rows = [
-        ["", ""],
+        ["quantity", "value"],
         ["operations of an image, forward and backward", f"{flops / 1e6:.2f} million"],
         ["matrix rate, float32", f"{rate / 1e9:.0f} GFLOP/s"],
         ["memory, read and write", f"{bandwidth / 1e9:.1f} GB/s"],

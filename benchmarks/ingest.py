@@ -1,11 +1,11 @@
-"""Measure JPEG files into arrays: the steps download and normalize against torchvision's ImageFolder and DataLoader.
+"""Compare two ways from JPEG files to arrays: the steps download and normalize, and torchvision's ImageFolder.
 
 `python -m benchmarks.ingest [ROUNDS] [--images FOLDER] [--large]` runs each way in turn, as a process of its own, and
-prints the medians, the median of the ratios within the rounds, and images a second. The start-up (the interpreter and
-its imports) is part of each way, and is also measured alone. torchvision reads each file once into an array in memory;
-normalize also draws splits, finds duplicates, takes means and deviations, and writes arrays with checksums. After that
-come the peaks of memory for a tenth of the images, all of them and, with `--large`, ten times all of them; a run whose
-memory is sampled counts in no time. Nothing else should run on the machine meanwhile.
+prints the medians, the median of the ratios within the rounds, and images per second. The start-up (the interpreter and
+its imports) is part of each way, and is also measured alone. torchvision reads each file once into an array in memory,
+by a DataLoader; normalize also draws splits, finds duplicates, computes means and deviations, and writes arrays with
+checksums. The second table has the peaks of memory for a tenth of the images, for all of them and, with `--large`, for
+ten times as many. They are measured in other runs than the times. Nothing else should run on the machine meanwhile.
 """
 
 import os
@@ -37,7 +37,7 @@ BASE = "normalize, all cores"
 
 @contextmanager
 def workspace(images: Path) -> Iterator[Path]:
-    """Yield a folder in which the steps run on these images."""
+    """Yield a temporary folder whose `params.yaml` makes the steps read these images."""
     with scratch() as name:
         overrides = {"download.dataset": "imagefolder", "download.folder": str(images.resolve())}
         (Path(name) / "params.yaml").write_text(dump_yaml(compose(RECIPE, overrides)))
@@ -45,13 +45,14 @@ def workspace(images: Path) -> Iterator[Path]:
 
 
 def start(command: list[str], folder: Path, *, one_core: bool = False) -> subprocess.Popen[bytes]:
-    """Start a command in the folder; `one_core` pins it to one core, as on a machine that has only one."""
+    """Start a command in the folder; `one_core` pins it to one core, as if the machine had only one."""
     prefix = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))] if one_core else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PROJECT), *_python_path()])}
     return subprocess.Popen([*prefix, *command], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
 
 
 def _python_path() -> list[str]:
+    """Return the entries of PYTHONPATH."""
     return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
@@ -60,17 +61,18 @@ def seconds(command: list[str], folder: Path, *, one_core: bool = False) -> floa
     begin = time.perf_counter()
     with start(command, folder, one_core=one_core) as child:
         status = child.wait()
-    _check(command, status)
+    _check_status(command, status)
     return time.perf_counter() - begin
 
 
-def _check(command: list[str], status: int) -> None:
+def _check_status(command: list[str], status: int) -> None:
+    """Raise UserError where the command failed."""
     if status:
-        raise UserError(f"{' '.join(command)} ended with status {status}")
+        raise UserError(f"{' '.join(command)} ended with status {status}; fix what it printed, then run this again")
 
 
 def one_round(images: Path) -> dict[str, float]:
-    """Return the seconds of each way, run once."""
+    """Run each way once; return its seconds."""
     with workspace(images) as folder:
         download = seconds(DOWNLOAD, folder)
         all_cores = seconds(NORMALIZE, folder)
@@ -85,62 +87,63 @@ def one_round(images: Path) -> dict[str, float]:
         }
 
 
-def times(images: Path, *, rounds: int) -> str:
+def times_table(images: Path, *, rounds: int) -> str:
     """Return the table of seconds."""
-    count = _count(images)
+    num_images = _num_images(images)
     found = [one_round(images) for _ in range(rounds)]
     taken = {way: [each[way] for each in found] for way in found[0]}
     speeds = {
-        way: ", ".join(f"{count / value:,.0f}" for value in values)
+        way: ", ".join(f"{num_images / value:,.0f}" for value in values)
         for way, values in taken.items()
         if "start-up" not in way
     }
-    return f"{count:,} images\n{medians(taken, base=BASE, more={'images a second': speeds})}"
+    return f"{num_images:,} images\n{medians(taken, base=BASE, more={'images a second': speeds})}"
 
 
-def _count(images: Path) -> int:
+def _num_images(images: Path) -> int:
+    """Return the number of JPEG files in a tree."""
     return sum(1 for _ in images.rglob("*.jpg"))
 
 
-def peak(command: list[str], folder: Path) -> tuple[int, int]:
-    """Return peaks in bytes: of all processes together, as sampled, and of the largest one, from the kernel."""
+def memory_peaks(command: list[str], folder: Path) -> tuple[int, int]:
+    """Return two peaks of memory in bytes: of all processes together (sampled), and of the largest (by the kernel)."""
     child = start(command, folder)
-    process, together = psutil.Process(child.pid), 0
+    process, peak = psutil.Process(child.pid), 0
     while True:
         ended, status, usage = os.wait4(child.pid, os.WNOHANG)
         if ended:
             child.returncode = os.waitstatus_to_exitcode(status)
-            _check(command, child.returncode)
-            return together, usage.ru_maxrss * 1024
-        together = max(together, _resident_bytes(process))
+            _check_status(command, child.returncode)
+            return peak, usage.ru_maxrss * 1024
+        peak = max(peak, _resident_bytes(process))
         time.sleep(SAMPLE_SECONDS)
 
 
 def _resident_bytes(process: psutil.Process) -> int:
-    """Return the memory of a process and its children; a page that several share is divided among them (PSS)."""
+    """Return the memory of a process and its children in bytes; a page that several share counts once (PSS)."""
     try:
-        tree = (process, *process.children(recursive=True))
-        return sum(int(each.memory_full_info().pss) for each in tree)
-    except (psutil.NoSuchProcess, psutil.AccessDenied):  # one ended during the sample; another sample follows
+        processes = (process, *process.children(recursive=True))
+        return sum(int(each.memory_full_info().pss) for each in processes)
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # a process ended during the sample; the next one counts
         return 0
 
 
-def memory(images: Path, *, fractions: list[Fraction]) -> str:
-    """Return the table of peaks, for each of these fractions of the images."""
+def memory_table(images: Path, *, fractions: list[Fraction]) -> str:
+    """Return the table of peaks of memory, for each of these fractions of the images."""
     rows = [["images", "way", "all processes (MB)", "largest process (MB)"]]
     for fraction in fractions:
         with resampled(images, fraction=fraction) as tree, workspace(tree) as folder:
             seconds(DOWNLOAD, folder)
             ways = {BASE: NORMALIZE, "torchvision, all cores": [*TORCHVISION, str(tree.resolve())]}
             for way, command in ways.items():
-                peaks = (f"{value / 1e6:,.0f}" for value in peak(command, folder))
-                rows.append([f"{_count(tree):,}", way, *peaks])
+                peaks = (f"{value / 1e6:,.0f}" for value in memory_peaks(command, folder))
+                rows.append([f"{_num_images(tree):,}", way, *peaks])
     return table(rows)
 
 
 @contextmanager
 def resampled(images: Path, *, fraction: Fraction) -> Iterator[Path]:
-    """Yield a tree of links to the first files of each class, or to every file several times."""
+    """Yield a tree of links to the images; a fraction above 1 has each file several times."""
     if fraction == 1:
         yield images
         return
@@ -150,8 +153,8 @@ def resampled(images: Path, *, fraction: Fraction) -> Iterator[Path]:
             target.mkdir(parents=True)
             files = sorted(source.glob("*.jpg"))
             for number in range(int(len(files) * fraction)):
-                copy, index = divmod(number, len(files))
-                (target / f"{copy}-{files[index].name}").symlink_to(files[index])
+                repeat, index = divmod(number, len(files))
+                (target / f"{repeat}-{files[index].name}").symlink_to(files[index])
         yield Path(name)
 
 
@@ -166,9 +169,9 @@ def main() -> None:
     prepare_apart(arguments.images)
     print(header(seeds="none"))
     images = CIFAR10_IMAGES
-    print(times(images, rounds=arguments.repeats), flush=True)
+    print(times_table(images, rounds=arguments.repeats), flush=True)
     fractions = [Fraction(1, 10), Fraction(1), *([Fraction(10)] if arguments.large else [])]
-    print(f"\npeaks of memory\n{memory(images, fractions=fractions)}")
+    print(f"\npeaks of memory\n{memory_table(images, fractions=fractions)}")
 
 
 if __name__ == "__main__":

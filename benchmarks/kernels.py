@@ -1,8 +1,9 @@
-"""Measure what the same bits on every CPU cost: epochs with portable kernels against native ones, in turn.
+"""Measure how much longer an epoch takes with portable kernels, which give the same bits on every CPU.
 
-`python -m benchmarks.kernels [ROUNDS]` prints medians and their median ratio for the recipes digits and cifar10_lenet,
-and for three steps of my_images. Each training has a process of its own, as PyTorch chooses its kernels once a process;
-imports and a first epoch, on a tenth of the images, are not counted. The images are random pixels.
+`python -m benchmarks.kernels [ROUNDS]` trains in turn with native and portable kernels, and prints medians and their
+median ratio for the recipes digits and cifar10_lenet, and for three steps of my_images. Each training is a process of
+its own, since PyTorch chooses its kernels once in a process. Imports and a first epoch, on a tenth of the images, are
+not measured. The images are random pixels.
 """
 
 import sys
@@ -10,7 +11,7 @@ import time
 
 import numpy as np
 
-from benchmarks.recipe import first, image_config
+from benchmarks.recipe import first_images, image_config
 from benchmarks.setting import PROJECT, options, timed
 from benchmarks.table import header, medians
 from pipeline.arrays import Split
@@ -22,35 +23,36 @@ from pipeline.params import TrainParams, check_params, compose
 from pipeline.training.device import prepare_torch
 from pipeline.training.loop import train
 
+# by recipe: epochs, training images, pixels a side, channels
 RECIPES = {"digits": (5, 1_078, 32, 1), "cifar10_lenet": (1, 45_000, 32, 3), "my_images": (1, 96, 128, 3)}
-"""By recipe: epochs, training images, pixels a side, channels."""
 KERNELS = ("native", "portable")
 
 
-def random_split(recipe: str, *, number: int) -> Split:
-    """Return a split of random pixels and labels in the size of the recipe's images."""
+def random_split(recipe: str, *, num_images: int) -> Split:
+    """Return a split of random pixels and labels with images of the recipe's size."""
     _, _, size, channels = RECIPES[recipe]
     draw = np.random.default_rng(0)
-    images = draw.integers(0, 256, (number, size, size, channels), dtype=np.uint8)
-    return Split.of(images, draw.integers(0, 10, number), mean=(0.5,) * channels, std=(0.25,) * channels)
+    images = draw.integers(0, 256, (num_images, size, size, channels), dtype=np.uint8)
+    return Split.of(images, draw.integers(0, 10, num_images), mean=(0.5,) * channels, std=(0.25,) * channels)
 
 
 def seconds_of_epochs(recipe: str, *, kernels: str) -> float:
-    """Return the seconds of the recipe's epochs with their validations, on the CPU."""
-    epochs, number, size, channels = RECIPES[recipe]
+    """Return the seconds of the recipe's epochs on the CPU, validation included."""
+    epochs, num_images, size, channels = RECIPES[recipe]
     changes = {"train.cpu_kernels": kernels, "train.epochs": epochs, "train.device": "cpu", "train.weights": None}
     params = check_params(compose(recipe, changes), origin="benchmark").train
     prepare_torch(params)
-    train_split, validation_split = (random_split(recipe, number=count) for count in (number, number // 10))
+    train_split, validation_split = (random_split(recipe, num_images=n) for n in (num_images, num_images // 10))
     mean, std = (0.5,) * channels, (0.25,) * channels
     config = image_config(params, class_names=tuple("0123456789"), mean=mean, std=std, image_size=size)
-    _train(config, params, first(train_split, max(number // 10, params.batch_size)), validation_split)
+    _train(config, params, first_images(train_split, max(num_images // 10, params.batch_size)), validation_split)
     start = time.perf_counter()
     _train(config, params, train_split, validation_split)
     return time.perf_counter() - start
 
 
 def _train(config: ModelConfig, params: TrainParams, train_split: Split, validation_split: Split) -> None:
+    """Train a new network."""
     classifier = build(config).to(memory_format=memory_format(params))
     train(classifier, params=params, train_split=train_split, validation_split=validation_split)
 

@@ -1,7 +1,7 @@
-"""Measure what DVC, MLflow and Prefect cost around a training of the digits, each way in turn.
+"""Measure the time that DVC, MLflow and Prefect add to a training of the digits.
 
-`python -m benchmarks.overhead [ROUNDS]` clones the commit that is checked out into a temporary folder for each round
-and prints the median seconds of each way. Nothing else should run on the machine meanwhile.
+`python -m benchmarks.overhead [ROUNDS]` clones the commit that is checked out into a temporary folder for each round,
+runs each way in turn, and prints the median seconds. Nothing else should run on the machine meanwhile.
 """
 
 import sys
@@ -11,7 +11,7 @@ from benchmarks.setting import clone, options, scratch, timed
 from benchmarks.table import header, medians
 from pipeline.core.errors import report_errors
 
-LOOP = """
+TRAINING_LOOP = """
 import time
 from pipeline.arrays import DatasetInfo, Split
 from pipeline.models.build import build
@@ -26,8 +26,8 @@ start = time.perf_counter()
 train(build(configure(params, info)), params=params, train_split=splits["train"], validation_split=splits["validation"])
 print(time.perf_counter() - start)
 """
+# removed from the environment, since they would send the runs to the user's own servers
 SERVER_VARIABLES = ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "PREFECT_HOME")
-"""Left out: they would send the runs to the user's own servers."""
 FLOW = [sys.executable, "-m", "flows.train_classifier"]
 
 
@@ -37,13 +37,14 @@ def run(*command: str, cwd: Path) -> tuple[float, str]:
 
 
 def one_round(folder: Path) -> dict[str, float]:
-    """Run each way once; the flow has a clone of its own, so that its cache is empty."""
+    """Run each way once, and return its seconds; the flow has a clone of its own, so that its cache is empty."""
     repro, flow = folder / "repro", folder / "flow"
     for copy in (repro, flow):
         clone(copy)
     seconds = {"dvc repro, empty cache": run("dvc", "repro", cwd=repro)[0]}
-    seconds["training loop alone (in the process)"] = float(run(sys.executable, "-c", LOOP, cwd=repro)[1].split()[-1])
-    seconds["training loop alone (the whole process)"] = run(sys.executable, "-c", LOOP, cwd=repro)[0]
+    loop = (sys.executable, "-c", TRAINING_LOOP)
+    seconds["training loop alone (in the process)"] = float(run(*loop, cwd=repro)[1].split()[-1])
+    seconds["training loop alone (the whole process)"] = run(*loop, cwd=repro)[0]
     seconds["dvc repro, nothing to do"] = run("dvc", "repro", cwd=repro)[0]
     seconds["Prefect server started"] = run(sys.executable, "-m", "flows.server", "start", cwd=flow)[0]
     try:
@@ -55,7 +56,7 @@ def one_round(folder: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    """Run the rounds and print the table."""
+    """Run the rounds, and print the table."""
     rounds = options("overhead", __doc__, repeats="ROUNDS", default=3).parse_args().repeats
     print(header(seeds="0"))
     found = []

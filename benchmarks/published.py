@@ -1,6 +1,6 @@
-"""The figures in README.md, in the heads of the recipes and in docs/results.md: all are from docs/results.json.
+"""Write the figures of docs/results.json into README.md, the heads of the recipes and docs/results.md.
 
-`python -m benchmarks.published` writes them there again; `python -m benchmarks.results --write` measures them.
+`python -m benchmarks.published` does so; `python -m benchmarks.results --write` measures the figures.
 """
 
 import re
@@ -21,8 +21,8 @@ RESULTS = Path("docs/results.json")
 REPORT = Path("docs/results.md")
 PICTURE = Path("docs/results.png")
 README = Path("README.md")
+# the table of results in README.md, between two comments
 TABLE = re.compile("(?<=<!-- results -->\n).*?(?=<!-- end of results -->)", re.DOTALL)
-"""The table of README.md, between two comments."""
 INTRODUCTION = """# Results
 
 Test accuracy of recipes over seeds, which draw the first weights, the order and the augmentation; data and splits are
@@ -34,7 +34,7 @@ and compares; `python -m benchmarks.results --write` wrote this file and `result
 
 @dataclass(frozen=True)
 class SeedResult:
-    """What a seed came to: accuracies are fractions of the test images, `model_md5` is that of best.safetensors."""
+    """The result of one seed: accuracies are fractions of the test images, `model_md5` is that of best.safetensors."""
 
     seed: int
     accuracy: float
@@ -45,7 +45,7 @@ class SeedResult:
 
 @dataclass(frozen=True)
 class RecipeResult:
-    """What a recipe came to; `setting` has date, commit, hardware, versions and command by name, as text."""
+    """The result of a recipe; `setting` has date, commit, hardware, versions and command by name, as text."""
 
     seeds: tuple[SeedResult, ...]
     test_images: int
@@ -54,7 +54,7 @@ class RecipeResult:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "RecipeResult":
-        """Return the result of which `asdict` made these values."""
+        """Return the result that `asdict` turned into these values."""
         return cls(**{**values, "seeds": tuple(SeedResult(**seed) for seed in values["seeds"])})
 
     @property
@@ -64,12 +64,12 @@ class RecipeResult:
 
     @property
     def accuracies_without_duplicates(self) -> list[float]:
-        """Return that of each seed without the test images that are nearly like one in train; empty without such."""
+        """Return the test accuracy of each seed without near-duplicates of training images; empty if there are none."""
         return [seed.accuracy_without_duplicates for seed in self.seeds] if self.test_duplicates else []
 
     @property
     def seconds(self) -> float:
-        """Return the median of the seconds of the training."""
+        """Return the median training time of the seeds."""
         return statistics.median(seed.train_seconds for seed in self.seeds)
 
     @property
@@ -78,12 +78,11 @@ class RecipeResult:
         return {seed.seed: seed.model_md5 for seed in self.seeds}
 
 
-Results = Mapping[str, RecipeResult]
-"""By recipe."""
+Results = Mapping[str, RecipeResult]  # by the name of the recipe
 
 
 def read_results(project: Path = PROJECT) -> dict[str, RecipeResult]:
-    """Read docs/results.json; raises UserError where it is missing or no JSON."""
+    """Read docs/results.json; raise UserError where it is missing or not JSON."""
     return {recipe: RecipeResult.of(values) for recipe, values in read_json(project / RESULTS).items()}
 
 
@@ -93,7 +92,7 @@ def write_results(results: Results, path: Path) -> None:
 
 
 def publish(results: Results, project: Path = PROJECT) -> None:
-    """Write docs/results.json, and its figures into all files that have some of them."""
+    """Write docs/results.json, and its figures into README.md, docs/results.md and the recipes."""
     write_results(results, project / RESULTS)
     for path, text in published_texts(results, project).items():
         write_text(path, text)
@@ -106,7 +105,7 @@ def picture(results: Results) -> bytes:
 
 
 def published_texts(results: Results, project: Path = PROJECT) -> dict[Path, str]:
-    """Return by file the text with these figures: README.md and recipes as they are now but for these lines."""
+    """Return by file its text with these figures; in README.md and the recipes only the lines with figures change."""
     texts = {project / REPORT: INTRODUCTION + report(results) + "\n"}
     texts[project / README] = with_rows((project / README).read_text(encoding="utf-8"), results)
     for recipe, result in results.items():
@@ -123,6 +122,7 @@ def report(results: Results) -> str:
 
 
 def _column(result: RecipeResult) -> dict[str, str]:
+    """Return the cells of a recipe's column by the heading of the row."""
     unique = result.accuracies_without_duplicates
     return {
         "test accuracy, mean ± sd": mean_and_deviation(result.accuracies, ".2%"),
@@ -137,20 +137,21 @@ def _column(result: RecipeResult) -> dict[str, str]:
 
 
 def in_prose(accuracies: list[float]) -> str:
-    """Return `72.4 % ± 0.3`: mean and standard deviation, as README and recipes have them."""
+    """Return mean and standard deviation as README and recipes have them, such as `72.4 % ± 0.3`."""
     return mean_and_deviation([100 * accuracy for accuracy in accuracies], ".1f").replace(" ±", " % ±")
 
 
 def with_rows(readme: str, results: Results) -> str:
     """Return the README's text with a new row for each recipe that is in its table of results."""
-    rows = [
-        _row(found[1], results[found[1]]) if (found := re.match(r"\| `(\w+)` ", line)) and found[1] in results else line
-        for line in TABLE.findall(readme)[0].splitlines()
-    ]
+    rows = []
+    for line in TABLE.findall(readme)[0].splitlines():
+        recipe = re.match(r"\| `(\w+)` ", line)
+        rows.append(_row(recipe[1], results[recipe[1]]) if recipe and recipe[1] in results else line)
     return TABLE.sub("".join(f"{row}\n" for row in rows).replace("\\", r"\\"), readme)
 
 
 def _row(recipe: str, result: RecipeResult) -> str:
+    """Return a recipe's row of the table in README.md."""
     unique = result.accuracies_without_duplicates
     cells = [f"`{recipe}`", in_prose(result.accuracies), in_prose(unique) if unique else "there are none"]
     return f"| {' | '.join([*cells, f'{result.seconds:.0f} s', '`make results`'])} |"

@@ -15,7 +15,7 @@ BATCH_SIZE = 500
 
 
 def load(params: TrainParams, folder: Path) -> tuple[Classifier, dict[str, Split]]:
-    """Return the network with fresh weights, and all splits on the device; prepare PyTorch as the train step does."""
+    """Prepare PyTorch as the step train does; return the network with new weights, and all splits on the device."""
     device, info = prepare_torch(params), DatasetInfo.read(folder)
     splits = {name: Split.read(name, info=info, device=device, folder=folder) for name in SPLITS}
     return network(params, info), splits
@@ -29,7 +29,7 @@ def image_config(
     std: tuple[float, ...],
     image_size: int = 32,
 ) -> ModelConfig:
-    """Return the configuration of a network with fresh weights; `mean` and `std` have a number for each channel."""
+    """Return the configuration of a network with new weights; `mean` and `std` have a number for each channel."""
     return ModelConfig(
         model=params.model,
         weights=None,
@@ -45,16 +45,16 @@ def image_config(
 
 
 def network(params: TrainParams, info: DatasetInfo) -> Classifier:
-    """Return the network with fresh weights, on the CPU and in the memory format of the recipe."""
+    """Return the network with new weights, on the CPU and in the memory format of the recipe."""
     return build(configure(params, info)).to(memory_format=memory_format(params))
 
 
-def first(split: Split, number: int) -> Split:
+def first_images(split: Split, num_images: int) -> Split:
     """Return a split of the first images."""
-    return replace(split, images=split.images[:number], labels=split.labels[:number])
+    return replace(split, images=split.images[:num_images], labels=split.labels[:num_images])
 
 
 def accuracy_on(split: Split, classifier: Classifier, *, views: Views = "none") -> float:
-    """Return the accuracy on a split, from the mean over views as in `evaluate.test_time_augmentation`."""
+    """Return the accuracy on a split; `views` is as in `evaluate.test_time_augmentation`."""
     logits = logits_of(classifier, split, batch_size=BATCH_SIZE, views=views)
     return (logits.argmax(1) == split.labels).double().mean().item()

@@ -1,12 +1,12 @@
-"""Measure what `dvc repro` costs: with nothing to do, and around the training of cifar10_lenet.
+"""Measure the time that `dvc repro` adds: where all is up to date, and to the training of cifar10_lenet.
 
 `python -m benchmarks.repro [ROUNDS] [--images FOLDER]` measures in turn
 
-    dvc repro of the project, all up to date, against dvc repro of a pipeline of as many stages that do nothing
-    dvc repro of cifar10_lenet from the archive to the evaluation, in a fresh clone of the commit that is checked out
-    with an empty cache, against one process that reads the archive, trains and evaluates (benchmarks/ways/bare.py)
+    dvc repro of the project where all is up to date, compared with dvc repro of as many stages that only copy a file
+    dvc repro of cifar10_lenet from the archive to the evaluation, in a new clone of the commit that is checked out
+    with an empty cache, compared with one process that reads the archive, trains and evaluates (see ways/bare.py)
 
-The archive lies on this machine, and MLflow's store is made once, before. Nothing else should run meanwhile.
+The archive is on this machine, and MLflow's store is created before. Nothing else should run meanwhile.
 """
 
 import sys
@@ -19,23 +19,24 @@ from benchmarks.ways import RECIPE
 from pipeline.core.errors import report_errors
 
 STAGES = ("download", "normalize", "train", "evaluate")
-NO_OPS, NO_OP, EMPTY = 5, "dvc repro, nothing to do", "dvc repro of an empty pipeline, nothing to do"
+NUM_NO_OPS = 5  # how often a round measures `dvc repro` with nothing to do
+NO_OP, EMPTY = "dvc repro, nothing to do", "dvc repro of an empty pipeline, nothing to do"
 REPRO, BARE = f"dvc repro of {RECIPE}", "bare loop, the archive read once"
 
 
 def seconds(*command: str, cwd: Path) -> float:
-    """Return the seconds of a command, without the user's MLflow server."""
+    """Run a command without the user's MLflow server; return its seconds."""
     return timed(*command, cwd=cwd, without=("MLFLOW_TRACKING_URI", "PYTHONPATH"))[0]
 
 
 def make_empty_pipeline(folder: Path) -> None:
     """Make a DVC project of as many stages as ours, each of which copies the output of the one before."""
     folder.mkdir()
-    before, stages = "start", []
-    (folder / before).write_text("")
+    previous, stages = "start", []
+    (folder / previous).write_text("")
     for name in STAGES:
-        stages.append(f"  {name}:\n    cmd: cp {before} {name}\n    deps: [{before}]\n    outs: [{name}]\n")
-        before = name
+        stages.append(f"  {name}:\n    cmd: cp {previous} {name}\n    deps: [{previous}]\n    outs: [{name}]\n")
+        previous = name
     (folder / "dvc.yaml").write_text("stages:\n" + "".join(stages))
     seconds("git", "init", "--quiet", cwd=folder)
     seconds("dvc", "init", "--quiet", cwd=folder)
@@ -43,7 +44,7 @@ def make_empty_pipeline(folder: Path) -> None:
 
 
 def make_clone(folder: Path) -> None:
-    """Make a clone of the project, with the parameters of the recipe and a store for MLflow."""
+    """Clone the project, write the parameters of the recipe into the clone, and create its MLflow store."""
     clone(folder)
     options = [argument for value in archive_overrides() for argument in ("--set", value)]
     seconds(sys.executable, "-m", "pipeline.params", "--recipe", RECIPE, *options, cwd=folder)
@@ -51,20 +52,20 @@ def make_clone(folder: Path) -> None:
 
 
 def one_round(folder: Path) -> dict[str, list[float]]:
-    """Return the seconds of each way; those with nothing to do are measured several times in turn."""
+    """Run each way, those with nothing to do several times in turn; return the seconds."""
     make_clone(folder / "clone")
     make_empty_pipeline(folder / "empty")
     found = {REPRO: [seconds("dvc", "repro", cwd=folder / "clone")]}
     found[BARE] = [seconds(sys.executable, "-m", "benchmarks.ways.bare", cwd=PROJECT)]
-    nothing: dict[str, list[float]] = {NO_OP: [], EMPTY: []}
-    for _ in range(NO_OPS):
-        nothing[NO_OP].append(seconds("dvc", "repro", cwd=folder / "clone"))
-        nothing[EMPTY].append(seconds("dvc", "repro", cwd=folder / "empty"))
-    return {**found, **nothing}
+    no_ops: dict[str, list[float]] = {NO_OP: [], EMPTY: []}
+    for _ in range(NUM_NO_OPS):
+        no_ops[NO_OP].append(seconds("dvc", "repro", cwd=folder / "clone"))
+        no_ops[EMPTY].append(seconds("dvc", "repro", cwd=folder / "empty"))
+    return {**found, **no_ops}
 
 
 def main() -> None:
-    """Run the rounds and print the tables."""
+    """Run the rounds, and print the tables."""
     parser = options("repro", __doc__, repeats="ROUNDS", default=3)
     add_images(parser)
     arguments = parser.parse_args()

@@ -1,11 +1,12 @@
-"""Measure the test accuracy of recipes over seeds, on the CPU; compare it with docs/results.json, or write it there.
+"""Measure the test accuracy of recipes over seeds, on the CPU; compare the models with docs/results.json.
 
 `python -m benchmarks.results [RECIPE …] [--seeds N] [--images FOLDER] [--set SECTION.FIELD=VALUE] [--write]` runs the
 pipeline's own steps in a clone of the commit that is checked out: download and normalize once for a recipe, train and
 evaluate once for a seed. `make results` does the same. It prints a table, writes it to .cache/benchmarks/results.md and
-.json, and ends with status 1 where a model is not the one of docs/results.json. `--write` writes the figures into
-docs/, README.md and the recipes' heads instead. After a kill the same command resumes at the first seed that is not
-done. CIFAR-10 is packed from its JPEG images (see benchmarks/cifar10.py); without them its recipes are skipped.
+.json, and ends with status 1 where a model is not the one of docs/results.json. With `--write` it does not compare, but
+writes the figures into docs/, README.md and the recipes' heads. After a kill the same command resumes at the first seed
+that is not done. CIFAR-10 is packed from its JPEG images (see benchmarks/cifar10.py); without them its recipes are
+skipped.
 """
 
 import argparse
@@ -34,7 +35,17 @@ from benchmarks.setting import PROJECT, check_is_committed, clone, positive, scr
 from benchmarks.table import mean_and_deviation, setting
 from benchmarks.ways import CIFAR10
 from pipeline.arrays import DatasetInfo
-from pipeline.artifacts import EVALUATE, NORMALIZE, TRAIN, bytes_md5, file_md5, read_json, write_json, write_text
+from pipeline.artifacts import (
+    BEST_WEIGHTS,
+    EVALUATE,
+    NORMALIZE,
+    TRAIN,
+    bytes_md5,
+    file_md5,
+    read_json,
+    write_json,
+    write_text,
+)
 from pipeline.core.errors import report_errors
 from pipeline.core.git import git
 from pipeline.params import PARAMS_FILE, check_params, compose, load_params, parse_override
@@ -42,25 +53,25 @@ from pipeline.params import PARAMS_FILE, check_params, compose, load_params, par
 RECIPES = ("digits", "cifar10_tutorial", "cifar10_lenet")
 SEEDS = 5
 ON_CPU = ("train.device=cpu", "evaluate.device=cpu")
-DONE = CIFAR10.parent / "seeds"
-"""A folder for each recipe, with a file for each seed that is done, until all are."""
-SERVER_VARIABLES = ("MLFLOW_TRACKING_URI", "PYTHONPATH")
-"""Left out: the runs belong into the clone's own store, and the code is the clone's."""
+# holds a folder for each recipe with a file for each finished seed; deleted when all are finished
+FINISHED_SEEDS = CIFAR10.parent / "seeds"
+# removed from the environment: the runs belong into the store of the clone, and the code is that of the clone
+REMOVED_VARIABLES = ("MLFLOW_TRACKING_URI", "PYTHONPATH")
 
 
 def run(*arguments: str, folder: Path) -> float:
-    """Run a module of the clone; return its seconds."""
-    return timed(sys.executable, "-m", *arguments, cwd=folder, without=SERVER_VARIABLES)[0]
+    """Run a module in the clone; return its seconds."""
+    return timed(sys.executable, "-m", *arguments, cwd=folder, without=REMOVED_VARIABLES)[0]
 
 
 def set_params(folder: Path, recipe: str, overrides: Sequence[str]) -> None:
-    """Write a recipe and `section.field=value` into the clone's parameters."""
+    """Write a recipe and overrides (`section.field=value`) into the clone's parameters."""
     options = [argument for value in overrides for argument in ("--set", value)]
     run("pipeline.params", "--recipe", recipe, *options, folder=folder)
 
 
 def measure_recipe(folder: Path, recipe: str, overrides: Sequence[str], *, seeds: int) -> RecipeResult:
-    """Run the steps in the clone, and print a line for each seed."""
+    """Run the steps in the clone for each seed, print a line for each, and return the result."""
     set_params(folder, recipe, overrides)
     for step in ("download", "normalize"):
         run(f"pipeline.{step}", folder=folder)
@@ -79,23 +90,23 @@ def measure_recipe(folder: Path, recipe: str, overrides: Sequence[str], *, seeds
 
 
 def kernels(folder: Path) -> str:
-    """Return the parameter for kernels on the CPU, and what PyTorch takes on this CPU where it is native."""
+    """Return the value of train.cpu_kernels, and which instruction set native kernels use on this CPU."""
     chosen = load_params(folder / PARAMS_FILE).train.cpu_kernels
     return f"{chosen} (native here: {torch.backends.cpu.get_cpu_capability()})"
 
 
 def measured_once(folder: Path, recipe: str, seed: int) -> SeedResult:
-    """Train and evaluate, unless a run that was killed later has done so: same commit, versions and CPU."""
+    """Return the result of a seed; train only if no killed run has saved it for the same commit, versions and CPU."""
     params = (folder / PARAMS_FILE).read_text(encoding="utf-8")
     determinants = [git(folder, "rev-parse", "HEAD"), params, setting()["CPU"], setting()["versions"]]
-    done = DONE / recipe / f"{bytes_md5(json.dumps(determinants).encode())}.json"
+    done = FINISHED_SEEDS / recipe / f"{bytes_md5(json.dumps(determinants).encode())}.json"
     if not done.exists():
         write_json(done, asdict(measure(folder, seed)))
     return SeedResult(**read_json(done))
 
 
 def measure(folder: Path, seed: int) -> SeedResult:
-    """Train and evaluate with the parameters that the clone has."""
+    """Train and evaluate with the parameters in the clone."""
     seconds = run("pipeline.train", folder=folder)
     run("pipeline.evaluate", folder=folder)
     metrics = read_json(folder / EVALUATE / "metrics.json")
@@ -104,7 +115,7 @@ def measure(folder: Path, seed: int) -> SeedResult:
         accuracy=metrics["accuracy"],
         accuracy_without_duplicates=metrics["accuracy_without_duplicates"],
         train_seconds=round(seconds, 2),
-        model_md5=file_md5(folder / TRAIN / "best.safetensors"),
+        model_md5=file_md5(folder / TRAIN / BEST_WEIGHTS),
     )
 
 
@@ -112,23 +123,24 @@ def compare(found: Results, published: Results) -> bool:
     """Print for each recipe whether its models are the published ones; return whether all are."""
     same = True
     for recipe, result in found.items():
-        there = published.get(recipe)
-        if there and all(there.models.get(seed, md5) == md5 for seed, md5 in result.models.items()):
+        expected = published.get(recipe)
+        if expected and all(expected.models.get(seed, md5) == md5 for seed, md5 in result.models.items()):
             print(f"{recipe}: the same models, seed by seed, as in {RESULTS}")
             continue
         same = False
-        print(f"{recipe}: other models here, {in_short(result)}; in {RESULTS} {in_short(there) if there else 'none'}")
+        published_models = summarize(expected) if expected else "none"
+        print(f"{recipe}: other models here, {summarize(result)}; in {RESULTS} {published_models}")
     if not same:
-        print("`python -m benchmarks.results --write` publishes what it finds")
+        print("to publish other models, run `python -m benchmarks.results --write`, which measures again")
     return same
 
 
-def in_short(result: RecipeResult) -> str:
-    """Return accuracy, CPU and kernels."""
+def summarize(result: RecipeResult) -> str:
+    """Return accuracy, CPU and kernels as text."""
     return ", ".join([mean_and_deviation(result.accuracies, ".2%"), result.setting["CPU"], result.setting["kernels"]])
 
 
-def arguments_of_command() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     """Read and check the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.results",
@@ -142,7 +154,7 @@ def arguments_of_command() -> argparse.Namespace:
     add_images(parser)
     arguments = parser.parse_args()
     if arguments.write and (arguments.overrides or arguments.seeds < SEEDS):
-        parser.error(f"--write: allowed without --set and with {SEEDS} seeds or more; leave it out to try something")
+        parser.error(f"--write: allowed without --set and with {SEEDS} seeds or more; leave it out for a trial")
     return arguments
 
 
@@ -153,7 +165,7 @@ def dataset_of(recipe: str, overrides: Sequence[str]) -> str:
 
 
 def measure_all(arguments: argparse.Namespace) -> dict[str, RecipeResult]:
-    """Measure all recipes but those whose images are missing."""
+    """Measure all recipes, except those whose images are missing."""
     datasets = {recipe: dataset_of(recipe, arguments.overrides) for recipe in arguments.recipes}
     if arguments.images is None and not ARCHIVE.is_file():
         for recipe in [recipe for recipe, dataset in datasets.items() if dataset == "cifar10"]:
@@ -181,7 +193,7 @@ def command(recipe: str, arguments: argparse.Namespace) -> str:
 
 def main() -> int:
     """Measure, print, and compare or write; return the exit status."""
-    arguments = arguments_of_command()
+    arguments = parse_arguments()
     found = measure_all(arguments)
     if not found:
         return 0
@@ -194,9 +206,9 @@ def main() -> int:
         publish(published | found)
     status = 0 if arguments.write or arguments.overrides or compare(found, published) else 1
     for recipe in found:
-        shutil.rmtree(DONE / recipe, ignore_errors=True)
-    with suppress(OSError):  # not empty: another recipe's run was killed
-        DONE.rmdir()
+        shutil.rmtree(FINISHED_SEEDS / recipe, ignore_errors=True)
+    with suppress(OSError):  # another recipe has finished seeds in it
+        FINISHED_SEEDS.rmdir()
     return status
 
 

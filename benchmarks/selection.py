@@ -1,9 +1,10 @@
-"""Measure what the choice of the kept epoch costs in test accuracy: on the digits, and on few images of one's own.
+"""Compare rules that select an epoch by test accuracy, on the digits and on small data sets of a user's images.
 
-`python -m benchmarks.selection [SEEDS] [--images FOLDER]` trains with seeds 0, 1, … (which draw the splits of one's own
-images too), measures the test split after each epoch, and applies the rules of `train.selection` afterwards, without
-and with `train.early_stopping_epochs: 5`. "Earliest" is an earlier rule: the first epoch of the highest accuracy.
-Own images are the first few of some classes of CIFAR-10, with the recipe my_images and LeNet at 32 pixels.
+`python -m benchmarks.selection [SEEDS] [--images FOLDER]` trains with seeds 0, 1, …, measures the test split after each
+epoch, and applies the rules of `train.selection` afterwards, without and with `train.early_stopping_epochs: 5`. The
+rule "earliest", which an earlier version had, selects the first epoch of the highest accuracy. The user's images are
+the first few of some classes of CIFAR-10, with the recipe my_images and LeNet at 32 pixels; the seed also draws their
+splits.
 """
 
 import statistics
@@ -25,12 +26,18 @@ from pipeline.training.loop import train
 from pipeline.training.selection import epochs_since_best, select_epoch
 from pipeline.training.state import Epoch
 
-PATIENCE = 5
-TEST_IMAGES = 200
-"""Of each class, of one's own images."""
-HEADING = ["data (validation images)", "kept epoch", "test accuracy", "less the last epoch's (points)", "worst seed"]
-OWN = {"10 classes of 60": (10, 60), "3 classes of 50": (3, 50), "2 classes of 30": (2, 30)}
-OWN_OVERRIDES = {
+PATIENCE = 5  # train.early_stopping_epochs
+TEST_IMAGES_PER_CLASS = 200  # of the user's images
+HEADING = [
+    "data (validation images)",
+    "selected epoch",
+    "test accuracy",
+    "gain over the last epoch (points)",
+    "worst seed",
+]
+# classes, and training images of each
+USER_DATA = {"10 classes of 60": (10, 60), "3 classes of 50": (3, 50), "2 classes of 30": (2, 30)}
+USER_DATA_OVERRIDES = {
     "normalize.image_size": 32,
     "train.model": "lenet",
     "train.weights": None,
@@ -47,18 +54,18 @@ class Run:
     """The epochs of a training, the test accuracy after each of them, and the size of the validation split."""
 
     history: list[Epoch]
-    test: list[float]
+    test_accuracies: list[float]
     num_images: int
 
 
-Rule = Callable[[Run], int]
-"""The number of the kept epoch."""
+Rule = Callable[[Run], int]  # returns the number of the selected epoch
 
 
-def selected(selection: Selection, *, patience: int | None = None) -> Rule:
-    """Return the rule of the training loop; where it stops early depends on nothing that comes later."""
+def training_rule(selection: Selection, *, patience: int | None = None) -> Rule:
+    """Return the rule of the training loop, which may stop early after `patience` epochs."""
 
     def rule(run: Run) -> int:
+        """Return the epoch that the training would have selected if it had stopped early."""
         options: dict[str, Any] = {"selection": selection, "num_images": run.num_images}
         ends = range(1, len(run.history) + 1)
         stops = (end for end in ends if patience and epochs_since_best(run.history[:end], **options) >= patience)
@@ -75,41 +82,40 @@ def earliest(run: Run) -> int:
 
 RULES: Mapping[str, Rule] = {
     "earliest": earliest,
-    "highest_accuracy": selected("highest_accuracy"),
-    "latest_equivalent": selected("latest_equivalent"),
-    f"highest_accuracy, stopped after {PATIENCE}": selected("highest_accuracy", patience=PATIENCE),
-    f"latest_equivalent, stopped after {PATIENCE}": selected("latest_equivalent", patience=PATIENCE),
+    "highest_accuracy": training_rule("highest_accuracy"),
+    "latest_equivalent": training_rule("latest_equivalent"),
+    f"highest_accuracy, stopped after {PATIENCE}": training_rule("highest_accuracy", patience=PATIENCE),
+    f"latest_equivalent, stopped after {PATIENCE}": training_rule("latest_equivalent", patience=PATIENCE),
     "last": lambda run: len(run.history),
 }
 
 
-def trained(params: Params, folder: Path) -> Run:
-    """Download, normalize and train; `folder` is empty or from an earlier seed."""
+def train_and_test(params: Params, folder: Path) -> Run:
+    """Download, normalize, train, and evaluate after each epoch; `folder` may have the files of another seed."""
     download(params.download, folder=folder / "download")
     normalize(folder / "download", folder / "normalize", params=params.normalize)
     classifier, splits = load(params.train, folder / "normalize")
     history: list[Epoch] = []
-    test: list[float] = []
+    accuracies: list[float] = []
 
     def on_epoch(epoch: Epoch, _speed: float) -> None:
         history.append(epoch)
-        test.append(accuracy_on(splits["test"], classifier))
+        accuracies.append(accuracy_on(splits["test"], classifier))
 
-    own = params.train.model_copy(update={"early_stopping_epochs": None})
     train(
         classifier,
-        params=own,
+        params=params.train.model_copy(update={"early_stopping_epochs": None}),
         train_split=splits["train"],
         validation_split=splits["validation"],
         on_epoch=on_epoch,
     )
-    return Run(history, test, len(splits["validation"]))
+    return Run(history, accuracies, len(splits["validation"]))
 
 
 def link_images(folder: Path, *, classes: int, images: int) -> None:
     """Make a tree `<split>/<class>/` of links to the first images of the first classes."""
     for source in sorted(path for path in (CIFAR10_IMAGES / "train").iterdir() if path.is_dir())[:classes]:
-        for split, number in (("train", images), ("test", TEST_IMAGES)):
+        for split, number in (("train", images), ("test", TEST_IMAGES_PER_CLASS)):
             target = folder / split / source.name
             target.mkdir(parents=True)
             for path in sorted((CIFAR10_IMAGES / split / source.name).glob("*.jpg"))[:number]:
@@ -117,32 +123,32 @@ def link_images(folder: Path, *, classes: int, images: int) -> None:
 
 
 def differences(runs: Sequence[Run], rule: Rule) -> list[float]:
-    """Return by seed the test accuracy of the kept epoch, minus that of the last one."""
-    return [run.test[rule(run) - 1] - run.test[-1] for run in runs]
+    """Return for each seed the test accuracy of the selected epoch minus that of the last epoch."""
+    return [run.test_accuracies[rule(run) - 1] - run.test_accuracies[-1] for run in runs]
 
 
-def summary(name: str, runs: Sequence[Run]) -> list[list[str]]:
-    """Return a row for each rule."""
+def rows_by_rule(name: str, runs: Sequence[Run]) -> list[list[str]]:
+    """Return a row for each rule, with its accuracy over all seeds."""
     rows = []
     for label, rule in RULES.items():
-        accuracies, less = [run.test[rule(run) - 1] for run in runs], differences(runs, rule)
-        mean, worst = (f"{100 * value:+.2f}" for value in (statistics.mean(less), min(less)))
+        accuracies, gains = [run.test_accuracies[rule(run) - 1] for run in runs], differences(runs, rule)
+        mean, worst = (f"{100 * value:+.2f}" for value in (statistics.mean(gains), min(gains)))
         size = f"{name} ({runs[0].num_images})"
         rows.append([size, label, mean_and_deviation(accuracies, ".2%"), mean, worst])
     return rows
 
 
-def by_seed(runs: Sequence[Run]) -> list[list[str]]:
-    """Return a row for each seed: kept epoch and test accuracy of each rule that does not stop early."""
+def rows_by_seed(runs: Sequence[Run]) -> list[list[str]]:
+    """Return a row for each seed: selected epoch and test accuracy of each rule that does not stop early."""
     rules = {label: rule for label, rule in RULES.items() if "stopped" not in label}
     rows = [["seed", *rules]]
     for seed, run in enumerate(runs):
-        rows.append([str(seed), *(f"{rule(run)}: {run.test[rule(run) - 1]:.2%}" for rule in rules.values())])
+        rows.append([str(seed), *(f"{rule(run)}: {run.test_accuracies[rule(run) - 1]:.2%}" for rule in rules.values())])
     return rows
 
 
 def main() -> None:
-    """Train with each seed and print the tables."""
+    """Train with each seed, and print the tables."""
     parser = options("selection", __doc__, repeats="SEEDS", default=5)
     add_images(parser)
     arguments = parser.parse_args()
@@ -151,17 +157,21 @@ def main() -> None:
     print(header(seeds=f"0 to {seeds[-1]}"))
     rows: list[list[str]] = []
     with scratch() as folder:
-        for name, (classes, images) in OWN.items():
+        for name, (classes, images) in USER_DATA.items():
             tree = Path(folder) / name
             link_images(tree, classes=classes, images=images)
-            own = OWN_OVERRIDES | {"download.folder": str(tree)}
-            chosen = [compose("my_images", {**own, "normalize.seed": seed, "train.seed": seed}) for seed in seeds]
-            runs = [trained(check_params(values, origin=name), Path(folder) / "own") for values in chosen]
-            rows += summary(name, runs)
-        chosen = [compose("digits", {"train.seed": seed}) for seed in seeds]
-        digits = [trained(check_params(values, origin="digits"), Path(folder) / "digits") for values in chosen]
-    print(table([HEADING, *summary("digits", digits), *rows]))
-    print(f"\ndigits, kept epoch and its test accuracy:\n\n{table(by_seed(digits))}")
+            overrides = USER_DATA_OVERRIDES | {"download.folder": str(tree)}
+            runs = []
+            for seed in seeds:
+                values = compose("my_images", {**overrides, "normalize.seed": seed, "train.seed": seed})
+                runs.append(train_and_test(check_params(values, origin=name), Path(folder) / "user"))
+            rows += rows_by_rule(name, runs)
+        digits = []
+        for seed in seeds:
+            params = check_params(compose("digits", {"train.seed": seed}), origin="digits")
+            digits.append(train_and_test(params, Path(folder) / "digits"))
+    print(table([HEADING, *rows_by_rule("digits", digits), *rows]))
+    print(f"\ndigits, selected epoch and its test accuracy:\n\n{table(rows_by_seed(digits))}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Options of the benchmarks, and the folders, programs and clones that they measure."""
+"""Parse the options of the benchmarks; make the folders and clones, and run the programs, that they measure."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def options(name: str, documentation: str | None, *, repeats: str, default: int) -> argparse.ArgumentParser:
-    """Return a parser with the argument `repeats`, how often to measure; its help calls it ROUNDS or SEEDS."""
+    """Return a parser with the argument `repeats`, how often to measure; `repeats` is its name in the help text."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=documentation,
@@ -28,14 +28,14 @@ def options(name: str, documentation: str | None, *, repeats: str, default: int)
 
 
 def positive(text: str) -> int:
-    """Read a whole number from 1 for argparse."""
+    """Convert an argument to a whole number from 1; argparse reports the error."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a whole number from 1")
     return int(text)
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:
-    """Return an empty temporary folder on the file system of the project."""
+    """Return an empty temporary folder on the file system of the project, for a `with` statement."""
     CIFAR10.parent.mkdir(parents=True, exist_ok=True)
     return tempfile.TemporaryDirectory(dir=CIFAR10.parent.resolve())
 
@@ -43,7 +43,7 @@ def scratch() -> tempfile.TemporaryDirectory[str]:
 def timed(*command: str, cwd: Path, without: Sequence[str] = ()) -> tuple[float, str]:
     """Run a program of this environment; return its seconds and its output.
 
-    `without` names variables that it does not get. Raises UserError where it fails.
+    `without` names environment variables that it does not get. Raises UserError where it fails.
     """
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "true"}
@@ -54,7 +54,10 @@ def timed(*command: str, cwd: Path, without: Sequence[str] = ()) -> tuple[float,
         command, cwd=cwd, env=environment, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode:
-        raise UserError(f"{' '.join(command)} ended with status {done.returncode}: {done.stdout[-500:]}")
+        raise UserError(
+            f"{' '.join(command)} ended with status {done.returncode}; fix what it reports, and run this again: "
+            f"{done.stdout[-500:]}"
+        )
     return time.perf_counter() - start, done.stdout
 
 
@@ -63,10 +66,10 @@ def check_is_committed() -> None:
     _, changes = timed("git", "status", "--porcelain", "--", "*.py", "*.yaml", cwd=PROJECT)
     if changes:
         names = ", ".join(changes.splitlines())
-        raise UserError(f"found uncommitted changes, which a clone would lack: {names}; commit them first")
+        raise UserError(f"found uncommitted changes, which a clone does not have: {names}; commit them first")
 
 
 def clone(folder: Path) -> None:
-    """Clone the commit that is checked out; raise UserError where the checkout has uncommitted code."""
+    """Clone the commit that is checked out into `folder`; raise UserError where the checkout has uncommitted code."""
     check_is_committed()
     timed("git", "clone", "--quiet", str(PROJECT), str(folder), cwd=PROJECT)

@@ -1,4 +1,4 @@
-"""What the benchmarks print: a header with commit, hardware and versions, and tables of medians and ratios."""
+"""Format what the benchmarks print: a header with commit, hardware and versions, and tables of medians and ratios."""
 
 import math
 import platform
@@ -24,7 +24,7 @@ def medians(
 ) -> str:
     """Return a table with a row for each way: median, single values, columns of `more`, and the ratio to `base`.
 
-    `more` has the text of a column by its heading and by way.
+    `seconds` has the values by way. `more` has the text of further cells by heading of the column and by way.
     """
     more = more or {}
     rounds = max(map(len, seconds.values()))
@@ -37,8 +37,8 @@ def medians(
 
 
 def median_ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
-    """Return the median over the rounds of the ratio within a round: what slows the machine down slows down both."""
-    return statistics.median(one / other for one, other in zip(seconds, base, strict=True))
+    """Return the median of the ratios within a round, in which the machine is equally fast for both."""
+    return statistics.median(value / base_value for value, base_value in zip(seconds, base, strict=True))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -48,16 +48,16 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def header(*, seeds: str) -> str:
-    """Return what was measured on what: date, commit, hardware, versions and seeds.
+    """Return the lines above a table: date, commit, hardware, versions and seeds.
 
-    The commit is "unknown" without git or a repository, the version of a package may be "not installed".
+    The commit is "unknown" without git or a repository; the version of a missing package is "not installed".
     """
     found = setting()
     return f"{found['date']}, commit {found['commit']}\n{found['CPU']}\n{found['versions']}\nseeds: {seeds}\n"
 
 
 def setting() -> dict[str, str]:
-    """Return date, commit, CPU and versions as text, by these names; what is unknown or missing is called so."""
+    """Return date, commit, CPU and versions as text, by these names."""
     commit, changes = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain")
     changed = {None: " with changes unknown", "": ""}.get(changes, " with uncommitted changes")
     versions = ", ".join(f"{name} {_version(name)}" for name in PACKAGES)
@@ -70,7 +70,7 @@ def setting() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str | None:
-    """Return git's answer for the current folder; None where there is no git, or no repository."""
+    """Return the output of git in the current folder; None where there is no git, or no repository."""
     try:
         return git(Path.cwd(), *arguments)
     except UserError:
@@ -78,6 +78,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _version(package: str) -> str:
+    """Return the version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -85,7 +86,7 @@ def _version(package: str) -> str:
 
 
 def mean_and_deviation(values: Sequence[float], form: str) -> str:
-    """Return `93.98% ± 0.12%` for the form `.2%`: mean and standard deviation of a sample."""
+    """Return mean and standard deviation of a sample, formatted by `form`: `93.98% ± 0.12%` for `.2%`."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{statistics.mean(values):{form}} ± {deviation:{form}}"
 
@@ -96,4 +97,5 @@ def _format(value: float, digits: int) -> str:
 
 
 def _format_ratio(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "–"  # noqa: RUF001  # a dash: there is no ratio
+    """Return a ratio as text; a dash where one of the ways did not reach the target."""
+    return f"{value:.4g}" if math.isfinite(value) else "–"  # noqa: RUF001  # the dash is meant

@@ -1,17 +1,18 @@
-"""Measure the seconds to the test accuracy of the PyTorch tutorial "Training a Classifier", process start included.
+"""Measure how long trainings take to reach the test accuracy of the PyTorch tutorial "Training a Classifier".
 
 `python -m benchmarks.time_to_accuracy [ROUNDS] [--ways ours,tutorial,…] [--images FOLDER]` runs in turn
 
     ours         the pipeline's training (benchmarks/ways/ours.py)
     tutorial     the tutorial as it is written
-    dataloader   its network and data, with batch size and learning rate as one would choose them today
-    lightning    the same by PyTorch Lightning
+    dataloader   the tutorial's network and data, with batch size and learning rate as one would choose them today
+    lightning    the same as dataloader, by PyTorch Lightning
 
-on the same images, each with PyTorch's default number of threads, and prints the medians and the median of the ratios
-within the rounds. The seed is the number of the round. Nothing else should run on the machine meanwhile.
+on the same images, each with PyTorch's default number of threads. It prints the median seconds, from the start of the
+process, and the median of the ratios within the rounds. The seed is the number of the round. Nothing else should run on
+the machine meanwhile.
 
-Epochs, rates and batch sizes of ours, dataloader and lightning were chosen by the time they take to this accuracy. Ours
-evaluates each test image together with its mirror image, as `evaluate.test_time_augmentation: mirror` does.
+Epochs, learning rates and batch sizes of ours, dataloader and lightning are those that reach this accuracy soonest.
+Ours evaluates each test image together with its mirror image, as `evaluate.test_time_augmentation: mirror` does.
 """
 
 import argparse
@@ -32,7 +33,7 @@ ACCURACY = re.compile(r"accuracy (\d\.\d{4})")
 
 
 def run(way: str, *, seed: int, target: float) -> tuple[float, float]:
-    """Return the seconds to the target, infinity where it is not reached, and the last accuracy."""
+    """Return the seconds until the target was reached, or infinity, and the last accuracy."""
     command = [sys.executable, "-m", f"benchmarks.ways.{way}", str(seed), str(target)]
     seconds, accuracy = math.inf, 0.0
     start = time.perf_counter()
@@ -45,7 +46,7 @@ def run(way: str, *, seed: int, target: float) -> tuple[float, float]:
                 accuracy = float(found[1])
                 seconds = time.perf_counter() - start if accuracy >= target else math.inf
     if child.returncode:
-        raise UserError(f"{way} ended with status {child.returncode}: {''.join(lines)[-500:]}")
+        raise UserError(f"benchmarks.ways.{way} ended with status {child.returncode}: {''.join(lines)[-500:]}")
     return seconds, accuracy
 
 
@@ -58,12 +59,12 @@ def measure(ways: list[str], *, rounds: int, target: float) -> str:
             taken, accuracy = run(way, seed=seed, target=target)
             seconds[way].append(taken)
             accuracies[way].append(f"{accuracy:.1%}")
-    reached = {way: ", ".join(each) for way, each in accuracies.items()}
-    return medians(seconds, base="ours" if "ours" in ways else None, more={"test accuracy": reached})
+    accuracy_texts = {way: ", ".join(each) for way, each in accuracies.items()}
+    return medians(seconds, base="ours" if "ours" in ways else None, more={"test accuracy": accuracy_texts})
 
 
 def _fraction(text: str) -> float:
-    """Read a number between 0 and 1 for argparse."""
+    """Convert an argument to a number between 0 and 1; argparse reports the error."""
     try:
         value = float(text)
     except ValueError:
@@ -74,7 +75,7 @@ def _fraction(text: str) -> float:
 
 
 def main() -> None:
-    """Prepare the images, run the rounds, print the table."""
+    """Prepare the images, run the rounds, and print the table."""
     parser = options("time_to_accuracy", __doc__, repeats="ROUNDS", default=3)
     parser.add_argument(
         "--ways", default=",".join(WAYS), help=f"some of {','.join(WAYS)}, separated by commas; default: all"

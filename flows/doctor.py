@@ -91,10 +91,10 @@ def mlflow_runs(project: Path) -> Iterator[Finding]:
     connect(uri)
     for run in find_running():
         name = f"MLflow run {run.run_id} ({run.name}) is RUNNING"
-        if run.life == "dead":
+        if run.process_state == "dead":
             what = f"{name}, but its process {run.tags[PID]} is dead"
             yield Finding(what, "marked KILLED", partial(mark_killed, run))
-        elif run.life == "elsewhere":
+        elif run.process_state == "elsewhere":
             yield Finding(f"{name} on another host, {run.tags[HOST]}")
     for path in queued_runs():
         yield Finding(f"{path.parent} has results of a run that MLflow has not received", "sent", flush_outbox)

@@ -23,7 +23,7 @@ from flows.git import experiment_name, untracked_files
 from flows.summary import Step, Summary, as_markdown, changed_params, read_summary
 from flows.ui import mlflow_page
 from flows.workspace import Keep, Workspace, open_workspace
-from pipeline.artifacts import TRAIN, file_md5
+from pipeline.artifacts import BEST_WEIGHTS, TRAIN, file_md5
 from pipeline.core.errors import EXIT_TEMPORARY, TemporaryError, UserError, redact_url
 from pipeline.core.processes import call_at_parent_end
 from pipeline.core.yaml import dump_yaml, read_yaml
@@ -107,7 +107,7 @@ def save(workspace: Workspace) -> str | None:
 
     It is looked up where the model came from the cache, or the stage's code is too old to hand over its run.
     """
-    model = workspace.folder / TRAIN / "best.safetensors"
+    model = workspace.folder / TRAIN / BEST_WEIGHTS
     if workspace.mlflow_run_id or not model.exists():
         workspace.save(on_line=log)
         return workspace.mlflow_run_id

@@ -21,7 +21,7 @@ from flows.dvc_state import DAMAGED, cache_folder, cached_path, experiment_refs,
 from flows.prefect_server import PAGE_SIZE, prefect_client, server_in_force
 from flows.ui import mlflow_page
 from flows.workspace import EXPERIMENT_LABEL, made_store
-from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
+from pipeline.artifacts import BEST_WEIGHTS, DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.core.errors import TemporaryError, UserError, first_line, redact_url
 from pipeline.core.git import UNKNOWN, find_commit, git, read_committed
 from pipeline.core.sqlite import sqlite_path
@@ -30,7 +30,6 @@ from pipeline.tracking.search import Run, find_run, find_runs, find_runs_of_mode
 from pipeline.tracking.store import connect
 from pipeline.tracking.store_uri import tracking_uri
 
-MODEL = "best.safetensors"
 NAME_TAGS = ("dvc.experiment", "prefect.flow_run_id", "prefect.flow_run_name", COMMIT)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _SAFE = re.compile(r"[\w .:/+%-]{1,250}")
@@ -185,7 +184,7 @@ class Sources:
 
     def model_of(self, commit: str | None) -> str | None:
         """Return the hash of the best model of a commit."""
-        return self.listing(self.outputs(commit).get(str(TRAIN), "")).get(MODEL)
+        return self.listing(self.outputs(commit).get(str(TRAIN), "")).get(BEST_WEIGHTS)
 
 
 def trace(project: Path, wanted: str, *, file: Path | None = None) -> tuple[list[Trace], list[str]]:
@@ -223,7 +222,7 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
     runs += [run for name in sorted(names) for run in sources.runs(f"{FLOW_RUN}{name}", "%")]
     model = sources.model_of(commit) if commit else None
     if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", wanted):  # of a folder, a file in it or the model
-        model = sources.listing(f"{wanted.removesuffix('.dir')}.dir").get(MODEL, wanted)
+        model = sources.listing(f"{wanted.removesuffix('.dir')}.dir").get(BEST_WEIGHTS, wanted)
     if model:
         runs += sources.runs("outputs.train", f"%{model}%") or sources.makers(model)
     runs = [run for run in runs if REPRODUCES not in run.tags]

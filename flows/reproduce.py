@@ -22,7 +22,7 @@ from flows.dvc_client import StepError
 from flows.dvc_protocol import Outcome
 from flows.dvc_state import cache_folder, cached_path, experiment_refs, listing, outputs
 from flows.workspace import KEPT, Workspace, made_store, open_recorded
-from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
+from pipeline.artifacts import BEST_WEIGHTS, DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.core.errors import EXIT_TEMPORARY, EXIT_USER, UserError, report_errors
 from pipeline.core.git import UNKNOWN, find_commit, read_committed
 from pipeline.core.yaml import read_yaml
@@ -34,7 +34,6 @@ from pipeline.tracking.search import Run, find_run, find_runs, read_file
 from pipeline.tracking.store import connect, warn_on_failure
 from pipeline.tracking.store_uri import tracking_uri
 
-MODEL = "best.safetensors"
 STAGES = (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE)
 PARTS = ("cpu", "cpu_kernels", "gpu", "threads")
 Hashes = Mapping[str, str]
@@ -121,7 +120,7 @@ def _find_locked(project: Path, wanted: str) -> Run:
     tags = {f"dvc.{folder.name}": made[str(folder)] for folder in (DOWNLOAD, NORMALIZE, TRAIN) if str(folder) in made}
     tags |= {COMMIT: commit, "git.dirty": "false", "outputs.evaluate": json.dumps(evaluation)}
     if files := listing(cache_folder(project), made[str(TRAIN)]):  # else the folder is compared as a whole
-        tags |= {"outputs.train": json.dumps(files), "model.md5": files[MODEL]}
+        tags |= {"outputs.train": json.dumps(files), "model.md5": files[BEST_WEIGHTS]}
     return Run(commit, wanted, "", 0, tags, {}, {})
 
 
@@ -145,7 +144,7 @@ def reproduce(project: Path, run: Run, *, from_cache: bool, keep: bool) -> Repro
     with _report_kept(project / KEPT / name), clone as workspace:
         stages = tuple(_run_stages(workspace, run, from_cache=from_cache))
         has_run = any(stage.outcome == "ran" for stage in stages if stage.stage in (TRAIN.name, EVALUATE.name))
-        model = workspace.folder / TRAIN / MODEL
+        model = workspace.folder / TRAIN / BEST_WEIGHTS
         again = _find_new_run(run, handed_over=workspace.mlflow_run_id, model=model, since=since) if has_run else None
     differs = any(stage.differences for stage in stages)
     result = Reproduction(
@@ -220,7 +219,7 @@ def recorded_hashes(run: Run, folder: Path) -> Hashes:
         if hashes or folder == EVALUATE:
             return hashes
         if "model.md5" in run.tags:
-            return {MODEL: run.tags["model.md5"]}
+            return {BEST_WEIGHTS: run.tags["model.md5"]}
     md5 = run.tags.get(f"dvc.{folder.name}", UNKNOWN)
     return {} if md5 == UNKNOWN else {str(folder): md5}
 

@@ -14,7 +14,8 @@ from datetime import datetime
 from pathlib import Path
 
 from flows import PROJECT
-from flows.lineage import MODEL, Trace, trace
+from flows.lineage import Trace, trace
+from pipeline.artifacts import BEST_WEIGHTS
 from pipeline.core.errors import report_errors
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="for programs")
     arguments = parser.parse_args()
     path = Path(arguments.id)
-    file = next((candidate.resolve() for candidate in (path / MODEL, path) if os.path.isfile(candidate)), None)  # noqa: PTH113  (no error where an id is no path)
+    file = next((candidate.resolve() for candidate in (path / BEST_WEIGHTS, path) if os.path.isfile(candidate)), None)  # noqa: PTH113  (no error where an id is no path)
     with report_errors(), chdir(PROJECT):
         traces, notes = trace(PROJECT, arguments.id, file=file)
         head = [f"{len(traces)} belong to this, newest first:"] if len(traces) > 1 else []

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from pipeline.arrays import DatasetInfo, Split
-from pipeline.artifacts import EVALUATE, TRAIN, verify, verify_splits, write_bytes, write_csv, write_json
+from pipeline.artifacts import BEST_WEIGHTS, EVALUATE, TRAIN, verify, verify_splits, write_bytes, write_csv, write_json
 from pipeline.core.errors import TemporaryError, UserError, report_errors
 from pipeline.core.processes import num_cores
 from pipeline.core.results import StepResult, write_result
@@ -21,7 +21,6 @@ from pipeline.tracking.store import store_errors
 from pipeline.training.device import choose_device
 
 FILES = ("confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv")
-MODEL = "best.safetensors"  # its MD5 identifies the MLflow run, whichever checkpoint is evaluated
 
 
 def main() -> None:
@@ -29,7 +28,7 @@ def main() -> None:
     with report_errors():
         params = load_params().evaluate
         verify_splits("test")
-        md5 = verify(TRAIN, sorted({"model.json", MODEL, f"{params.checkpoint}.safetensors"}))
+        md5 = verify(TRAIN, sorted({"model.json", BEST_WEIGHTS, f"{params.checkpoint}.safetensors"}))
         info = DatasetInfo.read()
         device = choose_device(params.device, field="evaluate.device")
         use_cpu_kernels(params.cpu_kernels, field="evaluate.cpu_kernels")
@@ -39,10 +38,10 @@ def main() -> None:
             raise UserError(
                 f"{TRAIN}: the classes of the model are not those of {info.dataset}; `dvc repro train` trains it again"
             )
-        if md5[f"{params.checkpoint}.safetensors"] != md5[MODEL]:
+        if md5[f"{params.checkpoint}.safetensors"] != md5[BEST_WEIGHTS]:
             print(
                 f"evaluate.checkpoint is {params.checkpoint}: the metrics are of the last epoch, but predict and "
-                f"MLflow use {MODEL}, of the epoch that train.selection selected"
+                f"MLflow use {BEST_WEIGHTS}, of the epoch that train.selection selected"
             )
         split = Split.read("test", info=info, device=device)
         views = params.test_time_augmentation
@@ -57,7 +56,8 @@ def main() -> None:
         )
         _write_files(result, class_names=info.class_names)
         _print_summary(result)
-        _log_to_mlflow(result, model_md5=md5[MODEL], experiment=info.dataset)
+        # the MLflow run is the one of these weights, whichever checkpoint is evaluated
+        _log_to_mlflow(result, model_md5=md5[BEST_WEIGHTS], experiment=info.dataset)
 
 
 def _write_files(result: Evaluation, *, class_names: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.artifacts import CHECKSUMS, TRAIN, verify
+from pipeline.artifacts import BEST_WEIGHTS, CHECKSUMS, TRAIN, verify
 from pipeline.core.errors import PartialError, UserError, escape_control_chars, report_errors
 from pipeline.core.processes import num_cores
 from pipeline.images.decode import MAX_FILE_BYTES, UnreadableImage, check_suffix, decode
@@ -158,7 +158,7 @@ def _verify_model(folder: Path) -> None:
     Only `artifacts/train/` must have checksums; another folder without checksums is not checked.
     """
     if folder == TRAIN or (folder / CHECKSUMS).exists():
-        verify(folder, ["model.json", "best.safetensors"], allow_unlisted=folder != TRAIN)
+        verify(folder, ["model.json", BEST_WEIGHTS], allow_unlisted=folder != TRAIN)
 
 
 def _model_folder(model: str | None) -> Path:

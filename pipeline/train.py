@@ -1,6 +1,6 @@
-"""Step 3: train the network on the train split, validate after each epoch, keep the best and the last weights.
+"""Step 3: train the network on the train split, validate after each epoch, write the best and the last weights.
 
-The algorithm is in `pipeline/training/loop.py`; which epoch is the best, in `pipeline/training/selection.py`.
+The algorithm is in `pipeline/training/loop.py`; `pipeline/training/selection.py` selects the best epoch.
 """
 
 import shutil
@@ -83,9 +83,9 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
                 dataset=describe_dataset(info.dataset, source=all_params.download.origin, digest=info.md5),
                 hardware=_hardware(params, device),
                 training=training,
-                earlier=start.state["mlflow"] if start else None,
+                checkpointed=start.state["mlflow"] if start else None,
             ) as run,
-            distributed.failure_announced(),  # inside, as ending the run may take seconds
+            distributed.announce_failure(),  # inside, as ending the MLflow run may take seconds
         ):
             _report_start(run, start=start, params=params)
             describe_holder(gpus, f"MLflow run {run.run_id}")
@@ -100,7 +100,7 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
                 start=start,
                 save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
             )
-            run.log({"kept_epoch": result.kept.epoch}, step=result.kept.epoch)
+            run.log({"selected_epoch": result.selected.epoch}, step=result.selected.epoch)
             _write(result, classifier, config=configure(params, info))
             run.log_training(TRAIN)
 
@@ -118,7 +118,7 @@ def _train_as_other_rank(classifier: Classifier, params: TrainParams, info: Data
 
 
 def check_params_fit_data(params: TrainParams, info: DatasetInfo) -> None:
-    """Raise UserError where a parameter does not fit the size or number of the images, or this machine's compiler."""
+    """Raise UserError where a parameter is too large for the images, or needs a compiler that is missing."""
     num_images, num_validation = (sum(info.counts[split].values()) for split in ("train", "validation"))
     size = info.image_size
     limits = {
@@ -127,22 +127,24 @@ def check_params_fit_data(params: TrainParams, info: DatasetInfo) -> None:
         "processes": (params.processes, num_validation, f"the validation split has {num_validation} images"),
         "cutout_size": (params.cutout_size, size - 1, f"the images have {size} pixels a side"),
     }
-    for field, (value, most, reason) in limits.items():
-        if value > most:
-            raise UserError(f"train.{field} is {value}, but {reason}; allowed: up to {most}")
+    for field, (value, maximum, reason) in limits.items():
+        if value > maximum:
+            raise UserError(f"train.{field} is {value}, but {reason}; allowed: up to {maximum}")
     compiler = get_settings().cxx
     if params.compile and shutil.which(compiler) is None:
         raise UserError(
-            f"train.compile is true, but there is no C++ compiler {compiler}; install it, or set CXX or false"
+            f"train.compile is true, but there is no C++ compiler {compiler}; install it, set CXX to the compiler that "
+            "you have, or set train.compile to false"
         )
 
 
 def _read_split(name: str, params: TrainParams, info: DatasetInfo, *, device: torch.device) -> Split:
+    """Read a split; its images are copied to the device if all fit into train.window_megabytes."""
     return Split.read(name, info=info, device=device, window_bytes=params.window_megabytes * 2**20)
 
 
 def _hardware(params: TrainParams, device: torch.device) -> dict[str, str]:
-    """Return what the last bits of a model depend on, besides code, data and parameters."""
+    """Return what a model depends on to the last bit, besides code, data and parameters, as text by name."""
     return {
         "cpu": f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}",
         "cpu_kernels": cpu_kernels_in_use(params),
@@ -152,7 +154,7 @@ def _hardware(params: TrainParams, device: torch.device) -> dict[str, str]:
 
 
 def _make_classifier(params: TrainParams, info: DatasetInfo, *, device: torch.device) -> Classifier:
-    """Build the network with its first weights, on the device, and print what it is."""
+    """Build the network with its first weights on the device, and print its name, size and device."""
     config = configure(params, info)
     classifier = build(config)
     newly_drawn = load_pretrained(classifier, config=config, md5=params.weights_md5)
@@ -165,7 +167,7 @@ def _make_classifier(params: TrainParams, info: DatasetInfo, *, device: torch.de
 
 
 def _determinants(params: TrainParams, info: DatasetInfo, *, device: torch.device) -> dict[str, Any]:
-    """Return what the trained weights depend on: data, parameters, code, and how sums are computed."""
+    """Return what the trained weights depend on: data, parameters, code, and what decides how sums are rounded."""
     return {
         "data": info.md5,
         "params": params.model_dump(mode="json", exclude={"checkpoint_every_minutes"}),
@@ -177,7 +179,7 @@ def _determinants(params: TrainParams, info: DatasetInfo, *, device: torch.devic
 
 
 def _save(checkpoint: Checkpoint, checkpoints: Checkpoints, *, run: RunLogger) -> None:
-    """Write a checkpoint, with the metrics that MLflow does not have yet; where that fails, the training continues."""
+    """Write a checkpoint that also holds the metrics still queued for MLflow; on failure, only warn."""
     try:
         checkpoints.write(replace(checkpoint, state={**checkpoint.state, "mlflow": run.state()}))
     except OSError as error:
@@ -189,7 +191,7 @@ def _save(checkpoint: Checkpoint, checkpoints: Checkpoints, *, run: RunLogger) -
 
 
 def _report_start(run: RunLogger, *, start: Checkpoint | None, params: TrainParams) -> None:
-    """Print the run and where the training resumes, and log the epochs before that to a run that does not have them."""
+    """Print the MLflow run and where the training resumes; log the earlier epochs to a run that does not have them."""
     print(f"MLflow run {run.run_id}", flush=True)
     write_result(StepResult(mlflow_run_id=run.run_id))
     if start is None:
@@ -210,26 +212,28 @@ def _print_network(
     device: torch.device,
     newly_drawn: Sequence[str],
 ) -> None:
+    """Print the network's name, size and device, and where its first weights are from."""
     count, classes = sum(parameter.numel() for parameter in classifier.parameters()), len(config.class_names)
-    together = f" in {params.processes} processes" if params.processes > 1 else ""
-    kernels = cpu_kernels_in_use(params)
-    how = "" if device.type != "cpu" or kernels == "portable" else f", kernels {kernels}"
-    print(f"{config.model}: {count:,} parameters, {classes} classes, on {device}{together}{how}", flush=True)
+    processes = f" in {params.processes} processes" if params.processes > 1 else ""
+    kernels_in_use = cpu_kernels_in_use(params)
+    kernels = "" if device.type != "cpu" or kernels_in_use == "portable" else f", kernels {kernels_in_use}"
+    print(f"{config.model}: {count:,} parameters, {classes} classes, on {device}{processes}{kernels}", flush=True)
     if config.weights is not None:
         drawn = f"; newly drawn: {', '.join(newly_drawn)}" if newly_drawn else ""
         print(f"weights from {config.weights}{drawn}", flush=True)
 
 
 def _metrics(epoch: Epoch) -> dict[str, float]:
+    """Return the metrics that are logged once an epoch."""
     return {name: value for name, value in vars(epoch).items() if name not in ("epoch", "learning_rate")}
 
 
 def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams, run: RunLogger) -> None:
-    """Print a finished epoch as one line, and log it."""
+    """Log a finished epoch to MLflow, and print it as one line."""
     run.log({**_metrics(epoch), "images_per_second": images_per_second}, step=epoch.epoch)
-    done = 10 * epoch.epoch // params.epochs
+    bars = 10 * epoch.epoch // params.epochs
     print(
-        f"epoch {epoch.epoch:>{len(str(params.epochs))}}/{params.epochs} {'█' * done}{'░' * (10 - done)} "
+        f"epoch {epoch.epoch:>{len(str(params.epochs))}}/{params.epochs} {'█' * bars}{'░' * (10 - bars)} "
         f"loss {epoch.train_loss:.3f} accuracy {epoch.train_accuracy:.1%} | "
         f"validation {epoch.validation_loss:.3f} {epoch.validation_accuracy:.1%} | {images_per_second:,.0f} images/s",
         flush=True,
@@ -237,18 +241,17 @@ def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams,
 
 
 def _write(result: TrainingResult, classifier: Classifier, *, config: ModelConfig) -> None:
+    """Write weights, configuration, history and curves to `artifacts/train/`, all or nothing."""
     with replace_folder(TRAIN) as folder:
         for name, weights in (("best", result.best), ("last", result.last)):
             classifier.load_state_dict(weights)
             save_weights(classifier, folder / f"{name}.safetensors")
         save_config(config, folder)
-        kept = result.kept
-        rows = [
-            {**vars(epoch), SELECTED_COLUMN: kept.reason if epoch.epoch == kept.epoch else ""}
-            for epoch in result.history
-        ]
+        selected = result.selected
+        reasons = {selected.epoch: selected.reason}
+        rows = [{**vars(epoch), SELECTED_COLUMN: reasons.get(epoch.epoch, "")} for epoch in result.history]
         write_csv(folder / HISTORY, rows)
-        write_bytes(folder / "curves.png", curves(rows, kept=kept.epoch, reason=kept.reason))
+        write_bytes(folder / "curves.png", curves(rows, selected=selected.epoch, reason=selected.reason))
 
 
 if __name__ == "__main__":

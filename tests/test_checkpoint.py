@@ -14,7 +14,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import TemporaryError
-from pipeline.training.checkpoints import KEPT, Checkpoint, Checkpoints, checkpoint_folder, checkpoints_of, fingerprint
+from pipeline.training.checkpoints import (
+    MAX_CHECKPOINTS,
+    Checkpoint,
+    Checkpoints,
+    checkpoint_folder,
+    checkpoints_of,
+    fingerprint,
+)
 from tests.conftest import PROJECT
 
 STATE = {"history": [0.1, 1 / 3], "position": None}
@@ -54,7 +61,7 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_the_newest_checkpoint_is_used_and_old_ones_are_removed(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / ".step-0000000003-x.safetensors.99.tmp").write_text("what a killed process was writing")
-    assert len(write_checkpoints(tmp_path / "one", 9, 10, 11, 12)) == KEPT
+    assert len(write_checkpoints(tmp_path / "one", 9, 10, 11, 12)) == MAX_CHECKPOINTS
     assert newest_step(tmp_path / "one") == 12
 
 

@@ -64,7 +64,7 @@ def test_two_processes_have_the_losses_of_one_process_also_after_a_kill_and_an_i
     os.kill(child_of_rank(killed.pid, "1"), signal.SIGKILL)
     _, stderr = killed.communicate()
     assert killed.returncode == 75, stderr
-    assert "the same command resumes" in stderr
+    assert "run the same command again to resume" in stderr
     interrupted = start_step("train", hold="epoch 3/4")
     assert "resumes from its checkpoint" in read_until("epoch 3/4", interrupted)
     interrupted.terminate()
@@ -119,7 +119,7 @@ def test_processes_end_when_their_launcher_was_killed(workspace: Path) -> None:
 
 
 def test_more_processes_than_devices_are_refused() -> None:
-    with pytest.raises(UserError, match=r"train.processes is 2, but this machine has 1 of mps; allowed: up to 1"):
+    with pytest.raises(UserError, match=r"train.processes is 2, but this machine has 1 of type mps; allowed: up to 1"):
         distributed.check_num_devices(2, device=torch.device("mps"))
 
 
@@ -177,7 +177,7 @@ RANK_1_FAILS = """
 import sys, torch
 from pipeline.training import distributed
 from pipeline.core.errors import UserError, report_errors
-distributed.LAG_SECONDS = 0
+distributed.MAX_LAG_SECONDS = 0
 cpu = torch.device("cpu")
 with report_errors():
     if not distributed.is_launched():

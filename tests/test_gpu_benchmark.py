@@ -61,7 +61,7 @@ def test_the_dry_mode_runs_on_a_machine_without_mlflow_prefect_dvc_and_git(tmp_p
     assert {row["ok"] for name in ("correctness", "lock") for row in found["parts"][name]["rows"]} == {True}
     assert "commit unknown" in found["header"]
     text = (tmp_path / "out/gpu.md").read_text()
-    assert "| a non-finite loss moves no weight | 18 of 18 |" in text
+    assert "| a non-finite loss changes no weight | 18 of 18 |" in text
     assert "| seeds |" in text
     assert text in done.stdout
 

@@ -15,7 +15,7 @@ import os, sys
 assert os.environ.get("ATEN_CPU_CAPABILITY") == "avx2" or not torch.cpu._is_avx2_supported()
 assert images.dtype == torch.float32 and images.shape[1:] == (3, 32, 32) and labels.dtype == torch.int64
 assert probabilities.shape == (len(validation_split), 3) and abs(probabilities.sum(1) - 1).max() < 1e-5
-assert result.kept.epoch in (1, 2) and len(result.history) == 2
+assert result.selected.epoch in (1, 2) and len(result.history) == 2
 print(*({"mlflow", "prefect", "dvc"} & sys.modules.keys()))
 """
 

@@ -194,7 +194,7 @@ def test_a_store_that_cannot_be_corrected_is_reported_in_one_line_and_not_change
     make_run()
     here = move(project)
     go_to(here, monkeypatch)
-    monkeypatch.setattr("pipeline.tracking.relocation.BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("pipeline.tracking.relocation.MAX_BUSY_SECONDS", 0.1)
     with sqlite3.connect(here / "mlflow.db", isolation_level=None) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(TemporaryError, match=r"holds paths of another folder.*database is locked"):
@@ -245,7 +245,7 @@ def test_a_project_that_is_moved_without_its_store_writes_nothing_to_the_old_fol
             UserError, match=f"digits keeps its artifacts in {project}/mlartifacts, which no longer"
         ) as error:
             make_run(name)
-    with pytest.raises(UserError, match="MLFLOW_EXPERIMENT_NAME=… takes another experiment"):
+    with pytest.raises(UserError, match="MLFLOW_EXPERIMENT_NAME=… records into another experiment"):
         create_run("digits", training="t")
     assert not project.exists()
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "moved")

@@ -148,7 +148,7 @@ def test_a_trial_is_not_published(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["results", "digits", "--write", *options])
     with pytest.raises(SystemExit, match="2"):
-        results.arguments_of_command()
+        results.parse_arguments()
     assert "--write: allowed without --set and with 5 seeds or more" in capsys.readouterr().err
 
 

@@ -135,7 +135,7 @@ def test_a_long_epoch_has_checkpoints_between_its_steps() -> None:
 def test_an_epoch_has_a_checkpoint_if_the_last_one_is_old_enough(
     monkeypatch: pytest.MonkeyPatch, seconds: int, steps: list[int]
 ) -> None:
-    monkeypatch.setattr(saving, "MIN_SECONDS", seconds)
+    monkeypatch.setattr(saving, "MIN_SECONDS_BETWEEN_CHECKPOINTS", seconds)
     assert [found.step for found in checkpoints()] == steps
 
 
@@ -262,7 +262,7 @@ def test_a_training_resumes_after_a_parameter_of_another_step_changes(project: P
 def test_a_diverged_training_stops_before_the_step_and_keeps_its_last_good_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(saving, "MIN_SECONDS", 0)
+    monkeypatch.setattr(saving, "MIN_SECONDS_BETWEEN_CHECKPOINTS", 0)
     torch.manual_seed(0)
     classifier, saved = build(config("lenet", classes=3)), list[Checkpoint]()
 
@@ -324,7 +324,7 @@ def test_insufficient_memory_is_reported_in_one_line(project: Project) -> None:
         preexec_fn=little_memory,
     )
     assert done.returncode == 2, done.stderr
-    assert "error: train.batch_size is 320: too much for the memory of this machine" in done.stderr.splitlines()[-1]
+    assert "error: train.batch_size is 320: this needs more memory than there is" in done.stderr.splitlines()[-1]
     assert [run.info.status for run in runs()] == ["FAILED"]
 
 

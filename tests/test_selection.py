@@ -1,4 +1,4 @@
-"""The rules select the kept epoch and the end of a training, and the reason is recorded."""
+"""The rules select an epoch and the end of a training, and the reason is recorded."""
 
 from dataclasses import fields
 from typing import Any
@@ -29,7 +29,7 @@ def history(*results: tuple[float, float]) -> list[Epoch]:
     ]
 
 
-def kept(
+def selected(
     *results: tuple[float, float], selection: Selection = "highest_accuracy", num_images: int = 100
 ) -> tuple[int, str]:
     found = select_epoch(history(*results), selection=selection, num_images=num_images)
@@ -40,35 +40,35 @@ def since_best(*results: tuple[float, float], selection: Selection = "highest_ac
     return epochs_since_best(history(*results), selection=selection, num_images=100)
 
 
-def test_the_highest_accuracy_is_kept_whatever_its_loss() -> None:
-    assert kept((0.8, 0.1), (0.9, 0.9), (0.8, 0.1)) == (2, "highest validation accuracy")
+def test_the_highest_accuracy_is_selected_whatever_its_loss() -> None:
+    assert selected((0.8, 0.1), (0.9, 0.9), (0.8, 0.1)) == (2, "highest validation accuracy")
 
 
-def test_an_epoch_is_kept_even_if_no_image_is_classified_correctly() -> None:
-    assert kept((0.0, 1.2), selection="latest_equivalent", num_images=48)[0] == 1
+def test_an_epoch_is_selected_even_if_no_image_is_classified_correctly() -> None:
+    assert selected((0.0, 1.2), selection="latest_equivalent", num_images=48)[0] == 1
 
 
-def test_among_equal_accuracies_the_lowest_loss_is_kept() -> None:
+def test_among_equal_accuracies_the_lowest_loss_is_selected() -> None:
     reason = "lowest validation loss of 3 with the highest validation accuracy"
-    assert kept((0.9, 0.5), (0.9, 0.2), (0.9, 0.3), (0.8, 0.1)) == (2, reason)
+    assert selected((0.9, 0.5), (0.9, 0.2), (0.9, 0.3), (0.8, 0.1)) == (2, reason)
 
 
-def test_among_equal_accuracies_and_losses_the_later_epoch_is_kept() -> None:
+def test_among_equal_accuracies_and_losses_the_later_epoch_is_selected() -> None:
     reason = "latest of 2 with the highest validation accuracy and the lowest loss"
-    assert kept((0.9, 0.2), (0.9, 0.2), (0.9, 0.3)) == (2, reason)
+    assert selected((0.9, 0.2), (0.9, 0.2), (0.9, 0.3)) == (2, reason)
 
 
-def test_the_latest_equivalent_epoch_is_kept_for_few_images() -> None:
+def test_the_latest_equivalent_epoch_is_selected_for_few_images() -> None:
     lower, _ = wilson_interval(90, 100)
     assert 0.82 < lower < 0.83
     results = ((0.9, 0.1), (0.83, 0.8), (0.82, 0.1))
     reason = "latest of 2 in the 95% interval of the highest validation accuracy, 90.0%"
-    assert kept(*results, selection="latest_equivalent") == (2, reason)
+    assert selected(*results, selection="latest_equivalent") == (2, reason)
 
 
 def test_fewer_epochs_are_equivalent_for_many_images() -> None:
     results = ((0.9, 0.1), (0.89, 0.8), (0.88, 0.1))
-    assert kept(*results, selection="latest_equivalent", num_images=10_000)[0] == 1
+    assert selected(*results, selection="latest_equivalent", num_images=10_000)[0] == 1
 
 
 def test_a_lower_loss_at_the_same_accuracy_is_an_improvement_for_early_stopping() -> None:
@@ -88,12 +88,12 @@ def test_selection_and_early_stopping_use_the_same_order() -> None:
     trained = run(params)
     assert not isinstance(trained, Checkpoint)
     best = best_epochs(trained.history, selection=params.selection, num_images=24)
-    assert trained.kept.epoch == best[-1].epoch
+    assert trained.selected.epoch == best[-1].epoch
     assert len(trained.history) in (40, best[0].epoch + 3)
 
 
 @pytest.mark.parametrize("selection", ["highest_accuracy", "latest_equivalent"])
-def test_the_weights_are_those_of_the_kept_epoch(selection: str) -> None:
+def test_the_weights_are_those_of_the_selected_epoch(selection: str) -> None:
     params = train_params(**QUICK | {"epochs": 6}, learning_rate=0.1, selection=selection)
     torch.manual_seed(params.seed)
     classifier, weights = build(config("lenet", classes=3)), []
@@ -104,17 +104,17 @@ def test_the_weights_are_those_of_the_kept_epoch(selection: str) -> None:
         validation_split=split_of(24, seed=2),
         on_epoch=lambda epoch, speed: weights.append(classifier.network.state_dict()["0.weight"].clone()),
     )
-    assert torch.equal(trained.best["network.0.weight"], weights[trained.kept.epoch - 1])
+    assert torch.equal(trained.best["network.0.weight"], weights[trained.selected.epoch - 1])
 
 
 @pytest.mark.parametrize("selection", ["highest_accuracy", "latest_equivalent"])
-def test_a_resumed_training_keeps_the_same_epoch(selection: str) -> None:
+def test_a_resumed_training_selects_the_same_epoch(selection: str) -> None:
     changes = {"log_every_steps": 1, "early_stopping_epochs": 2, "learning_rate": 0.05}
     params = train_params(**{**QUICK, **changes, "epochs": 5}, selection=selection)
     whole, resumed = run(params), stopped(params, 3, 6, 9)
     assert not isinstance(whole, Checkpoint)
     assert not isinstance(resumed, Checkpoint)
-    assert (resumed.kept, resumed.history) == (whole.kept, whole.history)
+    assert (resumed.selected, resumed.history) == (whole.selected, whole.history)
     assert torch.equal(resumed.best["network.0.weight"], whole.best["network.0.weight"])
 
 
@@ -122,8 +122,8 @@ def test_the_recipe_my_images_uses_the_rule_for_few_validation_images() -> None:
     assert check_params(compose("my_images", {}), origin="my_images").train.selection == "latest_equivalent"
 
 
-def test_the_plots_name_the_kept_epoch_and_the_reason() -> None:
+def test_the_plots_name_the_selected_epoch_and_the_reason() -> None:
     rows = [vars(epoch) for epoch in history((0.5, 0.5), (0.9, 0.2))]
-    pictures = {curves(rows, kept=kept, reason=reason) for kept in (1, 2) for reason in ("one", "other")}
+    pictures = {curves(rows, selected=epoch, reason=reason) for epoch in (1, 2) for reason in ("one", "other")}
     assert len(pictures) == 4
-    assert curves(rows, kept=1, reason="one") in pictures
+    assert curves(rows, selected=1, reason="one") in pictures

@@ -191,7 +191,7 @@ def test_an_incomplete_store_without_runs_is_created_again(
     incomplete_store.with_name("mlflow.db-journal").write_bytes(bytes(1000))
     ensure_store(incomplete_store, tool=MLFLOW, migrate=migrate)
     assert is_current(incomplete_store, tool=MLFLOW)
-    assert "with no run in it; made again" in capsys.readouterr().out
+    assert "without data; it was created again" in capsys.readouterr().out
     assert not leftovers(incomplete_store)
 
 

@@ -83,7 +83,7 @@ def test_a_file_store_is_refused_with_the_alternative(uri: str, monkeypatch: pyt
     ],
 )
 def test_a_database_path_without_a_scheme_is_refused_with_the_right_uri(uri: str, expected: str) -> None:
-    with pytest.raises(UserError, match=r"found '.*', a file without the kind of database; allowed: ") as error:
+    with pytest.raises(UserError, match=r"found '.*', a file without the type of the database; allowed: ") as error:
         check_tracking_uri(uri)
     assert str(error.value).endswith(f"; set it to {expected}")
 

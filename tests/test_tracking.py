@@ -14,11 +14,12 @@ import pytest
 import requests
 
 from pipeline.arrays import DatasetInfo
-from pipeline.artifacts import file_md5, read_csv, verify
+from pipeline.artifacts import file_md5, read_csv, verify, write_csv
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.models.files import load_model
 from pipeline.tracking import model_code
 from pipeline.tracking.models import SERVED_PACKAGES, fetch_model, log_model
+from pipeline.tracking.provenance import selected_epoch_tags
 from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.store import connect
 from tests.conftest import PROJECT, colored_images, free_port, run_step, start_repository, write_normalized
@@ -113,16 +114,21 @@ def test_plots_are_stored_with_the_run(store: Path) -> None:
     assert names == {"plots/curves.png", "plots/confusion_matrix.png"}
 
 
-def test_history_and_run_name_the_kept_epoch_and_the_reason(store: Path) -> None:
+def test_history_and_run_name_the_selected_epoch_and_the_reason(store: Path) -> None:
     rows = read_csv(Path("artifacts/train/history.csv"))
-    [marked] = [row for row in rows if row["kept"]]
+    [marked] = [row for row in rows if row["selected"]]
     order = ("validation_accuracy", "validation_loss", "epoch")
     results = [tuple(float(row[name]) for name in order) for row in rows]
     best = max(results, key=lambda found: (found[0], -found[1], found[2]))
     assert float(marked["epoch"]) == best[2]
     run = only_run()
-    assert (run.data.tags["kept.epoch"], run.data.tags["kept.reason"]) == (marked["epoch"], marked["kept"])
-    assert run.data.metrics["kept_epoch"] == best[2]
+    assert (run.data.tags["selected.epoch"], run.data.tags["selected.reason"]) == (marked["epoch"], marked["selected"])
+    assert run.data.metrics["selected_epoch"] == best[2]
+
+
+def test_the_history_of_an_earlier_version_gives_no_tags_of_the_selected_epoch(tmp_path: Path) -> None:
+    write_csv(tmp_path / "history.csv", [{"epoch": 1, "kept": ""}, {"epoch": 2, "kept": "highest validation accuracy"}])
+    assert selected_epoch_tags(tmp_path) == {}
 
 
 def test_the_recorded_model_predicts_and_contains_no_pickle(store: Path) -> None:

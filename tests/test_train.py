@@ -310,7 +310,7 @@ def test_early_stopping_ends_after_epochs_without_a_better_validation() -> None:
     assert len(trained.history) == 3
 
 
-def test_the_best_epoch_is_kept_beside_the_last() -> None:
+def test_the_selected_epoch_is_returned_with_the_last() -> None:
     trained = run(train_params(**QUICK | {"epochs": 6}, learning_rate=0.1))
     best = max(trained.history, key=lambda each: (each.validation_accuracy, -each.validation_loss, each.epoch)).epoch
     shorter = run(train_params(**QUICK | {"epochs": best}, learning_rate=0.1))
@@ -354,7 +354,7 @@ def runs() -> list[mlflow.entities.Run]:
         ({"weights": "gone.pth"}, "error: train.weights: no such file gone.pth"),
         pytest.param(
             {"device": "cuda"},
-            "error: train.device is cuda, but PyTorch finds none here; allowed on this machine: auto, ",
+            "error: train.device is cuda, but PyTorch finds no such device; allowed on this machine: auto, ",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
         ),
     ],

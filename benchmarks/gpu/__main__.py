@@ -2,19 +2,19 @@
 
 `python -m benchmarks.gpu [--images FOLDER_OR_FILE] [--minutes 8] [--out FOLDER]` (`make gpu`) runs these parts in turn:
 
-    correctness   a step against the CPU, mixed precision, same bits, resuming, non-finite losses, a full memory
-    fast94        the recipe cifar10_fast94: once, the GPU's utilization, then as many seeds as the time allows
-    compile       the same with and without train.compile
-    resnet18      images per second
-    lock          two trainings at once
+    correctness   compare a step with the CPU; mixed precision, same bits, resuming, non-finite losses, out of memory
+    fast94        train cifar10_fast94 once, measure the GPU's utilization, then train as many seeds as the time allows
+    compile       train cifar10_fast94 with and without train.compile
+    resnet18      measure images per second of cifar10_resnet18
+    lock          start two trainings at once
 
-Each part is a process of its own that is killed at its limit; what it had found by then stays. `gpu.json` and `gpu.md`
-in the output folder are written anew after each finding. The exit status is 1 if a part failed or a check did.
+Each part is a process of its own that is killed at its limit; its findings up to then are kept. `gpu.json` and `gpu.md`
+in the output folder are rewritten after each finding. The exit status is 1 if a part or a check failed.
 
 The images are those of CIFAR-10: a tree `<split>/<class>/*.jpg`, or the file into which `python -m benchmarks.gpu.pack`
-has packed it. With that file it needs beside torch and torchvision only numpy, pillow, safetensors, tqdm, psutil,
-joblib, pydantic and ruamel.yaml; a tree needs the whole installation.
-`--dry` runs the same code on tiny inputs on the CPU, in seconds, to show that it runs; its figures mean nothing.
+has packed it. With that file, the only packages needed are torch, torchvision, numpy, pillow, safetensors, tqdm,
+psutil, joblib, pydantic and ruamel.yaml; a tree needs the whole installation.
+`--dry` runs the same code on the CPU with tiny inputs, within seconds, to show that it works; its figures mean nothing.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from benchmarks.table import header
 from pipeline.artifacts import write_json, write_text
 from pipeline.core.errors import UserError, report_errors
 
+# in the order in which they run, by name: the fraction of the time for a part; time that it leaves goes to the next
 PARTS: Mapping[str, tuple[float, Part]] = {
     "correctness": (0.25, check_correctness),
     "fast94": (0.30, measure_fast94),
@@ -44,12 +45,14 @@ PARTS: Mapping[str, tuple[float, Part]] = {
     "resnet18": (0.09, measure_resnet18),
     "lock": (0.08, check_lock),
 }
-"""In this order; by name, the fraction of the time that is a part's own. What a part leaves, the next ones may use."""
 OUT = Path(".cache/benchmarks/gpu")
 
 
 def describe_machine(_setting: Setting, emit: Emit) -> None:
-    """Emit the name of the GPU and its software; in a process of its own, as a process that forks may not use CUDA."""
+    """Emit the name of the GPU and the versions of its software.
+
+    It is run as a part, in a process of its own: the main process forks others, and so must not use CUDA.
+    """
     if not torch.cuda.is_available():
         emit(gpu=None)
         return
@@ -63,44 +66,48 @@ def describe_machine(_setting: Setting, emit: Emit) -> None:
 
 
 def main() -> None:
-    """Run the parts and write what they find."""
+    """Run the parts, and write what they find."""
     start = time.monotonic()
-    arguments = _arguments()
+    arguments = _parse_arguments()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    (out / "log.txt").unlink(missing_ok=True)  # of an earlier run
+    (out / "log.txt").unlink(missing_ok=True)  # from an earlier run
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(arrays=Path(folder) / "arrays", dry=arguments.dry)
         machine = run_part("machine", describe_machine, setting, seconds=60, out=out)
         if not machine.rows:
-            raise UserError(f"{out / 'log.txt'}: PyTorch cannot be asked for a GPU; fix what it names, or use --dry")
+            raise UserError(
+                f"{out / 'log.txt'}: PyTorch failed when it looked for a GPU; fix what the file reports, or use --dry"
+            )
         if machine.rows[0]["gpu"] is None and not arguments.dry:
             raise UserError("found no GPU that PyTorch can use (CUDA); `python -m benchmarks.gpu --dry` needs none")
         make_arrays(arguments.images, setting)
         for name in ("gpu.json", "gpu.md"):
             (out / name).unlink(missing_ok=True)
-        text = header(seeds="from 0") + f"GPU: {_words(machine.rows[0])}\n"
+        text = header(seeds="from 0") + f"GPU: {_describe_gpu(machine.rows[0])}\n"
         results: dict[str, PartResult] = {}
 
-        def write() -> None:
+        def write_report() -> None:
+            """Write all findings so far."""
             parts = {name: vars(result) for name, result in results.items()}
             content = {"machine": machine.rows[0], "header": text, "dry": setting.dry, "parts": parts}
             write_json(out / "gpu.json", content)
             write_text(out / "gpu.md", markdown(text, results, dry=setting.dry))
 
-        total, later = 60 * arguments.minutes, 1.0
+        total_seconds, later_fraction = 60 * arguments.minutes, 1.0
         for name, (fraction, part) in PARTS.items():
-            later -= fraction
-            seconds = total - (time.monotonic() - start) - later * total
+            later_fraction -= fraction  # of the parts after this one
+            seconds = total_seconds - (time.monotonic() - start) - later_fraction * total_seconds
             print(f"{name}: at most {seconds:.0f} s", flush=True)
             results[name] = PartResult()
-            run_part(name, part, setting, seconds=seconds, out=out, result=results[name], on_change=write)
-            write()
+            run_part(name, part, setting, seconds=seconds, out=out, result=results[name], on_change=write_report)
+            write_report()
     print(f"\n{markdown(text, results, dry=setting.dry)}\n{out / 'gpu.md'}, {out / 'gpu.json'}")
     sys.exit(0 if is_good(results) else 1)
 
 
-def _arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
+    """Read and check the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -114,7 +121,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _minutes(text: str) -> float:
-    """Read a positive number for argparse."""
+    """Convert an argument to a positive number; argparse reports the error."""
     try:
         value = float(text)
     except ValueError:
@@ -124,7 +131,8 @@ def _minutes(text: str) -> float:
     return value
 
 
-def _words(row: Mapping[str, Any]) -> str:
+def _describe_gpu(row: Mapping[str, Any]) -> str:
+    """Return what `describe_machine` found as text."""
     if row["gpu"] is None:
         return "none"
     return f"{row['gpu']}, {row['memory_gib']} GiB, CUDA {row['cuda']}, cuDNN {row['cudnn']}"

@@ -1,4 +1,4 @@
-"""The arrays of CIFAR-10 for a GPU machine: unpacked from one file, from a tree of images, or drawn for a dry run."""
+"""Make the arrays of CIFAR-10 on a GPU machine: from a packed file, from a tree of images, or random for a dry run."""
 
 import json
 import lzma
@@ -23,17 +23,18 @@ from pipeline.core.errors import UserError
 from pipeline.core.processes import num_cores
 
 RECIPE = "cifar10_fast94"
-BLOCK = 2000
+IMAGES_PER_BLOCK = 2000  # that a process decodes at a time
 DRY_COUNTS = {"train": 8, "validation": 4, "test": 4}
 
 
 def make_arrays(images: Path | None, setting: Setting) -> None:
-    """Make the folder `setting.arrays` as normalize would, from a tree, a packed file or, in a dry run, from noise.
+    """Make the folder `setting.arrays` as the step normalize would, from a tree or a packed file.
 
-    Raises UserError where there are no images, or the file is damaged.
+    In a dry run without `images`, the pixels are random. Raises UserError where there are no images, or the file is
+    damaged.
     """
     if images is None and setting.dry:
-        _draw(setting.arrays)
+        _write_random_arrays(setting.arrays)
     elif images is not None and images.is_file():
         unpack(images, setting.arrays)
     elif images is not None and not images.is_dir():
@@ -48,7 +49,7 @@ def make_arrays(images: Path | None, setting: Setting) -> None:
 
 
 def unpack(file: Path, folder: Path) -> None:
-    """Write the arrays of a packed file; raise UserError where it is damaged, or its pixels come out differently."""
+    """Write the arrays of a packed file; raise UserError where it is damaged, or where other pixels are decoded."""
     try:
         with np.load(file) as content:
             packed = {name: content[name] for name in content.files}
@@ -57,14 +58,14 @@ def unpack(file: Path, folder: Path) -> None:
         pixels, packed_md5 = _decode(jpegs, packed["sizes"]), description["md5"]
     except (OSError, ValueError, KeyError, EOFError, BadZipFile, lzma.LZMAError) as error:
         raise UserError(
-            f"--images: {file}: damaged ({error}); make it again by python -m benchmarks.gpu.pack"
+            f"--images: {file}: damaged ({error}); make it again with `python -m benchmarks.gpu.pack`"
         ) from None
     md5 = write_arrays(folder, pixels, labels, description)
     differ = [name for name, value in md5.items() if packed_md5.get(name) != value]
     if differ:
         raise UserError(
-            f"--images: {file}: {', '.join(differ)} differ from what was packed; use a Pillow whose libjpeg decodes "
-            "alike, or make the file again"
+            f"--images: {file}: {', '.join(differ)} differ from what was packed; install the version of Pillow that "
+            "packed it, whose libjpeg decodes the same pixels, or make the file again"
         )
 
 
@@ -84,8 +85,8 @@ def write_arrays(
     return md5
 
 
-def _draw(folder: Path) -> None:
-    """Write a few random images of ten classes."""
+def _write_random_arrays(folder: Path) -> None:
+    """Write the arrays of a few random images of ten classes."""
     draw = np.random.default_rng(0)
     labels = {name: np.arange(number) % 10 for name, number in DRY_COUNTS.items()}
     pixels = draw.integers(0, 256, (sum(DRY_COUNTS.values()), 32, 32, 3), dtype=np.uint8)
@@ -109,15 +110,16 @@ def _draw(folder: Path) -> None:
 
 
 def _decode(jpegs: bytes, sizes: Any) -> Images:
-    """Return the pixels of the JPEG files, in their order, decoded by all cores."""
+    """Decode the JPEG files, which are concatenated in `jpegs`, on all cores; return the pixels (N, H, W, C)."""
     ends = np.cumsum(sizes, dtype=np.int64).tolist()
     files = [jpegs[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    blocks = [files[start : start + BLOCK] for start in range(0, len(files), BLOCK)]
+    blocks = [files[start : start + IMAGES_PER_BLOCK] for start in range(0, len(files), IMAGES_PER_BLOCK)]
     with ProcessPoolExecutor(min(num_cores(), 12), mp_context=CONTEXT) as pool:
         return np.concatenate(list(pool.map(_decode_block, blocks)))
 
 
 def _decode_block(files: list[bytes]) -> Images:
+    """Return the pixels of several JPEG files."""
     return np.stack([decode_jpeg(content) for content in files])
 
 

@@ -1,4 +1,4 @@
-"""Start two trainings at once on one GPU: the second has to wait for the first, and to report it."""
+"""Start two trainings at once on one GPU, and check that the second waits for the first and reports that."""
 
 import contextlib
 import io
@@ -15,13 +15,12 @@ from benchmarks.gpu.toy import toy_params
 from pipeline.training import gpu_lock
 from pipeline.training.device import choose_device, gpu_uuids, prepare_torch
 
-WAIT_SECONDS = 120
-HOLD_SECONDS = 15
-"""For at most so long the first training holds the lock until the second waits for it."""
+MAX_SECONDS = 120  # for both trainings
+MAX_HOLD_SECONDS = 15  # how long the first training waits until the second is waiting for the lock
 
 
 class Output(io.StringIO):
-    """What the lock printed; printing anything sets an event, as only the training that has to wait prints."""
+    """A text buffer that sets an event when anything is printed, as only the training that waits does."""
 
     def __init__(self, event: Event) -> None:
         super().__init__()
@@ -33,13 +32,13 @@ class Output(io.StringIO):
 
 
 def check_lock(setting: Setting, emit: Emit) -> None:
-    """Emit whether the trainings ran one after the other, and what the second one printed."""
+    """Emit whether the second training started after the end of the first, and what the second one printed."""
     context = multiprocessing.get_context("fork")
     other_waits, found = context.Event(), context.Queue()
     processes = [context.Process(target=_train, args=(setting, other_waits, found)) for _ in range(2)]
     for process in processes:
         process.start()
-    (_, first_end, first_output), (start, _, output) = sorted(found.get(timeout=WAIT_SECONDS) for _ in processes)
+    (_, first_end, first_output), (start, _, output) = sorted(found.get(timeout=MAX_SECONDS) for _ in processes)
     for process in processes:
         process.join()
     waited = "waiting for GPU" in output and not first_output
@@ -52,17 +51,17 @@ def check_lock(setting: Setting, emit: Emit) -> None:
 
 
 def _train(setting: Setting, other_waits: Event, found: "Queue[Any]") -> None:
-    """Train under the lock, as the step train does; pass on when it began and ended, and what the lock printed."""
+    """Train with the lock held, as the step train does; put start, end and what the lock printed into `found`."""
     device = CPU if setting.dry else choose_device("cuda", field="--dry")
     params = toy_params("lenet", "sgd")
     prepare_torch(params)
     uuids = gpu_uuids(device, processes=1)
-    if setting.dry:  # a GPU that does not exist
+    if setting.dry:  # use the lock of a GPU that does not exist
         gpu_lock.LOCK_FOLDER, uuids = Path(setting.arrays).parent, ["dry"]
     printed = Output(other_waits)
     with contextlib.redirect_stdout(printed), gpu_lock.exclusive_gpus(uuids):
         start = time.monotonic()
-        other_waits.wait(HOLD_SECONDS)
+        other_waits.wait(MAX_HOLD_SECONDS)
         update(params, device=device)
         end = time.monotonic()
     found.put((start, end, printed.getvalue()))

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.gpu.pack [--images FOLDER] --out FILE` takes a tree of JPEG files, `<split>/<class>/*.jpg`, or the
 archive of such a tree beside the project. The file holds the content of the JPEG files in the order of the arrays that
-normalize makes for cifar10_fast94, the labels, and `dataset.json`.
+the step normalize writes for cifar10_fast94, the labels, and `dataset.json`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pipeline.core.errors import UserError, report_errors
 
 
 def pack(tree: Path, folder: Path, file: Path) -> int:
-    """Write the JPEG files of `tree` that are in the arrays of `folder` into `file`; return its size in bytes."""
+    """Pack the JPEG files of `tree` whose pixels are in the arrays of `folder`; return the size of `file` in bytes."""
     contents = {}
     for path in sorted(tree.glob("*/*/*.jpg")):
         content = path.read_bytes()
@@ -44,11 +44,12 @@ def pack(tree: Path, folder: Path, file: Path) -> int:
 
 
 def _digest(pixels: Images) -> bytes:
+    """Return the MD5 of the pixels of an image."""
     return hashlib.md5(np.ascontiguousarray(pixels).tobytes(), usedforsecurity=False).digest()
 
 
 def main() -> None:
-    """Pack the images."""
+    """Pack the images that the command line names."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu.pack",
         description=__doc__,

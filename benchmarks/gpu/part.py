@@ -1,4 +1,4 @@
-"""Run a part of the GPU benchmark in a process of its own, which is killed at its limit, and keep what it has found."""
+"""Run a part of the GPU benchmark in a process that is killed at its limit, and keep what it found until then."""
 
 import json
 import math
@@ -16,14 +16,15 @@ from typing import Any, Protocol
 
 import torch
 
+# Only the parent imports PyTorch, and its children are forks of it. The parent must not use CUDA, since CUDA does not
+# work after a fork.
 CONTEXT = multiprocessing.get_context("fork")
-"""PyTorch is imported once, by the parent, which never uses CUDA: a process that does so may not fork."""
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the arrays of CIFAR-10 are, whether all sizes are tiny, and when the part must end (`time.monotonic`)."""
+    """The folder of CIFAR-10's arrays, whether this is a dry run, and when the part must end (`time.monotonic`)."""
 
     arrays: Path
     dry: bool
@@ -31,7 +32,7 @@ class Setting:
 
 
 class Emit(Protocol):
-    """Write down one finding: text, numbers, true or false."""
+    """A function that records one finding, whose values are text, numbers, true or false."""
 
     def __call__(self, **row: Any) -> None: ...
 
@@ -41,7 +42,7 @@ Part = Callable[[Setting, Emit], None]
 
 @dataclass
 class PartResult:
-    """What a part has found so far; `status` is running, done, failed or cut off."""
+    """The findings of a part so far; `status` is running, done, failed or cut off, `limit` is in seconds."""
 
     status: str = "running"
     seconds: float = 0.0
@@ -77,8 +78,8 @@ def run_part(
     finally:
         if process.pid:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with all that it started
-        process.kill()  # where it had no group of its own yet
+                os.killpg(process.pid, signal.SIGKILL)  # also what the process started
+        process.kill()  # in case it has no process group of its own yet
         process.join()
         _read(rows, into=result)
         rows.unlink()
@@ -86,12 +87,12 @@ def run_part(
 
 
 def _run(name: str, part: Part, setting: Setting, rows: Path, log: Path) -> None:
-    """Run the part in this process; an exception is written to the log."""
-    os.setsid()  # compilers and other children end with it
+    """Run the part in this process, then exit; write its output and an exception to the log."""
+    os.setsid()  # a process group of its own, so that compilers and other children can be killed with it
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_DFL)
-    if math.isfinite(setting.deadline):  # should the parent be gone by then
-        signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))  # with all that it started
+    if math.isfinite(setting.deadline):  # in case the parent has died by then
+        signal.signal(signal.SIGALRM, lambda *_: os.killpg(0, signal.SIGKILL))
         signal.alarm(max(1, math.ceil(setting.deadline - time.monotonic()) + 5))
     with log.open("a", buffering=1) as file, rows.open("a") as found:
         for stream in (1, 2):
@@ -100,6 +101,7 @@ def _run(name: str, part: Part, setting: Setting, rows: Path, log: Path) -> None
         print(f"## {name}", flush=True)
 
         def emit(**row: Any) -> None:
+            """Write one finding as a line of JSON."""
             found.write(json.dumps(row) + "\n")
             found.flush()
 
@@ -110,11 +112,11 @@ def _run(name: str, part: Part, setting: Setting, rows: Path, log: Path) -> None
         except BaseException:
             traceback.print_exc()
             os._exit(1)
-        os._exit(0)  # without a wait for threads of the compiler
+        os._exit(0)  # do not wait for threads of the compiler
 
 
 def _read(rows: Path, *, into: PartResult) -> bool:
-    """Take over the findings; return whether there are new ones. A line that is not complete is left for later."""
+    """Read the findings into a result, except an incomplete last line; return whether there are new ones."""
     lines = [line for line in rows.read_text().splitlines(keepends=True) if line.endswith("\n")]
     is_new = len(lines) > len(into.rows)
     into.rows = [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""The findings on a GPU as Markdown tables, for docs/records.md."""
+"""Format the findings on a GPU as Markdown tables, for docs/records.md."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -7,20 +7,20 @@ from typing import Any
 from benchmarks.gpu.part import PartResult
 from benchmarks.table import mean_and_deviation, table
 
+# Published times on an A100 to 94 % on CIFAR-10, whitening, training and test-time augmentation included. The first is
+# that of airbench94_muon; airbench94 of the same author takes 3.09 s compiled and 3.83 s eager.
 PUBLISHED_SECONDS = (2.59, 1.99)
-"""Published on an A100 for 94 % on CIFAR-10, the first by airbench94_muon; its airbench94 takes 3.09 s compiled and
-3.83 s eager. They count whitening, training and test-time augmentation."""
 Row = dict[str, Any]
 
 
 def is_good(results: Mapping[str, PartResult]) -> bool:
-    """Return whether each part ended by itself and each check passed."""
+    """Return whether all parts ended by themselves and all checks passed."""
     rows = [row for result in results.values() for row in result.rows]
     return all(result.status == "done" for result in results.values()) and all(row.get("ok", True) for row in rows)
 
 
 def markdown(header: str, results: Mapping[str, PartResult], *, dry: bool) -> str:
-    """Return the report on what was found so far."""
+    """Return the report on the findings so far; `dry` adds that the figures mean nothing."""
     sections = [header.strip()]
     if dry:
         sections.append("A dry run on the CPU with tiny inputs: these figures mean nothing.")
@@ -37,19 +37,20 @@ def _checks(rows: Sequence[Row]) -> str:
     checks = list(dict.fromkeys(row["check"] for row in rows))
     counts = [["check", "passed"]]
     for check in checks:
-        oks = [row["ok"] for row in rows if row["check"] == check]
-        counts.append([check, f"{sum(oks)} of {len(oks)}"])
+        passed = [row["ok"] for row in rows if row["check"] == check]
+        counts.append([check, f"{sum(passed)} of {len(passed)}"])
     cases = [["check", "case", "", "found"]]
     cases += [[row["check"], row["case"], "ok" if row["ok"] else "FAILED", _cell(row["found"])] for row in rows]
     return f"{table(counts)}\n\n{table(cases)}"
 
 
 def _cell(text: str) -> str:
-    """Return text on one line without what would end a cell of the table."""
+    """Return the text as one line, with `/` for each `|`, which would end the cell of the table."""
     return " ".join(text.replace("|", "/").split())
 
 
 def _fast94(rows: Sequence[Row]) -> str:
+    """Return the table of trainings, and a line on the utilization."""
     seeds = [row for row in rows if row["run"].isdecimal()]
     lines = [_timings({"first, which warms up": rows[:1], "seeds": seeds})]
     for row in rows:
@@ -63,6 +64,7 @@ def _fast94(rows: Sequence[Row]) -> str:
 
 
 def _compile(rows: Sequence[Row]) -> str:
+    """Return the table of trainings with and without train.compile, or why there are none."""
     if rows[0]["run"] == "skipped":
         return f"skipped: {rows[0]['reason']}"
     names = {False: "train.compile: false", True: "train.compile: true"}
@@ -73,7 +75,7 @@ def _compile(rows: Sequence[Row]) -> str:
 
 
 def _timings(kinds: Mapping[str, Sequence[Row]]) -> str:
-    """Return a table of medians of the phases, in seconds, and of accuracy, by kind of training."""
+    """Return a table with a row for each kind of training: median seconds of the phases, accuracy and memory."""
     phases = ("whitening", "training", "evaluation")
     ratios = [f"sum / {seconds} s" for seconds in PUBLISHED_SECONDS]
     lines = [["trainings", *phases, "sum, mean ± sd", *ratios, "test accuracy", "memory (GiB)", "n"]]
@@ -99,6 +101,7 @@ def _timings(kinds: Mapping[str, Sequence[Row]]) -> str:
 
 
 def _resnet18(rows: Sequence[Row]) -> str:
+    """Return the table of speeds."""
     lines = [["batch size", "images/s by epoch", "seconds", "memory (GiB)"]]
     for row in rows:
         speeds = ", ".join(f"{speed:,}" for speed in row["images_per_second"])

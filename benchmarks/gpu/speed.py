@@ -1,4 +1,4 @@
-"""Measure trainings on a GPU: seconds, accuracy, utilization, and the distance from the floor."""
+"""Measure trainings on a GPU: seconds, accuracy, utilization, and the least possible time (the floor)."""
 
 import shutil
 import time
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.images import DRY_COUNTS
 from benchmarks.gpu.part import Emit, Setting
-from benchmarks.recipe import SPLITS, accuracy_on, first, network
+from benchmarks.recipe import SPLITS, accuracy_on, first_images, network
 from pipeline.arrays import DatasetInfo, Split
 from pipeline.core.settings import get_settings
 from pipeline.models.build import Classifier
@@ -22,37 +22,37 @@ from pipeline.training.loop import train
 RECIPE = "cifar10_fast94"
 COMPILED_SEEDS = 3
 DRY_SEEDS = 2
-DRY = {"train.batch_size": 4, "train.epochs": 1, "train.cpu_threads": 1}
+DRY_CHANGES = {"train.batch_size": 4, "train.epochs": 1, "train.cpu_threads": 1}
 MATRIX_SIDE, MATRIX_REPEATS = 8192, 50
 Splits = dict[str, Split]
 
 
 class Recipe:
-    """A recipe, its data on the device, and how to train it once."""
+    """A recipe with its parameters and its data on the device; `train_once` trains it."""
 
     def __init__(self, name: str, *, setting: Setting, **changes: Any) -> None:
-        values = {f"train.{key}": value for key, value in changes.items()} | (DRY if setting.dry else {})
+        values = {f"train.{key}": value for key, value in changes.items()} | (DRY_CHANGES if setting.dry else {})
         self.params: Params = check_params(compose(name, values), origin=name)
         self.device = choose_device("cpu" if setting.dry else "cuda", field="--dry")
-        prepare_torch(self.params.train)  # before the first operation
+        prepare_torch(self.params.train)  # before the first operation of PyTorch
         self.info = DatasetInfo.read(setting.arrays)
         self.splits: Splits = {
             name: Split.read(name, info=self.info, device=self.device, folder=setting.arrays) for name in SPLITS
         }
         if setting.dry:
-            self.splits = {name: first(split, DRY_COUNTS[name]) for name, split in self.splits.items()}
+            self.splits = {name: first_images(split, DRY_COUNTS[name]) for name, split in self.splits.items()}
 
     def wait(self) -> float:
-        """Return the time in seconds once the GPU has done what was sent to it."""
+        """Wait until the GPU has done all its work; return the time in seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def train_once(self, seed: int, *, compiled: bool = False) -> dict[str, Any]:
-        """Train and evaluate; return seconds of each phase, accuracy, images per second by epoch and memory.
+        """Train and evaluate; return the seconds of each phase, accuracy, images per second by epoch and memory.
 
-        `training` has the validation in it and writes no checkpoint. The evaluation uses a network of its own that is
-        not compiled, as the step evaluate does.
+        The phase `training` includes validation, and writes no checkpoint. The evaluation uses another network that is
+        not compiled, as in the step evaluate.
         """
         params = self.params.train.model_copy(update={"seed": seed, "compile": compiled, "device": self.device.type})
         prepare_torch(params)
@@ -87,7 +87,7 @@ class Recipe:
 
 
 def measure_fast94(setting: Setting, emit: Emit) -> None:
-    """Emit a first training, which warms up, utilization and floor, and a training for each seed until the deadline."""
+    """Emit a first training, which warms up, then utilization and floor, then a training for each seed in the time."""
     recipe = Recipe(RECIPE, setting=setting)
     emit(run="first", **recipe.train_once(0))
     start = time.monotonic()
@@ -103,12 +103,12 @@ def measure_fast94(setting: Setting, emit: Emit) -> None:
 
 
 def measure_compile(setting: Setting, emit: Emit) -> None:
-    """Emit trainings without and with train.compile; the first of each kind warms up or compiles."""
+    """Emit trainings without and with train.compile; the first of each kind warms up, or compiles."""
     if not shutil.which(get_settings().cxx):
         emit(run="skipped", reason=f"no C++ compiler {get_settings().cxx}")
         return
     if setting.dry:
-        torch.compiler.set_stance("force_eager")  # compiling takes half a minute
+        torch.compiler.set_stance("force_eager")  # since compiling takes half a minute
     recipe = Recipe(RECIPE, setting=setting)
     for compiled in (False, True):
         emit(run="first", compiled=compiled, **recipe.train_once(0, compiled=compiled))
@@ -117,21 +117,23 @@ def measure_compile(setting: Setting, emit: Emit) -> None:
 
 
 def measure_resnet18(setting: Setting, emit: Emit) -> None:
-    """Emit the images per second by epoch; the weights are random, as they do not change the speed."""
+    """Emit the images per second of each epoch; the weights are random, which does not change the speed."""
     recipe = Recipe("cifar10_resnet18", setting=setting, weights=None, epochs=3)
     emit(run="0", batch_size=recipe.params.train.batch_size, **recipe.train_once(0))
 
 
 def _profile(recipe: Recipe) -> dict[str, Any]:
-    """Return the fraction of a training of one epoch in which the device works, and the floor of a whole training.
+    """Return the utilization of the device in a training of one epoch, and the floor of a whole training.
 
-    The kernels' time is that of a profiled training, the training's own time that of one that is not profiled. The
-    floor is the time in which the device would do the operations at the rate of a large matrix product in bfloat16.
+    The utilization is the time in which kernels run, measured in a profiled training, divided by the time of a training
+    that is not profiled. The floor is the time that the operations of a training take at the rate of a large matrix
+    product in bfloat16.
     """
     params = recipe.params.train.model_copy(update={"epochs": 1, "device": recipe.device.type})
     prepare_torch(params)
 
     def run() -> float:
+        """Train one epoch; return the seconds."""
         classifier = network(params, recipe.info).to(recipe.device)
         start = recipe.wait()
         train(
@@ -154,13 +156,13 @@ def _profile(recipe: Recipe) -> dict[str, Any]:
     ]
     rate = matrix_rate(recipe)
     images = recipe.params.train.epochs * len(recipe.splits["train"])
-    floor = operations(network(params, recipe.info).to(recipe.device), device=recipe.device) * images / rate
-    busy = covered(spans) / 1e6 / seconds
-    return {"utilization": busy, "kernels": len(spans), "matrix_tflops": rate / 1e12, "floor_seconds": floor}
+    floor = operations_per_image(network(params, recipe.info).to(recipe.device), device=recipe.device) * images / rate
+    utilization = covered(spans) / 1e6 / seconds  # spans are in microseconds
+    return {"utilization": utilization, "kernels": len(spans), "matrix_tflops": rate / 1e12, "floor_seconds": floor}
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
-    """Return the length of the union of spans (start, end)."""
+    """Return the total length that spans (start, end) cover; overlaps count once."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, end))
@@ -169,7 +171,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 
 def matrix_rate(recipe: Recipe) -> float:
-    """Return bfloat16 operations per second of a large matrix product."""
+    """Return the operations per second of a large matrix product in bfloat16."""
     side, repeats = (MATRIX_SIDE, MATRIX_REPEATS) if recipe.device.type == "cuda" else (64, 2)
     matrix = torch.rand(side, side, device=recipe.device, dtype=torch.bfloat16)
     _ = matrix @ matrix  # warms up
@@ -179,8 +181,8 @@ def matrix_rate(recipe: Recipe) -> float:
     return 2 * side**3 * repeats / (recipe.wait() - start)
 
 
-def operations(classifier: Classifier, *, device: torch.device) -> float:
-    """Return the operations of an image, forward and backward."""
+def operations_per_image(classifier: Classifier, *, device: torch.device) -> float:
+    """Return the operations of one image, forward and backward; a multiplication and an addition count as two."""
     counter, number = FlopCounterMode(display=False), 8
     with counter:
         classifier(torch.zeros(number, 3, 32, 32, device=device)).sum().backward()

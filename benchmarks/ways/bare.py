@@ -1,4 +1,4 @@
-"""Run the recipe cifar10_lenet without the tools around it: one process reads the archive, trains and evaluates once.
+"""Run the recipe cifar10_lenet without DVC, MLflow and Prefect: one process reads the archive, trains and evaluates.
 
 `python -m benchmarks.ways.bare [SEED]` makes the arrays from the archive in `.cache/benchmarks/cifar10/download/`.
 """

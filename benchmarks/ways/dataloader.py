@@ -1,4 +1,4 @@
-"""Train the tutorial's network well: larger batches, Nesterov's momentum, a one-cycle learning rate."""
+"""Train the tutorial's network with larger batches, Nesterov's momentum and a one-cycle learning rate."""
 
 import torch
 from torch import nn, optim

@@ -1,4 +1,4 @@
-"""Read JPEG files into arrays by torchvision, each once: `python -m benchmarks.ways.imagefolder TREE`."""
+"""Read JPEG files once into arrays in memory, by torchvision: `python -m benchmarks.ways.imagefolder TREE`."""
 
 import sys
 from pathlib import Path

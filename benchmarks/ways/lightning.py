@@ -1,4 +1,4 @@
-"""Do what `dataloader` does, by PyTorch Lightning."""
+"""Train as `dataloader` does, by PyTorch Lightning."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from benchmarks.ways.peers import Net, loaders
 
 
 class LitNet(pl.LightningModule):
-    """The network with its training, validated on the test set."""
+    """The network with its training steps; Lightning's validation uses the test set."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class LitNet(pl.LightningModule):
 
 
 def main() -> None:
-    """Fit; each epoch ends with the test set."""
+    """Train, and evaluate on the test set after each epoch."""
     pl.seed_everything(seed(), verbose=False)
     trainer = pl.Trainer(
         max_epochs=EPOCHS,

@@ -1,14 +1,14 @@
-"""Train by the pipeline, on the arrays that its normalize made; a split is held out for validation.
+"""Train by the pipeline, on the train split of the arrays that its step normalize wrote.
 
-Four fifths of an epoch are enough, as each test image is evaluated together with its mirror image.
+Four fifths of an epoch suffice, since each test image is evaluated together with its mirror image.
 """
 
-import pipeline  # noqa: F401  # first: it keeps Python's garbage collector out of PyTorch's import
+import pipeline  # noqa: F401  # first, since it disables Python's garbage collector during PyTorch's import
 
 # isort: split
 import torch
 
-from benchmarks.recipe import accuracy_on, first, load
+from benchmarks.recipe import accuracy_on, first_images, load
 from benchmarks.ways import RECIPE, arrays, is_reached, seed
 from pipeline.params import check_params, compose
 from pipeline.training.loop import train
@@ -24,19 +24,18 @@ OVERRIDES = {
     "train.flip": False,
     "train.crop_padding": 0,
     "train.device": "cpu",
-    "train.cpu_kernels": "native",  # as the other ways
+    "train.cpu_kernels": "native",  # like the other ways
 }
 
-TRAIN_FRACTION = 0.8
-"""Of the images of the train split, in which all classes are mixed."""
+TRAIN_FRACTION = 0.8  # of the images of the train split, in which all classes are mixed
 
 
 def main() -> None:
     """Train, then evaluate on the test split."""
-    more = {"train.seed": seed(), "train.cpu_threads": torch.get_num_threads()}  # as many threads as the other ways
+    more = {"train.seed": seed(), "train.cpu_threads": torch.get_num_threads()}  # as in the other ways
     params = check_params(compose(RECIPE, OVERRIDES | more), origin=RECIPE).train
     classifier, splits = load(params, arrays())
-    used = first(splits["train"], int(TRAIN_FRACTION * len(splits["train"])))
+    used = first_images(splits["train"], int(TRAIN_FRACTION * len(splits["train"])))
     train(classifier, params=params, train_split=used, validation_split=splits["validation"])
     is_reached(accuracy_on(splits["test"], classifier, views="mirror"))
 

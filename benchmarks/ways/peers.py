@@ -10,11 +10,11 @@ from torchvision import datasets, transforms
 
 from benchmarks.ways import CIFAR10
 
-BATCH, TEST_BATCH, WORKERS = 64, 500, 2
+BATCH_SIZE, TEST_BATCH_SIZE, NUM_WORKERS = 64, 500, 2
 
 
 class PackedCIFAR10(datasets.CIFAR10):  # type: ignore[misc]  # torchvision ships no types
-    """CIFAR10 whose files have other MD5s than the official ones: only their presence is checked."""
+    """CIFAR10 from files that do not have the official MD5s; torchvision only checks that they exist."""
 
     train_list = tuple((name, None) for name, _ in datasets.CIFAR10.train_list)
     test_list = tuple((name, None) for name, _ in datasets.CIFAR10.test_list)
@@ -22,7 +22,7 @@ class PackedCIFAR10(datasets.CIFAR10):  # type: ignore[misc]  # torchvision ship
 
 
 class Net(nn.Module):
-    """(B, 3, 32, 32) float32 → (B, 10) logits."""
+    """The tutorial's network: (B, 3, 32, 32) float32 → (B, 10) logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,16 +44,16 @@ class Net(nn.Module):
 
 
 def dataset(*, train: bool) -> Any:
-    """Return the data set, whose images become tensors of -1 to 1 one at a time."""
+    """Return a split of CIFAR-10, whose images become tensors with values from -1 to 1 when they are read."""
     to_tensor = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))])
     return PackedCIFAR10(CIFAR10, train=train, transform=to_tensor)
 
 
 def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return training and test images in batches of a usual size, from workers that live from epoch to epoch."""
+    """Return loaders of the training and the test images, with workers that are reused in the next epoch."""
     return (
-        DataLoader(dataset(train=True), BATCH, shuffle=True, num_workers=WORKERS, persistent_workers=True),
-        DataLoader(dataset(train=False), TEST_BATCH, num_workers=WORKERS, persistent_workers=True),
+        DataLoader(dataset(train=True), BATCH_SIZE, shuffle=True, num_workers=NUM_WORKERS, persistent_workers=True),
+        DataLoader(dataset(train=False), TEST_BATCH_SIZE, num_workers=NUM_WORKERS, persistent_workers=True),
     )
 
 

@@ -1,6 +1,6 @@
-"""Train as the PyTorch tutorial "Training a Classifier" does: batches of 4, two epochs, then the test set.
+"""Train as the PyTorch tutorial "Training a Classifier" does: two epochs with batches of 4, then the test set.
 
-Where two epochs do not reach the target, it continues epoch by epoch.
+Where two epochs do not reach the target, the training continues for up to two more.
 """
 
 from typing import Any
@@ -16,22 +16,22 @@ EPOCHS, MAX_EPOCHS = 2, 4
 
 
 def train_epoch(epoch: int, net: nn.Module, loader: DataLoader[Any], optimizer: optim.Optimizer) -> None:
-    """Train one pass, and print the mean loss of every 2,000 mini-batches."""
+    """Train one epoch, and print the mean loss of every 2,000 mini-batches."""
     criterion = nn.CrossEntropyLoss()
     running_loss = 0.0
-    for i, (inputs, labels) in enumerate(loader, start=1):
+    for step, (inputs, labels) in enumerate(loader, start=1):
         optimizer.zero_grad()
         loss = criterion(net(inputs), labels)
         loss.backward()
         optimizer.step()
         running_loss += loss.item()
-        if i % 2000 == 0:
-            print(f"[{epoch}, {i:5d}] loss: {running_loss / 2000:.3f}", flush=True)
+        if step % 2000 == 0:
+            print(f"[{epoch}, {step:5d}] loss: {running_loss / 2000:.3f}", flush=True)
             running_loss = 0.0
 
 
 def main() -> None:
-    """Train, and evaluate after the second and each further epoch."""
+    """Train, and evaluate after the second and each later epoch."""
     torch.manual_seed(seed())
     train_loader = DataLoader(dataset(train=True), batch_size=4, shuffle=True, num_workers=2)
     test_loader = DataLoader(dataset(train=False), batch_size=4, shuffle=False, num_workers=2)

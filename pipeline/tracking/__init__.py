@@ -1,1 +1,1 @@
-"""MLflow: runs, metrics, the store, provenance and the recorded model. Nothing here changes what a stage writes."""
+"""Record runs in MLflow: metrics, provenance and the model. Nothing here changes what a stage writes."""

@@ -1,4 +1,4 @@
-"""MLflow experiments: which one a new run is in, and the folder where its artifacts are."""
+"""Find or create the MLflow experiment of a new run, and check the folder of its artifacts."""
 
 import shlex
 from pathlib import Path
@@ -14,15 +14,16 @@ from pipeline.core.project import artifact_folder, project_folder
 from pipeline.core.settings import get_settings
 from pipeline.tracking.relocation import base_folder
 
-NOT_FOUND = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
-"""MLflow's error codes for an id that does not exist, and for one that cannot exist."""
+# MLflow's error codes for an id that does not exist, and for one that cannot exist
+NOT_FOUND_CODES = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
 
 
 def experiment_id(name: str) -> str:
-    """Return the id of the experiment `name`, or of the one that MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID name.
+    """Return the id of the experiment `name`, which is created where it does not exist.
 
-    It is created where it does not exist, with its artifacts in the project if the store is local. Raises UserError
-    where the two variables contradict each other, the experiment is deleted or its folder of artifacts is missing.
+    MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID replaces `name`. In a local store, a new experiment has its artifacts
+    in the project. Raises UserError where the two variables contradict each other, the experiment is deleted, or the
+    folder of its artifacts is missing.
     """
     settings = get_settings()
     chosen, chosen_id = settings.mlflow_experiment_name, settings.mlflow_experiment_id
@@ -38,17 +39,18 @@ def experiment_id(name: str) -> str:
     if found.lifecycle_stage == "deleted":
         raise UserError(
             f"MLflow's experiment {found.name} is deleted; `mlflow experiments restore -x {found.experiment_id}` "
-            "restores it, MLFLOW_EXPERIMENT_NAME=… takes another"
+            "restores it, MLFLOW_EXPERIMENT_NAME=… records into another experiment"
         )
     _check_artifact_folder(found)
     return str(found.experiment_id)
 
 
 def _experiment_of_id(wanted: str) -> Experiment:
+    """Return the experiment of this id; raise UserError where there is none."""
     try:
         return MlflowClient().get_experiment(wanted)
     except MlflowException as error:
-        if error.error_code not in NOT_FOUND:
+        if error.error_code not in NOT_FOUND_CODES:
             raise
         raise UserError(
             f"MLFLOW_EXPERIMENT_ID: found {wanted!r}; allowed: the id of an experiment in "
@@ -57,12 +59,13 @@ def _experiment_of_id(wanted: str) -> Experiment:
 
 
 def _create_experiment(name: str) -> str:
+    """Create the experiment, unless another process has just done so; return its id."""
     client = MlflowClient()
     location = None if is_server(mlflow.get_tracking_uri()) else artifact_folder(project_folder()).as_uri()
     try:
         return client.create_experiment(name, artifact_location=location)
     except MlflowException:
-        if found := client.get_experiment_by_name(name):  # another process has created it meanwhile
+        if found := client.get_experiment_by_name(name):  # another process has just created it
             return str(found.experiment_id)
         raise
 
@@ -70,29 +73,30 @@ def _create_experiment(name: str) -> str:
 def _check_artifact_folder(experiment: Experiment) -> None:
     """Raise UserError where the experiment has runs, but its folder of artifacts no longer exists.
 
-    So it is after a project was moved, with a store outside it: it is unknown which of the paths there were its own.
+    That is the case after a project was moved whose store is outside it: `relocate` does not correct such a store,
+    since it cannot tell which of the paths in it belong to the project.
     """
     folder = _missing_folder(experiment.artifact_location)
     if folder is None or not MlflowClient().search_runs([experiment.experiment_id], "", ViewType.ALL, max_results=1):
         return
-    here = artifact_folder(project_folder())
     remedy = f"`mkdir -p {shlex.quote(str(folder))}` makes it again"
-    if folder.name == here.name:
-        parent, *link = (shlex.quote(str(path)) for path in (folder.parent, here, folder))
-        remedy = f"`mkdir -p {parent} && ln -s {' '.join(link)}` links it to this project, old runs included"
+    own_folder = artifact_folder(project_folder())
+    if folder.name == own_folder.name:
+        parent, target, link = (shlex.quote(str(path)) for path in (folder.parent, own_folder, folder))
+        remedy = f"`mkdir -p {parent} && ln -s {target} {link}` links it to this project, old runs included"
     raise UserError(
         f"MLflow's experiment {experiment.name} keeps its artifacts in {folder}, which no longer exists; was the "
-        f"project moved? {remedy}; MLFLOW_EXPERIMENT_NAME=… takes another experiment"
+        f"project moved? {remedy}; MLFLOW_EXPERIMENT_NAME=… records into another experiment"
     )
 
 
 def has_artifact_folder(run_id: str) -> bool:
-    """Return whether the folder exists in which the run's experiment keeps its artifacts."""
+    """Return whether the folder exists that has the artifacts of the run's experiment."""
     location = MlflowClient().get_run(run_id).info.artifact_uri  # …/<run id>/artifacts
     return _missing_folder(location.rstrip("/").rsplit("/", 2)[0]) is None
 
 
 def _missing_folder(location: str) -> Path | None:
-    """Return the local folder that a location of artifacts is in, where it does not exist, else None."""
+    """Return the local folder of a location of artifacts if that folder does not exist, else None."""
     folder = None if is_server(mlflow.get_tracking_uri()) else base_folder(location)
     return None if folder is None or folder.exists() else folder

@@ -1,4 +1,4 @@
-"""Write to one MLflow run: live metrics, tags, parameters, files, the finished training."""
+"""Log to one MLflow run: metrics while they arise, tags, parameters, files, the finished training."""
 
 import threading
 import time
@@ -11,22 +11,22 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from pipeline.artifacts import file_md5
+from pipeline.artifacts import BEST_WEIGHTS, file_md5
 from pipeline.tracking.models import has_model, log_model
-from pipeline.tracking.provenance import kept_epoch_tags, output_tags
+from pipeline.tracking.provenance import output_tags, selected_epoch_tags
 from pipeline.tracking.store import error_reason
 
-FLUSH_SECONDS = 1.0
-MAX_FLUSH_SECONDS = 60.0
+FLUSH_SECONDS = 1.0  # between two requests
+MAX_FLUSH_SECONDS = 60.0  # between two requests while MLflow does not answer
 MAX_METRICS_PER_REQUEST = 500
-STOP_SECONDS = 2
+MAX_STOP_SECONDS = 2  # how long the end of `sending` waits for the thread
 
 
 class RunLogger:
-    """Logs to an MLflow run. Metrics are queued; within `sending`, a thread sends them about once a second.
+    """Logs to an MLflow run; metrics are queued, and within `sending` a thread sends them about once a second.
 
-    A resumed training logs some steps once more: the metrics that the run has already (`logged`) are left out. While
-    MLflow does not answer, metrics stay in the queue.
+    A resumed training logs some steps a second time: metrics that the run already has (`logged`) are not queued again.
+    While MLflow does not answer, metrics stay in the queue.
     """
 
     def __init__(
@@ -39,8 +39,7 @@ class RunLogger:
     ) -> None:
         self.run_id = run_id
         self.resumed = resumed
-        self.unrecorded: Path | None = None
-        """The folder of the finished training that MLflow should have, but did not accept."""
+        self.unrecorded: Path | None = None  # the folder of a finished training that could not be recorded
         self._client = MlflowClient()
         self._logged, self._pending = set(logged), list(pending)
         self._lock, self._sending = threading.Lock(), threading.Lock()
@@ -54,7 +53,7 @@ class RunLogger:
             self._pending += new
 
     def flush(self) -> bool:
-        """Send the queued metrics; return False where MLflow does not answer, or the thread still waits for it."""
+        """Send the queued metrics; return False where MLflow does not answer, or another thread is still sending."""
         if not self._sending.acquire(timeout=1):
             return False
         try:
@@ -74,13 +73,14 @@ class RunLogger:
             self._sending.release()
 
     def _warn_unreachable(self, error: Exception) -> None:
+        """Print a warning when MLflow stops answering, but only one until it answers again."""
         if not self._unreachable:
             print(f"warning: MLflow does not answer, metrics are queued: {error_reason(error)}", flush=True)
         self._unreachable = True
 
     @contextmanager
     def sending(self) -> Iterator[None]:
-        """Send the queued metrics about once a second, and less often while MLflow does not answer."""
+        """Send the queued metrics about once a second during the block, less often while MLflow does not answer."""
         stop = threading.Event()
 
         def send() -> None:
@@ -94,28 +94,30 @@ class RunLogger:
             yield
         finally:
             stop.set()
-            thread.join(timeout=STOP_SECONDS)
+            thread.join(timeout=MAX_STOP_SECONDS)
 
     def state(self) -> dict[str, Any]:
         """Return what is needed to resume the run: its id, and the metrics that MLflow does not have yet.
 
-        Checkpoints and the outbox keep it; the names in it stay as they are, for those of earlier versions.
+        It is written to checkpoints and to the outbox. Its keys must not be renamed: existing files have them.
         """
         with self._lock:
-            return {"run_id": self.run_id, "waiting": [[m.key, m.value, m.timestamp, m.step] for m in self._pending]}
+            pending = [[metric.key, metric.value, metric.timestamp, metric.step] for metric in self._pending]
+        return {"run_id": self.run_id, "waiting": pending}
 
     def set_tags(self, tags: Mapping[str, str], *, overwrite: bool = True) -> None:
-        """Set the tags; without `overwrite`, a tag that the run has already keeps its value."""
+        """Set the tags; without `overwrite`, a tag that the run already has is not changed."""
         if not overwrite:
             tags = {name: tags[name] for name in tags.keys() - self._tag_names()}
         self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def delete_tags(self, names: Sequence[str]) -> None:
-        """Delete those of the tags that the run has."""
+        """Delete these tags, if the run has them."""
         for name in self._tag_names() & set(names):
             self._client.delete_tag(self.run_id, name)
 
     def _tag_names(self) -> set[str]:
+        """Return the names of the tags that the run has in MLflow."""
         return set(self._client.get_run(self.run_id).data.tags)
 
     def rename(self, name: str) -> None:
@@ -124,26 +126,29 @@ class RunLogger:
             self._client.update_run(self.run_id, name=name)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Set the parameters that the run does not have: MLflow lets none be changed, not even one of another step."""
+        """Set the parameters that the run does not have yet.
+
+        MLflow refuses to change a parameter. In a resumed run only those of other steps can have changed.
+        """
         known = self._client.get_run(self.run_id).data.params
         new = [Param(name, str(value)) for name, value in params.items() if name not in known]
         self._client.log_batch(self.run_id, params=new)
 
     def log_file(self, path: Path, *, folder: str | None = None) -> None:
-        """Record a file, in a folder of the run's artifacts."""
+        """Upload a file to the run's artifacts, into `folder` there."""
         self._client.log_artifact(self.run_id, str(path), folder)
 
     def log_training(self, folder: Path) -> None:
-        """Record the finished training in `folder`: hashes, curves and model; a second call does no harm.
+        """Record the finished training in `folder`: hashes, curves and model. It can be called again.
 
-        Where MLflow does not answer, `unrecorded` is set to the folder.
+        Where MLflow does not answer, this sets `unrecorded` to the folder and prints a warning.
         """
         try:
             self.set_tags(
                 {
-                    "model.md5": file_md5(folder / "best.safetensors"),
+                    "model.md5": file_md5(folder / BEST_WEIGHTS),
                     **output_tags(folder),
-                    **kept_epoch_tags(folder),
+                    **selected_epoch_tags(folder),
                 }
             )
             self.log_file(folder / "curves.png", folder="plots")
@@ -155,5 +160,5 @@ class RunLogger:
 
 
 def pending_metrics(state: Mapping[str, Any]) -> list[Metric]:
-    """Return the queued metrics of a `RunLogger.state`."""
+    """Return the queued metrics that a `RunLogger.state` holds."""
     return [Metric(*values) for values in state["waiting"]]

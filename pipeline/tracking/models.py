@@ -1,4 +1,4 @@
-"""The model of a run: log it, fetch it, hash it."""
+"""Record the model of a run in MLflow, download it, or return its hash."""
 
 import importlib.metadata
 import tempfile
@@ -16,34 +16,34 @@ from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import DataType
 from mlflow.utils import requirements_utils
 
-from pipeline.artifacts import CHECKSUMS, file_md5, read_json
+from pipeline.artifacts import BEST_WEIGHTS, CHECKSUMS, file_md5, read_json
 from pipeline.core.errors import UserError, first_line
-from pipeline.tracking.model_code import packaged
+from pipeline.tracking.model_code import renamed_package
 from pipeline.tracking.store import connect
 
+# A served model imports these packages; its requirements name the versions with which it was trained.
 SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "ruamel.yaml", "safetensors")
-"""The packages that a served model imports; its requirements name the versions it was trained with."""
 
 
 def log_model(folder: Path) -> None:
     """Record the model in the active run, for `mlflow.pyfunc.load_model` and `mlflow models serve`, without a pickle.
 
     Input: images (N, H, W, C) of whole numbers from 0 to 255. Output: a table with `predicted_class` and a column of
-    probabilities for each class. The signature has no input: MLflow would cast to its type before the model sees that
-    a value is a fraction, negative or too large.
+    probabilities for each class. The signature leaves the input out: MLflow would cast the values to its type, and the
+    model could no longer refuse fractions, negative and too large values.
     """
     values = read_json(folder / "model.json")
     size, channels = values["image_size"], values["channels"]
     probabilities = [ColSpec(DataType.double, name) for name in values["class_names"]]
     columns = [ColSpec(DataType.string, "predicted_class"), *probabilities]
-    # MLflow asks for an example, which it would trace for half a minute
-    with warnings.catch_warnings(), _without_list_of_modules(), packaged() as code:
+    # MLflow warns that there is no example of the input, with which it would trace the model for half a minute
+    with warnings.catch_warnings(), _without_list_of_modules(), renamed_package() as code:
         warnings.simplefilter("ignore", UserWarning)
         mlflow.pyfunc.log_model(
             name="model",
             python_model=str(code.entry),
             artifacts={
-                "weights": str(folder / "best.safetensors"),
+                "weights": str(folder / BEST_WEIGHTS),
                 "config": str(folder / "model.json"),
                 "checksums": str(folder / CHECKSUMS),  # `predict` verifies a fetched model by them
             },
@@ -56,9 +56,9 @@ def log_model(folder: Path) -> None:
 
 @contextmanager
 def _without_list_of_modules() -> Iterator[None]:
-    """Keep MLflow from listing the files of all installed packages, which takes 0.7 s.
+    """Stop MLflow from listing the files of all installed packages, which takes 0.7 s.
 
-    It needs that list to find the requirements of a model; those of ours are passed to it.
+    MLflow uses that list to find the requirements of a model, but `log_model` passes the requirements itself.
     """
     before = requirements_utils._MODULES_TO_PACKAGES
     requirements_utils._MODULES_TO_PACKAGES = {}  # type: ignore[assignment]
@@ -69,7 +69,7 @@ def _without_list_of_modules() -> Iterator[None]:
 
 
 def has_model(run_id: str) -> bool:
-    """Return whether the run has its model; what a killed process left of one is deleted."""
+    """Return whether the run has a complete model; delete incomplete ones, which a killed process left."""
     client = MlflowClient()
     experiment = client.get_run(run_id).info.experiment_id
     models = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'")
@@ -80,10 +80,10 @@ def has_model(run_id: str) -> bool:
 
 
 def fetch_model(uri: str) -> Path:
-    """Return the folder with the weights of a recorded model: `runs:/<run id>/model`, `models:/<name>/<version>`.
+    """Download a recorded model; return the folder with its weights and configuration.
 
-    Only weights and configuration are used of it; no code that lies beside them is run. Raises UserError where there is
-    no such model.
+    `uri` is `runs:/<run id>/model` or `models:/<name>/<version>`. No code from the model is run. Raises UserError where
+    there is no such model.
     """
     connect()
     try:
@@ -96,10 +96,10 @@ def fetch_model(uri: str) -> Path:
 
 
 def recorded_model_md5(run_id: str) -> str | None:
-    """Return the MD5 of the weights that MLflow keeps of the run's model, or None where it keeps none."""
+    """Return the MD5 of the weights of the model recorded with the run, or None where there is none."""
     with tempfile.TemporaryDirectory() as target:
         try:
             folder = mlflow.artifacts.download_artifacts(f"runs:/{run_id}/model", dst_path=target)
         except (MlflowException, OSError):
             return None
-        return next((file_md5(path) for path in sorted(Path(folder).rglob("best.safetensors"))), None)
+        return next((file_md5(path) for path in sorted(Path(folder).rglob(BEST_WEIGHTS))), None)

@@ -1,7 +1,7 @@
-"""The outbox: what MLflow did not receive when a run ended, queued on disk for the next training or evaluation to send.
+"""The outbox: queue on disk what MLflow did not receive when a run ended; the next training or evaluation sends it.
 
-`.cache/mlflow/<run id>/` has `run.json` (the run's pending metrics, status and end) and, if MLflow has not recorded the
-finished training, a copy of that.
+`.cache/mlflow/<run id>/` has `run.json`, with the run's pending metrics, status and end. If MLflow did not receive the
+finished training, a copy of it is there too.
 """
 
 import fcntl
@@ -44,9 +44,9 @@ def queued_runs() -> list[Path]:
 
 
 def flush_outbox() -> bool:
-    """Send the queued runs to MLflow; return whether the outbox is empty then. `connect` comes first.
+    """Send the queued runs to MLflow, after `connect`; return whether the outbox is empty afterwards.
 
-    One process at a time sends a run; a run that another process is sending is left to it.
+    A run that another process is sending at this moment is skipped.
     """
     for path in queued_runs():
         with warn_on_failure(f"{path.parent} stays queued"), path.open() as lock:
@@ -56,36 +56,39 @@ def flush_outbox() -> bool:
 
 
 def _flush_run(path: Path) -> None:
-    queued = _read(path)
+    """Send a queued run and delete its folder; leave it in the queue where it may still be needed."""
+    queued = _read_queued_run(path)
     run_id = queued["run_id"]
     found = find_run(run_id)
     if found is None and queued["store"] != store_md5():
-        return  # it is of another store; a moved project's store has another address, but the run
+        return  # the run is in another store (a moved project's store has another address, but has the run)
     if found is None:
         print(f"MLflow no longer has the run {run_id}: what was queued for it is removed", flush=True)
     elif found.is_free:
         _send(path.parent / TRAIN.name, queued)
         print(f"MLflow run {run_id}: what was queued for it is sent", flush=True)
-    elif found.life != "alive":  # an alive process has resumed the run, and has the metrics from its checkpoint
-        return  # it is unknown what became of the run's process; it may still need this
-    path.unlink()  # first: without it, what a process killed here leaves is not sent in part again
+    elif found.process_state != "alive":
+        return  # it is unknown whether the run's process is alive; a later flush decides
+    # Now the run is sent, or it is gone, or an alive process has resumed it with the metrics of its checkpoint. Without
+    # run.json the folder no longer counts as queued, even if this process is killed before it deletes the rest.
+    path.unlink()
     shutil.rmtree(path.parent)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Return the content of a `run.json`; raises OSError where it is damaged, so that the other runs are sent."""
+def _read_queued_run(path: Path) -> dict[str, Any]:
+    """Return the content of a `run.json`; raise OSError where it is damaged, so that only this run is skipped."""
     try:
         content = read_json(path)
         queued = {name: content[name] for name in ("store", "run_id", "status", "ended")}
         return {**queued, "pending": pending_metrics(content)}
     except (UserError, KeyError, TypeError) as error:
         raise OSError(
-            f"{path} is damaged ({first_line(error)}); remove its folder if nothing in it is of use"
+            f"{path} is damaged ({first_line(error)}); remove its folder, unless you want to repair it"
         ) from None
 
 
 def _send(folder: Path, queued: Mapping[str, Any]) -> None:
-    """Send metrics, the finished training in `folder` if that exists, and how the run ended."""
+    """Send the metrics, the finished training in `folder` if there is one, and the status and end of the run."""
     if folder.exists() and not has_artifact_folder(queued["run_id"]):
         raise OSError(f"the folder of artifacts of MLflow run {queued['run_id']} no longer exists")
     run = RunLogger(queued["run_id"], pending=queued["pending"])

@@ -16,19 +16,23 @@ from pipeline.core.yaml import read_yaml
 from pipeline.params import PARAMS_FILE
 
 COMMIT = "mlflow.source.git.commit"
-REPRODUCES = "reproduces"
-"""Tag of a run that makes another one again: the other one's id. It is no new result."""
+REPRODUCES = "reproduces"  # tag of a run that reproduces another run: the id of that run
+# prefix of the tags `flow_run.<id>` = DVC experiment: one for each flow run that made the model or had a cache hit
 FLOW_RUN = "flow_run."
-"""Tag `flow_run.<id>` = experiment, for each flow run that made the model or took it from DVC's cache."""
-HARDWARE = "hardware."
-"""Tags `hardware.<part>`: what the last bits of a model depend on."""
-STALE = ("killed.reason", "dvc.experiment", "prefect.flow_run_id", "prefect.flow_run_name", "mlflow.note.content")
-"""Tags that state how a run was ended, and for whom it was begun: not true of one that another process resumes."""
+HARDWARE = "hardware."  # prefix of the tags `hardware.<part>`, on which the last bits of a model depend
+# tags that describe the process that began the run, or its end; they are deleted when another process resumes the run
+TAGS_OF_ONE_PROCESS = (
+    "killed.reason",
+    "dvc.experiment",
+    "prefect.flow_run_id",
+    "prefect.flow_run_name",
+    "mlflow.note.content",
+)
 LOCK_FILE = Path("dvc.lock")
 
 
 def find_code_state() -> CodeState:
-    """Return which code this project has; print a warning where git cannot answer."""
+    """Return the commit and the uncommitted changes of this project; print a warning where git cannot tell them."""
     found = code_state(Path.cwd(), tracked=str(PARAMS_FILE))
     if found.problem:
         print(f"warning: the run is recorded with unknown code, and cannot be reproduced: {found.problem}", flush=True)
@@ -36,7 +40,7 @@ def find_code_state() -> CodeState:
 
 
 def origin_tags(code: CodeState) -> dict[str, str]:
-    """Return the tags that lead from a run to its code, its experiment, its flow run and its process."""
+    """Return the tags that name the code, the DVC experiment, the flow run and the process of a run."""
     settings = get_settings()
     tags = {
         "mlflow.source.name": "python -m pipeline.train",
@@ -53,13 +57,16 @@ def origin_tags(code: CodeState) -> dict[str, str]:
 
 
 def flow_run_tags() -> dict[str, str]:
-    """Return the tag `flow_run.<id>` of the flow run that runs this process, if one does."""
+    """Return the tag `flow_run.<id>` if this process belongs to a flow run, else no tag."""
     settings = get_settings()
     return {f"{FLOW_RUN}{settings.flow_run_id}": settings.experiment} if settings.flow_run_id else {}
 
 
 def input_tags(params: Mapping[str, Any]) -> dict[str, str]:
-    """Return the hashes of the parameters, of the weights file that they name, and of the data as DVC has them."""
+    """Return tags with the hashes of the parameters, of the weights file that they name, and of the data.
+
+    The hashes of the data are those in `dvc.lock`, "unknown" where it cannot be read.
+    """
     text = json.dumps(params, sort_keys=True, default=str)
     tags = {"params.md5": bytes_md5(text.encode())}
     if params.get("train.weights_md5"):
@@ -86,18 +93,23 @@ def output_tags(folder: Path, *, names: Sequence[str] = ()) -> dict[str, str]:
     return {f"outputs.{folder.name}": json.dumps({path.name: file_md5(path) for path in files})}
 
 
-def kept_epoch_tags(folder: Path) -> dict[str, str]:
-    """Return the tags `kept.epoch` and `kept.reason`: which epoch the recorded model is of, and why that one."""
-    kept = [row for row in read_csv(folder / HISTORY) if row.get(SELECTED_COLUMN)]
-    return {"kept.epoch": kept[0]["epoch"], "kept.reason": kept[0][SELECTED_COLUMN]} if kept else {}
+def selected_epoch_tags(folder: Path) -> dict[str, str]:
+    """Return the tags `selected.epoch` and `selected.reason`: the epoch of the recorded model, and why it was selected.
+
+    Returns no tags where the history has no such column, because an earlier version wrote it.
+    """
+    rows = [row for row in read_csv(folder / HISTORY) if row.get(SELECTED_COLUMN)]
+    return {"selected.epoch": rows[0]["epoch"], "selected.reason": rows[0][SELECTED_COLUMN]} if rows else {}
 
 
 def environment_files(difference: bytes) -> dict[str, bytes]:
-    """Return the files to keep beside a run: what differs from the commit, and the installed versions."""
+    """Return the files to record with a run: the difference to the commit, if any, and the installed packages."""
     packages = "".join(f"{line}\n" for line in _packages()).encode()
     return ({"uncommitted.diff": difference} if difference else {}) | {"packages.txt": packages}
 
 
 def _packages() -> list[str]:
-    found = [each.metadata for each in importlib.metadata.distributions()]  # each access reads and parses a file
-    return sorted({f"{each['Name']}=={each['Version'] or UNKNOWN}" for each in found if each["Name"]}, key=str.lower)
+    """Return `name==version` of each installed package, sorted by name."""
+    packages = [package.metadata for package in importlib.metadata.distributions()]  # each access parses a file
+    named = {f"{package['Name']}=={package['Version'] or UNKNOWN}" for package in packages if package["Name"]}
+    return sorted(named, key=str.lower)

@@ -1,6 +1,6 @@
-"""A project that was moved, renamed or copied: the absolute paths of artifacts in MLflow's sqlite store are corrected.
+"""Correct the absolute paths of artifacts in MLflow's sqlite store after the project was moved, renamed or copied.
 
-A path ends in `mlartifacts/…`; what stands before that is the folder in which the project was when it was written.
+Such a path is `<folder>/mlartifacts/…`, where `<folder>` is where the project was when MLflow wrote the path.
 """
 
 import re
@@ -15,6 +15,7 @@ from urllib.request import url2pathname
 from pipeline.core.project import artifact_folder
 from pipeline.core.sqlite import DAMAGED_CODES, error_code, sqlite_errors, sqlite_path
 
+# tables, and their columns that hold a path or a `file://` URI
 LOCATIONS = (
     ("experiments", "artifact_location"),
     ("runs", "artifact_uri"),
@@ -22,15 +23,15 @@ LOCATIONS = (
     ("model_versions", "source"),
     ("model_versions", "storage_location"),
 )
-"""Tables and their columns with a path or a `file://` URI."""
-BUSY_SECONDS = 60
-PROJECT_FILES = ("mlflow.db", "dvc.yaml")
-"""A folder with one of them is a project, and so the original of which this project is a copy."""
+MAX_BUSY_SECONDS = 60  # how long sqlite waits for a lock of another process
+PROJECT_FILES = ("mlflow.db", "dvc.yaml")  # a folder that has one of these files is a project
 _LOCATION = re.compile(r"(?P<root>(file:|/).*/mlartifacts)(?P<rest>/.*)?")
 
 
 @dataclass(frozen=True)
 class _Change:
+    """A row whose path changes from `old` to `new`."""
+
     table: str
     column: str
     row: int
@@ -39,34 +40,34 @@ class _Change:
 
 
 def relocate(uri: str, project: Path) -> str | None:
-    """Correct the paths in the project's own sqlite store to its folder of artifacts; return a message, if any.
+    """Correct the paths in the project's own sqlite store to its folder of artifacts; return a message if any changed.
 
-    Artifacts that exist in the other place and not here stay where they are, and so does an experiment's folder that is
-    in no other project. All rows are changed or none. Raises TemporaryError where another process keeps the store
-    locked, UserError where it cannot be changed. Another store than a sqlite file in the project is left alone.
+    A path is not changed where its artifacts exist there and not in the project, or where it is an experiment's folder
+    outside of any project. All rows are changed or none. A store that is no sqlite file in the project is not changed.
+    Raises TemporaryError where another process has the store locked, UserError where it cannot be changed.
     """
     path = sqlite_path(uri)
     if path is None or not path.is_file() or not path.resolve().is_relative_to(project):
         return None
-    with closing(sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)) as store:
+    with closing(sqlite3.connect(path, timeout=MAX_BUSY_SECONDS, isolation_level=None)) as store:
         with sqlite_errors(path, problem="cannot be read"):
             try:
                 if not any(_changes(store, artifact_folder(project))):
                     return None
             except sqlite3.Error as error:
                 if error_code(error) in DAMAGED_CODES:
-                    return None  # MLflow, about to open it, reports that
+                    return None  # MLflow opens it next and reports the damage
                 raise
         problem = "holds paths of another folder, since the project was moved or copied, and cannot be changed"
         with sqlite_errors(path, problem=problem):
-            number = _correct(store, artifact_folder(project))
-    return f"{path.name}: {number} paths of artifacts were corrected, since the project is in {project} now"
+            num_changed = _correct(store, artifact_folder(project))
+    return f"{path.name}: {num_changed} paths of artifacts were corrected, since the project is in {project} now"
 
 
 def base_folder(location: str) -> Path | None:
-    """The folder that must exist if anything was written at a location of artifacts; None for such as `s3://…`.
+    """Return the folder that must exist if a location of artifacts was ever written to; None for `s3://…` and the like.
 
-    It is `…/mlartifacts`, else the folder around `mlruns/…`, MLflow's own default, or around what the user chose.
+    That is `…/mlartifacts`; else the parent of `mlruns`, MLflow's own default, or of the folder that the user chose.
     """
     if not location.startswith(("file:", "/")):
         return None
@@ -78,7 +79,7 @@ def base_folder(location: str) -> Path | None:
 
 def _correct(store: sqlite3.Connection, folder: Path) -> int:
     """Correct all paths in one transaction; return how many were changed."""
-    store.execute("BEGIN IMMEDIATE")  # of two processes, the second finds nothing left to change
+    store.execute("BEGIN IMMEDIATE")  # a second process then finds nothing left to change
     changes = list(_changes(store, folder))
     for change in changes:
         update = f"UPDATE {change.table} SET {change.column} = ? WHERE rowid = ?"  # noqa: S608  # our own names
@@ -88,10 +89,11 @@ def _correct(store: sqlite3.Connection, folder: Path) -> int:
 
 
 def _changes(store: sqlite3.Connection, folder: Path) -> Iterator[_Change]:
-    """The locations that are to lead to `folder`.
+    """Yield a change for each row whose path should lead to `folder`.
 
-    A run's or model's is left where its files are there and not here: another project may own them. An experiment's,
-    to which new files go, is left where the user chose it: in a folder that exists and is of no other project.
+    The path of a run or model is not changed where its files exist there and not in `folder`: another project may own
+    them. The path of an experiment, to which new files go, is not changed where it exists and is in no project: then
+    the user chose it.
     """
     for table, column in LOCATIONS:
         if column not in {name for _, name, *_ in store.execute(f"PRAGMA table_info({table})")}:
@@ -111,9 +113,10 @@ def _changes(store: sqlite3.Connection, folder: Path) -> Iterator[_Change]:
 
 
 def _is_project(folder: Path) -> bool:
+    """Return whether a project is in this folder, such as the original of which this project is a copy."""
     return any((folder / name).exists() for name in PROJECT_FILES)
 
 
 def _path(location: str) -> Path:
-    """The path of a `file:` URI or of a path."""
+    """Return the path of a location that is a path or a `file:` URI."""
     return Path(url2pathname(urlsplit(location).path) if location.startswith("file:") else location)

@@ -1,7 +1,7 @@
-"""Start, resume and end the MLflow run of a training; find or start the run that an evaluation is recorded in.
+"""Start, resume and end the MLflow run of a training; find or create the run that an evaluation is recorded in.
 
-A run ends FINISHED, FAILED (an exception) or KILLED (SIGTERM, Ctrl-C); a run that could not end itself (SIGKILL) is set
-KILLED by the next training.
+A run ends as FINISHED, FAILED (after an exception) or KILLED (after SIGTERM or Ctrl-C). Where SIGKILL ended the
+process, the next training sets its run to KILLED.
 """
 
 import tempfile
@@ -25,7 +25,7 @@ from pipeline.tracking.experiments import experiment_id, has_artifact_folder
 from pipeline.tracking.logger import RunLogger, pending_metrics
 from pipeline.tracking.outbox import flush_outbox, queue_run
 from pipeline.tracking.provenance import (
-    STALE,
+    TAGS_OF_ONE_PROCESS,
     environment_files,
     find_code_state,
     flow_run_tags,
@@ -37,8 +37,7 @@ from pipeline.tracking.search import find_running, find_runs, find_runs_of_model
 from pipeline.tracking.store import connect, shorten_timeout, store_errors, warn_on_failure
 from pipeline.tracking.store_uri import check_recording
 
-TRAINING = "training"
-"""Tag of a training's fingerprint."""
+TRAINING = "training"  # tag with the fingerprint of the training
 
 
 @contextmanager
@@ -49,19 +48,19 @@ def training_run(
     dataset: MetaDataset,
     training: str,
     hardware: Mapping[str, str] = {},
-    earlier: Mapping[str, Any] | None = None,
+    checkpointed: Mapping[str, Any] | None = None,
 ) -> Iterator[RunLogger]:
-    """Log a training to an MLflow run with its parameters, data set, origin, hardware and system metrics.
+    """Log a training to an MLflow run, with its parameters, data set, origin, hardware and system metrics.
 
-    It is a new run, unless the training with the fingerprint `training` has one that it did not finish, or `earlier`,
-    the `RunLogger.state` in its checkpoint, names one. Raises UserError or TemporaryError where the store cannot be
-    reached.
+    The run is resumed where `checkpointed`, the `RunLogger.state` in the training's checkpoint, names one, or where the
+    training with the fingerprint `training` has an unfinished one; else it is new. Raises UserError or TemporaryError
+    where the store cannot be reached.
     """
     _connect_to_record()
     code = find_code_state()
     with store_errors():
-        run = _resume_run(training, earlier=earlier) or create_run(experiment, training=training)
-        _mark_dead_runs(but=run.run_id)
+        run = _resume_run(training, checkpointed=checkpointed) or create_run(experiment, training=training)
+        _mark_dead_runs(except_id=run.run_id)
     status = "FAILED"
     try:
         with store_errors():
@@ -69,7 +68,7 @@ def training_run(
             run.log_params(params)
             _log_dataset(dataset)
             if run.resumed:
-                run.delete_tags(STALE)
+                run.delete_tags(TAGS_OF_ONE_PROCESS)
                 run.rename(get_settings().experiment)
             inputs = {"data.md5": dataset.digest, **input_tags(params)}
             run.set_tags({**origin_tags(code), **inputs, **hardware_tags(hardware)})
@@ -86,10 +85,10 @@ def training_run(
 
 
 def find_or_create_run(model_md5: str, *, experiment: str) -> tuple[RunLogger, bool]:
-    """Return the newest run that made the model of this hash, and whether it was created since there was none.
+    """Return the newest run that made the model of this hash, and whether it was created because there was none.
 
-    A flow run that takes the model from DVC's cache leaves its id with it. In a reproduction, only its own runs count.
-    Raises UserError or TemporaryError where the store cannot be reached.
+    A flow run that has a cache hit for the model adds its own id to the run as a tag. A reproduction finds only runs of
+    the same reproduction. Raises UserError or TemporaryError where the store cannot be reached.
     """
     _connect_to_record()
     found = find_runs_of_model(model_md5, reproduces=get_settings().reproduces)
@@ -106,7 +105,7 @@ def find_or_create_run(model_md5: str, *, experiment: str) -> tuple[RunLogger, b
 
 
 def describe_dataset(name: str, *, source: str | None, digest: str) -> MetaDataset:
-    """Return what MLflow shows of the data; `source` is a URL or a folder, None for data that a package contains."""
+    """Return the data set as MLflow records it; `source` is a URL or a folder, None for data from a package."""
     with warnings.catch_warnings():  # MLflow finds two names for the same kind of folder
         warnings.simplefilter("ignore", UserWarning)
         origin: DatasetSource = CodeDatasetSource(tags={}) if source is None else resolve_dataset_source(source)
@@ -114,16 +113,17 @@ def describe_dataset(name: str, *, source: str | None, digest: str) -> MetaDatas
 
 
 def _connect_to_record() -> None:
+    """Connect to the store, check that runs can be recorded there, and send what is queued for it."""
     connect()
     check_recording(mlflow.get_tracking_uri())
     flush_outbox()
 
 
-def _resume_run(training: str, *, earlier: Mapping[str, Any] | None) -> RunLogger | None:
-    """Return the run that the training began and did not finish, with what MLflow and the checkpoint have of it."""
+def _resume_run(training: str, *, checkpointed: Mapping[str, Any] | None) -> RunLogger | None:
+    """Return the run to resume, or None; it knows which metrics MLflow has, and which are pending."""
     found = find_runs({TRAINING: training})
-    if earlier:
-        found = [run for run in found if run.run_id == earlier["run_id"]]
+    if checkpointed:
+        found = [run for run in found if run.run_id == checkpointed["run_id"]]
     else:
         found = [run for run in found if run.status != "FINISHED" and run.is_free]
     if not found or not has_artifact_folder(found[0].run_id):
@@ -131,11 +131,12 @@ def _resume_run(training: str, *, earlier: Mapping[str, Any] | None) -> RunLogge
     client, run_id = MlflowClient(), found[0].run_id
     names = [name for name in found[0].metrics if not name.startswith("system/")]
     logged = {(name, point.step) for name in names for point in client.get_metric_history(run_id, name)}
-    return RunLogger(run_id, logged=logged, pending=pending_metrics(earlier) if earlier else [], resumed=True)
+    pending = pending_metrics(checkpointed) if checkpointed else []
+    return RunLogger(run_id, logged=logged, pending=pending, resumed=True)
 
 
 def create_run(experiment: str, *, training: str) -> RunLogger:
-    """Create the run of a training; its tags let the next process find it, should this one be killed now."""
+    """Create the run of a training, with tags by which the next process finds it if this one is killed at once."""
     settings = get_settings()
     original = settings.reproduces
     name = settings.experiment or (f"reproduces-{original[:8]}" if original else None)
@@ -143,22 +144,23 @@ def create_run(experiment: str, *, training: str) -> RunLogger:
     return RunLogger(MlflowClient().create_run(experiment_id(experiment), run_name=name, tags=tags).info.run_id)
 
 
-def _mark_dead_runs(*, but: str) -> None:
-    """Set the runs KILLED whose process could not end them."""
+def _mark_dead_runs(*, except_id: str) -> None:
+    """Set all runs to KILLED whose process died without ending them, except the run `except_id`."""
     for run in find_running():
-        if run.run_id != but and run.life == "dead" and mark_killed(run):
+        if run.run_id != except_id and run.process_state == "dead" and mark_killed(run):
             print(f"MLflow run {run.run_id} was left RUNNING by a dead process: marked KILLED", flush=True)
 
 
 def _log_dataset(dataset: MetaDataset) -> None:
+    """Record the data set as an input of the active run."""
     try:
         mlflow.log_input(dataset, context="training")
-    except MlflowException:  # of two runs that start at once, one adds the row of a new data set, which the other finds
+    except MlflowException:  # another run has just added this data set to the store; a second call finds it
         mlflow.log_input(dataset, context="training")
 
 
 def _log_environment(run: RunLogger, difference: bytes) -> None:
-    """Record what differs from the commit, and the installed versions, as files of the run."""
+    """Record the difference to the commit and the installed packages as files of the run."""
     with tempfile.TemporaryDirectory() as folder:
         for name, content in environment_files(difference).items():
             path = Path(folder, name)
@@ -167,11 +169,11 @@ def _log_environment(run: RunLogger, difference: bytes) -> None:
 
 
 def _end_run(run: RunLogger, status: str) -> None:
-    """End the run; where MLflow does not answer, queue what it has not received."""
+    """End the run with this status; where MLflow does not answer, queue what it has not received."""
     sent = ended = False
     try:
         sent = run.flush()
-    finally:  # else MLflow, at the end of the process, would set FINISHED
+    finally:  # in any case, since MLflow would set the run to FINISHED at the end of the process
         with warn_on_failure(f"MLflow run {run.run_id} could not be ended"):
             mlflow.end_run(status)
             ended = True

@@ -1,4 +1,4 @@
-"""The runs that MLflow has: find them, and read what was recorded with them; `store.connect` comes first."""
+"""Find runs in MLflow, and read what was recorded with them; call `store.connect` first."""
 
 import tempfile
 import time
@@ -11,14 +11,14 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.core.processes import HOST, PID, ProcessState, process_state
-from pipeline.tracking.experiments import NOT_FOUND
+from pipeline.tracking.experiments import NOT_FOUND_CODES
 from pipeline.tracking.provenance import REPRODUCES
 from pipeline.tracking.store import store_errors
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as MLflow has it; `started` is in milliseconds since the epoch."""
+    """A run as it is in MLflow; `started` is in milliseconds since 1970."""
 
     run_id: str
     name: str
@@ -29,18 +29,18 @@ class Run:
     metrics: Mapping[str, float]
 
     @property
-    def life(self) -> ProcessState:
-        """What became of the process that made the run."""
+    def process_state(self) -> ProcessState:
+        """Return whether the process that makes the run is alive or dead, as far as that can be known here."""
         return process_state(self.tags)
 
     @property
     def is_free(self) -> bool:
-        """Whether no process makes the run any more: it has ended, or its process is dead."""
-        return self.status != "RUNNING" or self.life == "dead"
+        """Return whether another process may write to the run: it has ended, or its process is dead."""
+        return self.status != "RUNNING" or self.process_state == "dead"
 
 
 def find_runs(tags: Mapping[str, str], *, status: str | None = None) -> list[Run]:
-    """Return the runs with all of these tags (`%` stands for anything) and this status, newest first."""
+    """Return the runs with all of these tags and this status, newest first; `%` in a tag matches any text."""
     conditions = [f"tags.`{name}` {'LIKE' if '%' in value else '='} '{value}'" for name, value in tags.items()]
     if status:
         conditions.append(f"attributes.status = '{status}'")
@@ -55,17 +55,18 @@ def find_runs(tags: Mapping[str, str], *, status: str | None = None) -> list[Run
 
 
 def find_run(run_id: str) -> Run | None:
-    """Return the run of this id, or None where there is none."""
+    """Return the run with this id, or None."""
     with store_errors():
         try:
             return _as_run(MlflowClient().get_run(run_id))
         except MlflowException as error:
-            if error.error_code in NOT_FOUND:
+            if error.error_code in NOT_FOUND_CODES:
                 return None
             raise
 
 
 def _as_run(run: mlflow.entities.Run) -> Run:
+    """Convert a run of MLflow's client."""
     info, data = run.info, run.data
     return Run(
         info.run_id,
@@ -92,7 +93,7 @@ def find_running() -> list[Run]:
 
 
 def mark_killed(run: Run) -> bool:
-    """End a run whose process is dead, with a tag that states so; return False where it has ended meanwhile."""
+    """Set a run whose process is dead to KILLED, with the reason as a tag; return False where it has already ended."""
     reason = (
         f"process {run.tags[PID]} on {run.tags[HOST]} ended without ending the run; found at {time.strftime('%F %T%z')}"
     )
@@ -106,7 +107,7 @@ def mark_killed(run: Run) -> bool:
 
 
 def read_file(run: Run, name: str) -> bytes | None:
-    """Return the content of a file recorded with the run, or None where there is none of this name."""
+    """Return the content of a file recorded with the run, or None where the run has no file of this name."""
     with store_errors():
         folder, _, _ = name.rpartition("/")
         if name not in {file.path for file in MlflowClient().list_artifacts(run.run_id, folder or None)}:

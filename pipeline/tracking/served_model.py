@@ -1,4 +1,7 @@
-"""What MLflow loads and serves: the recorded weights behind `predict` (see model_code.py for how it gets there)."""
+"""The model that MLflow loads and serves: recorded weights with a `predict` method.
+
+A copy of this module is recorded with each model; see model_code.py.
+"""
 
 import logging
 from pathlib import Path
@@ -20,7 +23,7 @@ MAX_PIXEL = 255
 
 
 class InvalidImages(MlflowException):
-    """An input that is no batch of images; a server answers with status 400 and the message alone."""
+    """The input is not a batch of images; a server answers with status 400 and only the message."""
 
     def __init__(self, found: str, *, shape: tuple[int, int, int]) -> None:
         size = ", ".join(map(str, shape))
@@ -36,25 +39,28 @@ class InvalidImages(MlflowException):
 
     @message.setter
     def message(self, value: str) -> None:
-        """Ignore what MLflow's server sets: it puts the whole input before the message."""
+        """Ignore the message that MLflow's server sets, which has the whole input before ours."""
 
 
 class ServedModel(PythonModel):
-    """Images (N, H, W, C) of whole numbers from 0 to 255 → a table: `predicted_class`, and a column a class.
+    """A model that predicts the classes of images (N, H, W, C) of whole numbers from 0 to 255.
 
-    They may come as an array, as nested lists, or in the one column of a DataFrame. Raises InvalidImages.
+    The images may be an array, nested lists, or the only column of a DataFrame. The result is a table with the column
+    `predicted_class` and a column of probabilities for each class. Raises InvalidImages.
     """
 
     def load_context(self, context: Any) -> None:
+        """Load the recorded weights and configuration; MLflow calls this once, before `predict`."""
         folder = Path(context.artifacts["weights"]).parent
         try:
             use_cpu_kernels(load_config(folder).cpu_kernels, field="model.json: cpu_kernels")
-        except UserError as error:  # an application that already uses PyTorch is served all the same
+        except UserError as error:  # the program uses PyTorch with other kernels already: only the last bits differ
             logging.getLogger(__name__).warning("%s", error)
         self.network, self.config = load_model(folder)
 
-    # MLflow reads the hints at run time: this one, without type arguments, tells it to leave the input as it is
+    # MLflow reads the type hints at run time; `np.ndarray` without type arguments makes it pass the input unchanged
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> pd.DataFrame:  # noqa: ARG002
+        """Return the table of predicted classes and probabilities for the images in `model_input`."""
         size = self.config.image_size
         images = as_images(model_input, shape=(size, size, self.config.channels))
         probabilities = class_probabilities(self.network, images, config=self.config)
@@ -65,33 +71,33 @@ class ServedModel(PythonModel):
 
 
 def as_images(found: object, *, shape: tuple[int, int, int]) -> Images:
-    """Return the images (N, H, W, C) uint8 of an input; raises InvalidImages saying what is wrong with it.
+    """Return the input as images (N, H, W, C) uint8; raise InvalidImages where it is something else.
 
-    Nothing is rounded, wrapped or cut: images scaled to 0 to 1 would all become black.
+    Values are not rounded or clipped: images that were scaled to 0 to 1 would become black.
     """
     values = _array(found, shape=shape)
     if not len(values):
         raise InvalidImages("no image", shape=shape)
     if values.shape[1:] != shape:
         raise InvalidImages(f"an array of shape {values.shape}", shape=shape)
-    wrong = ~((values >= 0) & (values <= MAX_PIXEL))
+    is_invalid = ~((values >= 0) & (values <= MAX_PIXEL))
     if values.dtype.kind == "f":
-        wrong |= values != np.floor(values)
-    if wrong.any():
-        image, row, column, channel = (int(index[0]) for index in wrong.nonzero())
+        is_invalid |= values != np.floor(values)
+    if is_invalid.any():
+        image, row, column, channel = (int(index[0]) for index in is_invalid.nonzero())
         where = f"image {image}, row {row}, column {column}, channel {channel}"
-        raise InvalidImages(f"the value {values[wrong][0]} ({where})", shape=shape)
+        raise InvalidImages(f"the value {values[is_invalid][0]} ({where})", shape=shape)
     return values.astype(np.uint8)
 
 
 def _array(found: object, *, shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:
-    """Return an array of numbers, of any shape with a first axis."""
+    """Return the input as an array of numbers with at least one axis; raise InvalidImages where that is impossible."""
     if isinstance(found, pd.DataFrame):
         if len(found.columns) != 1:
             raise InvalidImages(f"a table of {len(found.columns)} columns instead of one", shape=shape)
         found = found.iloc[:, 0]
     if isinstance(found, pd.Series):
-        found = [_cell(row, shape=shape) for row in found]
+        found = [_image_of_cell(cell, shape=shape) for cell in found]
     if isinstance(found, dict):
         raise InvalidImages(f"named inputs {', '.join(map(repr, found))} instead of one array", shape=shape)
     try:
@@ -99,25 +105,28 @@ def _array(found: object, *, shape: tuple[int, int, int]) -> np.ndarray[Any, Any
     except ValueError:
         raise InvalidImages("images or rows of different lengths", shape=shape) from None
     if values.dtype.kind == "O":
-        values = _numbers(values, shape=shape)
+        values = _as_float64(values, shape=shape)
     if values.dtype.kind not in "iuf":
-        raise InvalidImages(f"{_kind(values)} instead of numbers", shape=shape)
+        raise InvalidImages(f"{_describe_type(values)} instead of numbers", shape=shape)
     if not values.ndim:
         raise InvalidImages(f"the single number {values}", shape=shape)
     return values
 
 
-def _cell(row: Any, *, shape: tuple[int, int, int]) -> Any:
-    """Return an image of a table; MLflow has tensors in a column as flat lists."""
+def _image_of_cell(cell: Any, *, shape: tuple[int, int, int]) -> Any:
+    """Return the image in a cell of a table, where MLflow has tensors as flat lists."""
     try:
-        values = np.asarray(row)
-    except ValueError:  # ragged
-        return row
+        values = np.asarray(cell)
+    except ValueError:  # rows of different lengths
+        return cell
     return values.reshape(shape) if values.shape == (np.prod(shape),) else values
 
 
-def _numbers(values: np.ndarray[Any, Any], *, shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:
-    """Return what NumPy has no type for, such as integers of more than 64 bits or null, as float64."""
+def _as_float64(values: np.ndarray[Any, Any], *, shape: tuple[int, int, int]) -> np.ndarray[Any, Any]:
+    """Return an array of Python objects, such as integers of more than 64 bits, as float64.
+
+    Raises InvalidImages where an object is not a number.
+    """
     for value in values.flat:
         if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
             raise InvalidImages(f"{'null' if value is None else type(value).__name__} among the values", shape=shape)
@@ -127,6 +136,7 @@ def _numbers(values: np.ndarray[Any, Any], *, shape: tuple[int, int, int]) -> np
         raise InvalidImages("a value beyond all floating-point numbers", shape=shape) from None
 
 
-def _kind(values: np.ndarray[Any, Any]) -> str:
+def _describe_type(values: np.ndarray[Any, Any]) -> str:
+    """Return what the values are, for the message."""
     names = {"U": "text", "S": "bytes", "b": "true and false", "c": "complex numbers", "M": "dates"}
     return names.get(values.dtype.kind, f"values of type {values.dtype}")

@@ -1,4 +1,4 @@
-"""The MLflow store: connect to it, create or migrate its database, report its failures.
+"""Connect to the MLflow store, create or migrate its database, report its failures.
 
 The store is `mlflow.db` in the project unless MLFLOW_TRACKING_URI names another one.
 """
@@ -28,15 +28,15 @@ from pipeline.tracking import sqlite_store
 from pipeline.tracking.relocation import relocate
 from pipeline.tracking.store_uri import ask_health, missing_package, no_answer, tracking_uri, unreachable
 
+# statuses of a health check that a working server may return, since that check can need another login than the rest
 OTHER_LOGIN_STATUSES = (401, 403)
-"""The health check alone may need another login than the rest of a server."""
-SYSTEM_METRICS_SECONDS = 2
+SYSTEM_METRICS_INTERVAL_SECONDS = 2
 
 
 def connect(uri: str | None = None) -> None:
-    """Point MLflow to the store at `uri`, by default the one that the settings name; create or migrate its database.
+    """Make MLflow use the store at `uri`, by default the one that the settings name; create or migrate its database.
 
-    Raises TemporaryError where a server, UserError where a file or a database cannot be used.
+    Raises TemporaryError where a server cannot be used, UserError where a file or a database cannot be used.
     """
     _set_variables()
     keep_loopback_off_proxies()
@@ -54,32 +54,32 @@ def connect(uri: str | None = None) -> None:
         else:
             _ensure_database(uri)
     mlflow.set_tracking_uri(uri)
-    mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_SECONDS)  # type: ignore[no-untyped-call]
+    mlflow.set_system_metrics_sampling_interval(SYSTEM_METRICS_INTERVAL_SECONDS)  # type: ignore[no-untyped-call]
     mlflow.set_system_metrics_samples_before_logging(1)  # type: ignore[no-untyped-call]
 
 
 def _set_variables() -> None:
-    """Set the variables of MLflow that have no function; all but the last leave the user's own value."""
+    """Set options of MLflow that exist as environment variables only; keep the user's value, except for the last."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # of a server that went away: the defaults, 7 retries and 120 s each, take minutes
+    # with the defaults, 7 retries of 120 s, the failure of a server would be noticed after minutes
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"  # `RunLogger` has a thread of its own, and needs the errors
+    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"  # `RunLogger` has its own thread, and must see the errors
 
 
 def shorten_timeout() -> None:
-    """Let MLflow wait 2 seconds for a server: the sender of SIGTERM sends SIGKILL soon."""
+    """Make MLflow wait only 2 seconds for a server, since SIGKILL may follow SIGTERM soon."""
     os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = "2"
 
 
 def check_server(uri: str) -> None:
-    """Raise TemporaryError where no MLflow server answers, UserError where its address cannot be one."""
+    """Raise TemporaryError where no MLflow server answers at `uri`, UserError where that is no valid address."""
     creds = get_default_host_creds(uri)  # type: ignore[no-untyped-call]
     try:
         response = ask_health(
             uri,
-            # as MLflow's own client has them, from MLFLOW_TRACKING_…
+            # the credentials that MLflow's own client uses, from the variables MLFLOW_TRACKING_…
             auth=(creds.username, creds.password) if creds.username and creds.password else None,
             headers={"Authorization": f"Bearer {creds.token}"} if creds.token and not creds.username else {},
             verify=creds.verify,
@@ -92,9 +92,9 @@ def check_server(uri: str) -> None:
 
 
 def _ensure_database(uri: str) -> None:
-    """Create or migrate the tables, with artifacts in the project; MLflow would put them below the current folder.
+    """Create or migrate the tables of a database; its artifacts are in the project, whatever the current folder is.
 
-    One process at a time does it, since MLflow fails where two create them at once.
+    Only one process at a time does this, since MLflow fails where two create the tables at once.
     """
     folder = artifact_folder(project_folder())
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _ensure_database(uri: str) -> None:
 
 
 def migrate(copy: Path, _lock: int) -> None:
-    """Bring a database, or an empty file, to the schema of the installed MLflow."""
+    """Migrate a database, or an empty file, to the schema of the installed MLflow."""
     uri = sqlite_uri(copy)
     engine = db_utils.create_sqlalchemy_engine(uri)  # type: ignore[no-untyped-call]
     if not db_utils._is_empty_database(engine):  # type: ignore[no-untyped-call]
@@ -119,12 +119,12 @@ def migrate(copy: Path, _lock: int) -> None:
 
 
 def link_migrations() -> None:
-    """Let MLflow find its migrations by a link where its path has a `%`."""
+    """Make MLflow find its migrations through a link if its own path has a `%`; see `without_percent`."""
     package = Path(db_utils._get_package_dir())  # type: ignore[no-untyped-call]
     if "%" in str(package):
-        for_life = ExitStack()
-        atexit.register(for_life.close)
-        plain = for_life.enter_context(sqlite_store.without_percent(package))
+        until_exit = ExitStack()
+        atexit.register(until_exit.close)
+        plain = until_exit.enter_context(sqlite_store.without_percent(package))
         db_utils._get_package_dir = lambda: str(plain)
 
 
@@ -145,7 +145,7 @@ def store_errors(uri: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def warn_on_failure(what: str) -> Iterator[None]:
-    """Print a warning, which `what` begins, where MLflow fails in the block; the caller continues after it."""
+    """Print a warning that begins with `what` where MLflow fails in the block; the program continues after it."""
     try:
         yield
     except (MlflowException, OSError) as error:
@@ -153,11 +153,11 @@ def warn_on_failure(what: str) -> Iterator[None]:
 
 
 def error_reason(error: Exception, *, uri: str | None = None) -> str:
-    """Return MLflow's message in one line, without the password that the address of its store may hold."""
+    """Return the message of an error in one line, without the password that the address of the store may have."""
     uri = uri or mlflow.get_tracking_uri()
     return first_line(error).replace(uri, redact_url(uri))
 
 
 def store_md5() -> str:
-    """Return a hash that identifies the connected store, since its address may hold a password."""
+    """Return a hash that identifies the connected store; its address itself may hold a password."""
     return bytes_md5(mlflow.get_tracking_uri().encode())

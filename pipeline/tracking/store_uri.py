@@ -1,4 +1,4 @@
-"""MLFLOW_TRACKING_URI and the other variables that decide where a run is recorded, checked without importing MLflow."""
+"""Check MLFLOW_TRACKING_URI and the other variables that decide where a run is recorded, without importing MLflow."""
 
 import shlex
 from pathlib import Path
@@ -22,9 +22,9 @@ CONNECT_SECONDS = 5.0
 
 
 def tracking_uri(project: Path) -> str:
-    """Return MLFLOW_TRACKING_URI, by default the project's own sqlite file; a relative file is one in the project.
+    """Return MLFLOW_TRACKING_URI, by default that of `mlflow.db` in the project.
 
-    Raises UserError where no run can be recorded there.
+    A relative path is relative to the project. Raises UserError where no run can be recorded there.
     """
     uri = get_settings().mlflow_tracking_uri or DEFAULT_STORE
     check_tracking_uri(uri)
@@ -37,7 +37,7 @@ def tracking_uri(project: Path) -> str:
 
 
 def check_tracking_uri(uri: str) -> None:
-    """Raise UserError where MLFLOW_TRACKING_URI names no store that a run can be recorded in."""
+    """Raise UserError where `uri`, the value of MLFLOW_TRACKING_URI, names no store that can record runs."""
     scheme, separator, rest = uri.partition(":")
     dialect = scheme.partition("+")[0]
     if scheme.lower() == "file" or not (separator or uri in DATABRICKS):
@@ -48,7 +48,7 @@ def check_tracking_uri(uri: str) -> None:
     elif dialect == "sqlite":
         problem = _sqlite_problem(rest)
     elif dialect not in DATABASE_SCHEMES or not rest.startswith("//"):
-        problem = "is no store that runs can be recorded in here"
+        problem = "is no store that can record runs"
     if problem:
         raise UserError(
             f"MLFLOW_TRACKING_URI: found {redact_url(uri)!r}, which {problem}; allowed: {ALLOWED_STORES}; "
@@ -57,23 +57,24 @@ def check_tracking_uri(uri: str) -> None:
 
 
 def _sqlite_problem(rest: str) -> str | None:
+    """Return what is wrong with an address of a sqlite file, of which `rest` follows `sqlite:`, or None."""
     name, _, query = rest.partition("?")
     options = parse_qs(query)
     path = name.removeprefix("///")
     in_memory = "memory" in options.get("mode", []) or "memdb" in options.get("vfs", [])
     if in_memory or name in ("", "//", "///") or path.removeprefix("file:").startswith(":memory:"):
-        return "is a database in memory: it would end with the process"
+        return "is a database in memory, which is lost when the process ends"
     if path.startswith("file:"):
-        return "has `file:` before the path, which MLflow would take for a folder: leave it and `uri=true` out"
+        return "has `file:` before the path, which MLflow takes for a folder: remove it and `uri=true`"
     return None if name.startswith("///") else "has no three slashes before the path"
 
 
 def _file_store(uri: str) -> str:
-    """Return the message on a folder such as `./mlruns`, which MLflow only maintains, or on a file for a database."""
+    """Return the error message for a folder such as `./mlruns`, or for a database file without `sqlite:///`."""
     folder = Path(url2pathname(urlsplit(uri).path) if uri.lower().startswith("file:") else uri)
     if folder.is_file() or (folder.suffix in DATABASE_SUFFIXES and not folder.exists()):
         return (
-            f"MLFLOW_TRACKING_URI: found {redact_url(uri)!r}, a file without the kind of database; "
+            f"MLFLOW_TRACKING_URI: found {redact_url(uri)!r}, a file without the type of the database; "
             f"allowed: {ALLOWED_STORES}; set it to {sqlite_uri(folder)}"
         )
     line = (
@@ -88,7 +89,7 @@ def _file_store(uri: str) -> str:
 
 
 def unreachable(uri: str, reason: str) -> str:
-    """Return the message on a store that cannot be used, with its remedy."""
+    """Return the error message for a store that cannot be used, with the remedy."""
     scheme = uri.partition(":")[0].lower()
     if is_server(uri):
         remedy = "start that server"
@@ -103,14 +104,14 @@ def unreachable(uri: str, reason: str) -> str:
 
 
 def missing_package(uri: str, package: str | None) -> str:
-    """Return the message on a database whose driver is not installed."""
+    """Return the error message for a database whose driver is not installed."""
     extra = " (`make install EXTRAS=postgresql`)" if uri.lower().startswith("postgresql") else ""
     address = redact_url(uri)
     return f"MLFLOW_TRACKING_URI is {address}, for which the Python package {package} is missing; install it{extra}"
 
 
 def check_recording(uri: str) -> None:
-    """Raise UserError where a variable of MLflow would record runs elsewhere than this project states."""
+    """Raise UserError where a variable of MLflow would send runs to another place than this project reports."""
     settings = get_settings()
     if settings.mlflow_run_id:
         raise UserError(
@@ -130,9 +131,9 @@ def check_recording(uri: str) -> None:
 
 
 def check_connection(uri: str) -> None:
-    """Raise TemporaryError where there is no connection to an MLflow server; another kind of store is not asked.
+    """Raise TemporaryError where `uri` is that of a server and nothing answers there; other stores are not checked.
 
-    Whether it is MLflow, and accepts the login and the certificates, is asked later, by `check_server`.
+    `check_server` later checks that it is MLflow and accepts the login and the certificates.
     """
     if not is_server(uri):
         return
@@ -150,6 +151,6 @@ def ask_health(uri: str, **login: Any) -> requests.Response:
 
 
 def no_answer(uri: str, error: requests.RequestException) -> UserError | TemporaryError:
-    """Return the error to raise where `ask_health` failed: UserError where the address cannot be that of a server."""
+    """Return the error to raise where `ask_health` failed: UserError for an invalid address, else TemporaryError."""
     kind = UserError if isinstance(error, requests.exceptions.InvalidURL) else TemporaryError
     return kind(unreachable(uri, type(error).__name__))

@@ -1,1 +1,1 @@
-"""The training loop and its parts."""
+"""The training loop, and what it uses: batches, schedule, optimizer, checkpoints, processes, GPU lock."""

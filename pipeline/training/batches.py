@@ -1,7 +1,7 @@
-"""Batches for the network: from uint8 arrays to normalized, augmented floats, made on the device.
+"""Make batches for the network on its device: normalized, augmented floats from arrays of uint8.
 
-Pixels stay uint8 until a batch is requested. All randomness is a function of (seed, epoch), drawn on the CPU, so that
-every device sees the same order, crops and flips; it is drawn for many batches together, so that no step waits for it.
+Pixels stay uint8 until a batch is requested. All random numbers are a function of (seed, epoch). They are drawn on the
+CPU, so that every device gets the same order, crops and flips, and for many batches together, so that no step waits.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from pipeline.arrays import Split, normalize_pixels
 from pipeline.params import TrainParams
 from pipeline.training import distributed
 
-BLOCK_BYTES = 2**20  # read from a file at once; a disk takes little longer for that than for one image
-DROPOUT_STREAM = 1
-WINDOW_STREAM = 2  # of the first window; the others have the streams after it, see `generator`
+BLOCK_BYTES = 2**20  # how much is read from a file at once; a disk takes little longer for it than for one image
+DROPOUT_STREAM = 1  # the `stream` of `generator` for dropout
+FIRST_WINDOW_STREAM = 2  # the `stream` of `generator` for window 0; window n has FIRST_WINDOW_STREAM + n
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,32 @@ class Augmentation:
 
 
 def generator(seed: int, *, epoch: int, stream: int = 0, number: int = 0) -> torch.Generator:
-    """Return a CPU generator that depends on its arguments only."""
+    """Return a random generator on the CPU whose numbers depend on the arguments only.
+
+    `stream` and `number` separate the generators of one epoch that are used for different things.
+    """
     state = np.random.SeedSequence([seed, epoch, stream, number]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
 def seed_dropout(seed: int, *, epoch: int, number: int = 0) -> None:
-    """Seed PyTorch's own generators, from which dropout draws; `number` tells the steps and ranks of an epoch apart."""
+    """Seed PyTorch's own generators, which dropout uses; `number` separates the steps and ranks of an epoch."""
     torch.manual_seed(generator(seed, epoch=epoch, stream=DROPOUT_STREAM, number=number).initial_seed())
+
+
+def seed_dropout_of_rank(seed: int, *, epoch: int, step: int) -> None:
+    """Seed dropout for one step, differently on each rank; do nothing where the training has one process.
+
+    A checkpoint holds the random state of rank 0 only, so a resumed training could not restore that of the other ranks.
+    """
+    num_ranks = distributed.world_size()
+    if num_ranks > 1:
+        seed_dropout(seed, epoch=epoch, number=step * num_ranks + distributed.rank())
 
 
 @dataclass(frozen=True)
 class _Window:
-    """The images that are on the device together, and the random draws for each of them.
+    """The images that are on the device together, and the random numbers drawn for each of them.
 
     `images` (M, H, W, C) uint8 are in the order of the split. `order` (M,) int64 holds their indices in the order of
     the epoch; all other fields are in that order: `labels` (M,) int64, `mirrored` (M, 1) bool, `shifts` down and right
@@ -61,8 +74,8 @@ class _Window:
 class TrainingBatches:
     """An epoch's shuffled batches of exactly `batch_size`: images (B, C, H, W) float32 and labels (B,) int64.
 
-    Images that do not fill a batch are left out, others in each epoch. `position` is the index of the next batch. With
-    several `processes`, each `rank` gets its slice of every batch, all of equal length.
+    Images that do not fill a batch are left out; which ones differs from epoch to epoch. `position` is the index of the
+    next batch. With several `processes`, each `rank` gets its slice of every batch; all slices have the same length.
 
     A split whose images are not on the device is shuffled in two steps: its blocks of neighboring images are drawn in
     random order, and as many of them as `split.window_bytes` can hold are read and shuffled together.
@@ -101,11 +114,11 @@ class TrainingBatches:
     def __next__(self) -> tuple[Tensor, Tensor]:
         if self.position == len(self):
             raise StopIteration
-        number, start = divmod(self.position * self._batch_size, self._blocks_per_window * self._block_length)
-        window = self._window_of(number)
+        window_index, start = divmod(self.position * self._batch_size, self._blocks_per_window * self._block_length)
+        window = self._load_window(window_index)
         batch = slice(start + self._rank * self._slice_length, start + (self._rank + 1) * self._slice_length)
         self.position += 1
-        images = normalize_pixels(_pick(window, batch, augmentation=self._augmentation), split=self._split)
+        images = normalize_pixels(_augmented_images(window, batch, augmentation=self._augmentation), split=self._split)
         if self._augmentation.cutout_size:
             images = _cutout(images, window, batch, size=self._augmentation.cutout_size)
         return images, window.labels[batch]
@@ -120,29 +133,31 @@ class TrainingBatches:
             return [(0, len(split))], len(split)
         random = generator(self._seed, epoch=self._epoch)
         length = _block_length(max(1, BLOCK_BYTES // split.image_bytes), batch_size=self._batch_size)
-        used = len(self) * self._batch_size
-        first = int(torch.randint(0, len(split) - used + 1, (), generator=random))
-        shuffled = [length * number for number in torch.randperm(used // length, generator=random).tolist()]
-        starts = shuffled + [used - used % length] * (used % length > 0)
-        return [(first + start, first + min(start + length, used)) for start in starts], length
+        num_used = len(self) * self._batch_size  # images of the split that this epoch trains on
+        first = int(torch.randint(0, len(split) - num_used + 1, (), generator=random))
+        shuffled = [length * index for index in torch.randperm(num_used // length, generator=random).tolist()]
+        starts = shuffled + [num_used - num_used % length] * (num_used % length > 0)
+        return [(first + start, first + min(start + length, num_used)) for start in starts], length
 
-    def _window_of(self, number: int) -> _Window:
-        if self._window is None or self._window[0] != number:
-            self._window = None  # frees its memory before the next one is read
-            self._window = number, self._make_window(number)
+    def _load_window(self, index: int) -> _Window:
+        """Return the window of this index; read it, unless it is the one in memory."""
+        if self._window is None or self._window[0] != index:
+            self._window = None  # free its memory before the next one is read
+            self._window = index, self._make_window(index)
         return self._window[1]
 
-    def _make_window(self, number: int) -> _Window:
+    def _make_window(self, index: int) -> _Window:
+        """Read the images of the window of this index, and draw its order and augmentation."""
         split, padding = self._split, self._augmentation.crop_padding
-        blocks = self._blocks[number * self._blocks_per_window : (number + 1) * self._blocks_per_window]
-        random = generator(self._seed, epoch=self._epoch, stream=WINDOW_STREAM + number)
+        blocks = self._blocks[index * self._blocks_per_window : (index + 1) * self._blocks_per_window]
+        random = generator(self._seed, epoch=self._epoch, stream=FIRST_WINDOW_STREAM + index)
         indices = torch.cat([torch.arange(start, stop) for start, stop in blocks])
         order = torch.randperm(len(indices), generator=random)
         height, width = split.images.shape[1:3]
         bounds = [(-padding, padding + 1), (-padding, padding + 1), (0, height), (0, width)]
-        draws = (torch.randint(*bound, (len(order), 1), generator=random) for bound in bounds)
+        drawn = (torch.randint(*bound, (len(order), 1), generator=random) for bound in bounds)
         device = split.labels.device
-        down, right, row, column = (numbers.to(device) for numbers in draws)
+        down, right, row, column = (values.to(device) for values in drawn)
         return _Window(
             images=_read_blocks(split, blocks),
             order=order.to(device),
@@ -154,7 +169,7 @@ class TrainingBatches:
 
 
 def epoch_batches(split: Split, *, params: TrainParams, epoch: int, position: int = 0) -> TrainingBatches:
-    """Return this rank's batches of an epoch (from 1), from the batch of index `position` on."""
+    """Return this rank's batches of an epoch (from 1), beginning with the batch of index `position`."""
     return TrainingBatches(
         split,
         batch_size=params.batch_size,
@@ -178,8 +193,8 @@ def _read_blocks(split: Split, blocks: Sequence[tuple[int, int]]) -> Tensor:
     """Return the images of the blocks on the device: (M, H, W, C) uint8."""
     if len(blocks) == 1:
         return split.pixels(*blocks[0])
-    number = sum(stop - start for start, stop in blocks)
-    images = torch.empty((number, *split.images.shape[1:]), dtype=torch.uint8, device=split.labels.device)
+    num_images = sum(stop - start for start, stop in blocks)
+    images = torch.empty((num_images, *split.images.shape[1:]), dtype=torch.uint8, device=split.labels.device)
     position = 0
     for start, stop in blocks:
         images[position : position + stop - start] = split.pixels(start, stop)
@@ -187,28 +202,34 @@ def _read_blocks(split: Split, blocks: Sequence[tuple[int, int]]) -> Tensor:
     return images
 
 
-def _pick(window: _Window, batch: slice, *, augmentation: Augmentation) -> Tensor:
-    """Return the images of a batch, shifted and mirrored as drawn: (B, H, W, C) uint8, by a single gather."""
+def _augmented_images(window: _Window, batch: slice, *, augmentation: Augmentation) -> Tensor:
+    """Return the images of a batch, shifted and mirrored as drawn: (B, H, W, C) uint8.
+
+    One gather does all of it: each pixel of the result is copied from its place in the window.
+    """
     index, (height, width, channels) = window.order[batch], window.images.shape[1:]
     if not augmentation.flip and not augmentation.crop_padding:
         return window.images[index]
     down, right = window.shifts
-    rows, columns = _shifted(height, down[batch]), _shifted(width, right[batch])
+    rows, columns = _source_positions(height, down[batch]), _source_positions(width, right[batch])
     if augmentation.flip:
         columns = torch.where(window.mirrored[batch], columns.flip(1), columns)
-    where = (index.view(-1, 1, 1) * height + rows.unsqueeze(2)) * width + columns.unsqueeze(1)
-    picked = window.images.view(-1, channels).index_select(0, where.view(-1))
-    return picked.view(len(index), height, width, channels)
+    source = (index.view(-1, 1, 1) * height + rows.unsqueeze(2)) * width + columns.unsqueeze(1)
+    pixels = window.images.view(-1, channels).index_select(0, source.view(-1))
+    return pixels.view(len(index), height, width, channels)
 
 
-def _shifted(size: int, shift: Tensor) -> Tensor:
-    """Return the source positions (B, size) of a shift (B, 1) by less than `size` pixels, reflected at the edges."""
+def _source_positions(size: int, shift: Tensor) -> Tensor:
+    """Return for each position of a shifted row or column the position that its pixel comes from: (B, size) int64.
+
+    `shift` (B, 1) is less than `size` pixels; positions outside the image are reflected at the edge.
+    """
     position = (torch.arange(size, device=shift.device) + shift).abs()
     return (size - 1) - (size - 1 - position).abs()
 
 
 def _cutout(images: Tensor, window: _Window, batch: slice, *, size: int) -> Tensor:
-    """Set one square a side of `size` in each image to the mean (DeVries and Taylor 2017, arXiv:1708.04552)."""
+    """Set a square of `size` pixels a side in each image to the mean (DeVries and Taylor 2017, arXiv:1708.04552)."""
     inside = []
     for length, center in zip(images.shape[2:], window.cutout_centers, strict=True):
         distance = torch.arange(length, device=images.device) - (center[batch] - size // 2)

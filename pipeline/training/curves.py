@@ -9,15 +9,15 @@ from matplotlib.ticker import MaxNLocator
 from pipeline.figures import to_png
 
 
-def curves(history: Sequence[Mapping[str, Any]], *, kept: int, reason: str) -> bytes:
-    """Plot loss and accuracy of train and validation by epoch, side by side, with the kept epoch and the reason."""
+def curves(history: Sequence[Mapping[str, Any]], *, selected: int, reason: str) -> bytes:
+    """Plot loss and accuracy of train and validation by epoch, side by side, with the selected epoch and the reason."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     epochs = [row["epoch"] for row in history]
-    figure.suptitle(f"epoch {kept} is kept: {reason}", fontsize="medium")
+    figure.suptitle(f"epoch {selected} is selected: {reason}", fontsize="medium")
     for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for split, color in (("train", "#1f77b4"), ("validation", "#d62728")):
             axes.plot(epochs, [row[f"{split}_{quantity}"] for row in history], color=color, label=split, marker=".")
-        axes.axvline(kept, color="#999999", linestyle=":", label=f"kept epoch ({kept})")
+        axes.axvline(selected, color="#999999", linestyle=":", label=f"selected epoch ({selected})")
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""The device of a training or an evaluation, and PyTorch's settings on it."""
+"""Choose the device of a training or an evaluation, and set PyTorch's kernels, threads, determinism and seed."""
 
 import ctypes
 import os
@@ -13,7 +13,10 @@ from pipeline.params import TrainParams
 
 
 def choose_device(name: str, *, field: str) -> torch.device:
-    """Return the device of a parameter's value; raises UserError naming `field` where this machine does not have it."""
+    """Return the device called `name`; "auto" is the first available one of cuda, mps and cpu.
+
+    Raises UserError, which names the parameter `field`, where this machine does not have the device.
+    """
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -23,13 +26,14 @@ def choose_device(name: str, *, field: str) -> torch.device:
         return torch.device(available[0])
     if name not in available:
         raise UserError(
-            f"{field} is {name}, but PyTorch finds none here; allowed on this machine: auto, {', '.join(available)}"
+            f"{field} is {name}, but PyTorch finds no such device; allowed on this machine: auto, "
+            f"{', '.join(available)}; set it to auto to use the fastest one"
         )
     return torch.device(name)
 
 
 def prepare_torch(params: TrainParams) -> torch.device:
-    """Set PyTorch's kernels on the CPU, threads, determinism and seed; returns the device.
+    """Set PyTorch's kernels on the CPU, threads, determinism and seed; return the device.
 
     Raises UserError where the device is not available, or PyTorch has already chosen other kernels.
     """
@@ -47,13 +51,14 @@ def prepare_torch(params: TrainParams) -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep up to 1 GB that was freed, which each step would return and take again page by page.
+    """Let glibc keep up to 1 GB of freed memory in the process.
 
-    Without it, a training of lenet on 2 cores takes 5 % longer (median of 7 runs in turn, AMD EPYC).
+    Otherwise each step would return its memory to the system and request it again, page by page: a training of lenet on
+    2 cores then takes 5 % longer (median of 7 runs in turn, AMD EPYC).
     """
     mmap_threshold, trim_threshold = -3, -1  # malloc.h
     mallopt = ctypes.CDLL(None).mallopt
-    mallopt(mmap_threshold, 2**25)  # the largest value allowed: larger tensors are returned all the same
+    mallopt(mmap_threshold, 2**25)  # the largest value allowed; larger tensors are still returned to the system
     mallopt(trim_threshold, 2**30)
 
 
@@ -68,6 +73,7 @@ def gpu_uuids(device: torch.device, *, processes: int) -> list[str]:
 
 
 def _gpu_uuid(number: int) -> str:
+    """Return the UUID of a GPU, or its number with a warning where the driver reports no UUID."""
     uuid = str(torch.cuda.get_device_properties(number).uuid)
     if uuid.strip("0-"):
         return uuid
@@ -80,13 +86,13 @@ def _gpu_uuid(number: int) -> str:
 
 
 def autocast_dtype(mixed_precision: str, *, device: torch.device) -> torch.dtype | None:
-    """Return the dtype of `train.mixed_precision`, which applies on cuda alone; None for float32."""
+    """Return the dtype of `train.mixed_precision`, which applies to cuda only; None means float32."""
     if device.type != "cuda" or mixed_precision == "none":
         return None
     return torch.bfloat16 if mixed_precision == "bfloat16" else torch.float16
 
 
 def autocast(mixed_precision: str, *, device: torch.device) -> torch.autocast:
-    """Return the context in which forward passes use `train.mixed_precision`."""
+    """Return a context manager in which forward passes use `train.mixed_precision`."""
     dtype = autocast_dtype(mixed_precision, device=device)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -1,7 +1,7 @@
-"""Several processes for one training: torchrun starts them, gloo (CPU) or NCCL (GPU) joins them.
+"""Train in several processes: torchrun starts them, gloo (CPU) or NCCL (GPU) connects them.
 
-Each process has a copy of the network and its slice of every batch; gradients are averaged, so that together they take
-the steps that one process would take with the whole batch. Rank 0 logs and writes for all.
+Each process has a copy of the network and its slice of every batch. The gradients are averaged, so that together the
+processes take the steps that one process would take with the whole batch. Only rank 0 logs and writes files.
 """
 
 import logging
@@ -22,16 +22,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from pipeline.core.errors import EXIT_TEMPORARY, TemporaryError, UserError, first_line
 
-# names the file for the rendezvous of the processes of one machine; without it torchrun's own rendezvous is used
+# This variable names the file by which processes of one machine find each other; without it they ask torchrun.
 RENDEZVOUS_VARIABLE = "PIPELINE_RENDEZVOUS_FILE"
-GRACE_SECONDS = 5  # other ranks outlive SIGTERM by this, while rank 0 writes its checkpoint
-LAG_SECONDS = 10  # a rank that fails waits this long for rank 0 to fail too, at the same place after the same batch
-REPORT_SECONDS = (
-    60  # the other ranks leave the report of a common failure to rank 0; ending its MLflow run takes seconds
-)
-_RANK_0_FAILED = "failed"  # key of the store that is set when rank 0 fails
-_OTHER_RANK_FAILED = "failed/others"  # key that is set when another rank fails alone
-_store: Any = None  # the key-value store of the process group, of which PyTorch has one a process
+SIGTERM_GRACE_SECONDS = 5  # how long the other ranks live on after SIGTERM, while rank 0 writes a checkpoint
+MAX_LAG_SECONDS = 10  # a rank that fails waits this long for rank 0, which may fail later for the same reason
+MAX_REPORT_SECONDS = 60  # the other ranks wait this long while rank 0 reports a failure and ends its MLflow run
+_RANK_0_FAILED = "failed"  # this key is set in `_store` when rank 0 fails
+_OTHER_RANK_FAILED = "failed/others"  # this key is set in `_store` when another rank fails, but rank 0 does not
+_store: Any = None  # the key-value store of the process group, of which a process has at most one
 
 
 def is_launched() -> bool:
@@ -50,7 +48,7 @@ def world_size() -> int:
 
 
 def is_local_rank_0() -> bool:
-    """Return whether this is the first of the processes on this machine."""
+    """Return whether this is the first process of the training on this machine."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -60,33 +58,34 @@ def num_local_processes(processes: int) -> int:
 
 
 def acts_for_its_machine() -> bool:
-    """Return whether this process acts for all ranks of this machine before they form the process group.
+    """Return whether this process does what one process must do for all ranks of this machine before they start.
 
-    That is their launcher, or local rank 0 where the user's own torchrun started them.
+    That process is the launcher of the ranks, or local rank 0 where the user's own torchrun started them.
     """
     return not is_launched() or (RENDEZVOUS_VARIABLE not in os.environ and is_local_rank_0())
 
 
 def check_num_devices(processes: int, *, device: torch.device) -> None:
-    """Raise UserError where this machine has fewer devices of this kind than processes are to run here."""
-    most = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, processes)
-    if processes > most:
+    """Raise UserError where `processes`, the number to run on this machine, exceeds its devices of this type."""
+    available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, processes)
+    if processes > available:
         raise UserError(
-            f"train.processes is {processes}, but this machine has {most} of {device.type}; allowed: up to {most}"
+            f"train.processes is {processes}, but this machine has {available} of type {device.type}; "
+            f"allowed: up to {available}; lower it"
         )
 
 
 def launch(module: str, *, processes: int) -> None:
-    """Run `python -m module` in this many processes on this machine by torchrun; exits as the first one that fails.
+    """Run `python -m module` in `processes` processes on this machine, by torchrun.
 
-    Raises TemporaryError where a process was killed.
+    Exits with the status of the first process that fails. Raises TemporaryError where a process was killed.
     """
-    # half a second to import, which one process alone need not spend
+    # this import takes half a second, which a training in one process saves
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch  # noqa: PLC0415  # see above
 
-    logging.disable(logging.ERROR)  # of what the processes report themselves
+    logging.disable(logging.ERROR)  # torchrun would log again what the processes report themselves
     with tempfile.TemporaryDirectory() as folder:
-        # rendezvous by files, traffic on loopback: torchrun's default listens on all interfaces, and unpickles
+        # use files to find each other, and loopback: torchrun's default listens on all interfaces and unpickles data
         os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", RENDEZVOUS_VARIABLE: f"{folder}/processes"}
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         os.environ |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}
@@ -102,20 +101,23 @@ def launch(module: str, *, processes: int) -> None:
             max_restarts=0,  # the same command, or Prefect, tries again
             monitor_interval=0.1,
         )
-        _run(elastic_launch(config, sys.executable), module)
+        _run_and_forward_status(elastic_launch(config, sys.executable), module)
 
 
-def _run(launched: Any, module: str) -> None:
+def _run_and_forward_status(launcher: Any, module: str) -> None:
+    """Run the module by torchrun's `launcher`; where a process fails, exit with its status."""
     from torch.distributed.elastic.multiprocessing.api import SignalException  # noqa: PLC0415  # see launch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # noqa: PLC0415  # see launch
 
     try:
-        launched("-m", module)
+        launcher("-m", module)
     except ChildFailedError as error:
-        number, failure = error.get_first_failure()
+        failed_rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
-            raise TemporaryError(f"process {number} was ended by {name}; the same command resumes") from None
+            raise TemporaryError(
+                f"rank {failed_rank} of the training was ended by {name}; run the same command again to resume"
+            ) from None
         sys.exit(failure.exitcode)
     except SignalException as error:
         sys.exit(128 + error.sigval)
@@ -123,29 +125,30 @@ def _run(launched: Any, module: str) -> None:
 
 @contextmanager
 def process_group(device: torch.device, *, processes: int) -> Iterator[None]:
-    """Join the process group within the block, if torchrun started this process.
+    """Join the process group during the block, if torchrun started this process.
 
-    Raises UserError where it started another number than `processes`, TemporaryError in rank 0 where another rank is
-    gone. What fails in all ranks is reported by rank 0: the others give it time for that. What fails in another rank
-    alone is reported by that rank, and rank 0 ends silently.
+    Raises UserError where torchrun started another number of processes than `processes`, and in rank 0 TemporaryError
+    where another rank has died. An error of all ranks is reported by rank 0 alone, and the other ranks wait for that.
+    An error of another rank alone is reported by that rank, and rank 0 exits silently.
     """
     global _store
     if not is_launched():
         yield
         return
-    found = int(os.environ["WORLD_SIZE"])
-    if found != processes:
-        raise UserError(f"train.processes is {processes}, but torchrun started {found}; set it to {found}")
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    if num_ranks != processes:
+        raise UserError(f"train.processes is {processes}, but torchrun started {num_ranks}; set it to {num_ranks}")
     threading.Thread(target=_exit_with_launcher, args=(os.getppid(),), daemon=True).start()
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     url = f"file://{os.environ[RENDEZVOUS_VARIABLE]}" if RENDEZVOUS_VARIABLE in os.environ else "env://"
-    _store, number, _ = next(rendezvous(url, int(os.environ["RANK"]), found))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=_store, rank=number, world_size=found)
+    _store, own_rank, _ = next(rendezvous(url, int(os.environ["RANK"]), num_ranks))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_store, rank=own_rank, world_size=num_ranks)
     if rank() > 0:
         _leave_output_and_signals_to_rank_0()
     try:
-        with failure_announced():
+        with announce_failure():
             yield
     except (UserError, TemporaryError):
         _let_rank_0_report()
@@ -156,16 +159,18 @@ def process_group(device: torch.device, *, processes: int) -> Iterator[None]:
         _let_rank_0_report()
         if rank() > 0:
             sys.exit(EXIT_TEMPORARY)
-        raise TemporaryError(f"another rank is gone ({first_line(error)}); the same command resumes") from None
+        raise TemporaryError(
+            f"another rank of the training has died ({first_line(error)}); run the same command again to resume"
+        ) from None
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def failure_announced() -> Iterator[None]:
-    """Announce a failure of the block in rank 0 to the other ranks at once, so that they leave the report to it.
+def announce_failure() -> Iterator[None]:
+    """Announce a failure of rank 0 in the block to the other ranks, so that they leave the report to rank 0.
 
-    Where another rank has failed alone and reports that, rank 0 exits silently.
+    Where another rank has failed alone and reports its failure, rank 0 exits silently.
     """
     try:
         yield
@@ -173,65 +178,65 @@ def failure_announced() -> Iterator[None]:
         if _another_rank_reports():
             _wait_for_launcher_and_exit()
         if rank() == 0 and _store is not None:
-            with suppress(dist.DistError):  # torchrun, which may keep the store, has ended
+            with suppress(dist.DistError):  # torchrun, which may hold the store, has ended
                 _store.set(_RANK_0_FAILED, "")
         raise
-    except KeyboardInterrupt:  # may come from the launcher, because another rank has failed
+    except KeyboardInterrupt:  # the launcher may have sent it, because another rank has failed
         if _another_rank_reports():
             sys.exit(EXIT_TEMPORARY)
         raise
 
 
 def _another_rank_reports() -> bool:
-    """Return whether this is rank 0, and another rank has failed alone."""
+    """Return whether this is rank 0, and another rank has failed alone and reports its failure."""
     with suppress(dist.DistError):
         return rank() == 0 and _store is not None and bool(_store.check([_OTHER_RANK_FAILED]))
     return False
 
 
 def _wait_for_launcher_and_exit() -> None:
-    """Exit silently when the launcher ends this process, which it does once the rank that reports has ended."""
-    with suppress(KeyboardInterrupt):  # which SIGTERM is here
-        time.sleep(REPORT_SECONDS)
+    """Exit silently once the launcher sends SIGTERM, which it does when the rank that reports has ended."""
+    with suppress(KeyboardInterrupt):  # SIGTERM raises it here
+        time.sleep(MAX_REPORT_SECONDS)
     sys.exit(EXIT_TEMPORARY)
 
 
 def _leave_output_and_signals_to_rank_0() -> None:
     """Print nothing, and let rank 0 decide when to stop."""
-    sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # for the life of the process
+    sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # open until the process ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SIGTERM_GRACE_SECONDS))
 
 
 def _exit_with_launcher(launcher: int) -> None:
-    """Exit once the process that started this one is gone, even if it was killed."""
+    """Exit once the process that started this one has ended, even if it was killed."""
     while os.getppid() == launcher:
         time.sleep(1)
     os._exit(EXIT_TEMPORARY)
 
 
 def _let_rank_0_report() -> None:
-    """Wait until rank 0 has reported the failure; where rank 0 has not failed, report it here.
+    """Wait until rank 0 has reported the failure; return where rank 0 has not failed, so that this rank reports it.
 
-    The launcher ends all processes as soon as one has exited.
+    This rank must not exit first: the launcher ends all processes as soon as one has exited.
     """
     if rank() == 0 or _store is None:
         return
     signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_TEMPORARY))
-    deadline = time.monotonic() + LAG_SECONDS
+    deadline = time.monotonic() + MAX_LAG_SECONDS
     try:
         while not _store.check([_RANK_0_FAILED]):
             if time.monotonic() > deadline:
                 _store.set(_OTHER_RANK_FAILED, "")
                 return
             time.sleep(0.1)
-    except dist.DistError:  # the store went with rank 0
+    except dist.DistError:  # rank 0 held the store and has ended
         pass
-    time.sleep(REPORT_SECONDS)
+    time.sleep(MAX_REPORT_SECONDS)
 
 
 def average_gradients(network: nn.Module) -> Any:
-    """Return the network, wrapped so that its gradients become the means over all processes where there are several."""
+    """Return the network; where there are several processes, wrap it so that it averages its gradients over them."""
     if world_size() == 1:
         return network
     # googlenet and inception_v3 have heads whose output is not used
@@ -239,21 +244,21 @@ def average_gradients(network: nn.Module) -> Any:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Replace the values by their sum over all ranks, the same bits in each of them, and return them."""
+    """Replace the values by their sum over all ranks, and return them; each rank gets the same bits."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def broadcast_buffers(network: nn.Module) -> None:
-    """Give all ranks the buffers (running statistics) of rank 0, which are the ones that are kept."""
+    """Copy the buffers of rank 0 (running statistics of batch normalization), which rank 0 saves, to all ranks."""
     if world_size() > 1:
         for buffer in network.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def broadcast_bytes(content: bytes = b"") -> bytes:
-    """Return, in each rank, the bytes that rank 0 passed."""
+    """Return in each rank the `content` that rank 0 passed."""
     if world_size() == 1:
         return content
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"

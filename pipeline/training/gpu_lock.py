@@ -1,8 +1,8 @@
-"""One training at a time on one GPU: a lock file for each GPU, held by the training itself.
+"""Let one training at a time use a GPU: each GPU has a lock file, which the training itself locks.
 
-The lock files lie in a folder that all users of the machine share. The kernel releases a lock when its process ends,
-also after SIGKILL, so nothing remains to be cleaned up. The text in a lock file names the holder; no decision depends
-on it.
+The lock files are in a folder that all users of the machine share. The kernel releases a lock when its process ends,
+also after SIGKILL, so no stale lock can remain. The text in a lock file names the holder; no decision depends on
+it.
 """
 
 import errno
@@ -17,9 +17,9 @@ from pipeline.core.errors import escape_control_chars, first_line
 from pipeline.core.project import project_folder
 
 LOCK_FOLDER = Path("/tmp")  # noqa: S108  # shared on purpose: TMPDIR may name a folder of this user alone
+# Every user may lock the file. The sticky bit stops systemd-tmpfiles from deleting it while it is locked.
 LOCK_FILE_MODE = 0o1666
-"""Every user may lock the file. The sticky bit stops systemd-tmpfiles from deleting it while it is locked."""
-MAX_HOLDER_BYTES = 1000
+MAX_HOLDER_BYTES = 1000  # of the text that names the holder
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def exclusive_gpus(uuids: Sequence[str]) -> Iterator[None]:
 
 
 def describe_holder(uuids: Sequence[str], text: str) -> None:
-    """Add to the lock files of these GPUs what is known of their holder only after it has locked them."""
+    """Append `text`, such as the id of the holder's MLflow run, to the lock files of these GPUs."""
     for uuid in uuids:
         with suppress(OSError), os.fdopen(_open(lock_file(uuid)), "ab") as file:
             file.write(f", {escape_control_chars(text)}".encode())
@@ -93,7 +93,7 @@ def _wait_for_lock(descriptor: int, *, uuid: str) -> None:
 
 
 def _holder(descriptor: int) -> str:
-    """Return the text in a lock file as one printable line; any user may have written it."""
+    """Return the text in a lock file as one line without control characters, since any user may have written it."""
     text = os.pread(descriptor, MAX_HOLDER_BYTES, 0).decode(errors="replace")
     return first_line(text) if text.strip() else "another process"
 
@@ -101,8 +101,8 @@ def _holder(descriptor: int) -> str:
 def _open(path: Path) -> int:
     """Return a descriptor of the lock file, which is created where it is missing.
 
-    Raises OSError for a link and for what is not a regular file: another user could have put it there, to have the file
-    behind it overwritten.
+    Raises OSError for a link and for anything but a regular file: another user could have put it there to make us
+    overwrite the file behind it.
     """
     while True:
         try:
@@ -112,14 +112,15 @@ def _open(path: Path) -> int:
         except FileNotFoundError:
             with suppress(FileExistsError):  # another process has just created it
                 _create(path)
-    found = os.fstat(descriptor)
-    if stat.S_ISREG(found.st_mode) and found.st_nlink <= 1:
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_nlink <= 1:
         return descriptor
     os.close(descriptor)
     raise OSError(errno.EINVAL, "not a regular file with one name", str(path))
 
 
 def _create(path: Path) -> None:
+    """Create a lock file that every user may lock."""
     mask = os.umask(0)  # so that the file never exists without its full mode
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, LOCK_FILE_MODE))

@@ -1,7 +1,8 @@
-"""The training loop: from a network and two splits to its best and last weights.
+"""The training loop: train a network on one split, validate it on another, return its weights and the history.
 
-Beside it: what a checkpoint holds (`state`) and when it is written (`saving`), non-finite losses (`non_finite`),
-several processes (`distributed`), which epoch is kept and when the training ends (`selection`).
+What is not the algorithm itself is in other modules: `state` (what changes from step to step), `saving` (when a
+checkpoint is written), `non_finite` (losses that are not finite), `distributed` (training in several processes) and
+`selection` (which epoch is selected, and when the training ends).
 """
 
 import time
@@ -18,14 +19,14 @@ from pipeline.models.inference import logits_of
 from pipeline.models.losses import loss_function
 from pipeline.params import TrainParams
 from pipeline.training import distributed
-from pipeline.training.batches import epoch_batches, seed_dropout
+from pipeline.training.batches import epoch_batches, seed_dropout_of_rank
 from pipeline.training.checkpoints import Checkpoint
 from pipeline.training.device import autocast
 from pipeline.training.non_finite import NonFiniteGuard, check_validation_loss
 from pipeline.training.optimizer import set_learning_rate
 from pipeline.training.saving import CheckpointSaver
 from pipeline.training.schedule import learning_rate
-from pipeline.training.selection import Kept, is_finished, select_epoch
+from pipeline.training.selection import SelectedEpoch, is_finished, select_epoch
 from pipeline.training.state import Epoch, TrainingState, copy_weights
 
 VALIDATION_BATCH_SIZE = 500
@@ -33,20 +34,17 @@ VALIDATION_BATCH_SIZE = 500
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The weights of the kept epoch and of the last one, the history, and the kept epoch with the reason."""
+    """What a training returns; `best` are the weights after the selected epoch, `last` those after the last one."""
 
     best: dict[str, Tensor]
     last: dict[str, Tensor]
     history: list[Epoch]
-    kept: Kept
+    selected: SelectedEpoch
 
 
-OnStep = Callable[[int, float, float], None]
-"""Called with the step (from 1), its loss and its learning rate."""
-OnEpoch = Callable[[Epoch, float], None]
-"""Called with the finished epoch and its speed in images per second."""
-Save = Callable[[Checkpoint], None]
-"""Called with all that is needed to resume."""
+OnStep = Callable[[int, float, float], None]  # gets the step (from 1), its loss and its learning rate
+OnEpoch = Callable[[Epoch, float], None]  # gets the finished epoch and its speed in images per second
+Save = Callable[[Checkpoint], None]  # gets all that is needed to resume
 
 
 def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
@@ -60,15 +58,16 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
     start: Checkpoint | None = None,
     save: Save = lambda checkpoint: None,
 ) -> TrainingResult:
-    """Train `classifier`, which is on the splits' device, in place; resume from `start` as if there had been no stop.
+    """Train `classifier` in place and return its weights; it and the splits must be on one device.
 
-    Calls `on_step` every `params.log_every_steps` steps, and `save` every `params.checkpoint_every_minutes`, after an
-    epoch if 30 seconds have passed since the last time, and on SIGTERM and Ctrl-C. Raises UserError where a loss is
-    not finite, before the step that would make the weights non-finite.
+    A training that resumes from the checkpoint `start` ends with the same weights as one without a stop. `on_step` is
+    called every `params.log_every_steps` steps, `on_epoch` after each validation. `save` is called every
+    `params.checkpoint_every_minutes`, after an epoch if the last call was 30 seconds ago, and on SIGTERM and Ctrl-C.
+    Raises UserError where a loss is not finite, before the step that would make the weights non-finite.
     """
     if params.compile:
         classifier.compile()
-    network, num_ranks = distributed.average_gradients(classifier), distributed.world_size()
+    network = distributed.average_gradients(classifier)
     criterion = loss_function(params.loss, label_smoothing=params.label_smoothing)
     steps_per_epoch, num_validation = len(train_split) // params.batch_size, len(validation_split)
     state = TrainingState(classifier, params=params)
@@ -82,29 +81,25 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
                 state.begin_epoch()
             classifier.train()
             batches = epoch_batches(train_split, params=params, epoch=epoch, position=state.position)
-            with progress(
-                f"epoch {epoch}", total=len(batches), done=state.position, unit="steps", leave=False
-            ) as advance:
+            title, done = f"epoch {epoch}", state.position
+            with progress(title, total=len(batches), done=done, unit="steps", leave=False) as advance:
                 for images, labels in batches:
                     with saver.whole_step():
-                        # determine and set the learning rate of this step
+                        # set the learning rate of this step
                         state.learning_rate = learning_rate(state.step, steps_per_epoch=steps_per_epoch, params=params)
                         set_learning_rate(state.optimizers, state.learning_rate)
-                        # forward
-                        if (
-                            num_ranks > 1
-                        ):  # each rank has its own dropout, and a checkpoint the random state of rank 0 only
-                            seed_dropout(params.seed, epoch=epoch, number=state.step * num_ranks + distributed.rank())
+                        # forward pass
+                        seed_dropout_of_rank(params.seed, epoch=epoch, step=state.step)
                         with autocast(params.mixed_precision, device=state.device):
                             logits = network(images)
                         loss = criterion(logits.float(), labels)
-                        # add to the epoch's sums over the images of all ranks
+                        # add to the sums of the epoch, over the images of all ranks
                         batch_loss_sum = distributed.sum_over_ranks(loss.detach() * len(labels))
                         state.loss_sum += batch_loss_sum
                         state.num_correct += distributed.sum_over_ranks((logits.detach().argmax(1) == labels).sum())
-                        # a non-finite loss raises here or, on a GPU, makes the update below do nothing
+                        # stop at a non-finite loss: raise here or, on a GPU, disable the update below
                         loss = guard.watch(loss, mean_over_ranks=batch_loss_sum / params.batch_size)
-                        # backward
+                        # backward pass
                         classifier.zero_grad(set_to_none=True)
                         state.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
                         # clip the gradient
@@ -117,15 +112,16 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
                             state.scaler.step(optimizer)
                         state.scaler.update()
                         state.step, state.position = state.step + 1, state.position + 1
-                        if state.lookahead:  # train.average_every_steps
+                        if state.lookahead:  # with train.average_every_steps
                             state.lookahead.step(state.step, total=params.epochs * steps_per_epoch)
-                        # log
+                        # log the loss and the learning rate
                         if state.step % params.log_every_steps == 0:
                             guard.raise_if_non_finite()
                             on_step(state.step, guard.loss.item(), state.learning_rate)
                     advance(1)
+                    # write a checkpoint within a long epoch
                     saver.save_if_due()
-            # validate
+            # validate after the epoch
             guard.raise_if_non_finite()
             num_train_images = len(batches) * params.batch_size
             images_per_second = num_train_images / (time.perf_counter() - state.epoch_start)
@@ -133,22 +129,23 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
             with autocast(params.mixed_precision, device=state.device):
                 validation_loss, validation_accuracy = validate(classifier, validation_split, loss=params.loss)
             check_validation_loss(validation_loss, epoch=epoch, params=params)
-            # keep the best
+            # keep the weights if this epoch is the selected one so far
             with saver.whole_step():
                 state.finish_epoch(validation_loss, validation_accuracy, num_train_images=num_train_images)
-                kept = select_epoch(state.history, selection=params.selection, num_images=num_validation)
-                if kept.epoch == epoch:
+                selected = select_epoch(state.history, selection=params.selection, num_images=num_validation)
+                if selected.epoch == epoch:
                     state.best = copy_weights(classifier)
                 on_epoch(state.history[-1], images_per_second)
+            # write a checkpoint after the epoch
             saver.save_after_epoch()
-    kept = select_epoch(state.history, selection=params.selection, num_images=num_validation)
-    return TrainingResult(state.best, copy_weights(classifier), state.history, kept)
+    selected = select_epoch(state.history, selection=params.selection, num_images=num_validation)
+    return TrainingResult(state.best, copy_weights(classifier), state.history, selected)
 
 
 def validate(classifier: Classifier, split: Split, *, loss: str) -> tuple[float, float]:
     """Return the mean loss, without label smoothing, and the accuracy on a whole split.
 
-    With several processes, each validates its slice of the split.
+    With several processes, each computes its slice of the split, and all return the same values.
     """
     rank, num_ranks = distributed.rank(), distributed.world_size()
     start, stop = len(split) * rank // num_ranks, len(split) * (rank + 1) // num_ranks

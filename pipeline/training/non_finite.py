@@ -1,4 +1,4 @@
-"""Stop a training whose loss is not finite, without a wait for the GPU at every step."""
+"""Stop a training whose loss is not finite, without waiting for the GPU in every step."""
 
 import math
 
@@ -12,11 +12,12 @@ from pipeline.training.state import TrainingState
 
 
 class NonFiniteGuard:
-    """Watches the loss of every step, and skips all updates from the first non-finite loss on.
+    """Checks the loss of every step, and prevents all weight updates after the first non-finite loss.
 
-    On the CPU, and with optimizers that are not fused, a non-finite loss raises at once. On a GPU that would make each
-    step wait for the device: there the device itself skips the updates, and `raise_if_non_finite` reports it later.
-    `loss` is the loss of the last step, or the first that was not finite, on the device.
+    On the CPU, and with optimizers that are not fused, a non-finite loss raises at once. With fused optimizers on a
+    GPU, each step would have to wait for the device. There the device itself skips the updates, and
+    `raise_if_non_finite` reports the loss later. `loss`, a tensor on the device, is the first non-finite loss, or else
+    that of the last step.
     """
 
     def __init__(self, state: TrainingState, *, params: TrainParams, steps_per_epoch: int) -> None:
@@ -27,9 +28,10 @@ class NonFiniteGuard:
         self._num_finite_steps = torch.full((), state.step, device=state.device)
 
     def watch(self, loss: Tensor, *, mean_over_ranks: Tensor) -> Tensor:
-        """Check the loss of a step, before its backward pass; returns the loss to propagate.
+        """Check the loss of a step, and return the loss for its backward pass.
 
-        Raises UserError where it is not finite and the check costs no wait.
+        `mean_over_ranks` is the loss over the whole batch. Raises UserError where that is not finite and can be read
+        without waiting for the device.
         """
         self.loss = torch.where(self._is_non_finite > 0, self.loss, mean_over_ranks)
         self._is_non_finite = (~self.loss.isfinite()).float()
@@ -37,9 +39,9 @@ class NonFiniteGuard:
         if self._raises_at_once:
             self.raise_if_non_finite()
             return loss
-        if self._state.scaler.is_enabled():  # it skips the update where a gradient is not finite
+        if self._state.scaler.is_enabled():  # a GradScaler skips the update where a gradient is not finite
             return loss * torch.where(self._is_non_finite > 0, torch.nan, 1.0)
-        for optimizer in self._state.optimizers:  # a fused optimizer skips the update, as it does for a GradScaler
+        for optimizer in self._state.optimizers:  # a fused optimizer then skips the update
             optimizer.found_inf = self._is_non_finite  # type: ignore[attr-defined]
         return loss
 
@@ -52,7 +54,7 @@ class NonFiniteGuard:
 
 
 def can_raise_at_once(state: TrainingState) -> bool:
-    """Return whether each step may ask for its loss: on a GPU with fused optimizers that would be a wait too many."""
+    """Return whether each step can read its loss at no cost, which fused optimizers on a GPU exclude."""
     return state.device.type != "cuda" or not are_fused(state.optimizers)
 
 
@@ -63,6 +65,7 @@ def check_validation_loss(loss: float, *, epoch: int, params: TrainParams) -> No
 
 
 def _non_finite_error(loss: float, *, where: str, params: TrainParams) -> UserError:
+    """Return the error to raise for a non-finite loss; `where` names the epoch and the step."""
     return UserError(
         f"{where}: the loss is {loss}; lower train.learning_rate (now {params.learning_rate:g}) "
         "or set train.gradient_clip_norm"

@@ -1,4 +1,4 @@
-"""The optimizers: SGD and its relatives, with their parameter groups."""
+"""Make the optimizers of a training with their parameter groups, and set their learning rate."""
 
 import inspect
 from collections.abc import Iterable
@@ -12,29 +12,32 @@ from pipeline.core.errors import UserError
 from pipeline.params import TrainParams
 
 MUON_RATE_FACTOR = 0.4  # Muon's learning rate relative to that of SGD beside it; found on LeNet and CIFAR-10
-MUON_STEPS = 3  # Newton-Schulz iterations that make an update orthogonal; more gained nothing for LeNet
+MUON_ITERATIONS = 3  # of Newton-Schulz, which make an update orthogonal; more gained nothing for LeNet
 
 
 def make_optimizers(network: nn.Module, *, params: TrainParams) -> list[torch.optim.Optimizer]:
-    """Return the optimizers of all trained parameters: one, or with `muon` Muon for linear layers and SGD for the rest.
+    """Return the optimizers of all trained parameters.
+
+    That is one optimizer, or with `train.optimizer: muon` two: Muon for the linear layers and SGD for the rest.
 
     Raises UserError where `train.optimizer` is muon and the network has no linear layer that is trained.
     """
     if params.compile:
         return _make_optimizers(network, params=params)
-    # PyTorch wraps optimizers' methods so that its compiler leaves them alone, and imports the compiler for that at the
-    # first call: 1.2 s of CPU time at each start (torch 2.15, AMD EPYC), of a training that takes 2 s for the digits
+    # PyTorch wraps the methods of optimizers so that its compiler skips them, and imports the compiler for that at the
+    # first call. Without the wrappers a training saves 1.2 s of CPU time (torch 2.15, AMD EPYC); the digits take 2 s.
     for name in ("add_param_group", "load_state_dict", "state_dict", "zero_grad"):
         if method := getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None):
             setattr(method, "__dynamo_disable", method)
     optimizers = _make_optimizers(network, params=params)
     for optimizer in optimizers:
         plain_step = torch.no_grad()(inspect.unwrap(type(optimizer).step))
-        setattr(optimizer, "step", MethodType(plain_step, optimizer))  # noqa: B010  # mypy lets no method be assigned
+        setattr(optimizer, "step", MethodType(plain_step, optimizer))  # noqa: B010  # mypy forbids assigning to a method
     return optimizers
 
 
 def _make_optimizers(network: nn.Module, *, params: TrainParams) -> list[torch.optim.Optimizer]:
+    """Return the optimizers as PyTorch makes them; see `make_optimizers`."""
     groups = _parameter_groups(network, params=params)
     rate, momentum, nesterov = params.learning_rate, params.momentum, params.nesterov
     fused = next(network.parameters()).device.type in ("cpu", "cuda")  # one kernel for all parameters
@@ -52,16 +55,16 @@ def _make_optimizers(network: nn.Module, *, params: TrainParams) -> list[torch.o
             if not matrices:
                 raise UserError(
                     f"train.optimizer is muon, but {params.model} has no linear layers that are trained; "
-                    "allowed: sgd, adam, adamw, rmsprop"
+                    "allowed for it: sgd, adam, adamw, rmsprop; set one of them"
                 )
-            muon = torch.optim.Muon(matrices, lr=rate, momentum=momentum, nesterov=nesterov, ns_steps=MUON_STEPS)
+            muon = torch.optim.Muon(matrices, lr=rate, momentum=momentum, nesterov=nesterov, ns_steps=MUON_ITERATIONS)
             return [muon, _sgd(rest, params=params, fused=fused)]
 
 
 def _sgd(groups: list[dict[str, Any]], *, params: TrainParams, fused: bool) -> torch.optim.SGD:
     """Return SGD whose momentum buffers are zero.
 
-    PyTorch makes them in the first step; where a GradScaler skips that step, they would hold whatever was in memory.
+    PyTorch would create them in the first step; where a GradScaler skips that step, their values would be undefined.
     """
     rate, momentum = params.learning_rate, params.momentum
     optimizer = torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=params.nesterov, fused=fused)
@@ -74,8 +77,8 @@ def _sgd(groups: list[dict[str, Any]], *, params: TrainParams, fused: bool) -> t
 def _parameter_groups(network: nn.Module, *, params: TrainParams) -> list[dict[str, Any]]:
     """Return the trained parameters in groups; the biases of batch normalization may have their own learning rate."""
     factor = params.bias_learning_rate_factor
-    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    biases = {id(module.bias) for module in norms if factor != 1}
+    batch_norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    biases = {id(module.bias) for module in batch_norms if factor != 1}
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
         (1.0, [parameter for parameter in trained if id(parameter) not in biases]),
@@ -89,14 +92,16 @@ def _parameter_groups(network: nn.Module, *, params: TrainParams) -> list[dict[s
 
 
 def _split_groups(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the groups of the matrices, with Muon's factor of the learning rate, and those of the rest."""
+    """Return the groups of the matrices, for Muon, and the groups of all other parameters, for SGD."""
     matrices, rest = [], []
     for group in groups:
-        flat = [parameter for parameter in group["params"] if parameter.ndim == 2]
-        others = [parameter for parameter in group["params"] if parameter.ndim != 2]
+        in_matrices = [parameter for parameter in group["params"] if parameter.ndim == 2]
+        in_rest = [parameter for parameter in group["params"] if parameter.ndim != 2]
         factor = MUON_RATE_FACTOR * group["rate_factor"]
-        matrices += [{**group, "params": flat, "rate_factor": factor, "weight_decay": 0.0}] if flat else []
-        rest += [{**group, "params": others}] if others else []
+        if in_matrices:
+            matrices.append({**group, "params": in_matrices, "rate_factor": factor, "weight_decay": 0.0})
+        if in_rest:
+            rest.append({**group, "params": in_rest})
     return matrices, rest
 
 
@@ -108,5 +113,5 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) 
 
 
 def are_fused(optimizers: Iterable[torch.optim.Optimizer]) -> bool:
-    """Return whether all optimizers update in one kernel, which can skip an update without a wait for the device."""
+    """Return whether all optimizers are fused: one kernel updates all parameters, and can itself skip an update."""
     return all(optimizer.defaults.get("fused") for optimizer in optimizers)

@@ -1,4 +1,4 @@
-"""When a checkpoint is written: after an epoch, in a long epoch every few minutes, and on SIGTERM and Ctrl-C."""
+"""Save checkpoints: after an epoch, in a long epoch every few minutes, and on SIGTERM and Ctrl-C."""
 
 import signal
 import threading
@@ -13,15 +13,16 @@ from pipeline.training.non_finite import NonFiniteGuard
 from pipeline.training.state import TrainingState
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-MIN_SECONDS = 30
-"""An epoch that ends sooner after the last checkpoint has none: one costs an H100 0.15 s, its epoch of airbench 0.2."""
+# An epoch that ends sooner after the last checkpoint has none. On an H100 a checkpoint of airbench takes 0.15 s, an
+# epoch 0.2 s.
+MIN_SECONDS_BETWEEN_CHECKPOINTS = 30
 
 
 class CheckpointSaver:
-    """Passes the state of a training to `save`, but never one after a non-finite loss.
+    """Passes the state of a training to `save` when a checkpoint is due, but never after a non-finite loss.
 
-    As a context manager, it also does so where SIGTERM or Ctrl-C ends the block, and adds to the exception where the
-    training will resume.
+    As a context manager, it also saves where SIGTERM or Ctrl-C ends the block, and writes into the exception at which
+    epoch and step the training will resume.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class CheckpointSaver:
         self._last_saved = time.monotonic()
         self._previous_handlers: dict[int, Any] = {}
         self._is_in_step = False
-        self._pending: int | None = None
+        self._pending_signal: int | None = None
 
     def save(self) -> None:
         """Save now; raises UserError where a loss was not finite."""
@@ -45,14 +46,15 @@ class CheckpointSaver:
         self._last_saved = time.monotonic()
 
     def save_if_due(self) -> None:
-        """Save in the midst of an epoch, if the last checkpoint is older than the interval."""
+        """Save within an epoch, if the last checkpoint is older than the interval."""
         self._save_after(self._every_seconds)
 
     def save_after_epoch(self) -> None:
-        """Save if the last checkpoint is older than MIN_SECONDS, or than the interval if that is shorter."""
-        self._save_after(min(MIN_SECONDS, self._every_seconds))
+        """Save if the last checkpoint is older than 30 seconds, or than the interval if that is shorter."""
+        self._save_after(min(MIN_SECONDS_BETWEEN_CHECKPOINTS, self._every_seconds))
 
     def _save_after(self, seconds: float) -> None:
+        """Save if the last checkpoint is older than `seconds`."""
         if time.monotonic() - self._last_saved > seconds:
             self.save()
 
@@ -74,23 +76,25 @@ class CheckpointSaver:
 
     @contextmanager
     def whole_step(self) -> Iterator[None]:
-        """Let SIGTERM and Ctrl-C wait until the block is complete; where it fails, these signals are dropped."""
+        """Delay SIGTERM and Ctrl-C until the block has ended; where the block raises, they are dropped."""
         self._is_in_step = True
         try:
             yield
         finally:
             self._is_in_step = False
-        if (number := self._pending) is not None:
-            self._pending = None
+        if (number := self._pending_signal) is not None:
+            self._pending_signal = None
             self._handle(number, None)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal, within a step only once that has ended."""
         if self._is_in_step:
-            self._pending = self._pending or number
+            self._pending_signal = self._pending_signal or number
         else:
             self._handle(number, frame)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Do what the signal did before the training set its own handlers."""
         handler = self._previous_handlers[number]
         if callable(handler):
             handler(number, frame)

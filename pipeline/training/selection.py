@@ -1,4 +1,4 @@
-"""Select the epoch whose weights are kept."""
+"""Select the epoch whose weights become `best.safetensors`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from pipeline.training.state import Epoch
 
 
 @dataclass(frozen=True)
-class Kept:
-    """The epoch whose weights are kept, and the reason as text."""
+class SelectedEpoch:
+    """The number of the selected epoch (from 1), and the reason for the selection as text."""
 
     epoch: int
     reason: str
 
 
 def best_epochs(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> list[Epoch]:
-    """Return the epochs that count as the best by `train.selection`, in their order; the last of them is kept.
+    """Return the epochs that count as the best by `train.selection`, in their order; the last one is selected.
 
-    `highest_accuracy`: those of highest validation accuracy, and among these of lowest validation loss, as few images
-    give few values of accuracy. `latest_equivalent`: those whose validation accuracy is inside the 95 % interval of
-    the highest one on `num_images` images; the highest of many is often so by chance, and where the learning rate
-    falls a later epoch is better.
+    `highest_accuracy`: those of highest validation accuracy, and among these of lowest validation loss, since with few
+    images many epochs have the same accuracy. `latest_equivalent`: those whose validation accuracy is inside the 95 %
+    interval of the highest one on `num_images` images. The highest of many values is often so by chance, and where the
+    learning rate falls, a later epoch is better.
     """
     top = max(history, key=_score)
     if selection == "highest_accuracy":
@@ -32,10 +32,11 @@ def best_epochs(history: Sequence[Epoch], *, selection: Selection, num_images: i
 
 
 def _score(epoch: Epoch) -> tuple[float, float]:
+    """Return what `highest_accuracy` compares: the higher accuracy wins, then the lower loss."""
     return epoch.validation_accuracy, -epoch.validation_loss
 
 
-def select_epoch(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> Kept:
+def select_epoch(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> SelectedEpoch:
     """Select the last of the best epochs; `num_images` is the size of the validation split."""
     best = best_epochs(history, selection=selection, num_images=num_images)
     highest = max(epoch.validation_accuracy for epoch in history)
@@ -48,11 +49,11 @@ def select_epoch(history: Sequence[Epoch], *, selection: Selection, num_images: 
         reason = f"lowest validation loss of {num_highest} with the highest validation accuracy"
     else:
         reason = f"latest of {len(best)} with the highest validation accuracy and the lowest loss"
-    return Kept(best[-1].epoch, reason)
+    return SelectedEpoch(best[-1].epoch, reason)
 
 
 def epochs_since_best(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> int:
-    """Return how many epochs ended since the last improvement, or with `latest_equivalent` the last of the best."""
+    """Return the number of epochs since the last improvement; with `latest_equivalent`, since the last best epoch."""
     if not history:
         return 0
     best = best_epochs(history, selection=selection, num_images=num_images)
@@ -60,7 +61,7 @@ def epochs_since_best(history: Sequence[Epoch], *, selection: Selection, num_ima
 
 
 def is_finished(history: Sequence[Epoch], *, params: TrainParams, num_images: int) -> bool:
-    """Return whether the training ends here: all epochs done, or no improvement for `train.early_stopping_epochs`."""
+    """Return whether all epochs are done, or `train.early_stopping_epochs` have passed without an improvement."""
     patience = params.early_stopping_epochs
-    stalled = epochs_since_best(history, selection=params.selection, num_images=num_images)
-    return len(history) >= params.epochs or (patience is not None and stalled >= patience)
+    num_stalled = epochs_since_best(history, selection=params.selection, num_images=num_images)
+    return len(history) >= params.epochs or (patience is not None and num_stalled >= patience)

@@ -1,4 +1,4 @@
-"""The state of a training that changes from step to step, and how a checkpoint holds it."""
+"""The state of a training, which changes with every step; save it to a checkpoint, and restore it."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,10 @@ class Epoch:
 
 
 class TrainingState:
-    """Weights, optimizers, counters and sums of one training; between two steps, `checkpoint` holds all of it.
+    """Weights, optimizers, counters and sums of one training; between two steps, `checkpoint` returns all of it.
 
-    `step` counts the steps of the training, `position` those of the epoch under way. `loss_sum` and `num_correct` are
-    sums over the epoch's images so far, on the device. `best` are the weights of the epoch that is kept so far.
+    `step` counts the steps of the training, `position` those of the current epoch. `loss_sum` and `num_correct` are
+    sums over the epoch's images so far, on the device. `best` are the weights of the epoch that is selected so far.
     """
 
     def __init__(self, classifier: Classifier, *, params: TrainParams) -> None:
@@ -53,14 +53,14 @@ class TrainingState:
         self.epoch_start = time.perf_counter()
 
     def begin_epoch(self) -> None:
-        """Set the sums to zero and seed dropout for the epoch after those of the history."""
+        """Set the sums to zero and seed dropout for the epoch that follows the history."""
         seed_dropout(self._seed, epoch=len(self.history) + 1)
         self.loss_sum.zero_()
         self.num_correct.zero_()
         self.epoch_start = time.perf_counter()
 
     def finish_epoch(self, validation_loss: float, validation_accuracy: float, *, num_train_images: int) -> None:
-        """Append the epoch to the history; it trained on `num_train_images` images."""
+        """Append the current epoch, which trained on `num_train_images` images, to the history."""
         train_loss, train_accuracy = self.loss_sum.item() / num_train_images, self.num_correct.item() / num_train_images
         self.history.append(
             Epoch(
@@ -75,7 +75,7 @@ class TrainingState:
         self.position = 0
 
     def checkpoint(self) -> Checkpoint:
-        """Return all of the state, as it is after the last step."""
+        """Return the whole state as it is after the last step."""
         tensors = {
             **_prefixed("model", self._classifier.state_dict()),
             **_prefixed("best", self.best),
@@ -95,7 +95,7 @@ class TrainingState:
         return Checkpoint(self.step, tensors, state)
 
     def restore(self, start: Checkpoint) -> None:
-        """Set all of the state to what it was when `start` was taken."""
+        """Set the whole state to that of the checkpoint `start`."""
         tensors, state = start.tensors, start.state
         self._classifier.load_state_dict(_unprefixed("model", tensors))
         self.best = {name: tensor.to(self.device) for name, tensor in _unprefixed("best", tensors).items()}
@@ -117,17 +117,18 @@ def copy_weights(classifier: Classifier) -> dict[str, Tensor]:
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under `<prefix>.<name>`."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _unprefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors whose name begins with `<prefix>.`, without it."""
+    """Return the tensors whose name begins with `<prefix>.`, under their names without it."""
     start = f"{prefix}."
     return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def _optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """Return `optimizer.<index>.<index of the parameter>.<name>`; the state of our optimizers is tensors only."""
+    """Return the optimizers' state as tensors named `optimizer.<index>.<index of the parameter>.<name>`."""
     return {
         f"optimizer.{index}.{number}.{name}": tensor
         for index, optimizer in enumerate(optimizers)
@@ -137,21 +138,21 @@ def _optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str,
 
 
 def _restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
-    """Load what `_optimizer_tensors` returned, without its prefix."""
+    """Set the optimizers' state to tensors of `_optimizer_tensors`, named without `optimizer.`."""
     for index, optimizer in enumerate(optimizers):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in _unprefixed(str(index), tensors).items():
             number, _, kind = name.partition(".")
             parameter = parameters[int(number)]
-            # the parameter's own memory format: sums over another one may be rounded differently
+            # copied into the memory format of the parameter: sums over another format may be rounded differently
             same_format = torch.empty_like(parameter).copy_(tensor) if tensor.shape == parameter.shape else tensor
             state.setdefault(int(number), {})[kind] = same_format
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
-    """Return the state of PyTorch's generators on the CPU and on the device as `random.<device>`, uint8."""
+    """Return the states of PyTorch's generators on the CPU and on the device: uint8 tensors named `random.<device>`."""
     states: dict[str, Any] = {"random.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["random.cuda"] = torch.cuda.get_rng_state(device)
@@ -161,6 +162,7 @@ def _random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def _restore_random_states(tensors: Mapping[str, Tensor], *, device: torch.device) -> None:
+    """Set PyTorch's generators to the states that `_random_states` returned."""
     torch.set_rng_state(tensors["random.cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], device)

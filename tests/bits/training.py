@@ -1,7 +1,7 @@
-"""Train networks for a few steps, evaluate them, and print the hashes as JSON.
+"""Train networks for a few steps, evaluate them, and print the hashes of the results as JSON.
 
 `python -m tests.bits.training portable|native NETWORK…` prints a line for each network with 1 and with 2 threads.
-It imports little, since an emulated processor takes a minute for PyTorch alone.
+It imports little, since the import of PyTorch alone takes a minute on an emulated CPU.
 """
 
 import json
@@ -32,35 +32,35 @@ DEFAULTS = read_yaml(Path(__file__).parents[2] / "params.yaml")
 CLASS_NAMES = tuple("abcdefghij")
 NUM_EVALUATED = 20
 MEAN = STD = (0.5, 0.25, 0.3)
-CONSTANT = {"schedule": "constant", "warmup_fraction": 0.0}  # else the rate of the only step is near 0
+# with another schedule, the learning rate of the only step would be near 0
+CONSTANT = {"schedule": "constant", "warmup_fraction": 0.0}
+# by network: the number of steps, and the parameters that differ from `params.yaml`
 NETWORKS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "lenet": (10, {"batch_size": 32, "flip": True}),
     "airbench": (2, {"batch_size": 16, "learning_rate": 0.1, "average_every_steps": 2, **CONSTANT}),
     "resnet18": (1, {"batch_size": 8, **CONSTANT}),
 }
-"""By network: how many steps, and the parameters that differ from the committed ones."""
 
 
 @dataclass(frozen=True)
 class Bits:
-    """What a training gave, and the processor as PyTorch sees it."""
+    """The hashes of a training's results, and the CPU as PyTorch sees it."""
 
     network: str
     threads: int
     cpu: str
     capability: str
-    weights: str
-    """The MD5 of the weights as safetensors, which hold parameters and the statistics of batch normalization."""
-    evaluation: str
-    """The MD5 of the logits, the metrics and the predictions."""
+    weights: str  # MD5 of parameters and buffers as safetensors
+    evaluation: str  # MD5 of logits, metrics and predictions
 
 
 def bits(network: str, *, kernels: str, threads: int) -> Bits:
-    """Train the network on drawn images by the committed parameters but for `NETWORKS`, and evaluate it on others."""
+    """Train the network on random images with the parameters in NETWORKS, and evaluate it on other images."""
     num_steps, changes = NETWORKS[network]
     params = _params({**changes, "model": network, "cpu_kernels": kernels, "cpu_threads": threads, "epochs": 1})
     prepare_torch(params)
-    train_split, other_split = _split(num_steps * params.batch_size, seed=0), _split(NUM_EVALUATED, seed=1)
+    train_split = _random_split(num_steps * params.batch_size, seed=0)
+    other_split = _random_split(NUM_EVALUATED, seed=1)
     classifier = build(image_config(params, class_names=CLASS_NAMES, mean=MEAN, std=STD))
     if isinstance(classifier.network, Airbench):
         initialize_from_images(classifier, train_split, seed=params.seed)
@@ -82,25 +82,27 @@ def bits(network: str, *, kernels: str, threads: int) -> Bits:
 
 
 def _params(changes: Mapping[str, Any]) -> TrainParams:
+    """Return the parameters in `params.yaml` with these changes."""
     values = {**DEFAULTS, "train": {**DEFAULTS["train"], **changes}}
     return check_params(values, origin="tests/bits/training.py").train
 
 
-def _split(count: int, *, seed: int) -> Split:
+def _random_split(num_images: int, *, seed: int) -> Split:
+    """Return a split of random images (num_images, 32, 32, 3), whose classes take turns."""
     generator = np.random.default_rng(seed)
-    images = generator.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
-    return Split.of(images, np.arange(count, dtype=np.int64) % len(CLASS_NAMES), mean=MEAN, std=STD)
+    images = generator.integers(0, 256, (num_images, 32, 32, 3), dtype=np.uint8)
+    return Split.of(images, np.arange(num_images, dtype=np.int64) % len(CLASS_NAMES), mean=MEAN, std=STD)
 
 
 def _cpu() -> str:
-    """Return the processor's name where this version of PyTorch can report it."""
+    """Return the name of the CPU, or "unknown" where this version of PyTorch cannot report it."""
     if not hasattr(torch.cpu, "get_capabilities"):
         return "unknown"
     return str(torch.cpu.get_capabilities()["cpu_name"])
 
 
 def main() -> None:
-    """Print the bits of each network with 1 and with 2 threads, as they are computed."""
+    """Compute and print the bits of each network with 1 and with 2 threads."""
     kernels, *networks = sys.argv[1:]
     for network in networks:
         for threads in (1, 2):
