@@ -37,7 +37,7 @@ from pipeline.arrays import DatasetInfo
 from pipeline.artifacts import EVALUATE, NORMALIZE, TRAIN, bytes_md5, file_md5, read_json, write_json, write_text
 from pipeline.core.errors import report_errors
 from pipeline.core.git import git
-from pipeline.params import PARAMS_FILE, check_params, compose, load_params, parse_override
+from pipeline.params import PARAMS_FILE, check_params, compose, load_params, parse_overrides
 
 RECIPES = ("digits", "cifar10_tutorial", "cifar10_lenet")
 SEEDS = 5
@@ -148,7 +148,7 @@ def arguments_of_command() -> argparse.Namespace:
 
 def dataset_of(recipe: str, overrides: Sequence[str]) -> str:
     """Return the data set of a recipe; raises UserError where there is no such recipe or a value is not allowed."""
-    values = compose(recipe, dict(parse_override(text) for text in overrides))
+    values = compose(recipe, parse_overrides(overrides))
     return check_params(values, origin=recipe).download.dataset
 
 

@@ -69,9 +69,9 @@ def test_runs_are_recorded_in_the_project(odd: Path, mlflow_store: Path) -> None
 
 def test_the_store_is_the_projects(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sqlite_path(tracking_uri(odd)) == odd / "mlflow.db"
-    assert workspace.made_store(odd) is None
+    assert workspace.existing_store(odd) is None
     (odd / "mlflow.db").touch()
-    assert workspace.made_store(odd) == tracking_uri(odd)
+    assert workspace.existing_store(odd) == tracking_uri(odd)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db?timeout=5")
     get_settings.cache_clear()
     assert tracking_uri(odd) == sqlite_uri(odd / "other.db") + "?timeout=5"

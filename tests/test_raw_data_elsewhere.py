@@ -73,7 +73,7 @@ def test_the_raw_data_that_dvc_has_kept_are_enough(project: Path, run: Run, monk
     monkeypatch.setattr(reproduce, "STAGES", (DOWNLOAD, NORMALIZE))
     result = reproduce.reproduce(project, run, from_cache=False, keep=False)
     assert [stage.differences for stage in result.stages] == [(), ()]
-    assert "DVC has kept the data" in str(result.stages[0])
+    assert "restored from DVC's cache" in str(result.stages[0])
 
 
 def test_without_them_the_folder_that_is_gone_is_named(project: Path, run: Run) -> None:

@@ -19,7 +19,7 @@ from prefect.settings import PREFECT_API_URL, Settings, get_current_settings, te
 from prefect.settings.legacy import _get_settings_fields
 
 from flows import server, settings, ui
-from flows.prefect_server import ensure_server, server_in_force
+from flows.prefect_server import current_server, ensure_server
 from flows.settings import PrefectServer, check_own_server, configured_server, named_port, own_server_environment
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.settings import get_settings, read_settings
@@ -149,7 +149,7 @@ def test_the_address_that_prefect_env_printed_is_not_trusted_to_be_ours(
         assert configured_server() == PrefectServer(URL, "PREFECT_API_URL")
         monkeypatch.setattr(settings, "PROJECT", tmp_path)
         assert configured_server() is None
-        assert server_in_force(tmp_path) is None  # whoever answers there
+        assert current_server(tmp_path) is None  # whoever answers there
 
 
 def test_a_profile_that_prefect_ships_is_honored(prefect_in: Enter) -> None:
@@ -266,7 +266,7 @@ def test_the_own_mlflow_server_stays_on_loopback(tmp_path: Path, monkeypatch: py
 def test_no_setting_of_mlflows_server_that_changes_its_place_is_passed_on() -> None:
     harmless = r"MLFLOW_SERVER_|MLFLOW_EXPOSE_PROMETHEUS|MLFLOW_TRACE_ARCHIVAL_CONFIG"
     left = {name for name in mlflow_server_variables() if not re.match(harmless, name)}
-    assert left <= set(ui.OURS_TO_SET)
+    assert left <= set(ui.MLFLOW_VARIABLES_NOT_PASSED_ON)
 
 
 def test_the_own_server_is_where_it_is_expected_whatever_is_set(prefect_in: Enter) -> None:

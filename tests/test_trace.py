@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,38 @@ def test_every_id_leads_to_the_same_answer(project: Path, only: Trace) -> None:
         assert trace(project, str(wanted))[0] == [only], wanted
     [weights] = [file for file in only.files if file.path == "artifacts/train/best.safetensors"]
     assert trace(project, "path", file=Path(str(weights.cached)))[0] == [only]
+
+
+def test_the_first_digits_of_a_commit_or_run_are_enough(project: Path, only: Trace) -> None:
+    assert only.run
+    for full in (str(only.commit), only.run.run_id):
+        for short in (full[:7], full[:12].upper(), full[:31]):
+            assert trace(project, short)[0] == [only], short
+    with pytest.raises(UserError, match="not found"):
+        trace(project, only.run.run_id[:6])
+
+
+def test_a_short_id_of_several_is_refused_with_the_candidates(
+    project: Path, only: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert only.run
+    same_beginning = replace(only.run, run_id=f"{str(only.commit)[:7]}{'0' * 25}", name="other")
+    monkeypatch.setattr(lineage, "find_runs_by_prefix", lambda _prefix: [same_beginning])
+    candidates = f"commit {only.commit}, MLflow run {same_beginning.run_id} \\(other\\); allowed: the beginning of one"
+    with pytest.raises(UserError, match=candidates):
+        trace(project, str(only.commit)[:7])
+
+
+def test_only_overridden_parameters_are_no_uncommitted_changes(only: Trace) -> None:
+    code = as_text(only).splitlines()[0]
+    assert code == f"code        commit {only.commit}, parameters overridden (below), no other uncommitted changes"
+    text = as_text(replace(only, uncommitted=("params.yaml", "pipeline/train.py")))
+    assert "with uncommitted changes\n            not committed: params.yaml, pipeline/train.py" in text
+
+
+def test_a_link_that_no_server_serves_says_how_to_open_it(only: Trace) -> None:
+    assert f"no server runs: `make ui`, then {only.run_link}" in as_text(only)
+    assert f"            {only.run_link}\n" in as_text(replace(only, run_link_served=True))
 
 
 def test_the_answer_has_code_data_parameters_and_files(only: Trace) -> None:
@@ -86,7 +119,7 @@ def test_without_a_prefect_server_the_rest_is_told(project: Path, only: Trace, m
     monkeypatch.setattr(server, "running", lambda project: None)
     with temporary_settings(restore_defaults=[PREFECT_API_URL]):
         [found], [note] = trace(project, only.flow_runs[0].run_id)
-    assert "Prefect was not looked at" in note
+    assert "Prefect was not searched" in note
     assert (found.run, found.flow_runs[0].name) == (only.run, only.flow_runs[0].name)
 
 
@@ -102,7 +135,7 @@ def test_without_mlflow_the_experiment_is_told(project: Path, only: Trace, monke
 
 @pytest.mark.parametrize("wanted", ["nonsense", "it's", "0" * 32, "--", "00000000-0000-4000-8000-000000000000"])
 def test_what_is_unknown_is_told_with_the_places(project: Path, wanted: str) -> None:
-    with pytest.raises(UserError, match=r"nothing known of it; looked at: commits .* MLflow .* Prefect") as error:
+    with pytest.raises(UserError, match=r"not found; searched: commits .* MLflow .* Prefect") as error:
         lineage.trace(project, wanted)
     assert "\n" not in str(error.value)
 
