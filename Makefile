@@ -18,7 +18,7 @@ INSTALLED := .venv/.installed
 INSTALLED_DEV := .venv/.installed-dev
 ALL_EXTRAS := s3 gs azure ssh postgresql
 ifneq ($(filter-out $(ALL_EXTRAS),$(EXTRAS)),)
-$(error EXTRAS: found $(filter-out $(ALL_EXTRAS),$(EXTRAS)); allowed: $(ALL_EXTRAS))
+$(error EXTRAS: found $(filter-out $(ALL_EXTRAS),$(EXTRAS)); allowed: $(ALL_EXTRAS); correct EXTRAS)
 endif
 # .venv/.with-NAME records a lock that `make install EXTRAS=…` or `make test` has chosen; later installations include it
 LOCKS := requirements/base.lock $(wildcard $(patsubst .venv/.with-%,requirements/%.lock,$(wildcard .venv/.with-*)))

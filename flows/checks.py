@@ -1,6 +1,6 @@
-"""Checks of a flow run's inputs before any server is started: the file of weights, the GPU, the images.
+"""Check a flow run's inputs before any server is started: the file of weights, the GPU, the images.
 
-They are the cheap ones. The stages check everything, with the same messages.
+Only checks that are quick are made here. The stages check everything, with the same messages.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The command line of the flow: it is parsed and checked before a server starts; then the flow runs and is reported."""
+"""The command line of the flow: parse and check it before a server starts, then run the flow and print its result."""
 
 import argparse
 import os
@@ -41,9 +41,7 @@ TrainClassifier = Flow[..., State[Summary]]
 def main(flow: TrainClassifier) -> None:
     """Check the parameters, ensure a server, run the flow, print its summary, and exit with the outcome's status."""
     arguments = parse_arguments()
-    if (
-        signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
-    ):  # so that closing the terminal ends a run as cleanly as SIGTERM
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # closing the terminal then ends a run as cleanly as SIGTERM
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with report_errors(), chdir(PROJECT):
         overrides = read_overrides(arguments)

@@ -77,7 +77,7 @@ def open_flow_run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> I
     run_id, run_name = str(runtime.flow_run.id), str(runtime.flow_run.name)
     experiment = experiment_name(PROJECT, f"{recipe}-{run_name}", f"{recipe}-{run_name}-{run_id[:8]}")
     if "PREFECT__FLOW_RUN_ID" in os.environ:  # Prefect's worker sets it
-        # without its worker, a flow run could not be cancelled
+        # nobody could cancel this flow run after its worker was killed: end it then
         call_at_parent_end(lambda: os.kill(os.getpid(), signal.SIGTERM))
     register_process(run_id, run_count=runtime.flow_run.run_count, project=PROJECT, experiment=experiment)
     for line in fix_leftovers(PROJECT):
@@ -123,7 +123,7 @@ def save(workspace: Workspace) -> str | None:
     if workspace.mlflow_run_id or not model.exists():
         workspace.save(on_line=log)
         return workspace.mlflow_run_id
-    # MLflow's store is global to a process, and the import takes 2 s: a process of its own, while DVC saves
+    # in a separate process, since MLflow's store is global to a process; it imports MLflow (2 s) while DVC saves
     command = [sys.executable, "-m", "flows.model_use", file_md5(model), str(runtime.flow_run.id), workspace.experiment]
     with subprocess.Popen(
         command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

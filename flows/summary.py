@@ -55,7 +55,9 @@ def as_text(summary: Summary, *, recipe: str) -> str:
     """Return the table at the end of `make run`, followed by suggested next commands."""
     rows = [*_results(summary), ("steps", ", ".join(map(str, summary.steps))), ("took", f"{summary.seconds:.1f} s")]
     rows += [("MLflow run", summary.mlflow_run_id + _cached_model_hint(summary.steps))] if summary.mlflow_run_id else []
-    rows += [("experiment", f"{summary.experiment} (your checkout is unchanged; see the first command below)")]
+    rows += [
+        ("experiment", f"{summary.experiment} (your checkout is unchanged; `dvc exp apply` copies the results into it)")
+    ]
     commands = [
         (f".venv/bin/dvc exp apply {summary.experiment}", "copy model and metrics into artifacts/ of your checkout"),
         ("make ui", "open the curves, compare runs"),

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from flows import PROJECT
-from flows.lineage import MODEL, Trace, trace
+from flows.lineage import MODEL, Experiment, Trace, trace
 from pipeline.core.errors import report_errors
 from pipeline.params import PARAMS_FILE
 
@@ -36,17 +36,16 @@ def _rows(found: Trace) -> Iterator[tuple[str, list[str]]]:
     changed = [f"{name} {new} (committed: {old})" for name, (old, new) in found.changed.items()]
     yield "parameters", changed or ["as committed"]
     yield "MLflow run", list(_run_lines(found))
-    yield (
-        "experiment",
-        [
-            f"{one.name}  ({f'dvc exp apply {one.name}' if one.commit else 'no longer in this repository'})"
-            for one in found.experiments
-        ],
-    )
+    yield "experiment", [f"{one.name}  ({_experiment_hint(one)})" for one in found.experiments]
     parts = [(run.run_id, run.name, run.state or "state not known", run.link) for run in found.flow_runs]
     yield "flow run", ["  ".join(filter(None, one)) for one in parts]
     yield "model", [f"MD5 {found.model_md5}"] if found.model_md5 else []
     yield "files", [f"{file.path} {file.md5}  {file.cached or 'not in the DVC cache'}" for file in found.files]
+
+
+def _experiment_hint(experiment: Experiment) -> str:
+    """Return the command that applies the experiment, or the reason why none can."""
+    return f"dvc exp apply {experiment.name}" if experiment.commit else "no longer in this repository"
 
 
 def _code_lines(found: Trace) -> Iterator[str]:

@@ -88,9 +88,8 @@ def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
         print(line, flush=True)
     packages = Path(sysconfig.get_path("purelib"))
     with without_percent(packages) as plain:
-        variables = (
-            {} if plain == packages else {"PYTHONPATH": str(plain)}
-        )  # a path from which MLflow can load its migrations
+        # a path without `%`, from which MLflow can load its migrations
+        variables = {} if plain == packages else {"PYTHONPATH": str(plain)}
         start = partial(_start_mlflow, project, uri, variables)
         process, port = ports.start_on_port(
             start, named=port or _named_port(), default=MLFLOW_PORT, variable="MLFLOW_PORT"
