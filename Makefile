@@ -46,7 +46,7 @@ export IMAGES_FOLDER := $(value IMAGES)
 
 run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epochs=3"; make run IMAGES="/my photos"
 	@if [ -n "$(MISPLACED)" ]; then \
-	    echo 'error: found $(MISPLACED) as a variable of make; allowed: in SET; run make run SET="train.epochs=3"' >&2; exit 2; fi
+	    echo 'error: found $(MISPLACED) as a variable of make; allowed: in SET; run `make run SET="train.epochs=3"`' >&2; exit 2; fi
 	@$(BIN)/python -m flows.train_classifier $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER") \
 	    $(foreach value,$(SET),--set "$(value)")
 

@@ -38,14 +38,14 @@ class Row:
 
     def cells(self) -> list[str]:
         """Return the text of each column."""
-        values = [_number(self.metrics[name]) if name in self.metrics else "" for name in METRICS]
+        values = [_format_metric(self.metrics[name]) if name in self.metrics else "" for name in METRICS]
         if not self.metrics:
             values[0] = self.state
         changes = ", ".join(f"{name}={'null' if new is None else new}" for name, (_, new) in self.changed.items())
         return [self.name, self.created, *values, changes]
 
 
-def _number(value: float | None) -> str:
+def _format_metric(value: float | None) -> str:
     return "null" if value is None else f"{value:.4f}"
 
 
@@ -86,6 +86,7 @@ def _row(name: str, data: Mapping[str, Any], *, baseline: Mapping[str, Any], sta
 
 
 def _params(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parameters by section that DVC lists for a commit or an experiment."""
     return (data.get("params") or {}).get("params.yaml", {}).get("data") or {}
 
 

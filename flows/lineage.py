@@ -238,13 +238,13 @@ def _complete(sources: Sources, wanted: str) -> str:
 
 
 def _not_found(sources: Sources, name: str, *, warnings: Sequence[str]) -> str:
-    """Return the error message for an id that was found nowhere."""
+    """Return the error message for an id to which no training belongs."""
     places = ["commits of this repository", f"{len(sources.experiments)} DVC experiments"]
     if sources.has_mlflow:
         places.append(f"runs, tags and model hashes in MLflow ({redact_url(tracking_uri(sources.project))})")
     places += ["Prefect's flow runs"] if sources.prefect_url else []
     remedy = "`make experiments` and `git log` list ids"
-    return "; ".join([f"{name}: not found; searched: {', '.join(places)}", *warnings, remedy])
+    return "; ".join([f"{name}: no training belongs to it; searched: {', '.join(places)}", *warnings, remedy])
 
 
 def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], list[FlowRun]]:

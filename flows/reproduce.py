@@ -273,7 +273,7 @@ def _reasons(run: Run, again: Run) -> Iterator[str]:
         names = ", ".join(sorted(kernels))
         yield f"reason      another CPU or instruction set, and the kernels were not portable in both runs ({names})"
     if "threads" in differing:
-        yield "reason      another number of threads adds in another order"
+        yield "reason      another number of threads sums in another order"
     if "gpu" in differing:
         yield "reason      another GPU, or a CPU in place of one, computes other bits"
 

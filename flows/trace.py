@@ -19,6 +19,9 @@ from flows.lineage import MODEL, Experiment, Trace, trace
 from pipeline.core.errors import report_errors
 from pipeline.params import PARAMS_FILE
 
+# in its clone, a flow run writes its parameters, and DVC the hashes of the stages that ran before the training
+WRITTEN_BY_A_FLOW_RUN = ({PARAMS_FILE.name}, {PARAMS_FILE.name, "dvc.lock"})
+
 
 def as_text(found: Trace) -> str:
     """Return a trace as a table: one topic a row, of one line or more."""
@@ -51,7 +54,7 @@ def _experiment_hint(experiment: Experiment) -> str:
 def _code_lines(found: Trace) -> Iterator[str]:
     """Yield the commit and what differed from it."""
     commit = f"commit {found.commit or 'not known'}"
-    if found.changed and [Path(name).name for name in found.uncommitted] == [PARAMS_FILE.name]:
+    if found.changed and {Path(name).name for name in found.uncommitted} in WRITTEN_BY_A_FLOW_RUN:
         yield f"{commit}, parameters overridden (below), no other uncommitted changes"
         return
     changes = {None: "uncommitted changes not known", True: "with uncommitted changes", False: "no uncommitted changes"}

@@ -77,7 +77,7 @@ def prefect_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Enter:
     for name in [name for name in os.environ if name.upper().startswith("PREFECT_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(settings, "_FOLDER", tmp_path)
+    monkeypatch.setattr(settings, "_SETTINGS_FOLDER", tmp_path)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / ".prefect"))
 
     @contextmanager

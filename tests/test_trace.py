@@ -51,7 +51,7 @@ def test_the_first_digits_of_a_commit_or_run_are_enough(project: Path, only: Tra
     for full in (str(only.commit), only.run.run_id):
         for short in (full[:7], full[:12].upper(), full[:31]):
             assert trace(project, short)[0] == [only], short
-    with pytest.raises(UserError, match="not found"):
+    with pytest.raises(UserError, match="no training belongs to it"):
         trace(project, only.run.run_id[:6])
 
 
@@ -69,6 +69,8 @@ def test_a_short_id_of_several_is_refused_with_the_candidates(
 def test_only_overridden_parameters_are_no_uncommitted_changes(only: Trace) -> None:
     code = as_text(only).splitlines()[0]
     assert code == f"code        commit {only.commit}, parameters overridden (below), no other uncommitted changes"
+    locked = replace(only, uncommitted=("dvc.lock", "params.yaml"))
+    assert as_text(locked).splitlines()[0] == code
     text = as_text(replace(only, uncommitted=("params.yaml", "pipeline/train.py")))
     assert "with uncommitted changes\n            not committed: params.yaml, pipeline/train.py" in text
 
@@ -135,7 +137,7 @@ def test_without_mlflow_the_experiment_is_told(project: Path, only: Trace, monke
 
 @pytest.mark.parametrize("wanted", ["nonsense", "it's", "0" * 32, "--", "00000000-0000-4000-8000-000000000000"])
 def test_what_is_unknown_is_told_with_the_places(project: Path, wanted: str) -> None:
-    with pytest.raises(UserError, match=r"not found; searched: commits .* MLflow .* Prefect") as error:
+    with pytest.raises(UserError, match=r"no training belongs to it; searched: commits .* MLflow .* Prefect") as error:
         lineage.trace(project, wanted)
     assert "\n" not in str(error.value)
 
