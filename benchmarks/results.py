@@ -48,7 +48,7 @@ from pipeline.artifacts import (
 )
 from pipeline.core.errors import report_errors
 from pipeline.core.git import git
-from pipeline.params import PARAMS_FILE, check_params, compose, load_params, parse_override
+from pipeline.params import PARAMS_FILE, check_params, compose, load_params, parse_overrides
 
 RECIPES = ("digits", "cifar10_tutorial", "cifar10_lenet")
 SEEDS = 5
@@ -160,7 +160,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def dataset_of(recipe: str, overrides: Sequence[str]) -> str:
     """Return the data set of a recipe; raises UserError where there is no such recipe or a value is not allowed."""
-    values = compose(recipe, dict(parse_override(text) for text in overrides))
+    values = compose(recipe, parse_overrides(overrides))
     return check_params(values, origin=recipe).download.dataset
 
 

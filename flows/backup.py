@@ -20,7 +20,7 @@ from flows import PROJECT
 from flows.backup_files import Copied, copy_changed, copy_objects
 from flows.dvc_state import cache_folder
 from flows.stores import copy_database, find_databases
-from pipeline.artifacts import CHECKSUMS, expand, naming, read_json, replace_folder, write_json
+from pipeline.artifacts import CHECKSUMS, add_path_to_errors, expand, read_json, replace_folder, write_json
 from pipeline.core.errors import PartialError, TemporaryError, UserError, redact_url, report_errors
 from pipeline.core.git import git
 from pipeline.core.project import artifact_folder
@@ -47,7 +47,7 @@ def back_up(project: Path, folder: Path, *, files_only: bool = False) -> list[st
     databases = {} if files_only else find_databases(project)
     if folder.resolve().is_relative_to(project):
         raise UserError(f"{folder}: is in the project; allowed: a folder elsewhere, best on another disk")
-    with naming(folder), _lock(folder):
+    with add_path_to_errors(folder), _lock(folder):
         for leftover in list(folder.glob("**/.*.tmp")):  # of a backup that was killed
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         lines, damaged = _fill(project, folder, databases=databases)

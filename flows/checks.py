@@ -1,6 +1,6 @@
-"""What a flow run needs, checked before any server is started: the network, the file of weights, the GPU, the images.
+"""Check a flow run's inputs before any server is started: network, file of weights, GPU, images.
 
-Only what costs little is checked: the stages, which check everything, have the same messages.
+Only checks that are quick are made here. The stages check everything, with the same messages.
 """
 
 import os
@@ -15,16 +15,16 @@ from pipeline.artifacts import check_weights, expand
 from pipeline.core.errors import UserError
 from pipeline.models.names import check_network_name
 
+# a folder of images with more files and folders is not checked here, which would take long: `download` checks it
 MAX_ENTRIES = 10_000
-"""A folder of images with more files and folders is not scanned here: the step download scans it anyway."""
+# AMD, Jetson, WSL: PyTorch may use these as `cuda`, though NVIDIA's management library does not list them
 OTHER_GPUS = (Path("/dev/kfd"), Path("/dev/nvhost-gpu"), Path("/dev/dxg"))
-"""Devices that PyTorch may use as `cuda`, though NVIDIA's management library does not list them: AMD, Jetson, WSL."""
 
 
 def check_inputs(params: Mapping[str, Any]) -> None:
     """Raise UserError where the parameters name a network, weights, a GPU or images that do not exist.
 
-    `params` are complete and valid; relative paths in them start at the current folder.
+    `params` are complete and valid; their relative paths are relative to the current folder.
     """
     train, download = params["train"], params["download"]
     check_network_name(train["model"])
@@ -39,16 +39,16 @@ def check_inputs(params: Mapping[str, Any]) -> None:
 
 
 def check_device(device: str, *, field: str) -> None:
-    """Raise UserError where this machine certainly has no such device; to ask PyTorch would take seconds."""
+    """Raise UserError where this machine certainly lacks the device; importing PyTorch to ask it would take seconds."""
     has_none = device == "mps" and sys.platform != "darwin"
     if device == "cuda":
         has_none = not any(path.exists() for path in OTHER_GPUS) and not _may_have_nvidia_gpu()
     if has_none:
-        raise UserError(f"{field} is {device}, but this machine has none; allowed: auto, cpu; correct it")
+        raise UserError(f"{field} is {device}, but this machine has none; allowed: auto, cpu; change the parameter")
 
 
 def _may_have_nvidia_gpu() -> bool:
-    """Whether NVIDIA's driver lists a GPU that CUDA_VISIBLE_DEVICES does not hide, or does not say."""
+    """Return False where NVIDIA's driver lists no GPU or CUDA_VISIBLE_DEVICES hides all; True where that is unknown."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
     if not visible or visible.startswith("-"):
         return False
@@ -65,14 +65,14 @@ def _may_have_nvidia_gpu() -> bool:
 
 
 def _is_small(folder: Path) -> bool:
-    """Whether the folder holds no more than MAX_ENTRIES; looks at no more than that."""
-    number, waiting = 0, [str(folder)]
-    while waiting:
-        with os.scandir(waiting.pop()) as found:
-            for entry in found:
-                number += 1
-                if number > MAX_ENTRIES:
+    """Return whether the folder has at most MAX_ENTRIES files and folders, counting no further than that."""
+    num_entries, pending = 0, [str(folder)]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                num_entries += 1
+                if num_entries > MAX_ENTRIES:
                     return False
                 if entry.is_dir(follow_symlinks=False):
-                    waiting.append(entry.path)
+                    pending.append(entry.path)
     return True

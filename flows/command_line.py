@@ -1,4 +1,4 @@
-"""The command line of the flow: reads it, checks what can be checked before a server starts, runs, reports."""
+"""The command line of the flow: parse and check it before a server starts, then run the flow and print its result."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ from flows.git import check_checkout
 from flows.prefect_server import ensure_server
 from flows.settings import PrefectServer
 from flows.summary import Summary, as_text
-from flows.workspace import KEPT, check_local_files
+from flows.workspace import KEPT_CLONES, check_local_files
 from pipeline.artifacts import expand
 from pipeline.core.errors import (
     EXIT_INTERRUPTED,
@@ -31,7 +31,7 @@ from pipeline.core.errors import (
     redact_url,
     report_errors,
 )
-from pipeline.params import compose, parse_override
+from pipeline.params import compose, parse_overrides
 from pipeline.tracking.store_uri import check_connection, check_recording, tracking_uri
 
 FOLDER_PARAM = "download.folder"
@@ -39,9 +39,9 @@ TrainClassifier = Flow[..., State[Summary]]
 
 
 def main(flow: TrainClassifier) -> None:
-    """Check the parameters, ensure a server, run the flow, print its summary; exits with the status of the outcome."""
+    """Check the parameters, ensure a server, run the flow, print its summary, and exit with the outcome's status."""
     arguments = parse_arguments()
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal is to end a run as tidily as SIGTERM
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # closing the terminal then ends a run as cleanly as SIGTERM
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with report_errors(), chdir(PROJECT):
         overrides = read_overrides(arguments)
@@ -51,9 +51,9 @@ def main(flow: TrainClassifier) -> None:
             values = Overrides.model_validate(overrides)
             state: State[Summary] = flow(arguments.recipe, values, arguments.keep_workspace, return_state=True)
         status = report(state, recipe=arguments.recipe)
-        kept = KEPT / str(state.state_details.flow_run_id)
-        if kept.is_dir():
-            print(f"kept the clone: {kept}", file=sys.stderr)
+        kept_clone = KEPT_CLONES / str(state.state_details.flow_run_id)
+        if kept_clone.is_dir():
+            print(f"kept the clone: {kept_clone}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -76,23 +76,25 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="SECTION.FIELD=VALUE",
         dest="overrides",
-        help="a value over the recipe's, as in --set train.epochs=3; may be given again",
+        help="a value that replaces the recipe's, as in --set train.epochs=3; repeat the option for more",
     )
-    parser.add_argument("--keep-workspace", action="store_true", help=f"keep the clone of a run that fails, in {KEPT}/")
+    parser.add_argument(
+        "--keep-workspace", action="store_true", help=f"keep the clone of a failed run in {KEPT_CLONES}/"
+    )
     values = parser.parse_args(arguments)
     values.recipe = values.recipe or ("my_images" if values.images else "digits")
     return values
 
 
 def read_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the values of `--set` and `--images`; the current folder is the project's.
+    """Return the values of `--set` and `--images`; the current folder must be the project's.
 
-    Raises UserError where they, the recipe or the checkout do not allow a run: before any server is started.
+    Raises UserError where they, the recipe or the checkout do not allow a run.
     """
-    overrides = dict(parse_override(text) for text in arguments.overrides)
+    overrides = parse_overrides(arguments.overrides)
     if arguments.images:
         if FOLDER_PARAM in overrides:
-            raise UserError(f"--set {FOLDER_PARAM} and --images: found both; allowed: one of them")
+            raise UserError(f"--set {FOLDER_PARAM} and --images: found both; allowed: one of them; leave one out")
         overrides[FOLDER_PARAM] = _images_folder(arguments.images)
     params = compose(arguments.recipe, overrides)
     if arguments.images and params["download"]["dataset"] != "imagefolder":
@@ -107,13 +109,13 @@ def read_overrides(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _images_folder(text: str) -> str:
-    """Return the folder relative to the project where it lies in it, so that each clone gets a link; else absolute."""
+    """Return the path of the folder: relative where it is in the project, so that clones link to it; else absolute."""
     path = Path(os.path.normpath(PROJECT / expand(text)))
     return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
 
 
 def _server_settings(server: PrefectServer) -> dict[Any, Any]:
-    """Prefect's settings for the flow run; Prefect logs the page of the run, which must not hold a password."""
+    """Return Prefect's settings for the flow run; the address of its page, which Prefect logs, has no password."""
     settings = {PREFECT_API_URL: server.api_url}
     if server.source is None or redact_url(server.api_url) != server.api_url:
         settings[PREFECT_UI_URL] = server.page
@@ -121,12 +123,16 @@ def _server_settings(server: PrefectServer) -> dict[Any, Any]:
 
 
 def report(state: State[Any], *, recipe: str) -> int:
-    """Print the summary, or the one line that says why there is none; returns the exit status."""
+    """Print the summary, or the reason for the failure in one line, and return the exit status."""
     if state.is_completed():
         print(as_text(state.result(), recipe=recipe))
         return 0
     if state.is_cancelled():
-        print("interrupted; the same command resumes, a training from its last checkpoint", file=sys.stderr)
+        print(
+            "interrupted; run the same command to resume: finished steps are cached, and a training resumes from its "
+            "last checkpoint",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
     error = state.result(raise_on_failure=False)
     print(f"error: {error or state.message}", file=sys.stderr)
@@ -134,6 +140,7 @@ def report(state: State[Any], *, recipe: str) -> int:
 
 
 def _exit_status(error: object) -> int:
+    """Return the exit status for the error of a failed flow run."""
     if isinstance(error, UserError) or (isinstance(error, StepError) and error.status == EXIT_USER):
         return EXIT_USER
     if isinstance(error, TemporaryError) or (isinstance(error, StepError) and error.status == EXIT_TEMPORARY):

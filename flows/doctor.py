@@ -1,6 +1,6 @@
-"""Fix what killed runs left in MLflow, in Prefect and on the disk, and report what is wrong with DVC's files.
+"""Find and fix what killed runs left in MLflow, in Prefect and on the disk, and report damage in DVC's files.
 
-`python -m flows.doctor [--fix]`. Nothing of a living process, or of one on another host, is touched.
+`python -m flows.doctor [--fix]`. What belongs to a living process, or to a process on another host, is never changed.
 Exit status: 0 nothing found or all of it fixed, 1 something is left to do.
 """
 
@@ -30,8 +30,8 @@ from prefect.types._datetime import now
 
 from flows import FLOW_NAME, PROJECT, server
 from flows.dvc_state import DAMAGED, experiment_refs, missing_outputs
-from flows.prefect_server import PAGE_SIZE, prefect_client, server_in_force
-from flows.workspace import EXPERIMENT_LABEL, made_store
+from flows.prefect_server import MAX_RECORDS_PER_REQUEST, current_server, prefect_client
+from flows.workspace import EXPERIMENT_LABEL, existing_store
 from flows.workspace_folders import FOLDER, find_leftovers, is_held, remove_leftovers
 from pipeline.core.errors import TemporaryError, UserError, first_line, report_errors
 from pipeline.core.processes import HOST, PID, process_state, this_process
@@ -41,14 +41,18 @@ PROJECT_LABEL = "process.project"
 RUN_COUNT_LABEL = "process.run_count"
 LIVE = {"state": {"type": {"any_": [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]}}}
 CHECKPOINT_DAYS = 14
-MAX_SILENCE = timedelta(hours=1)
-"""How long a flow run may be live without a record of its process before it is reported."""
+# how long a flow run may be live without a record of its process before it is reported
+MAX_TIME_WITHOUT_PROCESS = timedelta(hours=1)
 RWLOCK, HARDLINK_LOCK = Path(".dvc/tmp/rwlock"), Path(".dvc/tmp/lock")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found. `fix` applies the remedy, or returns False; without `fix`, the remedy, if any, is the user's."""
+    """A problem that a check found, with its remedy.
+
+    `fix` applies the remedy, and returns False where it could not. Without `fix`, the user has to apply the remedy;
+    without a remedy, there is nothing to do.
+    """
 
     what: str
     remedy: str = ""
@@ -58,29 +62,29 @@ class Finding:
 Check = Callable[[Path], Iterator[Finding]]
 
 
-def register(flow_run_id: str, *, run_count: int, project: Path = PROJECT, experiment: str = "") -> None:
-    """Record in Prefect which process makes this flow run; `prefect_runs` reads it."""
+def register_process(flow_run_id: str, *, run_count: int, project: Path = PROJECT, experiment: str = "") -> None:
+    """Record in Prefect that this process executes the flow run; `prefect_runs` reads that."""
     labels: dict[str, Any] = {**this_process(), PROJECT_LABEL: str(project), RUN_COUNT_LABEL: run_count}
     labels |= {EXPERIMENT_LABEL: experiment} if experiment else {}
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(UUID(flow_run_id), labels)
 
 
-def fix_quietly(project: Path = PROJECT) -> list[str]:
-    """Fix what killed flow runs left, at the start of another one; returns a line for each thing fixed.
+def fix_leftovers(project: Path = PROJECT) -> list[str]:
+    """Fix what killed flow runs left, and return a line for each thing fixed; each flow run calls it at its start.
 
     MLflow, which takes 2 s to import, is checked only where another check has found something to fix.
     """
     with chdir(project):
-        found = [finding for check in QUICK_CHECKS for finding in _run(check, project) if finding.fix]
-        found += [finding for finding in _run(mlflow_runs, project) if finding.fix] if found else []
+        found = [finding for check in QUICK_CHECKS for finding in _run_check(check, project) if finding.fix]
+        found += [finding for finding in _run_check(mlflow_runs, project) if finding.fix] if found else []
         results = [_handle(finding, fix=True) for finding in found]
     return [line for line, fixed in results if fixed]
 
 
 def mlflow_runs(project: Path) -> Iterator[Finding]:
-    """Find runs that are RUNNING in MLflow though their process is dead, and results that MLflow did not get yet."""
-    uri = made_store(project)
+    """Find runs that are RUNNING in MLflow though their process is dead, and results still queued for MLflow."""
+    uri = existing_store(project)
     if uri is None:
         return
     # MLflow takes 2 s to import; most flow runs start without it
@@ -101,16 +105,20 @@ def mlflow_runs(project: Path) -> Iterator[Finding]:
 
 
 def prefect_runs(project: Path) -> Iterator[Finding]:
-    """Find flow runs of this flow that are live in Prefect though their process is dead."""
-    found = server_in_force(project)
+    """Find runs of this flow that Prefect has as running, pending or cancelling though their process is dead."""
+    found = current_server(project)
     if found is None:
-        yield Finding("Prefect's flow runs were not looked at: no server of this project is running")
+        yield Finding("Prefect's flow runs were not checked: no server of this project is running")
         return
     flow, live = FlowFilter.model_validate({"name": {"any_": [FLOW_NAME]}}), FlowRunFilter.model_validate(LIVE)
     runs: list[FlowRun] = []
     with prefect_client(found.api_url) as client:
         while page := client.read_flow_runs(
-            flow_filter=flow, flow_run_filter=live, sort=FlowRunSort.ID_DESC, limit=PAGE_SIZE, offset=len(runs)
+            flow_filter=flow,
+            flow_run_filter=live,
+            sort=FlowRunSort.ID_DESC,
+            limit=MAX_RECORDS_PER_REQUEST,
+            offset=len(runs),
         ):
             runs += page
     for run in runs:
@@ -118,38 +126,39 @@ def prefect_runs(project: Path) -> Iterator[Finding]:
 
 
 def _check_flow_run(run: FlowRun, *, url: str) -> Iterator[Finding]:
+    """Find whether the process of a live flow run is dead, on another host or unknown."""
     assert run.state
     name = f"Prefect flow run {run.id} ({run.name}) is {run.state.name}"
     labels = {key: str(value) for key, value in run.labels.items()}
-    # what an earlier attempt has registered says nothing of this one
+    # an earlier attempt of the flow run has registered another process
     registered = run.state.type != StateType.PENDING and labels.get(RUN_COUNT_LABEL) == str(run.run_count)
-    fate = process_state(labels) if registered else "unknown"
-    if fate == "dead" and not is_held(Path(labels[PROJECT_LABEL]), str(run.id)):
+    state_of_process = process_state(labels) if registered else "unknown"
+    if state_of_process == "dead" and not is_held(Path(labels[PROJECT_LABEL]), str(run.id)):
         make_state = Cancelled if run.state.type == StateType.CANCELLING else Crashed
         message = f"its process {labels[PID]} on {labels[HOST]} ended without a final state"
         state: State[Any] = make_state(message=message)
         what = f"{name}, but its process {labels[PID]} is dead"
         yield Finding(what, f"set to {state.name}", partial(_end_flow_run, run.id, state, url=url))
-    elif fate == "elsewhere":
+    elif state_of_process == "elsewhere":
         yield Finding(f"{name} on another host, {labels[HOST]}")
-    elif fate == "unknown" and now("UTC") - run.state.timestamp > MAX_SILENCE:
+    elif state_of_process == "unknown" and now("UTC") - run.state.timestamp > MAX_TIME_WITHOUT_PROCESS:
         remedy = f"if nothing runs it: prefect flow-run delete {run.id}"
         yield Finding(f"{name} since {run.state.timestamp:%Y-%m-%d %H:%M} UTC, by an unknown process", remedy)
 
 
 def _end_flow_run(run_id: UUID, state: State[Any], *, url: str) -> None:
-    """Set the flow run, and those of its task runs that are live, to the state."""
+    """Set the flow run and its live task runs to the state, on the server whose API is at `url`."""
     of_run, live = FlowRunFilter.model_validate({"id": {"any_": [run_id]}}), TaskRunFilter.model_validate(LIVE)
     with prefect_client(url) as client:
         for task in client.read_task_runs(
-            flow_run_filter=of_run, task_run_filter=live, sort=TaskRunSort.ID_DESC, limit=PAGE_SIZE
+            flow_run_filter=of_run, task_run_filter=live, sort=TaskRunSort.ID_DESC, limit=MAX_RECORDS_PER_REQUEST
         ):
             client.set_task_run_state(task.id, state, force=True)
         client.set_flow_run_state(run_id, state, force=True)
 
 
 def prefect_server(project: Path) -> Iterator[Finding]:
-    """Report the record of a dead Prefect server of the project; the next server replaces it."""
+    """Report the record of a dead Prefect server of the project; the next server overwrites the record."""
     if server.has_dead_record(project):
         yield Finding("the Prefect server on record in .prefect/server.json is dead")
 
@@ -157,12 +166,12 @@ def prefect_server(project: Path) -> Iterator[Finding]:
 def workspaces(project: Path) -> Iterator[Finding]:
     """Find clones of killed flow runs."""
     if names := find_leftovers(project):
-        what = f"no living flow run has the workspaces in {FOLDER}: {', '.join(names)}"
+        what = f"{FOLDER} has workspaces of dead flow runs: {', '.join(names)}"
         yield Finding(what, "removed", lambda: bool(remove_leftovers(project)) and not find_leftovers(project))
 
 
 def checkpoints(project: Path) -> Iterator[Finding]:
-    """Find checkpoints that no training has resumed for long: code, data or parameters have changed since."""
+    """Find checkpoints that no training has used for CHECKPOINT_DAYS; code, data or parameters have changed since."""
     for lock in sorted((pipeline_cache_folder(project) / "checkpoints").glob("*.lock")):
         folder = lock.with_suffix("")
         newest = max(path.stat().st_mtime for path in [lock, *folder.glob("*")])
@@ -180,7 +189,7 @@ def _remove_checkpoints(lock: Path) -> bool:
         except BlockingIOError:
             return False
         if not (lock.exists() and os.path.samestat(lock.stat(), os.fstat(file.fileno()))):
-            return False  # another training has begun since
+            return False  # a training that has started meanwhile made a new lock
         for suffix in ("", ".gone"):
             shutil.rmtree(lock.with_suffix(suffix), ignore_errors=True)
         lock.unlink(missing_ok=True)
@@ -200,7 +209,7 @@ def temporary_files(project: Path) -> Iterator[Finding]:
 
 
 def dvc_locks(project: Path) -> Iterator[Finding]:
-    """Report locks that stop all of DVC. Of single files, it drops those of dead processes and names living ones."""
+    """Report locks that stop every DVC command; DVC itself removes the locks of dead processes on single files."""
     try:
         json.loads((project / RWLOCK).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -208,19 +217,20 @@ def dvc_locks(project: Path) -> Iterator[Finding]:
     except ValueError:
         yield Finding(f"{RWLOCK} is damaged", f"if no dvc command runs here: rm {RWLOCK}")
     lock = project / HARDLINK_LOCK
-    if lock.exists() and lock.stat().st_nlink > 1:  # by `core.hardlink_lock`; nothing says who made the link
+    if lock.exists() and lock.stat().st_nlink > 1:  # as with `core.hardlink_lock`; its owner is unknown
         yield Finding(f"{HARDLINK_LOCK} is taken", f"if no dvc command runs here: rm {HARDLINK_LOCK}")
 
 
 def missing_objects(project: Path) -> Iterator[Finding]:
-    """Report outputs that `dvc checkout` or `dvc exp apply` could not bring."""
+    """Report outputs of the checkout and of experiments that are missing in DVC's cache, or whose record is damaged."""
     for ref in [None, *experiment_refs(project)]:
         name = ref.rpartition("/")[2] if ref else ""
         owner = f"experiment {name}" if name else "this checkout"
         try:
             if missing := missing_outputs(project, ref):
-                fetch = f"`dvc exp apply {name} && dvc repro` makes them, `dvc exp remove {name}` forgets it"
-                remedy = fetch if name else "`dvc pull` fetches them, `dvc commit` or `dvc repro` makes them"
+                remedy = "`dvc pull` fetches them; `dvc commit` adds those in artifacts/, `dvc repro` makes them again"
+                if name:
+                    remedy = f"`dvc exp apply {name} && dvc repro` makes them again, `dvc exp remove {name}` removes it"
                 yield Finding(f"{owner}: files are missing in DVC's cache: {', '.join(missing)}", remedy)
         except DAMAGED as error:
             remedy = f"`dvc exp remove {name}`" if name else "`git checkout dvc.lock`"
@@ -233,31 +243,31 @@ CHECKS: tuple[Check, ...] = (mlflow_runs, *QUICK_CHECKS, checkpoints, missing_ob
 
 def find_all(project: Path, *, checks: Sequence[Check] = CHECKS) -> list[Finding]:
     """Return what the checks find in the project, which must be the current folder; nothing is fixed."""
-    return [finding for check in checks for finding in _run(check, project)]
+    return [finding for check in checks for finding in _run_check(check, project)]
 
 
-def _run(check: Check, project: Path) -> list[Finding]:
-    """Return what a check finds; an error that ends the check is a finding too."""
+def _run_check(check: Check, project: Path) -> list[Finding]:
+    """Return the findings of a check; an error that ends the check is a finding too."""
     found: list[Finding] = []
     try:
-        found.extend(check(project))  # keeps what came before an error
+        found.extend(check(project))  # adds the findings before an error too
     except (UserError, TemporaryError, OSError) as error:
-        found.append(Finding(f"{check.__name__.replace('_', ' ')} were not looked at: {error}"))
+        found.append(Finding(f"{check.__name__.replace('_', ' ')} were not checked: {error}"))
     return found
 
 
 def _handle(finding: Finding, *, fix: bool) -> tuple[str, bool]:
-    """Apply a remedy of ours if `fix`; returns the line to print, and whether nothing is left to do."""
+    """Apply the finding's `fix` if asked to; return the line to print, and whether nothing is left to do."""
     reason = finding.remedy
     if finding.fix:
         reason = "`--fix` fixes it"
         try:
             if fix and finding.fix() is not False:
                 return f"fixed    {finding.what}: {finding.remedy}", True
-            reason = "it is in use; try again" if fix else reason
+            reason = "it is in use; try again later" if fix else reason
         except (UserError, TemporaryError, OSError) as error:
             reason = first_line(error)
-    return (f"found    {finding.what}; {reason}", False) if reason else (f"note     {finding.what}", True)
+    return (f"found    {finding.what}; {reason}", False) if reason else (f"info     {finding.what}", True)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The flow run's end of the protocol with its DVC process: starts it, sends requests, stops it with its stages."""
+"""The flow run's side of `dvc_protocol`: start the DVC process, send it requests, stop it and its stages."""
 
 import contextlib
 import os
@@ -13,12 +13,11 @@ from typing import IO
 
 from flows.dvc_protocol import GRACE_SECONDS, Action, Answer, Request
 
-OnLine = Callable[[str], None]
-"""Receives each line that a stage or DVC prints, as it comes."""
+OnLine = Callable[[str], None]  # called with each line that a stage or DVC prints, at once
 
 
 class StepError(RuntimeError):
-    """A failed stage, reported in one line; `status` is its exit status."""
+    """The failure of a stage, as one line; `status` is the stage's exit status."""
 
     def __init__(self, message: str, *, status: int) -> None:
         super().__init__(message)
@@ -26,13 +25,13 @@ class StepError(RuntimeError):
 
 
 class DvcClient:
-    """A running DVC process."""
+    """A client of a running DVC process."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
 
     def ask(self, action: Action, argument: str, *, on_line: OnLine = lambda _line: None) -> Answer:
-        """Send a request and wait for its answer; where the process ends instead, the answer says how."""
+        """Send a request and return its answer; if the process ends instead, return an answer with the reason."""
         assert self._process.stdin
         assert self._process.stdout
         with contextlib.suppress(BrokenPipeError):
@@ -47,7 +46,7 @@ class DvcClient:
 
 
 def describe_exit(status: int) -> str:
-    """How a process ended, for an error message; a shell reports a signal as 128 + its number."""
+    """Describe how a process ended, for an error message; a shell reports a signal as 128 + its number."""
     number = -status if status < 0 else status - 128
     if number in {int(member) for member in signal.Signals}:
         hint = " (out of memory?)" if number == signal.SIGKILL else ""
@@ -57,10 +56,10 @@ def describe_exit(status: int) -> str:
 
 @contextmanager
 def start_dvc(clone: Path, *, project: Path, environment: Mapping[str, str], lock: IO[str]) -> Iterator[DvcClient]:
-    """Start the DVC process of a clone; on leaving, stop it and what it runs.
+    """Start the DVC process of a clone, and yield its client; at the end, stop the process and its stages.
 
-    It leads a process group of its own, and inherits the locked file `lock`: the lock is held until both the flow run
-    and the DVC process have ended.
+    The process leads a process group of its own. It inherits the locked file `lock`: the lock is held until both the
+    flow run and the DVC process have ended.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.dvc_worker", str(clone)],
@@ -82,7 +81,7 @@ def start_dvc(clone: Path, *, project: Path, environment: Mapping[str, str], loc
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """End the process group: SIGTERM, GRACE_SECONDS to clean up, SIGKILL."""
+    """End the process group with SIGTERM and, after GRACE_SECONDS in which it can clean up, SIGKILL."""
     try:
         with _ignored_sigterm(), contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGTERM)
@@ -95,7 +94,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 @contextmanager
 def _ignored_sigterm() -> Iterator[None]:
-    """Ignore SIGTERM in the block: a second one must not cut short the cleanup that the first one began."""
+    """Ignore SIGTERM in the block: a second SIGTERM must not interrupt the cleanup after the first."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What DVC has on record: experiments in git's refs, outputs in dvc.lock, and the files in its cache."""
+"""Read DVC's own records: experiments in git's refs, outputs in dvc.lock, and the files in its cache."""
 
 import json
 import re
@@ -10,15 +10,15 @@ from dvc.utils.serialize import parse_yaml
 
 from pipeline.core.git import git, read_committed
 
+# raised where the text of a dvc.lock, or of a folder's listing in DVC's cache, is not what DVC wrote
 DAMAGED = (DvcException, ValueError, TypeError, KeyError, AttributeError)
-"""Raised where the text of a dvc.lock, or of a folder's listing in DVC's cache, is not what DVC wrote."""
 _EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/[^/]+")
 
 
 def experiment_refs(project: Path) -> list[str]:
-    """Return the refs `refs/exps/<2 digits>/<38 digits of the baseline>/<name>`."""
+    """Return the git refs of the experiments: `refs/exps/<2 digits>/<38 digits of the baseline commit>/<name>`."""
     refs = git(project, "for-each-ref", "--format=%(refname)", "refs/exps").split()
-    return [ref for ref in refs if _EXPERIMENT.fullmatch(ref)]  # DVC has others there for its own use
+    return [ref for ref in refs if _EXPERIMENT.fullmatch(ref)]  # others there are for DVC's own use
 
 
 def outputs(lock: str) -> dict[str, str]:
@@ -28,18 +28,18 @@ def outputs(lock: str) -> dict[str, str]:
 
 
 def cache_folder(project: Path) -> Path:
-    """Return the folder in which DVC keeps files by their MD5."""
+    """Return the folder in which DVC stores files by their MD5."""
     settings = Config(dvc_dir=str(project / ".dvc"))
     return Path(settings.get("cache", {}).get("dir") or project / ".dvc" / "cache") / "files" / "md5"
 
 
 def cached_path(cache: Path, md5: str) -> Path:
-    """Return where DVC keeps a file or, for the hash of a folder (`….dir`), its listing."""
+    """Return the path in the cache of a file or, for the hash of a folder (`….dir`), of the folder's listing."""
     return cache / md5[:2] / md5[2:]
 
 
 def listing(cache: Path, md5: str) -> dict[str, str]:
-    """Return path and hash of each file of a folder (none where no listing is cached); raises one of DAMAGED."""
+    """Return path and hash of each file in a folder; empty where its listing is not cached. Raises one of DAMAGED."""
     path = cached_path(cache, md5)
     if not (md5.endswith(".dir") and path.is_file()):
         return {}
@@ -55,10 +55,10 @@ def is_cached(cache: Path, md5: str) -> bool:
 
 
 def missing_outputs(project: Path, commit: str | None = None) -> list[str]:
-    """Return the outputs in the dvc.lock of a commit, or else of the checkout, that DVC's cache does not have whole.
+    """Return the outputs in the dvc.lock of a commit, by default of the checkout, of which files are not cached.
 
-    Those that git tracks are left out. Raises one of DAMAGED. DVC has no command for it: `dvc data status` knows the
-    checkout alone; `Repo.cache_check_missing`, which is not documented, overlooks damaged listings.
+    Outputs that git tracks are left out. Raises one of DAMAGED. DVC has no command for this: `dvc data status` checks
+    only the checkout; `Repo.cache_check_missing`, which is not documented, overlooks damaged listings.
     """
     file, cache = project / "dvc.lock", cache_folder(project)
     lock = read_committed(project, commit, file.name) if commit else file.read_text("utf-8") if file.exists() else None

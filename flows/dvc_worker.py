@@ -1,7 +1,7 @@
-"""The DVC process of a workspace: does with DVC what the flow run asks for (`dvc_protocol`), one request at a time.
+"""The DVC process of a workspace: it executes the requests of the flow run (`dvc_protocol`), one at a time.
 
-`python -m flows.dvc_worker CLONE`, started by `dvc_client`. It leads a process group with the stages in it. On SIGTERM
-it lives on until the stage has ended; if its parent dies, it ends the stage.
+`dvc_client` starts it as `python -m flows.dvc_worker CLONE`. It leads a process group, which its stages belong to. On
+SIGTERM it waits until the stage has ended; if its parent dies, it ends the stage.
 """
 
 import logging
@@ -29,53 +29,55 @@ from flows.workspace_folders import FOLDER, in_use
 from pipeline.core.errors import EXIT_USER
 from pipeline.core.processes import call_at_parent_end
 
+# URL of a DVC remote to pull files from and to push them to: for a project folder that is deleted after the run
 REMOTE_VARIABLE = "PIPELINE_DVC_REMOTE"
-"""URL of a DVC remote to take files from and put them into: for a project that is thrown away after the run."""
-REMOTE = "shared"
-RECEIVED_VARIABLES = frozenset(os.environ)
-"""The names of the variables that this process was started with."""
+REMOTE_NAME = "shared"
+VARIABLES_AT_START = frozenset(os.environ)
 
 
 class CommandError(StageCmdFailedError):  # type: ignore[misc]  # DVC ships no types
-    """DVC's error for a stage's command that failed, with the exit status (else only its message has it)."""
+    """DVC's error for a failed command of a stage, with the exit status as a number; DVC has it in the message only."""
 
     def __init__(self, command: str, status: int | None = None) -> None:
         super().__init__(command, status)
         self.status = 1 if status is None else status
 
 
-class _Lines(logging.Handler):
-    """Prints DVC's warnings and progress, and remembers whether DVC ran a command: only its log says so."""
+class _DvcLog(logging.Handler):
+    """A log handler that prints DVC's warnings and progress, and records whether DVC ran a command.
 
-    ran = False
+    DVC says in its log alone whether it ran a command or restored the outputs from its cache.
+    """
+
+    command_ran = False
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        self.ran = self.ran or message.startswith("Running stage")
+        self.command_ran = self.command_ran or message.startswith("Running stage")
         if message.startswith("Some of the cache files do not exist"):
-            return  # then the stage runs
+            return  # no need to warn: DVC then runs the stage
         if record.levelno >= logging.WARNING or message.startswith(("Stage ", "> ")):
             print(f"dvc: {message.removeprefix('> ')}", flush=True)
 
 
-LINES = _Lines(logging.INFO)
+DVC_LOG = _DvcLog(logging.INFO)
 
 
 def configure(clone: Path, *, project: Path) -> None:
-    """Let the clone use the project's cache and remotes, wherever the project's settings put them."""
+    """Write the clone's DVC configuration, by which it uses the cache and the remotes of the project."""
     settings = Config(dvc_dir=str(project / ".dvc"))
     local = settings.load_one("local")
     local["cache"]["dir"] = settings.get("cache", {}).get("dir") or str(project / ".dvc" / "cache")
     for name, remote in settings["remote"].items():
         local["remote"].setdefault(name, {})["url"] = str(remote["url"])
     if url := os.environ.get(REMOTE_VARIABLE):
-        local["remote"][REMOTE] = {"url": url}
-        local["core"]["remote"] = REMOTE
+        local["remote"][REMOTE_NAME] = {"url": url}
+        local["core"]["remote"] = REMOTE_NAME
     _write_config(local, clone / ".dvc" / Config.CONFIG_LOCAL)
 
 
 def _write_config(config: dict[str, Any], path: Path) -> None:
-    """Write what `Config.load_one` returned; `Config.edit` fails on a path that is not ASCII."""
+    """Write a configuration as `Config.load_one` returns it; DVC's `Config.edit` fails on a path that is not ASCII."""
     named = {
         f'{kind} "{name}"': values for kind in ("remote", "machine", "db") for name, values in config[kind].items()
     }
@@ -85,33 +87,34 @@ def _write_config(config: dict[str, Any], path: Path) -> None:
     file.write()
 
 
-def share_cores(clone: Path, *, project: Path) -> None:
-    """While other flow runs are running here, let a stage's threads sleep where they wait for one another.
+def set_wait_policy(clone: Path, *, project: Path) -> None:
+    """Let a stage's OpenMP threads sleep while they wait for one another, if other flow runs are running here.
 
-    By default they spin, which is twice as fast for a run that is alone, and many times as slow for runs side by side.
+    By default the threads spin, which is twice as fast for a single run, but many times as slow for several at once.
+    A policy that the user has set stays.
     """
-    if "OMP_WAIT_POLICY" not in RECEIVED_VARIABLES:
+    if "OMP_WAIT_POLICY" not in VARIABLES_AT_START:
         os.environ.pop("OMP_WAIT_POLICY", None)
         if set(in_use(project)) - {clone.relative_to((project / FOLDER).resolve()).parts[0]}:
             os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def reproduce(repo: Any, stage: str) -> Answer:
-    """Reproduce one stage."""
-    LINES.ran = False
-    share_cores(Path(repo.root_dir), project=Path(os.environ["PIPELINE_PROJECT"]))
+    """Bring one stage up to date: from the cache where DVC has its outputs, else by its command."""
+    DVC_LOG.command_ran = False
+    set_wait_policy(Path(repo.root_dir), project=Path(os.environ["PIPELINE_PROJECT"]))
     stages = repo.reproduce(targets=[stage], single_item=True, pull=REMOTE_VARIABLE in os.environ)
-    return Answer("ran" if LINES.ran else "restored" if stages else "unchanged")
+    return Answer("ran" if DVC_LOG.command_ran else "restored" if stages else "unchanged")
 
 
-def remake(repo: Any, stage: str) -> Answer:
-    """Run one stage whatever DVC has of it, and keep what it makes out of the cache, whose files are the originals."""
+def rerun(repo: Any, stage: str) -> Answer:
+    """Run the command of one stage even where its outputs are cached; the new outputs are not added to the cache."""
     repo.reproduce(targets=[stage], single_item=True, force=True, no_commit=True)
     return Answer("ran")
 
 
 def restore(repo: Any, recorded: str) -> Answer:
-    """Put the content of this MD5 in an output's place, "PATH MD5": from DVC's cache, else from a remote."""
+    """Restore an output from DVC's cache, else from a remote; `recorded` is its path and MD5, as "PATH MD5"."""
     path, _, md5 = recorded.rpartition(" ")
     [out] = repo.find_outs_by_path(path)
     out.hash_info = HashInfo("md5", md5)
@@ -133,20 +136,20 @@ def save(repo: Any, name: str) -> Answer:
 
 
 def push(repo: Any, name: str) -> Answer:
-    """Bring the experiment `name` into the project."""
+    """Push the experiment `name` from the clone into the project."""
     result = repo.experiments.push("origin", [name], push_cache=False)
     if name not in result.get("success", []) + result.get("up_to_date", []):
-        reason = f"experiment {name}: the project has another one of this name; run again"
+        reason = "the project has another experiment of this name; run the same command again"
         return Answer(status=1, reason=reason)
     if REMOTE_VARIABLE in os.environ:
-        _share(repo, name)
+        _push_to_remotes(repo, name)
     return Answer()
 
 
-def _share(repo: Any, name: str) -> None:
-    """Put files and run cache into the shared remote, and the experiment where the project was cloned from."""
+def _push_to_remotes(repo: Any, name: str) -> None:
+    """Push files and run cache to the shared remote, and the experiment to the git URL of the project's clone."""
     repo.push(run_cache=True)
-    # what git keeps, DVC does not push, but its run cache wants it too
+    # the run cache refers to outputs that git tracks too, which `repo.push` leaves out
     repo.cloud.push([out.hash_info for out in repo.index.outs if not out.use_cache and out.hash_info])
     with Repo(os.environ["PIPELINE_PROJECT"]) as project:
         project.experiments.push("origin", [name], push_cache=False)
@@ -154,15 +157,15 @@ def _share(repo: Any, name: str) -> None:
 
 ACTIONS: dict[Action, Callable[[Any, str], Answer]] = {
     "reproduce": reproduce,
-    "remake": remake,
+    "rerun": rerun,
     "restore": restore,
     "save": save,
     "push": push,
 }
 
 
-def answer(repo: Any, request: Request) -> Answer:
-    """Do what is asked; a failure is an answer too."""
+def handle(repo: Any, request: Request) -> Answer:
+    """Execute a request and return its answer; an error of DVC or git becomes an answer with a reason."""
     try:
         return ACTIONS[request.action](repo, request.argument)
     except (DvcException, SCMError) as error:
@@ -170,38 +173,39 @@ def answer(repo: Any, request: Request) -> Answer:
 
 
 def _failure(error: Exception) -> Answer:
+    """Return the answer for an error; a failed command has printed its own reason."""
     cause = error.__cause__ or error
     if isinstance(cause, CommandError):
         return Answer(status=cause.status)
     return Answer(status=EXIT_USER, reason=" ".join(f"{error} {'' if cause is error else cause}".split()))
 
 
-class _Stop:
-    """SIGTERM: true from then on; where no stage runs, the process ends at once."""
+class _SigtermHandler:
+    """A handler that records SIGTERM in `received`; if no stage is running, it ends the process at once."""
 
     def __init__(self) -> None:
-        self.came = False
+        self.received = False
         signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        self.came = True
+        self.received = True
         if not psutil.Process().children():
             os._exit(128 + signum)
 
 
 def _end_group() -> None:
-    """End this process and its stage, to whose output nobody listens any more."""
+    """End this process and its stage, after the flow run that started them has died."""
     os.killpg(0, signal.SIGTERM)
     time.sleep(GRACE_SECONDS)
     os.killpg(0, signal.SIGKILL)
 
 
-def _private_stdin() -> IO[str]:
-    """Take stdin away from the stages, which would read the requests."""
+def _take_stdin() -> IO[str]:
+    """Return a stream of the requests, and let stdin be empty for the stages, which would read the requests."""
     stream = os.fdopen(os.dup(0), encoding="utf-8")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, 0)
+    os.close(empty)
     return stream
 
 
@@ -210,22 +214,22 @@ def _send(message: Answer) -> None:
 
 
 def main() -> None:
-    """Serve requests until stdin ends or SIGTERM comes."""
+    """Handle requests until stdin ends or SIGTERM comes."""
     clone, project = Path(sys.argv[1]), Path(os.environ["PIPELINE_PROJECT"])
-    stop = _Stop()
+    sigterm = _SigtermHandler()
     call_at_parent_end(_end_group)
-    requests = _private_stdin()
+    requests = _take_stdin()
     dvc.stage.run.StageCmdFailedError = CommandError
     logger = logging.getLogger("dvc")
-    logger.handlers, logger.propagate = [LINES], False
+    logger.handlers, logger.propagate = [DVC_LOG], False
     logger.setLevel(logging.INFO)
-    logging.getLogger("dvc_data").setLevel(logging.ERROR)  # it warns of what DVC warns of too
+    logging.getLogger("dvc_data").setLevel(logging.ERROR)  # DVC repeats its warnings
     configure(clone, project=project)
     os.chdir(clone)
     with Repo(str(clone)) as repo:
         for line in requests:
-            _send(answer(repo, Request.from_line(line)))
-            if stop.came:
+            _send(handle(repo, Request.from_line(line)))
+            if sigterm.received:
                 break
 
 

@@ -1,7 +1,7 @@
-"""The DVC experiments in a table as wide as the terminal: name, time, metrics, and the parameters that differ.
+"""Print the DVC experiments as a table as wide as the terminal: name, time, metrics, and parameters that differ.
 
-`python -m flows.experiments [--all-commits]`, or `make experiments`. `dvc exp show` has a column for each parameter,
-metric and dependency that differs anywhere.
+`python -m flows.experiments [--all-commits]`, or `make experiments`. The table of `dvc exp show` is wider: it has a
+column for each parameter, metric and dependency that differs in any experiment.
 """
 
 import argparse
@@ -22,14 +22,13 @@ from pipeline.core.errors import UserError, report_errors
 
 METRICS = ("accuracy", "macro_f1", "loss")
 HEADER = ("experiment", "created", *METRICS, "parameters that differ from its commit's")
-MIN_WIDTH = 24
-"""Of the last column, in a terminal that is too narrow."""
-GAP = "  "
+MIN_LAST_COLUMN_WIDTH = 24  # in a terminal that is too narrow, lines are longer than it
+COLUMN_GAP = "  "
 
 
 @dataclass(frozen=True)
 class Row:
-    """An experiment, or the commit that it began with; `metrics` is empty where it made none."""
+    """A row of the table: a commit, or an experiment that started from it; `metrics` is empty where it has none."""
 
     name: str
     created: str
@@ -38,29 +37,30 @@ class Row:
     changed: Mapping[str, tuple[Any, Any]]
 
     def cells(self) -> list[str]:
-        """One text a column."""
-        values = [_number(self.metrics[name]) if name in self.metrics else "" for name in METRICS]
+        """Return the text of each column."""
+        values = [_format_metric(self.metrics[name]) if name in self.metrics else "" for name in METRICS]
         if not self.metrics:
             values[0] = self.state
         changes = ", ".join(f"{name}={'null' if new is None else new}" for name, (_, new) in self.changed.items())
         return [self.name, self.created, *values, changes]
 
 
-def _number(value: float | None) -> str:
+def _format_metric(value: float | None) -> str:
     return "null" if value is None else f"{value:.4f}"
 
 
 def read_rows(*options: str) -> list[Row]:
-    """What `dvc exp show` lists in the current folder; raises UserError where DVC fails."""
+    """Return the rows that `dvc exp show` lists in the current folder; raises UserError where DVC fails."""
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[0]
-        raise UserError(f"dvc exp show: {reason.removeprefix('ERROR: ')}")
+        raise UserError(f"dvc exp show: {reason.removeprefix('ERROR: ')}; fix that, and run the same command again")
     return [row for commit in json.loads(done.stdout) if commit["rev"] != "workspace" for row in _rows(commit)]
 
 
 def _rows(commit: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield the row of a commit, then those of its experiments."""
     baseline = commit["data"] or {}
     yield _row(commit["name"] or commit["rev"][:7], baseline, baseline=baseline, state="no metrics")
     for experiment in commit["experiments"] or []:
@@ -72,9 +72,9 @@ def _rows(commit: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _row(name: str, data: Mapping[str, Any], *, baseline: Mapping[str, Any], state: str) -> Row:
-    """Of what failed or has not run, DVC shows the metrics of the commit; they are left out."""
-    made = state in ("success", "no metrics")
-    metrics = [file.get("data") for file in (data.get("metrics") or {}).values()] if made else []
+    """Return a row, without metrics for what failed or has not run: DVC lists the metrics of the commit there."""
+    has_own_metrics = state in ("success", "no metrics")
+    metrics = [file.get("data") for file in (data.get("metrics") or {}).values()] if has_own_metrics else []
     created = data.get("timestamp")
     return Row(
         name=name,
@@ -86,27 +86,31 @@ def _row(name: str, data: Mapping[str, Any], *, baseline: Mapping[str, Any], sta
 
 
 def _params(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parameters by section that DVC lists for a commit or an experiment."""
     return (data.get("params") or {}).get("params.yaml", {}).get("data") or {}
 
 
 def as_table(rows: Sequence[Row], *, width: int) -> str:
-    """Lines of at most `width` characters, unless the first columns alone need more."""
+    """Return a table with lines of at most `width` characters, unless the first columns alone need more."""
     lines = [list(HEADER), *(row.cells() for row in rows)]
     widths = [max(len(cells[column]) for cells in lines) for column in range(len(HEADER) - 1)]
-    rest = max(width - sum(widths) - len(GAP) * len(widths), MIN_WIDTH)
-    return "\n".join(line for cells in lines for line in _wrapped(cells, widths=widths, rest=rest))
+    last_width = max(width - sum(widths) - len(COLUMN_GAP) * len(widths), MIN_LAST_COLUMN_WIDTH)
+    return "\n".join(line for cells in lines for line in _wrap(cells, widths=widths, last_width=last_width))
 
 
-def _wrapped(cells: Sequence[str], *, widths: Sequence[int], rest: int) -> Iterator[str]:
-    for number, text in enumerate(textwrap.wrap(cells[-1], rest, break_on_hyphens=False) or [""]):
+def _wrap(cells: Sequence[str], *, widths: Sequence[int], last_width: int) -> Iterator[str]:
+    """Yield the lines of a row, whose last column is wrapped."""
+    for number, text in enumerate(textwrap.wrap(cells[-1], last_width, break_on_hyphens=False) or [""]):
         first = cells[:-1] if number == 0 else [""] * len(widths)
-        yield GAP.join([*(f"{cell:<{size}}" for cell, size in zip(first, widths, strict=True)), text]).rstrip()
+        yield COLUMN_GAP.join([*(f"{cell:<{size}}" for cell, size in zip(first, widths, strict=True)), text]).rstrip()
 
 
 def main() -> None:
-    """Ask DVC, print the table."""
+    """Print the table of experiments."""
     parser = argparse.ArgumentParser(prog="python -m flows.experiments", description=__doc__)
-    parser.add_argument("-A", "--all-commits", action="store_true", help="those of all commits, not only the last")
+    parser.add_argument(
+        "-A", "--all-commits", action="store_true", help="list the experiments of all commits, not only of the last one"
+    )
     arguments = parser.parse_args()
     with report_errors(), chdir(PROJECT):
         rows = read_rows(*(["--all-commits"] if arguments.all_commits else []))

@@ -1,4 +1,4 @@
-"""What a flow run does around its four tasks: it opens a workspace, lets a task reproduce its stage, and summarizes."""
+"""The parts of a flow run around its four tasks: open a workspace, reproduce a stage, save, summarize."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from prefect.states import Completed
 from prefect.utilities.urls import url_for
 
 from flows import PROJECT
-from flows.doctor import fix_quietly, register
+from flows.doctor import fix_leftovers, register_process
 from flows.dvc_client import StepError
 from flows.git import experiment_name, untracked_files
 from flows.summary import Step, Summary, as_markdown, changed_params, read_summary
@@ -29,13 +29,13 @@ from pipeline.core.processes import call_at_parent_end
 from pipeline.core.yaml import dump_yaml, read_yaml
 from pipeline.params import PARAMS_FILE, compose
 
+# errors that a user can act on: the flow run fails with the error's one line as its message
 EXPECTED_ERRORS = (UserError, TemporaryError, StepError, OSError)
-"""Errors that a user can act on: the flow run fails with the error's one line as its message."""
-_CACHED = {"restored": "its files came from DVC's cache", "unchanged": "nothing to do"}
+_CACHE_HIT_MESSAGES = {"restored": "restored from DVC's cache", "unchanged": "up to date"}
 
 
 class _OneLine(logging.Filter):
-    """Logs an error that is a full message in one line without its traceback."""
+    """A log filter that removes the traceback of an error whose message is a complete line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -49,38 +49,38 @@ for _name in ("prefect.task_runs", "prefect.flow_runs"):
 
 
 def log(line: str) -> None:
-    """Log a line of a stage or of DVC in the flow run or task run."""
+    """Log a line of a stage or of DVC in Prefect's current flow run or task run."""
     get_run_logger().info(line)
 
 
-def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Whether a retry may help: the stage's exit status says so, or it was killed (by a full memory, an admin)."""
+def is_temporary_failure(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Return whether a retry may help: by the stage's exit status, or because it was killed (as out of memory)."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, StepError) and error.status in (EXIT_TEMPORARY, -signal.SIGKILL, 128 + signal.SIGKILL)
 
 
 def reproduce(stage: str, workspace: Workspace) -> State[Step]:
-    """Bring a DVC stage up to date; returns the task's state, which says whether the stage had to run."""
+    """Bring a DVC stage up to date, and return the task's state: Completed, or Cached if its command did not run."""
     start = time.monotonic()
     outcome = workspace.reproduce(stage, on_line=log)
     step = Step(stage, outcome, time.monotonic() - start)
     if outcome == "ran":
         return Completed(data=step)
-    return Completed(name="Cached", message=_CACHED[outcome], data=step)
+    return Completed(name="Cached", message=_CACHE_HIT_MESSAGES[outcome], data=step)
 
 
 @contextmanager
 def open_flow_run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> Iterator[Workspace]:
-    """Compose the parameters, register this process in Prefect, fix what killed runs left, and open the workspace."""
+    """Compose the parameters, register this process in Prefect, fix what killed runs left, and yield the workspace."""
     with chdir(PROJECT):
         params = compose(recipe, overrides)
     run_id, run_name = str(runtime.flow_run.id), str(runtime.flow_run.name)
     experiment = experiment_name(PROJECT, f"{recipe}-{run_name}", f"{recipe}-{run_name}-{run_id[:8]}")
-    if "PREFECT__FLOW_RUN_ID" in os.environ:  # which Prefect's worker sets
-        # a flow run whose worker was killed could be neither cancelled nor seen
+    if "PREFECT__FLOW_RUN_ID" in os.environ:  # Prefect's worker sets it
+        # nobody could cancel this flow run after its worker was killed: end it then
         call_at_parent_end(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    register(run_id, run_count=runtime.flow_run.run_count, project=PROJECT, experiment=experiment)
-    for line in fix_quietly(PROJECT):
+    register_process(run_id, run_count=runtime.flow_run.run_count, project=PROJECT, experiment=experiment)
+    for line in fix_leftovers(PROJECT):
         log(line)
     _warn_of_untracked_files()
     link = redact_url(url_for("flow-run", obj_id=run_id) or "")
@@ -97,21 +97,33 @@ def open_flow_run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> I
 
 
 def _warn_of_untracked_files() -> None:
-    if files := untracked_files(PROJECT):
-        first = ", ".join(files[:3]) + (", …" if len(files) > 3 else "")
-        get_run_logger().warning("git does not track %s: left out of this run; `git add` what it needs", first)
+    """Log a warning that names each untracked file of code, and some of the other untracked files."""
+    code, others = split_untracked(untracked_files(PROJECT))
+    if code:
+        names = ", ".join(code)
+        get_run_logger().warning("git does not track %s: this run is without that code; `git add` it first", names)
+    if others:
+        names = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        get_run_logger().warning("git does not track %s: left out of this run; `git add` what it needs", names)
+
+
+def split_untracked(files: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split untracked files into Python modules of pipeline/ and flows/, and all others."""
+    code = [name for name in files if name.endswith(".py") and name.startswith(("pipeline/", "flows/"))]
+    return code, [name for name in files if name not in code]
 
 
 def save(workspace: Workspace) -> str | None:
-    """Save the files as the experiment; returns the id of the MLflow run that made the model, if there is one.
+    """Save the files as a DVC experiment, and return the id of the MLflow run that made the model, or None.
 
-    It is looked up where the model came from the cache, or the stage's code is too old to hand over its run.
+    The run is looked up in MLflow where the model came from DVC's cache, or where the stage's code is too old to report
+    its run.
     """
     model = workspace.folder / TRAIN / BEST_WEIGHTS
     if workspace.mlflow_run_id or not model.exists():
         workspace.save(on_line=log)
         return workspace.mlflow_run_id
-    # a process of its own keeps the store that MLflow connects to, which is global to a process, out of the flow's
+    # in a separate process, since MLflow's store is global to a process; it imports MLflow (2 s) while DVC saves
     command = [sys.executable, "-m", "flows.model_use", file_md5(model), str(runtime.flow_run.id), workspace.experiment]
     with subprocess.Popen(
         command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -123,13 +135,13 @@ def save(workspace: Workspace) -> str | None:
             lookup.kill()
             raise
     if lookup.returncode or "warning: " in problem:
-        reason = problem.strip() or f"the search ended with status {lookup.returncode}"
+        reason = problem.strip() or f"the look-up ended with exit status {lookup.returncode}"
         get_run_logger().warning("the MLflow run that made the model is unknown or not tagged: %s", reason)
     return run_id.strip() or None
 
 
 def summarize(workspace: Workspace, steps: Sequence[Step], *, mlflow_run_id: str | None, start: float) -> Summary:
-    """Summarize a finished flow run, which began at `start` of the monotonic clock, and publish it in Prefect."""
+    """Return the summary of a finished flow run, and publish it in Prefect; `start` is its `time.monotonic()`."""
     summary = read_summary(
         workspace.folder,
         experiment=workspace.experiment,

@@ -1,7 +1,7 @@
-"""The flow's parameters as types: Prefect makes the form of them, and refuses what they refuse.
+"""The types of the flow's parameters: Prefect builds its form from them, and refuses values that they refuse.
 
-`overrides` is flat, {"train.epochs": 3}: the words of the form are then those of `--set`, of `prefect deployment run
--p overrides=…`, of the errors and of MLflow, and the server, which checks against the form, takes no other shape.
+`overrides` is flat, {"train.epochs": 3}: the form then has the same names as `--set`, `prefect deployment run
+-p overrides=…`, the error messages and MLflow. Prefect's server validates against the form: it accepts only this.
 """
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -16,9 +16,10 @@ _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "ex
 
 
 def _adapt(schema: Any) -> None:
-    """Give the bounds JSON Schema's names, which pydantic does not where a validator stands before them.
+    """Change a JSON schema in place: rename bounds to JSON Schema's names, and make booleans a choice of two values.
 
-    A switch that nobody touched would be sent as false, over the recipe's true; a choice may stay empty.
+    Pydantic leaves its own names of bounds where a validator precedes them. A form would send false for a boolean that
+    the user did not touch, and so override a recipe's true; a choice can stay empty.
     """
     if isinstance(schema, dict) and schema.get("type") == "boolean":
         schema["enum"] = [True, False]
@@ -31,13 +32,13 @@ def _adapt(schema: Any) -> None:
 
 
 class _Overrides(BaseModel):
-    """Values over the recipe's. What is left out stays as it is there."""
+    """Values that replace those of the recipe; a parameter that is left out keeps the recipe's value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=_adapt)
 
     @model_serializer
     def flat(self) -> dict[str, Any]:
-        """`{"train.epochs": 3}`: what was given, and no more; null may be given too."""
+        """Return the values that were set, null included, as `{"train.epochs": 3}`."""
         fields = type(self).model_fields
         return {
             str(field.alias): getattr(self, name) for name, field in fields.items() if name in self.model_fields_set
@@ -45,13 +46,14 @@ class _Overrides(BaseModel):
 
 
 def _optional(field: FieldInfo, *, name: str) -> Any:
-    """Type and field of one parameter; with a factory, for a plain default would fill in the form."""
-    description = (field.description or "").replace("<", "&lt;")  # the page takes it for HTML
+    """Return type and field of one parameter; its default is a factory, since the form would show a plain default."""
+    description = (field.description or "").replace("<", "&lt;")  # Prefect's page renders it as HTML
     annotation: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
     return annotation, Field(default_factory=lambda: None, alias=name, title=name, description=description)
 
 
 def _recipes() -> list[str]:
+    """Return the names of the recipes in alphabetical order."""
     return sorted(path.stem for path in (PROJECT / RECIPES_FOLDER).glob("*.yaml"))
 
 

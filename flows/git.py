@@ -1,4 +1,4 @@
-"""The checkout as git has it: whether it can be cloned, its uncommitted changes, its experiments, who commits."""
+"""Questions to git about the checkout: can it be cloned, what is uncommitted, which experiments exist, who commits."""
 
 import os
 import re
@@ -9,10 +9,10 @@ from pipeline.core.git import check_committed, git, setting
 
 
 def check_checkout(project: Path) -> None:
-    """Raise UserError where no clone can be made: in a read-only folder, without a commit, in a merge."""
+    """Raise UserError where the checkout cannot be cloned: if it is read-only, has no commit, or is in a conflict."""
     find_repository(project)
     if not os.access(project, os.W_OK):
-        raise UserError(f"{project}: this user cannot write there; make the folder writable, or clone the repository")
+        raise UserError(f"{project}: the folder is read-only for this user; make it writable, or clone the repository")
     if not (project / ".dvc" / "config").exists():
         raise UserError(f"{project}: not a DVC repository; run `dvc init` and commit .dvc/config")
     check_committed(project, "dvc.yaml")
@@ -21,12 +21,13 @@ def check_checkout(project: Path) -> None:
     changed = git(project, "status", "--porcelain", "--untracked-files=no")
     if changed and git(project, "rev-parse", "--is-shallow-repository") == "true":
         raise UserError(
-            f"{project}: a shallow clone with uncommitted changes; run `git fetch --unshallow`, or commit them"
+            f"{project}: a shallow clone with uncommitted changes, which cannot be cloned; "
+            "run `git fetch --unshallow`, or commit the changes"
         )
 
 
 def find_repository(project: Path) -> tuple[Path, Path]:
-    """Return the top folder of the git repository, and the project's folder relative to it (mostly `.`).
+    """Return the top folder of the git repository, and the project's folder relative to it (usually `.`).
 
     Raises UserError where there is no repository, or git refuses to use it.
     """
@@ -35,7 +36,7 @@ def find_repository(project: Path) -> tuple[Path, Path]:
 
 
 def take_snapshot(project: Path) -> str:
-    """Make a commit of HEAD with the uncommitted changes to tracked files; neither files nor index are touched.
+    """Return a commit of HEAD plus the uncommitted changes to tracked files; neither files nor index are changed.
 
     Raises UserError as `check_checkout` does.
     """
@@ -45,7 +46,7 @@ def take_snapshot(project: Path) -> str:
 
 
 def apply_difference(difference: bytes, top: Path, *, commit: str) -> None:
-    """Apply a recorded `git diff` to the clone at `top`; raises UserError where it does not apply to its commit."""
+    """Apply a recorded `git diff` to the clone at `top`; raises UserError where it does not fit the clone's commit."""
     patch = top.parent / "uncommitted.diff"
     patch.write_bytes(difference)
     try:
@@ -55,20 +56,20 @@ def apply_difference(difference: bytes, top: Path, *, commit: str) -> None:
 
 
 def untracked_files(project: Path) -> list[str]:
-    """Return the files that are neither tracked nor ignored: a clone does not have them."""
+    """Return the files that are neither tracked nor ignored, relative to `project`; a clone does not have them."""
     return git(project, "ls-files", "--others", "--exclude-standard").splitlines()
 
 
-def experiment_name(project: Path, *wishes: str) -> str:
-    """Return the first of `wishes`, made valid for git refs, that no experiment of the project has."""
+def experiment_name(project: Path, *candidates: str) -> str:
+    """Return the first candidate that is no experiment's name yet, else the last, with characters valid in git refs."""
     refs = git(project, "for-each-ref", "--format=%(refname)", "refs/exps")
     taken = {ref.rpartition("/")[2] for ref in refs.split()}
-    names = [re.sub(r"[^0-9A-Za-z]+", "-", wish).strip("-") for wish in wishes]
+    names = [re.sub(r"[^0-9A-Za-z]+", "-", candidate).strip("-") for candidate in candidates]
     return next((name for name in names if name not in taken), names[-1])
 
 
 def git_identity(project: Path) -> dict[str, str]:
-    """Return environment variables with who commits: the user that git knows, else a stand-in, since DVC needs one."""
+    """Return environment variables with git's user name and email, or placeholders, since DVC needs both to commit."""
     name, email = setting(project, "user.name") or "flow", setting(project, "user.email") or "flow@localhost"
     roles = {"AUTHOR", "COMMITTER"}
     return {f"GIT_{role}_NAME": name for role in roles} | {f"GIT_{role}_EMAIL": email for role in roles}

@@ -29,7 +29,7 @@ from flows import FLOW_NAME, PROJECT, doctor
 from flows.checks import OTHER_GPUS
 from flows.deployments import LOCAL_POOL
 from flows.dvc_state import cache_folder
-from flows.prefect_server import check_answers, prefect_client, server_in_force
+from flows.prefect_server import check_answers, current_server, prefect_client
 from pipeline.core.errors import (
     EXIT_PARTIAL,
     TemporaryError,
@@ -68,7 +68,7 @@ class _WrongError(Exception):
 
 def check_prefect(project: Path) -> str:
     """Return the address of the Prefect server in force, which answers."""
-    found = server_in_force(project)
+    found = current_server(project)
     if found is None:
         raise _WrongError("no server of this project is running; `python -m flows.server start`, or start its service")
     try:
@@ -149,7 +149,7 @@ def _is_silent(worker: Worker) -> bool:
 @contextmanager
 def _connected(project: Path) -> Iterator[SyncPrefectClient]:
     """Yield a client of the Prefect server in force; raises TemporaryError where there is none."""
-    found = server_in_force(project)
+    found = current_server(project)
     if found is None:
         raise TemporaryError("no Prefect server of this project is running")
     with prefect_client(found.api_url) as client:

@@ -1,11 +1,11 @@
 """Find all that belongs to a model from any one id: code, data, parameters, MLflow run, experiments, flow runs, files.
 
-MLflow's tags hold most of it; git's refs hold the experiments, Prefect the states of the flow runs.
+Most of it is in the tags of MLflow runs. Experiments come from git's refs, states of flow runs from Prefect.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,22 +18,22 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.utilities.urls import url_for
 
 from flows.dvc_state import DAMAGED, cache_folder, cached_path, experiment_refs, is_cached, listing, outputs
-from flows.prefect_server import PAGE_SIZE, prefect_client, server_in_force
-from flows.ui import mlflow_page
-from flows.workspace import EXPERIMENT_LABEL, made_store
+from flows.prefect_server import MAX_RECORDS_PER_REQUEST, current_server, prefect_client
+from flows.ui import is_mlflow_served, mlflow_page
+from flows.workspace import EXPERIMENT_LABEL, existing_store
 from pipeline.artifacts import BEST_WEIGHTS, DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.core.errors import TemporaryError, UserError, first_line, redact_url
 from pipeline.core.git import UNKNOWN, find_commit, git, read_committed
 from pipeline.core.sqlite import sqlite_path
 from pipeline.tracking.provenance import COMMIT, FLOW_RUN, REPRODUCES
-from pipeline.tracking.search import Run, find_run, find_runs, find_runs_of_model, read_file
+from pipeline.tracking.search import Run, find_run, find_runs, find_runs_by_prefix, find_runs_of_model, read_file
 from pipeline.tracking.store import connect
 from pipeline.tracking.store_uri import tracking_uri
 
 NAME_TAGS = ("dvc.experiment", "prefect.flow_run_id", "prefect.flow_run_name", COMMIT)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_SAFE = re.compile(r"[\w .:/+%-]{1,250}")
-"""What may stand in a query to MLflow."""
+_SHORT_ID = re.compile(r"[0-9a-f]{7,31}|[0-9a-f]{33,39}")  # 32 digits are an MLflow run or an MD5, 40 are a commit
+_QUERYABLE = re.compile(r"[\w .:/+%-]{1,250}")  # text without characters that end a string in a query to MLflow
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class FlowRun:
-    """A Prefect flow run; without a server only its id, and mostly its name, are known."""
+    """A Prefect flow run; without a Prefect server, only its id and usually its name are known."""
 
     run_id: str
     name: str | None = None
@@ -58,7 +58,7 @@ class FlowRun:
 
 @dataclass(frozen=True)
 class File:
-    """A file or folder that the run made, its MD5, and where DVC's cache has it (None: nowhere)."""
+    """An output of the run with its MD5; `cached` is its path in DVC's cache, None where the cache does not have it."""
 
     path: str
     md5: str
@@ -71,13 +71,14 @@ class Trace:
 
     commit: str | None = None
     dirty: bool | None = None
-    uncommitted: tuple[str, ...] = ()
+    uncommitted: tuple[str, ...] = ()  # files
     data_set: str | None = None
     data_md5: str | None = None
-    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # parameter: (committed value, value here)
     run: Run | None = None
     run_link: str | None = None
-    reproductions: tuple[tuple[str, str], ...] = ()
+    run_link_served: bool = False  # whether a server is running there
+    reproductions: tuple[tuple[str, str], ...] = ()  # MLflow run and result of each
     experiments: tuple[Experiment, ...] = ()
     flow_runs: tuple[FlowRun, ...] = ()
     model_md5: str | None = None
@@ -85,35 +86,36 @@ class Trace:
 
 
 class Sources:
-    """Git, DVC, MLflow and Prefect; `notes` has a line for each thing that could not be read."""
+    """The stores that are searched: git, DVC, MLflow and Prefect; `warnings` has a line for each failed search."""
 
     def __init__(self, project: Path) -> None:
         self.project, self.cache = project, cache_folder(project)
-        self.notes: list[str] = []
-        self.mlflow, self.prefect = False, ""
-        uri = made_store(project)
+        self.warnings: list[str] = []
+        self.has_mlflow, self.prefect_url = False, ""
+        uri = existing_store(project)
         if uri is None:
-            self.notes.append(f"MLflow has no runs yet: {sqlite_path(tracking_uri(project))} does not exist")
+            self.warnings.append(f"MLflow has no runs yet: {sqlite_path(tracking_uri(project))} does not exist")
         else:
-            with self.noting("MLflow was not looked at"):
+            with self.warn_on_error("MLflow was not searched"):
                 connect(uri)
-                self.mlflow = True
-        with self.noting("Prefect was not looked at"):
-            found = server_in_force(project)
+                self.has_mlflow = True
+        with self.warn_on_error("Prefect was not searched"):
+            found = current_server(project)
             if found is None:
-                raise UserError("no server of this project is running: `python -m flows.server start`")
-            self.prefect = found.api_url
+                raise UserError("no server of this project is running; `make ui` starts one")
+            self.prefect_url = found.api_url
 
     @contextmanager
-    def noting(self, what: str) -> Iterator[None]:
-        """Turn a failure in the block into a note."""
+    def warn_on_error(self, what: str) -> Iterator[None]:
+        """Add a warning that begins with `what` where the block fails."""
         try:
             yield
         except (*DAMAGED, TemporaryError) as error:
-            self.notes.append(f"{what} ({first_line(error)})")
+            self.warnings.append(f"{what} ({first_line(error)})")
 
     @cached_property
     def experiments(self) -> list[Experiment]:
+        """Return the DVC experiments of the project."""
         found = []
         for ref in experiment_refs(self.project):
             _, _, first, rest, name = ref.split("/", 4)
@@ -121,26 +123,37 @@ class Sources:
                 if commit := find_commit(self.project, ref):
                     found.append(Experiment(name, commit, first + rest))
                     continue
-            self.notes.append(f"experiment {name} was not looked at: its commit cannot be read (`git fsck` says more)")
+            self.warnings.append(f"experiment {name} was not searched: its commit cannot be read; run `git fsck`")
         return found
 
     def runs(self, tag: str, value: str) -> list[Run]:
-        """Return MLflow's runs with this tag."""
-        return find_runs({tag: value}) if self.mlflow and _SAFE.fullmatch(tag + value) else []
+        """Return the MLflow runs with this tag; `%` in the value stands for any text."""
+        return find_runs({tag: value}) if self.has_mlflow and _QUERYABLE.fullmatch(tag + value) else []
 
-    def makers(self, model: str | None) -> list[Run]:
-        """Return the runs that made the model of this hash, without reproductions."""
-        return find_runs_of_model(model) if self.mlflow and model else []
+    def runs_of_model(self, model_md5: str | None) -> list[Run]:
+        """Return the MLflow runs that made the model of this hash, without reproductions."""
+        return find_runs_of_model(model_md5) if self.has_mlflow and model_md5 else []
+
+    def ids_with_prefix(self, prefix: str) -> dict[str, str]:
+        """Return the full ids that start with `prefix`, of commits and of MLflow runs, each with a description."""
+        objects = git(self.project, "rev-parse", f"--disambiguate={prefix}").split()
+        found = {name: f"commit {name}" for name in objects if find_commit(self.project, name) == name}
+        with self.warn_on_error("MLflow's runs were not searched by short id"):
+            runs = find_runs_by_prefix(prefix) if self.has_mlflow else []
+            found |= {run.run_id: f"MLflow run {run.run_id} ({run.name})" for run in runs}
+        return found
 
     def flow_runs(self, *wanted: str) -> list[FlowRun]:
         """Return Prefect's flow runs of these ids or names."""
         ids = [text for text in wanted if _UUID.fullmatch(text)]
-        which = {"operator": "or_", "id": {"any_": ids}, "name": {"any_": wanted}}
-        if not (self.prefect and wanted):
+        id_or_name = {"operator": "or_", "id": {"any_": ids}, "name": {"any_": wanted}}
+        if not (self.prefect_url and wanted):
             return []
-        with self.noting("Prefect was not looked at"), prefect_client(self.prefect) as client:
+        with self.warn_on_error("Prefect was not searched"), prefect_client(self.prefect_url) as client:
             runs = client.read_flow_runs(
-                flow_run_filter=FlowRunFilter.model_validate(which), sort=FlowRunSort.ID_DESC, limit=PAGE_SIZE
+                flow_run_filter=FlowRunFilter.model_validate(id_or_name),
+                sort=FlowRunSort.ID_DESC,
+                limit=MAX_RECORDS_PER_REQUEST,
             )
             return [
                 FlowRun(
@@ -154,21 +167,21 @@ class Sources:
             ]
         return []
 
-    def file(self, commit: str | None, name: str) -> str:
-        """Return the text of a file in a commit; empty where there is none, or the commit is not in this repository."""
+    def committed_file(self, commit: str | None, name: str) -> str:
+        """Return the text of a file in a commit, or "" where this repository does not have the file or the commit."""
         known = commit and find_commit(self.project, commit)
         return (read_committed(self.project, known, name) if known else None) or ""
 
     def outputs(self, commit: str | None) -> dict[str, str]:
         """Return path and hash of the outputs in a commit's dvc.lock."""
-        with self.noting(f"commit {commit}: dvc.lock cannot be read"):
-            return outputs(self.file(commit, "dvc.lock"))
+        with self.warn_on_error(f"commit {commit}: dvc.lock cannot be read"):
+            return outputs(self.committed_file(commit, "dvc.lock"))
         return {}
 
     def params(self, commit: str | None) -> dict[str, str]:
-        """Return a commit's params.yaml as MLflow has it: `{"train.epochs": "20", …}`."""
-        with self.noting(f"commit {commit}: params.yaml cannot be read"):
-            sections = parse_yaml(self.file(commit, "params.yaml"), "params.yaml") or {}
+        """Return a commit's params.yaml in the form of MLflow's parameters: `{"train.epochs": "20", …}`."""
+        with self.warn_on_error(f"commit {commit}: params.yaml cannot be read"):
+            sections = parse_yaml(self.committed_file(commit, "params.yaml"), "params.yaml") or {}
             return {
                 f"{section}.{name}": ", ".join(map(redact_url, value)) if isinstance(value, list) else str(value)
                 for section, fields in sections.items()
@@ -178,7 +191,7 @@ class Sources:
 
     def listing(self, md5: str) -> dict[str, str]:
         """Return path and hash of the files of a folder in DVC's cache."""
-        with self.noting(f"{cached_path(self.cache, md5)} in DVC's cache cannot be read"):
+        with self.warn_on_error(f"{cached_path(self.cache, md5)} in DVC's cache cannot be read"):
             return listing(self.cache, md5)
         return {}
 
@@ -188,45 +201,64 @@ class Sources:
 
 
 def trace(project: Path, wanted: str, *, file: Path | None = None) -> tuple[list[Trace], list[str]]:
-    """Return all that belongs to `wanted`, newest first, and notes on what could not be looked at.
+    """Return all that belongs to the id `wanted`, newest first, and warnings on failed searches.
 
-    `file`: where `wanted` is the path of a file. Raises UserError where nothing is known of it.
+    With `file`, the MD5 of that file is the id. Raises UserError where nothing is found, or a short id is ambiguous.
     """
     sources = Sources(project)
-    wanted = file_md5(file) if file else wanted
-    if re.fullmatch(r"[0-9A-Fa-f-]{32,40}", wanted):  # hashes and UUIDs are kept in lower case
+    wanted = file_md5(file) if file else _complete(sources, wanted)
+    if re.fullmatch(r"[0-9A-Fa-f-]{32,40}", wanted):  # hashes and UUIDs are stored in lower case
         wanted = wanted.lower()
     runs, experiments, flow_runs = _match(sources, wanted)
-    loose = []
+    without_run = []
     for experiment in experiments:
-        runs += (own := _runs_of(sources, experiment))
-        loose += [] if own else [experiment]
+        runs += (own_runs := _runs_of(sources, experiment))
+        without_run += [] if own_runs else [experiment]
     newest_first = sorted({run.run_id: run for run in runs}.values(), key=lambda run: run.started, reverse=True)
-    traces = [_of_run(sources, run) for run in newest_first] + [_of_experiment(sources, found) for found in loose]
+    traces = [_trace_run(sources, run) for run in newest_first]
+    traces += [_trace_experiment(sources, experiment) for experiment in without_run]
     traces = traces or [Trace(flow_runs=(run,)) for run in flow_runs]
-    notes = list(dict.fromkeys(sources.notes))
+    warnings = list(dict.fromkeys(sources.warnings))
     if traces:
-        return traces, notes
-    name = f"{file} (MD5 {wanted})" if file else wanted
+        return traces, warnings
+    raise UserError(_not_found(sources, f"{file} (MD5 {wanted})" if file else wanted, warnings=warnings))
+
+
+def _complete(sources: Sources, wanted: str) -> str:
+    """Return the full id that `wanted` is short for, or `wanted` itself; raises UserError where there are several."""
+    prefix = wanted.lower()
+    if not _SHORT_ID.fullmatch(prefix) or wanted in {experiment.name for experiment in sources.experiments}:
+        return wanted
+    found = sources.ids_with_prefix(prefix)
+    if len(found) > 1:
+        candidates = ", ".join(found.values())
+        raise UserError(f"{wanted}: short for {candidates}; allowed: the beginning of one id only; add digits")
+    return next(iter(found), wanted)
+
+
+def _not_found(sources: Sources, name: str, *, warnings: Sequence[str]) -> str:
+    """Return the error message for an id to which no training belongs."""
     places = ["commits of this repository", f"{len(sources.experiments)} DVC experiments"]
-    places += [f"runs, tags and model hashes in MLflow ({redact_url(tracking_uri(project))})"] if sources.mlflow else []
-    places += ["Prefect's flow runs"] if sources.prefect else []
-    raise UserError("; ".join([f"{name}: nothing known of it; looked at: {', '.join(places)}", *notes]))
+    if sources.has_mlflow:
+        places.append(f"runs, tags and model hashes in MLflow ({redact_url(tracking_uri(sources.project))})")
+    places += ["Prefect's flow runs"] if sources.prefect_url else []
+    remedy = "`make experiments` and `git log` list ids"
+    return "; ".join([f"{name}: no training belongs to it; searched: {', '.join(places)}", *warnings, remedy])
 
 
 def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], list[FlowRun]]:
-    """Return the MLflow runs, experiments and flow runs that the id names."""
+    """Return the MLflow runs, the experiments and the flow runs that a full id or a name identifies."""
     flow_runs, commit = sources.flow_runs(wanted), find_commit(sources.project, wanted)
     names = {wanted, commit or wanted, *(run.run_id for run in flow_runs)}
     runs = [run for name in sorted(names) for tag in NAME_TAGS for run in sources.runs(tag, name)]
     runs += [run for name in sorted(names) for run in sources.runs(f"{FLOW_RUN}{name}", "%")]
     model = sources.model_of(commit) if commit else None
-    if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", wanted):  # of a folder, a file in it or the model
+    if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", wanted):  # the MD5 of the folder artifacts/train, or of the model
         model = sources.listing(f"{wanted.removesuffix('.dir')}.dir").get(BEST_WEIGHTS, wanted)
     if model:
-        runs += sources.runs("outputs.train", f"%{model}%") or sources.makers(model)
+        runs += sources.runs("outputs.train", f"%{model}%") or sources.runs_of_model(model)
     runs = [run for run in runs if REPRODUCES not in run.tags]
-    if sources.mlflow and _SAFE.fullmatch(wanted) and (run := find_run(wanted)):
+    if sources.has_mlflow and _QUERYABLE.fullmatch(wanted) and (run := find_run(wanted)):
         runs.append(run)
     names |= {run.experiment for run in flow_runs if run.experiment}
     experiments = [
@@ -240,21 +272,21 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
 
 
 def _runs_of(sources: Sources, experiment: Experiment) -> list[Run]:
-    """Return the runs of the experiment's own training, else those that made the model which it took from the cache."""
-    own = sources.runs("dvc.experiment", experiment.name)
-    return own or sources.makers(sources.model_of(experiment.commit))
+    """Return the runs of the experiment's own training, else those that made its model, which came from the cache."""
+    own_runs = sources.runs("dvc.experiment", experiment.name)
+    return own_runs or sources.runs_of_model(sources.model_of(experiment.commit))
 
 
-def _of_run(sources: Sources, run: Run) -> Trace:
+def _trace_run(sources: Sources, run: Run) -> Trace:
     """Return the trace of an MLflow run."""
     tags = run.tags
     commit = _known(tags.get(COMMIT))
-    dirty = _known(tags.get("git.dirty")) if commit else None  # older versions recorded that nothing was changed
+    dirty = _known(tags.get("git.dirty")) if commit else None  # without a commit, older versions recorded "false"
     difference = read_file(run, "uncommitted.diff") or b""
     changed_files = re.findall(rb'^diff --git "?a/(.*?)"? "?b/', difference, re.MULTILINE)
     copies = sources.runs(REPRODUCES, run.run_id)
     experiments = tuple(_experiments_of(sources, run))
-    files = _recorded(sources, run) or sources.outputs(experiments[0].commit if experiments else None)
+    files = _recorded_outputs(sources, run) or sources.outputs(experiments[0].commit if experiments else None)
     return Trace(
         commit=commit,
         dirty=dirty == "true" if dirty else None,
@@ -264,6 +296,7 @@ def _of_run(sources: Sources, run: Run) -> Trace:
         changed=_changed(sources.params(commit), run.params),
         run=run,
         run_link=mlflow_page(run.run_id, project=sources.project),
+        run_link_served=is_mlflow_served(sources.project),
         reproductions=tuple((copy.run_id, copy.tags.get("reproduction.result", copy.status)) for copy in copies),
         experiments=experiments,
         flow_runs=tuple(_flow_runs_of(sources, run)),
@@ -272,9 +305,9 @@ def _of_run(sources: Sources, run: Run) -> Trace:
     )
 
 
-def _of_experiment(sources: Sources, experiment: Experiment) -> Trace:
+def _trace_experiment(sources: Sources, experiment: Experiment) -> Trace:
     """Return the trace of an experiment of which MLflow knows nothing."""
-    baseline, commit, made = experiment.baseline or "", experiment.commit, sources.outputs(experiment.commit)
+    baseline, commit, hashes = experiment.baseline or "", experiment.commit, sources.outputs(experiment.commit)
     params, changed_files = sources.params(commit), None
     if find_commit(sources.project, baseline):
         changed_files = git(sources.project, "diff", "--name-only", baseline, str(commit)).splitlines()
@@ -283,19 +316,20 @@ def _of_experiment(sources: Sources, experiment: Experiment) -> Trace:
         dirty=None if changed_files is None else bool(changed_files),
         uncommitted=tuple(changed_files or ()),
         data_set=params.get("download.dataset"),
-        data_md5=sources.listing(made.get(str(NORMALIZE), "")).get("dataset.json"),
+        data_md5=sources.listing(hashes.get(str(NORMALIZE), "")).get("dataset.json"),
         changed=_changed(sources.params(baseline), params),
         experiments=(experiment,),
         model_md5=sources.model_of(commit),
-        files=tuple(_files(sources, made)),
+        files=tuple(_files(sources, hashes)),
     )
 
 
 def _known(tag: str | None) -> str | None:
+    """Return the value of a tag, or None where it is missing or says that the value is unknown."""
     return None if tag == UNKNOWN else tag
 
 
-def _users(run: Run) -> dict[str, str]:
+def _cache_users(run: Run) -> dict[str, str]:
     """Return id and experiment of the flow runs that took the run's model from the cache."""
     prefix = FLOW_RUN
     return {tag.removeprefix(prefix): name for tag, name in sorted(run.tags.items()) if tag.startswith(prefix)}
@@ -303,46 +337,47 @@ def _users(run: Run) -> dict[str, str]:
 
 def _experiments_of(sources: Sources, run: Run) -> Iterator[Experiment]:
     """Yield the run's own experiment first, then those that took its model from the cache."""
-    model, here = run.tags.get("model.md5"), {found.name: found for found in sources.experiments}
-    same_model = [name for name, found in here.items() if model and sources.model_of(found.commit) == model]
-    users = [name for name in same_model if run in _runs_of(sources, here[name])]
-    names = [run.tags.get("dvc.experiment"), *_users(run).values(), *users]
-    yield from (here.get(name) or Experiment(name, None) for name in dict.fromkeys(names) if name)
+    model, by_name = run.tags.get("model.md5"), {found.name: found for found in sources.experiments}
+    same_model = [name for name, found in by_name.items() if model and sources.model_of(found.commit) == model]
+    users = [name for name in same_model if run in _runs_of(sources, by_name[name])]
+    names = [run.tags.get("dvc.experiment"), *_cache_users(run).values(), *users]
+    yield from (by_name.get(name) or Experiment(name, None) for name in dict.fromkeys(names) if name)
 
 
 def _flow_runs_of(sources: Sources, run: Run) -> Iterator[FlowRun]:
     """Yield the flow run that made the run first, then those that took its model from the cache."""
     own, experiment = run.tags.get("prefect.flow_run_id"), run.tags.get("dvc.experiment")
     recorded = {own: FlowRun(own, run.tags.get("prefect.flow_run_name"), experiment=experiment)} if own else {}
-    recorded = {run_id: FlowRun(run_id, experiment=name) for run_id, name in _users(run).items()} | recorded
+    recorded = {run_id: FlowRun(run_id, experiment=name) for run_id, name in _cache_users(run).items()} | recorded
     known = {found.run_id: found for found in sources.flow_runs(*recorded)}
     yield from (known.get(run_id, recorded[run_id]) for run_id in dict.fromkeys([own, *recorded]) if run_id)
 
 
-def _recorded(sources: Sources, run: Run) -> dict[str, str]:
-    """Return path and hash of what the run made, by its tags; nothing where an older version recorded no files."""
+def _recorded_outputs(sources: Sources, run: Run) -> dict[str, str]:
+    """Return path and hash of the run's outputs by its tags; empty where an older version did not record them."""
     files: dict[str, str] = {}
-    with sources.noting(f"MLflow run {run.run_id}: its tags outputs.… cannot be read"):
+    with sources.warn_on_error(f"MLflow run {run.run_id}: its tags outputs.… cannot be read"):
         for folder in (TRAIN, EVALUATE):
-            made = json.loads(run.tags.get(f"outputs.{folder.name}", "{}"))
-            files |= {f"{folder}/{name}": md5 for name, md5 in made.items()}
+            hashes = json.loads(run.tags.get(f"outputs.{folder.name}", "{}"))
+            files |= {f"{folder}/{name}": md5 for name, md5 in hashes.items()}
     data = {str(folder): run.tags.get(f"dvc.{folder.name}") for folder in (DOWNLOAD, NORMALIZE)}
     return {path: md5 for path, md5 in data.items() if md5} | files if files else {}
 
 
-def _files(sources: Sources, made: Mapping[str, str]) -> Iterator[File]:
-    for path, md5 in made.items():
+def _files(sources: Sources, hashes: Mapping[str, str]) -> Iterator[File]:
+    """Yield each output of `hashes`, path to MD5, with its path in the cache."""
+    for path, md5 in hashes.items():
         yield File(path, md5, str(cached_path(sources.cache, md5)) if is_cached(sources.cache, md5) else None)
 
 
 def _changed(committed: Mapping[str, str], here: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
-    """Return `{"train.epochs": ("20", "1"), …}`: the committed and the present value of what is not the same."""
+    """Return the parameters that differ, with the committed and the other value: `{"train.epochs": ("20", "1")}`."""
     pairs = {name: (committed.get(name), value) for name, value in here.items()}
-    return {name: (old, new) for name, (old, new) in pairs.items() if _number(old) != _number(new)}
+    return {name: (old, new) for name, (old, new) in pairs.items() if _as_number(old) != _as_number(new)}
 
 
-def _number(text: str | None) -> str | float | None:
-    """MLflow has 30.0 where the file has 30."""
+def _as_number(text: str | None) -> str | float | None:
+    """Return the text as a number where it is one: MLflow has 30.0 where the file has 30."""
     try:
         return float(text or "")
     except ValueError:

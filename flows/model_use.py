@@ -1,8 +1,8 @@
 """Find the MLflow run that made a model, and tag it with a flow run that took the model from DVC's cache.
 
-`python -m flows.model_use MODEL_MD5 FLOW_RUN_ID EXPERIMENT` finds the run while the flow run saves its experiment,
-waits for a line on standard input, which means that it is saved, and then tags the run. It prints the run's id, or an
-empty line. It imports neither Prefect nor DVC: the flow run waits for it.
+`python -m flows.model_use MODEL_MD5 FLOW_RUN_ID EXPERIMENT` searches while the flow run saves its experiment, and
+prints the id of the MLflow run, or an empty line. When the experiment is saved, the flow run sends a line to standard
+input, and the MLflow run is tagged. Neither Prefect nor DVC is imported, which would take seconds: the flow run waits.
 """
 
 import sys
@@ -20,12 +20,12 @@ from pipeline.tracking.store_uri import tracking_uri
 def find_maker(model_md5: str) -> str | None:
     """Return the id of the newest run that made the model, or None."""
     connect(tracking_uri(PROJECT))
-    made = find_runs_of_model(model_md5)
-    return made[0].run_id if made else None
+    runs = find_runs_of_model(model_md5)
+    return runs[0].run_id if runs else None
 
 
 def main() -> None:
-    """Look the run up for the flow run that the command line names."""
+    """Print the id of the run that made the model, and tag it with the flow run of the command line."""
     model_md5, flow_run_id, experiment = sys.argv[1:]
     with report_errors(), chdir(PROJECT):
         run_id = find_maker(model_md5)

@@ -1,6 +1,6 @@
-"""The sqlite database behind the project's Prefect server: made and migrated before the server starts.
+"""Create and migrate the sqlite database of the project's Prefect server before the server starts.
 
-The server would do it by itself, in place: killed meanwhile, it could not start again.
+The server itself would migrate the database in place. If it was killed meanwhile, it could never start again.
 """
 
 import re
@@ -15,12 +15,12 @@ from pipeline.core.errors import TemporaryError
 from pipeline.core.sqlite import sqlite_path
 from pipeline.tracking.sqlite_store import PREFECT, ensure_store
 
+# if both are set, Prefect uses the first one
 URL_VARIABLES = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
-"""Of both, the first one counts."""
 
 
 def ensure_database(environment: Mapping[str, str]) -> None:
-    """Make or migrate the database that a server with this environment would use, if that is a sqlite file.
+    """Create or migrate the database that a server with this environment would use, if it is a sqlite file.
 
     Raises what `pipeline.tracking.sqlite_store.ensure_store` raises.
     """
@@ -33,7 +33,7 @@ def ensure_database(environment: Mapping[str, str]) -> None:
 
 def database_path(environment: Mapping[str, str]) -> Path | None:
     """Return the sqlite file that a server with this environment would use, or None where it uses another database."""
-    from prefect.settings import (  # noqa: PLC0415  # takes a second; `make stop` has no need of it
+    from prefect.settings import (  # noqa: PLC0415  # importing it takes a second; `make stop` does not need it
         PREFECT_API_DATABASE_CONNECTION_URL,
         PREFECT_HOME,
         temporary_settings,
@@ -45,13 +45,13 @@ def database_path(environment: Mapping[str, str]) -> Path | None:
 
 
 def _migrate(copy: Path, lock: int, *, environment: Mapping[str, str]) -> None:
-    """Bring a database, or an empty file, to the schema of the installed Prefect.
+    """Migrate a database, or an empty file, to the schema of the installed Prefect.
 
     Raises RuntimeError with the last error that Prefect prints, TemporaryError where a signal ended it.
     """
-    if not copy.stat().st_size:  # by this note, Prefect would take it that the new database has its block types already
+    if not copy.stat().st_size:  # by this file, Prefect would believe that the new database has its block types already
         (Path(environment["PREFECT_HOME"]) / "memo_store.toml").unlink(missing_ok=True)
-    url = f"sqlite+aiosqlite:///{copy.name}"  # relative: a `?` in the project's own path would end the file's name
+    url = f"sqlite+aiosqlite:///{copy.name}"  # a relative path, as a `?` in the project's path would end the name
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"],
         cwd=copy.parent,

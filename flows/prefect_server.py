@@ -15,15 +15,14 @@ from flows.settings import PrefectServer, configured_server, remedy
 from pipeline.core.errors import TemporaryError, UserError, first_line, redact_url
 from pipeline.core.network import has_host, is_server
 
-PAGE_SIZE = 200
-"""How many records the server gives for one request at most, by its default."""
+MAX_RECORDS_PER_REQUEST = 200  # the server's default limit
 
 
-def server_in_force(project: Path = PROJECT) -> PrefectServer | None:
-    """The server that the user configured, or else the project's own if that is running.
+def current_server(project: Path = PROJECT) -> PrefectServer | None:
+    """Return the server that the user configured, else the project's own if it is running, else None.
 
-    Raises UserError where a profile or a proxy is named that cannot be used, TemporaryError where it cannot be proven
-    that the server that answers is the project's own.
+    Raises UserError where the user named a profile or a proxy that cannot be used, TemporaryError where it cannot be
+    proven that the server that answers is the project's own.
     """
     if configured := configured_server():
         return configured
@@ -32,16 +31,16 @@ def server_in_force(project: Path = PROJECT) -> PrefectServer | None:
 
 
 def ensure_server() -> PrefectServer:
-    """The server in force, which answers; the project's own is started if need be.
+    """Return the server that the user configured, else the project's own, which is started if it is not running.
 
-    Raises TemporaryError where the server that the user configured does not answer, UserError where it is no Prefect
-    API, another version, or refuses the login.
+    Raises TemporaryError where the server that the user configured does not answer, UserError where it is not a Prefect
+    API, has another version, or refuses the login.
     """
-    found = server_in_force()
+    found = current_server()
     if found is None:
         print("Starting the project's Prefect server (about 10 s, once) …", flush=True)
         own, _ = server.start()
-        print(f"Prefect server: {own.address}; it stays for later runs, `make stop` ends it", flush=True)
+        print(f"Prefect server: {own.address}; it keeps running for later runs; `make stop` stops it", flush=True)
         return PrefectServer(own.api_url, None)
     if found.source:
         with temporary_settings({PREFECT_API_URL: found.api_url}):
@@ -60,7 +59,7 @@ def prefect_client(url: str) -> Iterator[SyncPrefectClient]:
 
 
 def check_answers(url: str, source: str) -> None:
-    """Raise UserError where the address is no Prefect API that lets us in, TemporaryError where nothing answers."""
+    """Raise UserError where the address is not a Prefect API that accepts us, TemporaryError if nothing answers."""
     allowed = "allowed: the address of Prefect's API, as http://HOST:4200/api"
     if not (is_server(url) and has_host(url)):
         raise UserError(f"{source}: found {redact_url(url)!r}, no address of a server; {allowed}; correct it")

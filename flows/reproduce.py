@@ -1,9 +1,9 @@
 """Run the stages of a recorded run again, and report for each stage whether its outputs are the same.
 
-`python -m flows.reproduce ID [--from-cache] [--keep-workspace]`. The run's commit, its uncommitted changes, its
-parameters and the raw data, from DVC's cache, are put into a fresh clone, and every other stage runs there again. ID is
-an MLflow run's or, where MLflow has no such run (as on another machine), a git commit or a DVC experiment: then its
-dvc.lock has the expected hashes. The new MLflow run is tagged `reproduces`, so that it does not pass for a new result.
+`python -m flows.reproduce ID [--from-cache] [--keep-workspace]`. A fresh clone gets the run's commit, its uncommitted
+changes, its parameters and, from DVC's cache, the raw data; every other stage runs there again. ID is an MLflow run or,
+where MLflow has no such run (as on another machine), a git commit or a DVC experiment: its dvc.lock has the expected
+hashes. The new MLflow run gets the tag `reproduces`, by which it is not counted as a new result.
 Exit status: 0 identical, 1 something differs, 2 a mistake to fix.
 """
 
@@ -21,7 +21,7 @@ from flows import PROJECT
 from flows.dvc_client import StepError
 from flows.dvc_protocol import Outcome
 from flows.dvc_state import cache_folder, cached_path, experiment_refs, listing, outputs
-from flows.workspace import KEPT, Workspace, made_store, open_recorded
+from flows.workspace import KEPT_CLONES, Workspace, existing_store, open_recorded
 from pipeline.artifacts import BEST_WEIGHTS, DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.core.errors import EXIT_TEMPORARY, EXIT_USER, UserError, report_errors
 from pipeline.core.git import UNKNOWN, find_commit, read_committed
@@ -35,13 +35,13 @@ from pipeline.tracking.store import connect, warn_on_failure
 from pipeline.tracking.store_uri import tracking_uri
 
 STAGES = (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE)
-PARTS = ("cpu", "cpu_kernels", "gpu", "threads")
-Hashes = Mapping[str, str]
+HARDWARE_TAGS = ("cpu", "cpu_kernels", "gpu", "threads")
+Hashes = Mapping[str, str]  # MD5 by file name or, of a folder, by its path
 
 
 @dataclass(frozen=True)
 class StageResult:
-    """How one stage compares: `differences` has a line for each file with another hash (None: nothing to compare)."""
+    """The comparison of one stage: `differences` has a line for each file that differs (None: not compared)."""
 
     stage: str
     differences: tuple[str, ...] | None
@@ -57,10 +57,10 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Reproduction:
-    """The comparison of a run with the recorded one.
+    """The comparison of a reproduction with the recorded run.
 
-    `environment` has a line for each package or part of the hardware that differs (None: nothing to compare), `damaged`
-    one for each stored copy of the recorded model that is no longer that.
+    `environment` has a line for each package or part of the hardware that differs (None: not compared). `damaged` has a
+    line for each stored copy of the recorded model whose content has changed.
     """
 
     stages: tuple[StageResult, ...]
@@ -70,27 +70,28 @@ class Reproduction:
 
     @property
     def identical(self) -> bool:
+        """Return whether all outputs are the same and no stored copy is damaged."""
         return all(stage.differences == () for stage in self.stages) and not self.damaged
 
 
 def find(project: Path, wanted: str) -> Run:
-    """Return the MLflow run of this id, else the dvc.lock of the commit or experiment of this name as a run.
+    """Return the MLflow run with this id, else the dvc.lock of the commit or experiment of this name as a run.
 
     Raises UserError where there is none, it made no model, or its code is not known.
     """
     run = None
-    if made_store(project):
+    if existing_store(project):
         _connect(project)
         run = find_run(wanted)
     if run is None:
         return _find_locked(project, wanted)
     if "model.md5" not in run.tags:
-        raise UserError(f"MLflow run {wanted} ({run.status}) made no model; there is nothing to compare with")
+        raise UserError(f"MLflow run {wanted}: status {run.status}, without a model to compare with; name another run")
     commit = run.tags.get(COMMIT, UNKNOWN)
     if commit == UNKNOWN or run.tags.get("git.dirty") == UNKNOWN:
         raise UserError(
-            f"MLflow run {wanted}: git did not know its code, so it cannot be run again; train again in a checkout "
-            "whose code git knows (the run's log has git's reason), and name that run"
+            f"MLflow run {wanted}: its code was not recorded, as git failed then (the run's log has the reason), so it "
+            "cannot be run again; train again in a checkout where git works, and name that run"
         )
     if not find_commit(project, commit):
         raise UserError(
@@ -100,11 +101,12 @@ def find(project: Path, wanted: str) -> Run:
 
 
 def _connect(project: Path) -> None:
+    """Connect MLflow to the project's store."""
     connect(tracking_uri(project))
 
 
 def _find_locked(project: Path, wanted: str) -> Run:
-    """Return the dvc.lock of a commit or an experiment as a run without a status, which MLflow does not have."""
+    """Return the dvc.lock of a commit or an experiment as a run; its status is empty, as it is not a run of MLflow."""
     refs = {ref.rpartition("/")[2]: ref for ref in experiment_refs(project)}
     commit = find_commit(project, refs.get(wanted, wanted))
     if commit is None:
@@ -112,26 +114,30 @@ def _find_locked(project: Path, wanted: str) -> Run:
             f"{wanted}: no MLflow run, commit or experiment of this name here; `git log`, `dvc exp list` and "
             "`python -m flows.trace HEAD` list what there is"
         )
-    made = outputs(read_committed(project, commit, "dvc.lock") or "")
-    missing = [folder for folder in (NORMALIZE, TRAIN) if str(folder) not in made]
+    hashes = outputs(read_committed(project, commit, "dvc.lock") or "")
+    missing = [folder for folder in (NORMALIZE, TRAIN) if str(folder) not in hashes]
     if missing:
         raise UserError(f"commit {commit}: its dvc.lock has no {missing[0]}; name a commit made after `dvc repro`")
-    evaluation = {Path(path).name: md5 for path, md5 in made.items() if Path(path).parent == EVALUATE}
-    tags = {f"dvc.{folder.name}": made[str(folder)] for folder in (DOWNLOAD, NORMALIZE, TRAIN) if str(folder) in made}
+    evaluation = {Path(path).name: md5 for path, md5 in hashes.items() if Path(path).parent == EVALUATE}
+    folders = [folder for folder in (DOWNLOAD, NORMALIZE, TRAIN) if str(folder) in hashes]
+    tags = {f"dvc.{folder.name}": hashes[str(folder)] for folder in folders}
     tags |= {COMMIT: commit, "git.dirty": "false", "outputs.evaluate": json.dumps(evaluation)}
-    if files := listing(cache_folder(project), made[str(TRAIN)]):  # else the folder is compared as a whole
+    if files := listing(cache_folder(project), hashes[str(TRAIN)]):  # else the folder is compared as a whole
         tags |= {"outputs.train": json.dumps(files), "model.md5": files[BEST_WEIGHTS]}
     return Run(commit, wanted, "", 0, tags, {}, {})
 
 
 def reproduce(project: Path, run: Run, *, from_cache: bool, keep: bool) -> Reproduction:
-    """Run the stages again; raises UserError where the clone cannot be made, StepError where a stage fails."""
+    """Run the stages again and compare; raises UserError where the clone cannot be made, StepError if a stage fails."""
     dirty = run.tags.get("git.dirty") == "true"
     difference = (read_file(run, "uncommitted.diff") if dirty else None) or b""
     if dirty and not difference:
-        raise UserError(f"MLflow run {run.run_id}: its uncommitted.diff is gone from MLflow, so its code is not known")
+        raise UserError(
+            f"MLflow run {run.run_id}: its artifact uncommitted.diff is missing in MLflow, so its code is not known; "
+            "restore it, or name another run"
+        )
     _connect(project)
-    damaged = tuple(_damaged_copies(project, run))  # before DVC, which notices too, replaces them
+    damaged = tuple(_damaged_copies(project, run))  # before the stages run: DVC replaces a damaged copy
     name, since = f"reproduce-{uuid4().hex[:8]}", int(time.time() * 1000)
     clone = open_recorded(
         project,
@@ -141,11 +147,13 @@ def reproduce(project: Path, run: Run, *, from_cache: bool, keep: bool) -> Repro
         variables={"PIPELINE_REPRODUCES": run.run_id},
         keep="always" if keep else "never",
     )
-    with _report_kept(project / KEPT / name), clone as workspace:
+    with _report_kept_clone(project / KEPT_CLONES / name), clone as workspace:
         stages = tuple(_run_stages(workspace, run, from_cache=from_cache))
-        has_run = any(stage.outcome == "ran" for stage in stages if stage.stage in (TRAIN.name, EVALUATE.name))
+        recorded_new_run = any(stage.outcome == "ran" for stage in stages if stage.stage in (TRAIN.name, EVALUATE.name))
         model = workspace.folder / TRAIN / BEST_WEIGHTS
-        again = _find_new_run(run, handed_over=workspace.mlflow_run_id, model=model, since=since) if has_run else None
+        again = None
+        if recorded_new_run:
+            again = _find_new_run(run, reported_id=workspace.mlflow_run_id, model=model, since=since)
     differs = any(stage.differences for stage in stages)
     result = Reproduction(
         stages,
@@ -155,31 +163,31 @@ def reproduce(project: Path, run: Run, *, from_cache: bool, keep: bool) -> Repro
     )
     if again:
         outcome = "identical" if result.identical else "differs"
-        with warn_on_failure("the outcome is not in MLflow"):
+        with warn_on_failure("the outcome is not recorded in MLflow"):
             RunLogger(again.run_id).set_tags({REPRODUCES: run.run_id, "reproduction.result": outcome})
-    elif has_run:
-        print("warning: the new MLflow run is unknown: it is not tagged as a reproduction", file=sys.stderr)
+    elif recorded_new_run:
+        print("warning: the new MLflow run was not found, so it is not tagged as a reproduction", file=sys.stderr)
     return result
 
 
 def _run_stages(workspace: Workspace, run: Run, *, from_cache: bool) -> Iterator[StageResult]:
-    """Run all stages but a download of which DVC has the data; yield how each compares."""
+    """Run the stages, except `download` if DVC has its data, and yield the comparison of each."""
     data = recorded_hashes(run, DOWNLOAD)
     has_data = bool(data) and workspace.restore(DOWNLOAD, data[str(DOWNLOAD)])
     if has_data:
-        yield StageResult(DOWNLOAD.name, (), note=" (DVC has kept the data)")
+        yield StageResult(DOWNLOAD.name, (), note=" (restored from DVC's cache or a remote)")
     else:
         params = read_yaml(workspace.folder / PARAMS_FILE)
         check_is_folder(workspace.folder / params["download"]["folder"])
     for folder in STAGES[has_data:]:
         outcome = workspace.reproduce(folder.name, on_line=_print_line, again=not from_cache)
-        compared = _compare(run, folder, made=_made(workspace.folder, folder))
-        yield replace(compared, outcome=outcome)
+        result = _compare(run, folder, actual=actual_hashes(workspace.folder, folder))
+        yield replace(result, outcome=outcome)
 
 
 @contextmanager
-def _report_kept(clone: Path) -> Iterator[None]:
-    """Print where the clone was kept, whether or not a stage failed."""
+def _report_kept_clone(clone: Path) -> Iterator[None]:
+    """Print the path of the kept clone at the end of the block, whether or not a stage failed."""
     try:
         yield
     finally:
@@ -188,32 +196,33 @@ def _report_kept(clone: Path) -> Iterator[None]:
 
 
 def _print_line(line: str) -> None:
+    """Print a line of a stage's output, indented."""
     print(f"  | {line}", flush=True)
 
 
-def _find_new_run(run: Run, *, handed_over: str | None, model: Path, since: int) -> Run | None:
-    """Find the MLflow run that the stages made after `since` (milliseconds), or None.
+def _find_new_run(run: Run, *, reported_id: str | None, model: Path, since: int) -> Run | None:
+    """Return the MLflow run that the stages made after `since` (milliseconds since the epoch), or None.
 
-    Code too old to hand over the id has tagged the run as a reproduction or, older still, with the model's hash.
+    Code that is too old to report the id has tagged the run as a reproduction; still older code, with the model's hash.
     """
-    if handed_over:
-        return find_run(handed_over)
+    if reported_id:
+        return find_run(reported_id)
     found = find_runs({REPRODUCES: run.run_id}) + find_runs({"model.md5": file_md5(model)})
     return next((one for one in found if one.started >= since and one.run_id != run.run_id), None)
 
 
-def _made(clone: Path, folder: Path) -> Hashes:
-    """Return what a stage made: DVC's hash of the folder and, of train and evaluate, the hash of each file."""
-    made = {}
+def actual_hashes(clone: Path, folder: Path) -> Hashes:
+    """Return the hashes of a stage's outputs: DVC's of the folder and, of train and evaluate, that of each file."""
+    hashes = {}
     if folder in (TRAIN, EVALUATE):
-        made = {path.name: file_md5(path) for path in sorted((clone / folder).iterdir()) if path.is_file()}
+        hashes = {path.name: file_md5(path) for path in sorted((clone / folder).iterdir()) if path.is_file()}
     if folder != EVALUATE:
-        made[str(folder)] = outputs((clone / "dvc.lock").read_text(encoding="utf-8"))[str(folder)]
-    return made
+        hashes[str(folder)] = outputs((clone / "dvc.lock").read_text(encoding="utf-8"))[str(folder)]
+    return hashes
 
 
 def recorded_hashes(run: Run, folder: Path) -> Hashes:
-    """Return what the run recorded of its stage, as `_made` does."""
+    """Return the hashes that the run recorded of a stage's outputs, in the form of `actual_hashes`."""
     if folder in (TRAIN, EVALUATE):
         hashes: dict[str, str] = json.loads(run.tags.get(f"outputs.{folder.name}", "{}"))
         if hashes or folder == EVALUATE:
@@ -224,10 +233,13 @@ def recorded_hashes(run: Run, folder: Path) -> Hashes:
     return {} if md5 == UNKNOWN else {str(folder): md5}
 
 
-def _compare(run: Run, folder: Path, *, made: Hashes) -> StageResult:
+def _compare(run: Run, folder: Path, *, actual: Hashes) -> StageResult:
+    """Return the comparison of the actual hashes of a stage with those that the run recorded."""
     recorded = recorded_hashes(run, folder)
     lines = tuple(
-        f"{name} was {md5}, is {made.get(name, 'missing')}" for name, md5 in recorded.items() if made.get(name) != md5
+        f"{name} was {md5}, is {actual.get(name, 'missing')}"
+        for name, md5 in recorded.items()
+        if actual.get(name) != md5
     )
     return StageResult(folder.name, lines if recorded else None)
 
@@ -235,11 +247,11 @@ def _compare(run: Run, folder: Path, *, made: Hashes) -> StageResult:
 def _environment_differences(run: Run, again: Run) -> Iterator[str]:
     """Yield a line for each package and each part of the hardware that is not the same in the two runs."""
     if not run.status:
-        yield "environment not compared: a commit is compared with its dvc.lock alone; an MLflow run has it too"
+        yield "environment not compared: a dvc.lock does not record it; an MLflow run does"
         return
     then, now = (_packages(read_file(record, "packages.txt")) for record in (run, again))
     if not (then and now):
-        yield f"environment not compared: packages.txt of run {(again if then else run).run_id} is gone"
+        yield f"environment not compared: packages.txt of run {(again if then else run).run_id} is missing in MLflow"
     for name in sorted(then.keys() | now.keys()) if then and now else []:
         if then.get(name) != now.get(name):
             yield f"environment {name}: was {then.get(name, 'not installed')}, is {now.get(name, 'not installed')}"
@@ -250,20 +262,23 @@ def _environment_differences(run: Run, again: Run) -> Iterator[str]:
 
 
 def _reasons(run: Run, again: Run) -> Iterator[str]:
-    """Yield why a model has other bits, as far as the hardware of both runs is recorded."""
-    was, now = ({part: record.tags.get(f"{HARDWARE}{part}", UNKNOWN) for part in PARTS} for record in (run, again))
-    differing = {part for part in PARTS if UNKNOWN not in (was[part], now[part]) and was[part] != now[part]}
+    """Yield possible reasons for other bits in a model, as far as both runs recorded their hardware."""
+    was, now = (
+        {part: record.tags.get(f"{HARDWARE}{part}", UNKNOWN) for part in HARDWARE_TAGS} for record in (run, again)
+    )
+    differing = {part for part in HARDWARE_TAGS if UNKNOWN not in (was[part], now[part]) and was[part] != now[part]}
     kernels = {part["cpu_kernels"].partition(":")[0] for part in (was, now)}
     if "cpu" in differing and kernels != {"portable"}:
         names = ", ".join(sorted(kernels))
         yield f"reason      another CPU or instruction set, and the kernels were not portable in both runs ({names})"
     if "threads" in differing:
-        yield "reason      another number of threads adds in another order"
+        yield "reason      another number of threads sums in another order"
     if "gpu" in differing:
         yield "reason      another GPU, or a CPU in place of one, computes other bits"
 
 
 def _packages(text: bytes | None) -> dict[str, str]:
+    """Return name and version of the packages in a packages.txt; empty where there is none."""
     lines = (text or b"").decode().splitlines()
     return {name: version for name, _, version in (line.partition("==") for line in lines)}
 
@@ -271,12 +286,12 @@ def _packages(text: bytes | None) -> dict[str, str]:
 def _damaged_copies(project: Path, run: Run) -> Iterator[str]:
     """Yield a line for each stored copy of the recorded model that has another hash."""
     md5 = run.tags.get("model.md5")
-    if md5 is None:  # then the expected hash is not known
+    if md5 is None:  # the expected hash is not known
         return
     cached = cached_path(cache_folder(project), md5)
     recorded = recorded_model_md5(run.run_id) if run.status else md5
     if recorded is None:
-        print("warning: MLflow's copy of the model was not compared: it is gone or cannot be read", file=sys.stderr)
+        print("warning: MLflow's copy of the model was not compared: it is missing or cannot be read", file=sys.stderr)
     copies = {
         "MLflow's copy": recorded,
         "DVC's cache": file_md5(cached) if cached.exists() else None,
@@ -287,6 +302,7 @@ def _damaged_copies(project: Path, run: Run) -> Iterator[str]:
 
 
 def _report(result: Reproduction) -> Iterator[str]:
+    """Yield the lines of the report."""
     yield from map(str, result.stages)
     yield from result.environment or ()
     if result.environment == ():
@@ -300,15 +316,15 @@ def _report(result: Reproduction) -> Iterator[str]:
 
 
 def main() -> None:
-    """Find the run, run it again, compare."""
+    """Find the recorded run, run its stages again, and print the comparison."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.reproduce",
-        description="Run a recorded run's stages again in a fresh clone, and compare what each stage makes.",
+        description="Run a recorded run's stages again in a fresh clone, and compare the outputs of each stage.",
         epilog="Exit status: 0 identical, 1 something differs, 2 a mistake to fix, 75 another try may help.",
     )
     parser.add_argument("run", metavar="ID", help="an MLflow run, else a git commit or a DVC experiment")
-    parser.add_argument("--from-cache", action="store_true", help="take from DVC's cache what it has, do not run it")
-    parser.add_argument("--keep-workspace", action="store_true", help=f"keep the clone, in {KEPT}/")
+    parser.add_argument("--from-cache", action="store_true", help="do not run stages whose outputs are in DVC's cache")
+    parser.add_argument("--keep-workspace", action="store_true", help=f"keep the clone in {KEPT_CLONES}/")
     arguments = parser.parse_args()
     with report_errors(), chdir(PROJECT):
         try:

@@ -22,7 +22,7 @@ from pipeline.core.errors import PartialError, TemporaryError, UserError, report
 from pipeline.core.git import git, output
 from pipeline.core.project import artifact_folder
 from pipeline.tracking.relocation import relocate
-from pipeline.tracking.sqlite_store import BESIDE, is_current, processes_using
+from pipeline.tracking.sqlite_store import SUFFIXES_BESIDE, is_current, processes_using
 from pipeline.tracking.store_uri import tracking_uri
 
 
@@ -76,7 +76,7 @@ def _restore_git(project: Path, bundle: Path) -> Iterator[str]:
     if head not in listed.values():  # it was detached
         wanted.append("+HEAD:refs/remotes/backup/HEAD")
     fetch = ("fetch", "--quiet", "--no-tags", str(bundle))
-    output(project, *fetch, *wanted, answers=(0, 1))  # 1: refused to change a ref that exists
+    output(project, *fetch, *wanted, allowed_statuses=(0, 1))  # 1: refused to change a ref that exists
     here = _refs(git(project, "for-each-ref", "--format=%(objectname) %(refname)"))
     added = [ref for ref in listed if ref.startswith(("refs/exps/", "refs/tags/"))]
     yield f"{'git':<14}{len(added)} experiments and tags; branches as backup/<branch>"
@@ -107,7 +107,7 @@ def _restore_database(source: Path, path: Path) -> Iterator[str]:
     """Copy a database to its place; one that is there is renamed, with what sqlite keeps beside it."""
     if path.exists():
         old = path.with_name(f"{path.name}.before-restore-{time.strftime('%Y-%m-%dT%H%M%S')}")
-        for suffix in ("", *BESIDE):
+        for suffix in ("", *SUFFIXES_BESIDE):
             if (file := path.with_name(path.name + suffix)).exists():
                 shutil.move(file, old.with_name(old.name + suffix))
         yield f"{'kept':<14}{old}"

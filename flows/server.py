@@ -1,7 +1,7 @@
-"""The project's own Prefect server: on loopback, started once in the background, used by every later flow run.
+"""The project's own Prefect server: it runs on loopback in the background, and all flow runs use it.
 
-`python -m flows.server start|stop|status`. Prefect takes 17-23 s to start one for
-each flow run; this takes about 10 s once.
+`python -m flows.server start|stop|status`. Its start takes about 10 s once. Without it, Prefect would start a temporary
+server for each flow run, which takes 17 to 23 s.
 """
 
 import argparse
@@ -31,52 +31,54 @@ from pipeline.core.errors import TemporaryError, report_errors
 from pipeline.core.processes import is_alive, start_of
 
 DEFAULT_PORT = 4200
-START_SECONDS = 90
-"""A slow machine's first start, which makes the database, stays below this."""
-ANSWER_SECONDS = 20
-"""A server that has more to do than the machine can bear answers within this."""
-SHOWN_VARIABLE = "PREFECT_DEPLOYMENTS_DEFAULT_DOCKER_BUILD_NAMESPACE"
-"""A setting that a server does not use, and shows as it is."""
-USERS = {"flows.worker": "make worker", "flows.ui": "make ui", "flows.service": "flows.service"}  # ended in this order
-USERS_SECONDS = 50
-"""A worker that ends lets its flow runs end."""
+START_SECONDS = 90  # enough for a slow machine's first start, which creates the database
+ANSWER_SECONDS = 20  # enough for a server on an overloaded machine
+# a setting that the server does not use, but shows in its API: it carries the token by which we recognize our server
+RECOGNITION_VARIABLE = "PREFECT_DEPLOYMENTS_DEFAULT_DOCKER_BUILD_NAMESPACE"
+# ended in this order
+DEPENDENT_PROCESSES = {"flows.worker": "make worker", "flows.ui": "make ui", "flows.service": "flows.service"}
+DEPENDENT_END_SECONDS = 50  # a worker waits until its flow runs have ended
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server process of ours; a later owner of its process id has another `started` (`core.processes.start_of`)."""
+    """The record of a server process that we started.
+
+    `started` is from `core.processes.start_of`: a later process with the same id has another. `folder` is where its
+    database and its record were at its start. Its API shows the random `token` among its settings; MLflow's server has
+    no token.
+    """
 
     pid: int
     started: str
     port: int
     folder: str = ""
-    """The folder of its database and of its record when it was started."""
     token: str = ""
-    """Drawn when it was started; its API shows it among its settings. MLflow's server has none."""
 
-    def is_of(self, record: Path) -> bool:
-        """Whether its record has not been moved or copied since."""
+    def is_at(self, record: Path) -> bool:
+        """Return whether its record is still where the server wrote it: neither moved nor copied."""
         return self.folder in ("", str(record.parent.resolve()))
 
     @property
     def address(self) -> str:
+        """The address of its pages."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def api_url(self) -> str:
+        """The address of Prefect's API."""
         return f"{self.address}/api"
 
 
 def running(project: Path = PROJECT) -> Server | None:
-    """The project's server if its process lives, listens on its port and answers; a busy one is given time for that.
+    """Return the project's server if its process lives, listens on its port and answers within ANSWER_SECONDS.
 
-    Raises TemporaryError where something answers there, and neither the system says that it is that process nor does
-    it know the server's token.
+    Raises TemporaryError where a server answers there that cannot be proven to be ours, by its process or its token.
     """
-    server = _recorded(project)
-    if server and not server.is_of(_record(project)):
-        return None  # it was started before the project was moved, and has lost its database
+    server = _recorded_server(project)
+    if server and not server.is_at(_record_path(project)):
+        return None  # the project was moved since its start: it no longer has its database
     deadline = time.monotonic() + ANSWER_SECONDS
     while server and (ours := ports.listens(server.pid, server.port)) is not False:
         if not answers(f"{server.api_url}/health"):
@@ -92,6 +94,7 @@ def running(project: Path = PROJECT) -> Server | None:
 
 
 def _unproven(name: str, address: str, *, remedy: str) -> TemporaryError:
+    """Return the error for a server that answers but cannot be proven to be ours."""
     return TemporaryError(
         f"{name} answers at {address}, but this system does not say which process listens there, so it may be "
         f"somebody else's; {remedy}"
@@ -99,18 +102,18 @@ def _unproven(name: str, address: str, *, remedy: str) -> TemporaryError:
 
 
 def start(project: Path = PROJECT, *, port: int | None = None) -> tuple[Server, bool]:
-    """The running server, or a new one, and whether it is new.
+    """Return the project's server, started if it is not running, and whether it was started.
 
-    A new one takes `port` and no other; by default PREFECT_PORT, else 4200 or the next that it gets.
-    Raises UserError where the port is in use, TemporaryError where the server does not come up.
+    It is started on `port`, by default on PREFECT_PORT, else on 4200 or the next free port. Raises UserError where the
+    port is in use, TemporaryError where the server does not start.
     """
     folder = project / ".prefect"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "server.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two flow runs started together, one starts the server
+        fcntl.flock(lock, fcntl.LOCK_EX)  # if two flow runs start at once, only one starts the server
         if server := running(project):
             return server, False
-        # to import Prefect takes a second, which `stop` and a server that runs already need not spend
+        # importing Prefect takes a second, which neither `stop` nor the look at a running server needs
         from flows import settings  # noqa: PLC0415  # see above
 
         settings.check_own_server()
@@ -121,62 +124,70 @@ def start(project: Path = PROJECT, *, port: int | None = None) -> tuple[Server, 
 
 
 def stop(project: Path = PROJECT) -> Server | None:
-    """End the project's server; returns it where there was one."""
-    server = _recorded(project)
+    """Stop the project's server, and return it, or None where none was running."""
+    server = _recorded_server(project)
     if server:
         end_group(server.pid)
-    _record(project).unlink(missing_ok=True)
+    _record_path(project).unlink(missing_ok=True)
     return server
 
 
 def has_dead_record(project: Path = PROJECT) -> bool:
-    """Return whether the server on record is dead; `start` and `stop` replace or remove such a record."""
+    """Return whether there is a record of a server that is dead; `start` replaces and `stop` removes such a record."""
     folder = project / ".prefect"
     if not (folder / "server.json").exists():
         return False
     with (folder / "server.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # while one is being started, its record is not whole
-        return _record(project).exists() and _recorded(project) is None
+        fcntl.flock(lock, fcntl.LOCK_EX)  # while a server is being started, its record may be incomplete
+        return _record_path(project).exists() and _recorded_server(project) is None
 
 
-def _record(project: Path) -> Path:
+def _record_path(project: Path) -> Path:
+    """Return the path of the Prefect server's record."""
     return project / ".prefect" / "server.json"
 
 
-def _recorded(project: Path) -> Server | None:
-    """The Prefect server on record if that very process lives."""
-    return read_record(_record(project))
+def _recorded_server(project: Path) -> Server | None:
+    """Return the Prefect server in the project's record if its process lives."""
+    return read_record(_record_path(project))
 
 
 def read_record(path: Path) -> Server | None:
-    """The server that the file names, if that very process lives and is not the one of a project that was copied."""
+    """Return the server in the record at `path` if its process lives, else None.
+
+    Returns None too if the record is a copy, made with a copy of the project whose server it is.
+    """
     try:
         server = Server(**json.loads(path.read_text(encoding="utf-8")))
-        if not server.is_of(path) and Path(server.folder, path.name).exists():
+        if not server.is_at(path) and Path(server.folder, path.name).exists():
             return None
-        return server if is_alive(server.pid, started=str(server.started)) else None  # once it was a number
+        # older versions wrote a number
+        return server if is_alive(server.pid, started=str(server.started)) else None
     except (OSError, ValueError, TypeError):
         return None
 
 
 def _launch(project: Path, port: int, *, variable: str) -> Server:
+    """Start the Prefect server on the port, write its record, and return it once it answers."""
     from flows.settings import own_server_environment  # noqa: PLC0415  # see start
 
     log = project / ".prefect" / "server.log"
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_KEY"}
     token = secrets.token_hex()
-    environment |= {**own_server_environment(port, home=project / ".prefect"), SHOWN_VARIABLE: token}
+    environment |= {**own_server_environment(port, home=project / ".prefect"), RECOGNITION_VARIABLE: token}
     ensure_database(environment)
     process = launch(["prefect", "server", "start", "--host", "127.0.0.1"], log=log, environment=environment)
     server = Server(process.pid, start_of(process.pid), port, str((project / ".prefect").resolve()), token)
-    write_json(_record(project), asdict(server))
-    knows = partial(_shows_token, server.api_url, token)
-    wait_for(f"{server.api_url}/health", process, name="the Prefect server", log=log, variable=variable, proof=knows)
+    write_json(_record_path(project), asdict(server))
+    shows_token = partial(_shows_token, server.api_url, token)
+    wait_for(
+        f"{server.api_url}/health", process, name="the Prefect server", log=log, variable=variable, proof=shows_token
+    )
     return server
 
 
 def launch(module: list[str], *, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start `python -m module` in a session of its own: closing the terminal does not end it."""
+    """Start `python -m <module>` in a session of its own, so that closing the terminal does not end it."""
     with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", *module],
@@ -197,11 +208,11 @@ def wait_for(
     variable: str = "PREFECT_PORT",
     proof: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Return once `process` answers at `url`; on any exception it is ended.
+    """Wait until `process` answers at `url`; any exception ends the process.
 
-    Raises PortTakenError where another process got the port, TemporaryError where the server does not come up or it
-    cannot be proven that the answer is its own: `proof` is asked where the system does not say who listens. `variable`
-    chooses the port.
+    Raises PortTakenError where another process has bound the port, TemporaryError where the server does not start, or
+    its answer cannot be proven to be its own. Where the system does not tell which process listens, `proof` decides.
+    `variable` is the environment variable that chooses the port, for the messages.
     """
     deadline = time.monotonic() + START_SECONDS
     port = int(urlsplit(url).port or 80)
@@ -220,7 +231,7 @@ def wait_for(
 def _answers_itself(
     url: str, process: subprocess.Popen[bytes], *, port: int, name: str, variable: str, proof: Callable[[], bool]
 ) -> bool:
-    """Whether there is an answer, and the process, not another one, gives it."""
+    """Return whether the server answers; raises an error where the answer comes from another process or may do so."""
     if not answers(url):
         return False
     ours = ports.listens(process.pid, port)
@@ -232,7 +243,7 @@ def _answers_itself(
 
 
 def _shows_token(api_url: str, token: str) -> bool:
-    """Whether the Prefect API there has the token among its settings; False too where it asks for a login."""
+    """Return whether the Prefect API shows the token among its settings; False too where it asks for a login."""
     try:
         with _opener.open(f"{api_url}/admin/settings", timeout=ANSWER_SECONDS) as response:
             return bool(token) and json.load(response)["deployments"]["default_docker_build_namespace"] == token
@@ -241,12 +252,13 @@ def _shows_token(api_url: str, token: str) -> bool:
 
 
 def _last_line(log: Path) -> str:
+    """Return the last line of a log that is not empty."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it logged nothing")
 
 
 def end_group(pid: int, *, grace_seconds: float = 10) -> None:
-    """End a process that leads a group, and the group: SIGTERM, time, SIGKILL."""
+    """End the process group that process `pid` leads, by SIGTERM and, after `grace_seconds`, SIGKILL."""
     with suppress(psutil.NoSuchProcess, ProcessLookupError, psutil.TimeoutExpired):
         process = psutil.Process(pid)
         os.killpg(pid, signal.SIGTERM)
@@ -256,7 +268,7 @@ def end_group(pid: int, *, grace_seconds: float = 10) -> None:
 
 
 def answers(url: str) -> bool:
-    """Whether an HTTP GET of `url` succeeds within 2 s."""
+    """Return whether an HTTP GET of `url` succeeds within 2 s."""
     try:
         with _opener.open(url, timeout=2) as response:
             return bool(response.status == 200)
@@ -265,33 +277,36 @@ def answers(url: str) -> bool:
 
 
 def _start() -> str:
+    """Start the server; returns the line to print."""
     found, new = start()
     from flows.settings import configured_server  # noqa: PLC0415  # see start
 
-    line = f"Prefect server {'started' if new else 'already running'}: {found.address}; `make stop` ends it"
+    line = f"Prefect server {'started' if new else 'already running'}: {found.address}; `make stop` stops it"
     if other := configured_server():
-        line += f"\nwarning: flow runs do not use it, but {other.page}, from {other.source}"
+        line += f"\nwarning: flow runs use {other.page} instead, which {other.source} names"
     return line
 
 
 def _stop() -> str:
-    lines = [f"{name} ended: process {pid}" for pid, name in _end_users()]
+    """Stop the server and the processes that need it; returns the lines to print."""
+    lines = [f"{name} ended: process {pid}" for pid, name in _end_dependents()]
     found = stop()
     return "\n".join([*lines, f"Prefect server stopped: {found.address}" if found else NONE_RUNNING])
 
 
-def _end_users(project: Path = PROJECT) -> Iterator[tuple[int, str]]:
-    """End the project's worker and pages, which need the server; gives process and name of each."""
+def _end_dependents(project: Path = PROJECT) -> Iterator[tuple[int, str]]:
+    """End the project's worker, pages and services, which need the server; yields process id and name of each."""
     processes = [one for one in psutil.process_iter(["cwd", "cmdline"]) if one.info["cwd"] == str(project)]
-    for word, name in USERS.items():
+    for word, name in DEPENDENT_PROCESSES.items():
         for process in [one for one in processes if word in (one.info["cmdline"] or [])]:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
-                psutil.wait_procs([process], timeout=USERS_SECONDS)
+                psutil.wait_procs([process], timeout=DEPENDENT_END_SECONDS)
             yield process.pid, name
 
 
 def _status() -> str:
+    """Return the line that tells whether the server is running."""
     found = running()
     return f"Prefect server running: {found.address}, process {found.pid}" if found else NONE_RUNNING
 
@@ -301,8 +316,10 @@ ACTIONS = {"start": _start, "stop": _stop, "status": _status}
 
 
 def main() -> None:
-    """Start, stop or show the project's server."""
-    parser = argparse.ArgumentParser(prog="python -m flows.server", description="The project's Prefect server.")
+    """Start or stop the project's server, or print its status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flows.server", description="Start or stop the project's Prefect server, or print its status."
+    )
     parser.add_argument("action", choices=ACTIONS)
     action = parser.parse_args().action
     with report_errors():

@@ -16,7 +16,7 @@ from typing import NoReturn
 import psutil
 
 from flows import PROJECT, server
-from flows.ui import mlflow_record, mlflow_server
+from flows.ui import mlflow_record_path, mlflow_server
 from pipeline.core.errors import TemporaryError, UserError, redact_url, report_errors
 from pipeline.core.network import is_server
 from pipeline.tracking.store_uri import tracking_uri
@@ -42,7 +42,7 @@ def _mlflow(project: Path) -> Iterator[server.Server]:
             "disable this service, or unset the variable"
         )
     with mlflow_server(project):
-        found = server.read_record(mlflow_record(project))
+        found = server.read_record(mlflow_record_path(project))
         if found is None:
             raise TemporaryError("the MLflow server ended as soon as it had started; see .prefect/mlflow.log")
         yield found

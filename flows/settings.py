@@ -1,7 +1,7 @@
-"""Which Prefect server the user configured, and where; the settings that cannot hold for the project's own server.
+"""Find the Prefect server that the user configured, and check Prefect's settings for the project's own server.
 
-Prefect takes a setting from, in this order: the environment, `.env`, `prefect.toml` and `pyproject.toml` in the current
-folder, the active profile. docs/settings.md lists what each setting changes here.
+Prefect reads a setting from the environment, else `.env`, `prefect.toml` or `pyproject.toml` in the current folder,
+else the active profile. docs/settings.md lists the effect of each setting here.
 """
 
 import os
@@ -22,86 +22,95 @@ from pipeline.core.network import LOOPBACK
 from pipeline.core.settings import PROXY_VARIABLES, get_settings
 from pipeline.core.sqlite import sqlite_uri
 
-NAME = "PREFECT_API_URL"
-OWN_NAME = "PIPELINE_OWN_PREFECT_API_URL"
-"""Variable by which a shell says that its PREFECT_API_URL is that of the project's own server."""
-OWN_PROFILE = "ephemeral"
-"""Prefect's own profile that names no server."""
+API_URL_VARIABLE = "PREFECT_API_URL"
+# `make prefect-env` sets this to the same address, to mark PREFECT_API_URL as that of the project's own server
+OWN_API_URL_VARIABLE = "PIPELINE_OWN_PREFECT_API_URL"
+OWN_SERVER_PROFILE = "ephemeral"  # a profile of Prefect's that names no server
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
-_FOLDER = Path.cwd()
-"""Where Prefect, when it was imported, looked for files of settings."""
+_SETTINGS_FOLDER = Path.cwd()  # Prefect has read its files of settings from here when it was imported
 
 
 @dataclass(frozen=True)
 class PrefectServer:
-    """The Prefect server in force; `source` says what names it, None where it is the project's own."""
+    """The Prefect server to use; `source` is the setting that names it, None where it is the project's own."""
 
     api_url: str
     source: str | None
 
     @property
     def page(self) -> str:
-        """Address of its pages, without a password."""
+        """The address of its pages, without a password."""
         return redact_url(self.api_url).removesuffix("/api")
 
     def environment(self) -> dict[str, str]:
-        """What a process needs to use it; links name its pages, not those of another one."""
-        return {NAME: self.api_url} | ({"PREFECT_UI_URL": self.page} if self.source is None else {})
+        """Return the variables by which a process uses this server, and links to the pages of this server."""
+        return {API_URL_VARIABLE: self.api_url} | ({"PREFECT_UI_URL": self.page} if self.source is None else {})
 
 
 def configured_server() -> PrefectServer | None:
-    """The server that the user names by a variable, a file or a profile.
+    """Return the server that the user configured by a variable, a file or a profile, or None.
 
-    Raises UserError where a profile or a proxy is named that cannot be used.
+    Raises UserError where the user named a profile or a proxy that cannot be used.
     """
     _check_proxies()
     profile = get_settings_context().profile
-    # Prefect itself does not honor a profile that it ships, as `local`, where the user's file does not repeat it
+    # Prefect ignores a profile that it ships, such as `local`, unless the user's file repeats it
     url = PREFECT_API_URL.value() or (profile.settings.get(PREFECT_API_URL) if profile else None)
-    if url and not _is_printed_own(str(url)):
+    if url and not _is_own_address(str(url)):
         return PrefectServer(str(url), next((name for name, found in _sources() if found == url), "Prefect's settings"))
     _check_profile()
     return None
 
 
-def _is_printed_own(url: str) -> bool:
-    """Whether `make prefect-env` printed the address of this project's own server: another server may have it since."""
+def _is_own_address(url: str) -> bool:
+    """Return whether the address is that of this project's own server, as `make prefect-env` printed it.
+
+    The own server may have another address since, so it is looked up again.
+    """
     return url == get_settings().own_prefect_api_url and os.environ.get("PREFECT_HOME") == str(PROJECT / ".prefect")
 
 
 def remedy(source: str) -> str:
-    """How to get rid of a server that `source` names."""
-    if source == NAME:
+    """Return how to use the project's own server instead of the one that `source` names."""
+    if source == API_URL_VARIABLE:
         return "unset it to use our own"
-    if source.startswith(f"{NAME} in profile "):
-        return f"set PREFECT_PROFILE={OWN_PROFILE} to use our own"
+    if source.startswith(f"{API_URL_VARIABLE} in profile "):
+        return f"set PREFECT_PROFILE={OWN_SERVER_PROFILE} to use our own"
     return "remove it there to use our own"
 
 
 def _sources() -> Iterator[tuple[str, object]]:
-    """Each place that may name the server, with the address that it names, in Prefect's order."""
-    yield NAME, _in_environment()
-    yield f"{NAME} in {_FOLDER / '.env'}", _in_dotenv(_FOLDER / ".env")
-    yield f"api.url in {_FOLDER / 'prefect.toml'}", _table(_FOLDER / "prefect.toml", "api").get("url")
-    pyproject = _FOLDER / "pyproject.toml"
+    """Yield each setting that may name a server, and the address that it names or None, in Prefect's order."""
+    yield API_URL_VARIABLE, _in_environment()
+    dotenv, toml, pyproject = (_SETTINGS_FOLDER / name for name in (".env", "prefect.toml", "pyproject.toml"))
+    yield f"{API_URL_VARIABLE} in {dotenv}", _in_dotenv(dotenv)
+    yield f"api.url in {toml}", _table(toml, "api").get("url")
     yield f"tool.prefect.api.url in {pyproject}", _table(pyproject, "tool", "prefect", "api").get("url")
     if profile := get_settings_context().profile:
-        yield f"{NAME} in profile {profile.name!r} of {_profiles_file()}", profile.settings.get(PREFECT_API_URL)
+        yield (
+            f"{API_URL_VARIABLE} in profile {profile.name!r} of {_profiles_file()}",
+            profile.settings.get(PREFECT_API_URL),
+        )
 
 
 def _in_environment() -> str | None:
-    """Prefect honors the variable in capitals and in lower case."""
-    return next((value for name, value in os.environ.items() if name.upper() == NAME and value), None)
+    """Return the address in the environment; Prefect accepts the name in upper and lower case."""
+    values = (value for name, value in os.environ.items() if name.upper() == API_URL_VARIABLE and value)
+    return next(values, None)
 
 
 def _in_dotenv(path: Path) -> str | None:
+    """Return the address in a `.env` file, or None."""
     with suppress(OSError, UnicodeDecodeError):
-        found = re.search(rf"(?im)^\s*(?:export\s+)?{NAME}\s*=\s*['\"]?([^'\"\s]+)", path.read_text(encoding="utf-8"))
+        found = re.search(
+            rf"(?im)^\s*(?:export\s+)?{API_URL_VARIABLE}\s*=\s*['\"]?([^'\"\s]+)", path.read_text(encoding="utf-8")
+        )
         return found[1] if found else None
     return None
 
 
 def _table(path: Path, *names: str) -> dict[str, Any]:
+    """Return a nested table of a TOML file; empty where the file or the table does not exist."""
     values: Any = {}
     with suppress(OSError, tomllib.TOMLDecodeError):
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -111,6 +120,7 @@ def _table(path: Path, *names: str) -> dict[str, Any]:
 
 
 def _profiles_file() -> str:
+    """Return the path of the user's profiles, for messages."""
     path = PREFECT_PROFILES_PATH.value()
     return str(path) if path.exists() else "Prefect's own profiles"
 
@@ -124,12 +134,12 @@ def _check_profile() -> None:
     if name and name not in profiles.names:
         raise UserError(
             f"{place}: found {name!r}, which is no Prefect profile; allowed: {', '.join(sorted(profiles.names))}; "
-            "correct it, or `prefect profile create` makes it"
+            "correct it, or create it with `prefect profile create`"
         )
 
 
 def _check_proxies() -> None:
-    """Raise UserError where Prefect's client would fail on the address of a proxy."""
+    """Raise UserError where a variable names a proxy of a kind that Prefect's client cannot use."""
     for name in (variable for capitals in PROXY_VARIABLES for variable in (capitals, capitals.lower())):
         scheme, separator, _ = os.environ.get(name, "").partition("://")
         if separator and scheme.lower() not in PROXY_SCHEMES:
@@ -140,12 +150,12 @@ def _check_proxies() -> None:
 
 
 def check_own_server() -> None:
-    """Raise UserError where a setting of Prefect asks the project's own server for what it cannot be."""
+    """Raise UserError where a setting of Prefect contradicts how the project's own server works."""
     settings = get_settings_context().settings
     if settings.server.api.host not in LOOPBACK:
         raise UserError(
             f"PREFECT_SERVER_API_HOST: found {settings.server.api.host!r}; allowed: 127.0.0.1, since the project's own "
-            f"server listens on loopback only; unset it, or start a server yourself and set {NAME}"
+            f"server listens on loopback only; unset it, or start a server yourself and set {API_URL_VARIABLE}"
         )
     database = settings.server.database.connection_url
     if database and ":memory:" in database.get_secret_value():
@@ -153,16 +163,16 @@ def check_own_server() -> None:
             "PREFECT_SERVER_DATABASE_CONNECTION_URL: found a database in memory, which would lose all flow runs; "
             "allowed: a file or PostgreSQL; unset it, or choose another profile with PREFECT_PROFILE"
         )
-    asked, sent = settings.server.api.auth_string, settings.api.auth_string
-    if asked and (sent is None or asked.get_secret_value() != sent.get_secret_value()):
+    expected, sent = settings.server.api.auth_string, settings.api.auth_string
+    if expected and (sent is None or expected.get_secret_value() != sent.get_secret_value()):
         raise UserError(
-            "PREFECT_SERVER_API_AUTH_STRING: the project's own server would ask for it, but PREFECT_API_AUTH_STRING, "
+            "PREFECT_SERVER_API_AUTH_STRING: the project's own server would require it, but PREFECT_API_AUTH_STRING, "
             "which clients send, differs; set both alike, or unset both"
         )
 
 
 def named_port() -> tuple[int | None, str]:
-    """The port that the user wants for the project's own server, None where any will do; and the variable for it."""
+    """Return the port that the user chose for the project's own server, or None, and the variable that chooses it."""
     api = get_settings_context().settings.server.api
     if os.environ.get("PREFECT_PORT"):
         return ports.port_variable("PREFECT_PORT", api.port), "PREFECT_PORT"
@@ -170,13 +180,13 @@ def named_port() -> tuple[int | None, str]:
 
 
 def own_server_environment(port: int, *, home: Path) -> dict[str, str]:
-    """Variables that go before all other settings of Prefect, so that the server is where it is expected to be.
+    """Return the variables with which the project's own server is started; they override all other settings of Prefect.
 
-    `home` has its database, unless the user chose another one.
+    Its database is in the folder `home`, unless the user chose another one.
     """
     url = f"http://127.0.0.1:{port}/api"
     database = get_settings_context().settings.server.database
-    address = sqlite_uri(home / "prefect.db", driver="aiosqlite")  # Prefect's own default is not percent-encoded
+    address = sqlite_uri(home / "prefect.db", driver="aiosqlite")  # Prefect's default is not percent-encoded
     is_default = database.connection_url is None and database.driver is None
     return {
         **({"PREFECT_SERVER_DATABASE_CONNECTION_URL": address} if is_default else {}),
@@ -184,6 +194,6 @@ def own_server_environment(port: int, *, home: Path) -> dict[str, str]:
         "PREFECT_SERVER_API_PORT": str(port),
         "PREFECT_SERVER_API_BASE_PATH": "/api",
         "PREFECT_API_URL": url,
-        "PREFECT_SERVER_UI_API_URL": url,  # or its pages would show another server's runs
+        "PREFECT_SERVER_UI_API_URL": url,  # else its pages might show the runs of another server
         "PREFECT_SERVER_UI_SERVE_BASE": "/",
     }

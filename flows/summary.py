@@ -1,4 +1,4 @@
-"""What a flow run reports at its end: a table for the terminal, and the artifact that Prefect shows."""
+"""The summary of a flow run: a table for the terminal, and an artifact for Prefect's UI."""
 
 import csv
 import html
@@ -11,12 +11,12 @@ from flows.dvc_protocol import Outcome
 from pipeline.artifacts import EVALUATE, TRAIN, read_json
 from pipeline.core.errors import redact_url
 
-NEXT_RECIPE = "cifar10_lenet"
+SUGGESTED_RECIPE = "cifar10_lenet"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage: what DVC did for it, in how many seconds."""
+    """The result of one stage: its outcome and its duration in seconds."""
 
     stage: str
     outcome: Outcome
@@ -28,7 +28,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a flow run; `recalls` is the share of a class's test images classified as it, by class."""
+    """The result of a flow run.
+
+    `seconds` is its duration. `recalls` maps each class to the fraction of its test images that were classified as it.
+    """
 
     experiment: str
     steps: Sequence[Step]
@@ -41,7 +44,7 @@ class Summary:
 def read_summary(
     folder: Path, *, experiment: str, steps: Sequence[Step], seconds: float, mlflow_run_id: str | None
 ) -> Summary:
-    """Read what `evaluate` wrote in `folder`, a checkout or a clone."""
+    """Return the summary with the metrics that `evaluate` wrote below `folder`, a checkout or a clone."""
     metrics = read_json(folder / EVALUATE / "metrics.json")
     with (folder / EVALUATE / "per_class.csv").open(encoding="utf-8", newline="") as file:
         recalls = {row["class"]: float(row["recall"]) for row in csv.DictReader(file)}
@@ -49,16 +52,18 @@ def read_summary(
 
 
 def as_text(summary: Summary, *, recipe: str) -> str:
-    """The table at the end of `make run`, and what to try next."""
+    """Return the table at the end of `make run`, followed by suggested next commands."""
     rows = [*_results(summary), ("steps", ", ".join(map(str, summary.steps))), ("took", f"{summary.seconds:.1f} s")]
-    rows += [("MLflow run", summary.mlflow_run_id + _of_earlier(summary.steps))] if summary.mlflow_run_id else []
-    rows += [("experiment", f"{summary.experiment} (this checkout is as it was; the first command brings the files)")]
+    rows += [("MLflow run", summary.mlflow_run_id + _cached_model_hint(summary.steps))] if summary.mlflow_run_id else []
+    rows += [
+        ("experiment", f"{summary.experiment} (your checkout is unchanged; `dvc exp apply` copies the results into it)")
+    ]
     commands = [
-        (f".venv/bin/dvc exp apply {summary.experiment}", "bring model and metrics into this checkout: artifacts/"),
-        ("make ui", "see the curves, compare runs"),
-        (f"make run RECIPE={NEXT_RECIPE}", "the tutorial's network on CIFAR-10 (170 MB to fetch)")
+        (f".venv/bin/dvc exp apply {summary.experiment}", "copy model and metrics into artifacts/ of your checkout"),
+        ("make ui", "open the curves, compare runs"),
+        (f"make run RECIPE={SUGGESTED_RECIPE}", "train the tutorial's network on CIFAR-10 (downloads 170 MB)")
         if recipe == "digits"
-        else ("make experiments", "the experiments since the last commit, with metrics and parameters"),
+        else ("make experiments", "list the experiments since the last commit, with metrics and parameters"),
     ]
     return "\n".join(["", *_aligned(rows), "", "Next:", *(f"  {line}" for line in _aligned(commands))])
 
@@ -66,7 +71,7 @@ def as_text(summary: Summary, *, recipe: str) -> str:
 def as_markdown(
     summary: Summary, *, changes: Mapping[str, tuple[Any, Any]], flow_run_id: str, mlflow_link: str | None = None
 ) -> str:
-    """The Prefect artifact: results, all metrics, changed parameters, and where to go from here."""
+    """Return the Prefect artifact: results, all metrics, changed parameters, and the names to find the run by."""
     changed = [(name, f"`{old}`", f"`{new}`") for name, (old, new) in changes.items()]
     parts = [
         f"# {summary.experiment}",
@@ -74,15 +79,15 @@ def as_markdown(
         "## Metrics",
         _table(["metric", "value"], [(name, f"{value:.6g}") for name, value in summary.metrics.items()]),
         "## Parameters that differ from the committed ones",
-        _table(["parameter", "committed", "here"], changed) if changed else "none",
-        "## Where it is",
-        _table(["what", "name"], _places(summary, flow_run_id, mlflow_link)),
+        _table(["parameter", "committed", "this run"], changed) if changed else "none",
+        "## Where to find it",
+        _table(["what", "name or command"], _places(summary, flow_run_id, mlflow_link)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def changed_params(committed: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """`{"train.epochs": (20, 3)}`: each parameter that is not as committed."""
+    """Return the parameters that differ, with the committed and the new value: `{"train.epochs": (20, 3)}`."""
     pairs = {
         f"{section}.{field}": (committed.get(section, {}).get(field), value)
         for section, fields in params.items()
@@ -92,13 +97,14 @@ def changed_params(committed: Mapping[str, Any], params: Mapping[str, Any]) -> d
 
 
 def _without_secrets(value: Any) -> Any:
-    """Remove passwords and tokens from addresses; other values stay."""
+    """Return the value without passwords and tokens in URLs."""
     if isinstance(value, list):
         return [_without_secrets(part) for part in value]
     return redact_url(value) if isinstance(value, str) else value
 
 
 def _results(summary: Summary) -> list[tuple[str, str]]:
+    """Return name and text of accuracy, recall and loss."""
     metrics, recalls = summary.metrics, summary.recalls
     worst, best = min(recalls, key=recalls.__getitem__), max(recalls, key=recalls.__getitem__)
     range_of_recalls = f"{recalls[worst]:.2%} (class {worst}) to {recalls[best]:.2%} (class {best})"
@@ -112,26 +118,30 @@ def _results(summary: Summary) -> list[tuple[str, str]]:
     ]
 
 
-def _of_earlier(steps: Sequence[Step]) -> str:
+def _cached_model_hint(steps: Sequence[Step]) -> str:
+    """Return the hint that an earlier MLflow run made the model, if `train` was cached."""
     cached = any(step.stage == TRAIN.name and step.outcome != "ran" for step in steps)
     return " (an earlier one, which made this model)" if cached else ""
 
 
 def _places(summary: Summary, flow_run_id: str, mlflow_link: str | None) -> list[tuple[str, str]]:
+    """Return the names by which each tool has the run, and the command that lists all of them."""
     return [
         ("DVC experiment", f"`dvc exp apply {summary.experiment}`"),
-        ("MLflow run", f"[{summary.mlflow_run_id}]({mlflow_link})" if mlflow_link else "none made this model"),
+        ("MLflow run", f"[{summary.mlflow_run_id}]({mlflow_link})" if mlflow_link else "none"),
         ("Prefect flow run", f"`{flow_run_id}`"),
-        ("all that belongs to it", f"`python -m flows.trace {summary.experiment}`"),
+        ("all ids and files", f"`python -m flows.trace {summary.experiment}`"),
         ("steps", ", ".join(map(str, summary.steps))),
     ]
 
 
 def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the rows as lines with the second column aligned."""
     width = max(len(name) for name, _ in rows)
     return [f"{name:<{width}}  {value}" for name, value in rows]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(html.escape(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

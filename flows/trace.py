@@ -1,7 +1,8 @@
 """Print all that belongs to a model, from any one id of it.
 
 `python -m flows.trace ID [--json]`. ID: a git commit, a DVC experiment, an MLflow run id, a Prefect flow run's id or
-name, the MD5 of a model, or the path of one. Exit status: 0 found, 2 nothing known of it.
+name, the MD5 of a model, or the path of one. Of commits and MLflow runs, the first 7 digits or more are enough. Exit
+status: 0 found, 2 not found.
 """
 
 import argparse
@@ -14,13 +15,17 @@ from datetime import datetime
 from pathlib import Path
 
 from flows import PROJECT
-from flows.lineage import Trace, trace
+from flows.lineage import Experiment, Trace, trace
 from pipeline.artifacts import BEST_WEIGHTS
 from pipeline.core.errors import report_errors
+from pipeline.params import PARAMS_FILE
+
+# in its clone, a flow run writes its parameters, and DVC the hashes of the stages that ran before the training
+WRITTEN_BY_A_FLOW_RUN = ({PARAMS_FILE.name}, {PARAMS_FILE.name, "dvc.lock"})
 
 
 def as_text(found: Trace) -> str:
-    """Return a table of what belongs together."""
+    """Return a trace as a table: one topic a row, of one line or more."""
     return "\n".join(
         f"{name if not index else '':<12}{line}"
         for name, lines in _rows(found)
@@ -29,59 +34,79 @@ def as_text(found: Trace) -> str:
 
 
 def _rows(found: Trace) -> Iterator[tuple[str, list[str]]]:
-    changes = {None: "uncommitted changes not known", True: "with uncommitted changes", False: "nothing uncommitted"}
-    code = [f"commit {found.commit or 'not known'}, {changes[found.dirty]}"]
-    yield "code", code + ([f"not committed: {', '.join(found.uncommitted)}"] if found.uncommitted else [])
+    """Yield the name and the lines of each row."""
+    yield "code", list(_code_lines(found))
     yield "data", [f"{found.data_set or 'not known'}, MD5 {found.data_md5 or 'not known'}"]
     changed = [f"{name} {new} (committed: {old})" for name, (old, new) in found.changed.items()]
     yield "parameters", changed or ["as committed"]
     yield "MLflow run", list(_run_lines(found))
-    here = {True: "dvc exp apply {}", False: "no longer in this repository"}
-    yield "experiment", [f"{one.name}  ({here[bool(one.commit)].format(one.name)})" for one in found.experiments]
+    yield "experiment", [f"{one.name}  ({_experiment_hint(one)})" for one in found.experiments]
     parts = [(run.run_id, run.name, run.state or "state not known", run.link) for run in found.flow_runs]
     yield "flow run", ["  ".join(filter(None, one)) for one in parts]
     yield "model", [f"MD5 {found.model_md5}"] if found.model_md5 else []
     yield "files", [f"{file.path} {file.md5}  {file.cached or 'not in the DVC cache'}" for file in found.files]
 
 
+def _experiment_hint(experiment: Experiment) -> str:
+    """Return the command that applies the experiment, or the reason why none can."""
+    return f"dvc exp apply {experiment.name}" if experiment.commit else "no longer in this repository"
+
+
+def _code_lines(found: Trace) -> Iterator[str]:
+    """Yield the commit and what differed from it."""
+    commit = f"commit {found.commit or 'not known'}"
+    if found.changed and {Path(name).name for name in found.uncommitted} in WRITTEN_BY_A_FLOW_RUN:
+        yield f"{commit}, parameters overridden (below), no other uncommitted changes"
+        return
+    changes = {None: "uncommitted changes not known", True: "with uncommitted changes", False: "no uncommitted changes"}
+    yield f"{commit}, {changes[found.dirty]}"
+    if found.uncommitted:
+        yield f"not committed: {', '.join(found.uncommitted)}"
+
+
 def _run_lines(found: Trace) -> Iterator[str]:
+    """Yield the MLflow run, its page, metrics and reproductions."""
     if run := found.run:
         started = datetime.fromtimestamp(run.started / 1000).astimezone()
         yield f"{run.run_id} ({run.name}) {run.status}, {started:%Y-%m-%d %H:%M:%S %z}"
-        yield from filter(None, [found.run_link])
+        if found.run_link:
+            yield found.run_link if found.run_link_served else f"no server runs: `make ui`, then {found.run_link}"
         metrics = {name: value for name, value in run.metrics.items() if name.startswith(("test_", "validation_"))}
         yield from (f"{name} {value:.6g}" for name, value in sorted(metrics.items()))
-        yield from (f"made again by {run_id}: {result}" for run_id, result in found.reproductions)
+        yield from (f"reproduced by {run_id}: {result}" for run_id, result in found.reproductions)
 
 
-def as_json(traces: Sequence[Trace], notes: Sequence[str]) -> str:
-    """Return the same for programs: {"traces": […], "notes": […]}, without MLflow's system metrics and own tags."""
+def as_json(traces: Sequence[Trace], warnings: Sequence[str]) -> str:
+    """Return {"traces": […], "warnings": […]} as JSON, without MLflow's system metrics and its own tags."""
     plain = [asdict(found) for found in traces]
     for run in filter(None, (values["run"] for values in plain)):
         for kind, prefix in (("metrics", "system/"), ("tags", "mlflow.")):
             run[kind] = {name: value for name, value in run[kind].items() if not name.startswith(prefix)}
-    return json.dumps({"traces": plain, "notes": notes}, indent=2)
+    return json.dumps({"traces": plain, "warnings": warnings}, indent=2)
 
 
 def main() -> None:
-    """Look everywhere, print what belongs together."""
+    """Print all that belongs to the id of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m flows.trace",
-        description="From any one id to code, data, parameters, MLflow run, experiment, flow run, model and files.",
-        epilog="Exit status: 0 found, 2 nothing known of it.",
+        description="Print code, data, parameters, MLflow run, experiment, flow run, model and files of an id.",
+        epilog="Exit status: 0 found, 2 not found.",
     )
     parser.add_argument(
-        "id", metavar="ID", help="git commit, DVC experiment, MLflow run, Prefect flow run, MD5 or path of a model"
+        "id",
+        metavar="ID",
+        help="git commit, DVC experiment, MLflow run, Prefect flow run, MD5 or path of a model; of commits and MLflow "
+        "runs, 7 digits are enough",
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     arguments = parser.parse_args()
     path = Path(arguments.id)
     file = next((candidate.resolve() for candidate in (path / BEST_WEIGHTS, path) if os.path.isfile(candidate)), None)  # noqa: PTH113  (no error where an id is no path)
     with report_errors(), chdir(PROJECT):
-        traces, notes = trace(PROJECT, arguments.id, file=file)
-        head = [f"{len(traces)} belong to this, newest first:"] if len(traces) > 1 else []
-        text = "\n\n".join([*head, *map(as_text, traces), *(f"note: {note}" for note in notes)])
-        print(as_json(traces, notes) if arguments.json else text)
+        traces, warnings = trace(PROJECT, arguments.id, file=file)
+        head = [f"{len(traces)} trainings belong to this id, newest first:"] if len(traces) > 1 else []
+        text = "\n\n".join([*head, *map(as_text, traces), *(f"warning: {line}" for line in warnings)])
+        print(as_json(traces, warnings) if arguments.json else text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The flow `train-classifier`: one Prefect task for each DVC stage, in a clone of the checkout, saved as an experiment.
 
-`python -m flows.train_classifier --recipe digits --set train.epochs=3` (`flows.command_line`); `make run` calls it.
+`make run` calls `python -m flows.train_classifier --recipe digits --set train.epochs=3` (`flows.command_line`).
 """
 
 import time
@@ -11,33 +11,33 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
 from flows import FLOW_NAME, command_line
-from flows.flow_run import EXPECTED_ERRORS, may_pass, open_flow_run, reproduce, save, summarize
+from flows.flow_run import EXPECTED_ERRORS, is_temporary_failure, open_flow_run, reproduce, save, summarize
 from flows.form import Overrides, Recipe
 from flows.summary import Step, Summary
 from flows.workspace import Workspace
 
 HOUR = 3600
 
-# DVC alone decides whether a stage must run: Prefect caches nothing (NO_CACHE)
+# NO_CACHE: DVC alone decides whether a stage must run, so Prefect must not cache
 
 
 @task(
     task_run_name="download",
     retries=3,
     retry_delay_seconds=[5, 20, 60],
-    retry_condition_fn=may_pass,
+    retry_condition_fn=is_temporary_failure,
     timeout_seconds=6 * HOUR,
     cache_policy=NO_CACHE,
     persist_result=False,
 )
 def download(workspace: Workspace) -> State[Step]:
-    """Fetch the raw data, or find it on this machine."""
+    """Download the raw data, or read it from this machine."""
     return reproduce("download", workspace)
 
 
 @task(task_run_name="normalize", timeout_seconds=6 * HOUR, cache_policy=NO_CACHE, persist_result=False)
 def normalize(workspace: Workspace) -> State[Step]:
-    """Turn the raw data into arrays of one size, and split them."""
+    """Convert the raw data to arrays of one image size, and split them."""
     return reproduce("normalize", workspace)
 
 
@@ -45,7 +45,7 @@ def normalize(workspace: Workspace) -> State[Step]:
     task_run_name="train",
     retries=3,
     retry_delay_seconds=[10, 30, 120],
-    retry_condition_fn=may_pass,
+    retry_condition_fn=is_temporary_failure,
     timeout_seconds=7 * 24 * HOUR,
     cache_policy=NO_CACHE,
     persist_result=False,
@@ -59,7 +59,7 @@ def train(workspace: Workspace) -> State[Step]:
     task_run_name="evaluate",
     retries=3,
     retry_delay_seconds=[5, 30, 120],
-    retry_condition_fn=may_pass,
+    retry_condition_fn=is_temporary_failure,
     timeout_seconds=6 * HOUR,
     cache_policy=NO_CACHE,
     persist_result=False,
@@ -78,14 +78,14 @@ def train_classifier(
     """Train and evaluate a classifier in a clone of the checkout, and save it as a DVC experiment.
 
     Args:
-        recipe: a name from recipes/: one file, one way to train.
-        overrides: values over the recipe's, as {"train.epochs": 3}.
-        keep_workspace: where the run fails, keep its clone, in .dvc/tmp/kept/.
+        recipe: a name from recipes/; each file there is one way to train.
+        overrides: values that replace the recipe's, as {"train.epochs": 3}.
+        keep_workspace: keep the clone of a failed run in .dvc/tmp/kept/.
     """
     start = time.monotonic()
     try:
         with open_flow_run(recipe, overrides.flat(), keep="failed" if keep_workspace else "never") as workspace:
-            # a task that returns a state gives back that state; wait_for draws the arrows in Prefect's graph
+            # each task returns a state; wait_for draws the arrows in Prefect's graph
             downloaded = download(workspace)
             normalized = normalize(workspace, wait_for=[downloaded])
             trained = train(workspace, wait_for=[normalized])

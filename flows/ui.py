@@ -1,4 +1,4 @@
-"""MLflow's and Prefect's pages on loopback, until Ctrl-C: `make ui`, or `python -m flows.ui`."""
+"""Serve MLflow's and Prefect's pages on loopback until Ctrl-C: `make ui`, or `python -m flows.ui`."""
 
 import os
 import signal
@@ -23,7 +23,8 @@ from pipeline.tracking.sqlite_store import MLFLOW, is_current, without_percent
 from pipeline.tracking.store_uri import tracking_uri
 
 MLFLOW_PORT = 5000
-OURS_TO_SET = (
+# variables that would let our MLflow server serve other runs, or at another address: they are not passed on to it
+MLFLOW_VARIABLES_NOT_PASSED_ON = (
     "MLFLOW_TRACKING_URI",
     "MLFLOW_BACKEND_STORE_URI",
     "MLFLOW_READ_REPLICA_BACKEND_STORE_URI",
@@ -42,35 +43,40 @@ OURS_TO_SET = (
     "MLFLOW_ENABLE_WORKSPACES",
     "MLFLOW_WORKSPACE_STORE_URI",
 )
-"""Variables of an MLflow server that are not passed on to ours: it would serve other runs, or elsewhere."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def mlflow_page(run_id: str, *, project: Path = PROJECT) -> str:
-    """Address of a run's page: on the server that MLFLOW_TRACKING_URI names, else on that of `make ui`."""
+    """Return the address of a run's page: on the server that MLFLOW_TRACKING_URI names, else on that of `make ui`."""
     uri = tracking_uri(project)
     if is_server(uri):
         return f"{redact_url(uri).rstrip('/')}/#/runs/{run_id}"
-    found = server.read_record(mlflow_record(project))
+    found = server.read_record(mlflow_record_path(project))
     port = found.port if found else _named_port() or MLFLOW_PORT
     return f"http://127.0.0.1:{port}/#/runs/{run_id}"
 
 
-def mlflow_record(project: Path) -> Path:
-    """Return the file that names the process and port of the running MLflow server."""
+def is_mlflow_served(project: Path) -> bool:
+    """Return whether the server of `mlflow_page` is running; a server that MLFLOW_TRACKING_URI names is not asked."""
+    return is_server(tracking_uri(project)) or server.read_record(mlflow_record_path(project)) is not None
+
+
+def mlflow_record_path(project: Path) -> Path:
+    """Return the path of the record of the MLflow server that `make ui` or the service has started."""
     return project / ".prefect" / "mlflow.json"
 
 
 def _named_port() -> int | None:
+    """Return the port that MLFLOW_PORT names, or None."""
     return ports.port_variable("MLFLOW_PORT", MLFLOW_PORT) if os.environ.get("MLFLOW_PORT") else None
 
 
 @contextmanager
 def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
-    """Serve the project's MLflow store; gives its address, and ends it on leaving.
+    """Start a server for the project's MLflow store, yield its address, and stop it at the end.
 
-    It takes `port` and no other; by default MLFLOW_PORT, else 5000 or the next that it gets. Raises UserError where the
-    port is in use, TemporaryError where the server does not come up.
+    It listens on `port`, by default on MLFLOW_PORT, else on 5000 or the next free port. Raises UserError where the port
+    is in use, TemporaryError where the server does not start.
     """
     uri = tracking_uri(project)
     if is_server(uri):
@@ -82,13 +88,14 @@ def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
         print(line, flush=True)
     packages = Path(sysconfig.get_path("purelib"))
     with without_percent(packages) as plain:
-        variables = {} if plain == packages else {"PYTHONPATH": str(plain)}  # there MLflow finds its migrations
+        # a path without `%`, from which MLflow can load its migrations
+        variables = {} if plain == packages else {"PYTHONPATH": str(plain)}
         start = partial(_start_mlflow, project, uri, variables)
         process, port = ports.start_on_port(
             start, named=port or _named_port(), default=MLFLOW_PORT, variable="MLFLOW_PORT"
         )
         try:
-            path = mlflow_record(project)
+            path = mlflow_record_path(project)
             record = server.Server(process.pid, start_of(process.pid), port, str(path.parent.resolve()))
             write_json(path, asdict(record))
             yield record.address
@@ -97,6 +104,7 @@ def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
 
 
 def _check_host() -> None:
+    """Raise UserError where MLFLOW_HOST is not loopback."""
     host = os.environ.get("MLFLOW_HOST") or LOOPBACK[0]
     if host not in LOOPBACK:
         raise UserError(
@@ -108,17 +116,17 @@ def _check_host() -> None:
 def _start_mlflow(
     project: Path, uri: str, variables: Mapping[str, str], port: int
 ) -> tuple[subprocess.Popen[bytes], int]:
-    """The server's process, once it answers, and its port; raises PortTakenError where another process has the port."""
+    """Start the server and return its process and port once it answers; raises PortTakenError if the port was taken."""
     command = ["mlflow", "server", "--artifacts-destination", artifact_folder(project).as_uri()]
     log = project / ".prefect" / "mlflow.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in OURS_TO_SET and not name.startswith(("_MLFLOW_", "MLFLOW_RUN_"))
+        if name not in MLFLOW_VARIABLES_NOT_PASSED_ON and not name.startswith(("_MLFLOW_", "MLFLOW_RUN_"))
     }
-    # without its job queue, which is eight processes; the store's address not as an argument, which all users of the
-    # machine could read, password included
+    # no job queue, which would be eight processes; the store's address, which may hold a password, is not passed as an
+    # argument, which all users of the machine could read
     environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_BACKEND_STORE_URI": uri, **variables}
     process = server.launch(
         [*command, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"], log=log, environment=environment
@@ -129,7 +137,7 @@ def _start_mlflow(
 
 
 def _ensure_store(uri: str, *, project: Path) -> None:
-    """Make or migrate a sqlite store before the server starts, which makes it in place and refuses an older schema."""
+    """Create or migrate a sqlite store; the server would create it in place, and would refuse an older schema."""
     path = sqlite_path(uri)
     if path and not is_current(path, tool=MLFLOW):
         from pipeline.tracking.store import connect  # noqa: PLC0415  # MLflow takes 2 s to import
@@ -140,29 +148,32 @@ def _ensure_store(uri: str, *, project: Path) -> None:
 
 @contextmanager
 def prefect_server(project: Path) -> Iterator[str]:
-    """The project's Prefect server; ended on leaving if it was not there before."""
+    """Yield the address of the project's Prefect server; if this starts the server, it is stopped at the end."""
     if configured := configured_server():
         yield f"{configured.page} (yours, from {configured.source})"
         return
     found, new = server.start(project)
     try:
-        yield found.address if new else f"{found.address} (was running, stays; `make stop` ends it)"
+        yield found.address if new else f"{found.address} (was running already, keeps running; `make stop` stops it)"
     finally:
         if new:
             server.stop(project)
 
 
 def main() -> None:
-    """Start both, print their addresses, wait."""
+    """Start both servers, print their addresses, and wait for a signal."""
     for number in SIGNALS:
         signal.signal(number, _leave)
     with report_errors(), mlflow_server(PROJECT) as mlflow, prefect_server(PROJECT) as prefect:
-        print(f"MLflow:  {mlflow}\nPrefect: {prefect}\nCtrl-C stops them.", flush=True)
+        print(
+            f"MLflow:  {mlflow}\nPrefect: {prefect}\nCtrl-C stops the servers that this command has started.",
+            flush=True,
+        )
         signal.pause()
 
 
 def _leave(_number: int, _frame: object) -> None:
-    """Leave by the open `with` blocks; a second signal must not interrupt them."""
+    """Exit through the open `with` blocks, which stop the servers; a second signal must not interrupt them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     raise SystemExit(0)

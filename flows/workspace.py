@@ -1,7 +1,7 @@
 """A throw-away clone of the checkout, in which one flow run reproduces the stages and saves them as an experiment.
 
-It lies in `.dvc/tmp/flows/` (`workspace_folders`), on the file system of the DVC cache, so that files can be linked
-rather than copied. A process of its own runs DVC there (`dvc_client`).
+The clone is in `.dvc/tmp/flows/` (`workspace_folders`), on the file system of the DVC cache, so that files can be
+linked rather than copied. A separate process runs DVC in it (`dvc_client`).
 """
 
 import os
@@ -15,7 +15,7 @@ from typing import Any, Literal
 from flows.dvc_client import DvcClient, OnLine, StepError, describe_exit, start_dvc
 from flows.dvc_protocol import Outcome
 from flows.git import apply_difference, find_repository, git_identity, take_snapshot
-from flows.workspace_folders import own_folder
+from flows.workspace_folders import make_folder
 from pipeline.artifacts import ARTIFACTS
 from pipeline.core.errors import UserError
 from pipeline.core.git import environment as git_environment
@@ -27,22 +27,19 @@ from pipeline.core.yaml import read_yaml
 from pipeline.params import PARAMS_FILE, check_is_folder
 from pipeline.tracking.store_uri import tracking_uri
 
-KEPT = Path(".dvc/tmp/kept")
-"""Where clones lie that the user asked to keep."""
-EXPERIMENT_LABEL = "dvc.experiment"
-"""Label of a flow run in Prefect."""
+KEPT_CLONES = Path(".dvc/tmp/kept")  # folder of the clones that the user asked to keep
+EXPERIMENT_LABEL = "dvc.experiment"  # a label of the flow run in Prefect
 COMMITTED_PARAMS = "committed_params.yaml"
 RESULT = "result.json"
 
-Keep = Literal["never", "failed", "always"]
-"""Whether a clone is moved to KEPT when it is left."""
+Keep = Literal["never", "failed", "always"]  # when a clone is moved to KEPT_CLONES instead of removed
 
 
 class Workspace:
-    """An open clone; `folder` is where its files are until `open_workspace` is left.
+    """An open clone of the checkout, whose files are in `folder` until `open_workspace` ends.
 
-    `committed_params` is a copy of params.yaml as committed. `mlflow_run_id` is the MLflow run into which the stages
-    have recorded; None where none has run yet, or their code is too old to hand over the id.
+    `committed_params` is the path of a copy of the committed params.yaml. `mlflow_run_id` is the MLflow run into which
+    the stages have recorded: None where none has run yet, or their code is too old to report the id.
     """
 
     def __init__(self, clone: Path, *, folder: Path, experiment: str, dvc: DvcClient) -> None:
@@ -54,29 +51,30 @@ class Workspace:
         self._dvc = dvc
 
     def reproduce(self, stage: str, *, on_line: OnLine, again: bool = False) -> Outcome:
-        """Bring one stage up to date, its output going to `on_line` as it comes; raises StepError.
+        """Bring one stage up to date, and return its outcome; raises StepError where it fails.
 
-        `again`: run it whatever DVC has of it, and leave DVC's cache as it is.
+        `on_line` is called with each line that it prints. With `again`, its command runs even where its outputs are
+        cached, and DVC's cache is not changed.
         """
         errors: list[str] = []
 
-        def listen(line: str) -> None:
+        def remember_error(line: str) -> None:
             if line.startswith("error: "):  # as `report_errors` prints it
                 errors[:] = [line.removeprefix("error: ")]
             on_line(line)
 
-        answer = self._dvc.ask("remake" if again else "reproduce", stage, on_line=listen)
+        answer = self._dvc.ask("rerun" if again else "reproduce", stage, on_line=remember_error)
         self.mlflow_run_id = read_result(self._result).mlflow_run_id
         if answer.outcome:
             return answer.outcome
         assert answer.status is not None
-        reason = answer.reason or "".join(errors) or f"{describe_exit(answer.status)}; its output stands above"
+        reason = answer.reason or "".join(errors) or f"{describe_exit(answer.status)}; see its output above"
         raise StepError(f"{stage}: {reason}", status=answer.status)
 
     def restore(self, path: Path, md5: str) -> bool:
-        """Put an output's recorded content in its place; returns False where neither cache nor remote has it.
+        """Restore the recorded content of an output; returns False where neither cache nor remote has it.
 
-        Raises StepError where that could not be found out.
+        Raises StepError where DVC fails.
         """
         answer = self._dvc.ask("restore", f"{path} {md5}")
         if answer.status is not None:
@@ -84,7 +82,7 @@ class Workspace:
         return answer.outcome == "restored"
 
     def save(self, *, on_line: OnLine) -> None:
-        """Save the files as the experiment and bring that into the checkout's list; raises StepError."""
+        """Save the files as an experiment, and push it into the checkout; raises StepError where DVC fails."""
         for action in ("save", "push"):
             answer = self._dvc.ask(action, self.experiment, on_line=on_line)
             if answer.status is not None:
@@ -104,9 +102,9 @@ def open_workspace(
 ) -> Iterator[Workspace]:
     """Clone `project` with its uncommitted changes, and write `params_text` into its params.yaml.
 
-    `variables` are environment variables for the stages. On leaving, for whatever reason, what still runs in the clone
-    is ended and the clone is removed or, as `keep` says, moved to KEPT. Raises UserError where the checkout cannot be
-    cloned.
+    `variables` are environment variables for the stages. At the end, also after an error, the processes in the clone
+    are ended, and the clone is removed or, depending on `keep`, moved to KEPT_CLONES. Raises UserError where the
+    checkout cannot be cloned.
     """
     commit = take_snapshot(project)
 
@@ -127,10 +125,10 @@ def open_workspace(
 def open_recorded(
     project: Path, *, commit: str, difference: bytes, name: str, variables: Mapping[str, str], keep: Keep = "never"
 ) -> Iterator[Workspace]:
-    """Clone `project` as it was at `commit` with `difference`, a recorded `git diff`, applied.
+    """Clone `project` at `commit`, with the recorded `git diff` `difference` applied, and end as `open_workspace` does.
 
-    On leaving, as with `open_workspace`. The folder of images may be gone: the raw data may be in DVC's cache. Raises
-    UserError where the difference does not apply.
+    The folder of images need not exist, since DVC's cache may have the raw data. Raises UserError where the difference
+    does not apply.
     """
 
     def fill(top: Path, clone: Path) -> Mapping[str, Any]:
@@ -138,12 +136,12 @@ def open_recorded(
         git(top, "read-tree", "-u", "--reset", commit)
         if difference:
             apply_difference(difference, top, commit=commit)
-        # DVC puts the files of plots into an experiment's commit, and then refuses them as outputs that git tracks
+        # DVC commits the files of plots in an experiment, but refuses to run a stage whose outputs git tracks
         git(clone, "rm", "-r", "--cached", "--quiet", "--ignore-unmatch", "--", str(ARTIFACTS))
         params: Mapping[str, Any] = read_yaml(clone / PARAMS_FILE)
         return params
 
-    # without a flow run, but `pipeline.core.errors` is to know that this is no checkout of the user's
+    # PIPELINE_FLOW_RUN_ID is empty, but set: `pipeline.core.errors` then knows that this is not the user's checkout
     variables = {"PIPELINE_EXPERIMENT": "", "PIPELINE_FLOW_RUN_ID": "", **variables}
     with _open(project, name=name, fill=fill, experiment="", variables=variables, keep=keep) as workspace:
         yield workspace
@@ -159,12 +157,13 @@ def _open(
     variables: Mapping[str, str],
     keep: Keep,
 ) -> Iterator[Workspace]:
-    """Make a clone in a folder of its own, in which `fill` puts the files and returns the parameters; start DVC there.
+    """Make an empty clone, call `fill`, which checks the files out and returns the parameters, and start DVC in it.
 
-    Where the project is a folder of a larger repository, `fill` gets the clone of that and the project's folder in it.
+    `fill` receives the clone of the whole repository and the project's folder in it; both are the same unless the
+    project is a folder of a larger repository.
     """
     repository, subfolder = find_repository(project)
-    with own_folder(project, name) as (folder, lock):
+    with make_folder(project, name) as (folder, lock):
         top = folder / "clone"
         clone = top / subfolder
         git(project, "clone", "--quiet", "--shared", "--no-checkout", str(repository), str(top))
@@ -174,32 +173,32 @@ def _open(
         _link_local_files(project, clone, params)
         environment = stage_environment(project, folder, variables=variables)
         with (
-            _kept(top, project / KEPT / name, keep=keep),
+            _keep_clone(top, project / KEPT_CLONES / name, keep=keep),
             start_dvc(clone, project=project, environment=environment, lock=lock) as dvc,
         ):
             yield Workspace(clone, folder=folder, experiment=experiment, dvc=dvc)
 
 
 @contextmanager
-def _kept(clone: Path, target: Path, *, keep: Keep) -> Iterator[None]:
-    """Move the clone to `target` on leaving, always or where the block failed, as `keep` says."""
-    kept = keep == "always"
+def _keep_clone(clone: Path, target: Path, *, keep: Keep) -> Iterator[None]:
+    """Move the clone to `target` at the end of the block: always, if the block fails or never, as `keep` says."""
+    must_keep = keep == "always"
     try:
         yield
     except BaseException:
-        kept = keep != "never"
+        must_keep = keep != "never"
         raise
     finally:
-        if kept:
-            shutil.rmtree(target, ignore_errors=True)  # of an earlier try of the same flow run
+        if must_keep:
+            shutil.rmtree(target, ignore_errors=True)  # the clone of an earlier attempt of the same flow run
             target.parent.mkdir(parents=True, exist_ok=True)
             clone.rename(target)
 
 
 def _link_local_files(project: Path, clone: Path, params: Mapping[str, Any]) -> None:
-    """Let the clone see the files that parameters name by a relative path and git does not track.
+    """Link the files that parameters name by a relative path into the clone, where the clone does not have them.
 
-    Raises UserError as `check_local_files` does, but for the folder of images.
+    Raises UserError where a path leads out of the project.
     """
     for name in _local_files(project, params):
         _link(project / name, clone / name)
@@ -208,14 +207,15 @@ def _link_local_files(project: Path, clone: Path, params: Mapping[str, Any]) -> 
 def check_local_files(project: Path, params: Mapping[str, Any]) -> list[str]:
     """Return the relative paths in the parameters that exist.
 
-    Raises UserError where one leads out of the project, of which the clone would not have it, and where the folder of
-    images, which DVC watches whatever the data set, is not there.
+    Raises UserError where one leads out of the project, since the clone would not have it, and where the folder of
+    images does not exist: it is a dependency in dvc.yaml with every data set.
     """
     check_is_folder(project / params["download"]["folder"])
     return _local_files(project, params)
 
 
 def _local_files(project: Path, params: Mapping[str, Any]) -> list[str]:
+    """Return the relative paths in the parameters that exist; raises UserError where one leads out of the project."""
     named = [params["download"]["folder"], *params["download"]["urls"], params["train"]["weights"]]
     local = [name for name in named if name and "://" not in name and not Path(name).is_absolute()]
     found = [name for name in local if (project / name).exists()]
@@ -223,13 +223,14 @@ def _local_files(project: Path, params: Mapping[str, Any]) -> list[str]:
         source = project / name
         if not source.resolve().is_relative_to(project) and ".." in Path(name).parts:
             raise UserError(
-                f"{PARAMS_FILE}: found the path {name!r}; allowed: inside the project, or absolute: {source.resolve()}"
+                f"{PARAMS_FILE}: found the path {name!r}, which leads out of the project; allowed: a path inside, or "
+                f"an absolute one: {source.resolve()}"
             )
     return found
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make a link where the clone has nothing, else links to the files that are missing there."""
+    """Link `target` to `source`; where both are folders, link the files that are missing in `target`."""
     if target.is_dir() and source.is_dir():
         _link_files(source, target)
     elif not target.exists():
@@ -238,25 +239,25 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _link_files(source: Path, target: Path) -> None:
-    """Make real folders with links to files: DVC, hashing a folder, does not enter a folder below that is a link."""
+    """Make folders with links to the files in `source`; DVC does not hash what is in a folder that is itself a link."""
     for entry in os.scandir(source):
-        place = target / entry.name
+        copy = target / entry.name
         if entry.is_dir(follow_symlinks=False):
-            place.mkdir(exist_ok=True)
-            _link_files(Path(entry.path), place)
-        elif not os.path.lexists(place):
-            place.symlink_to(entry.path)
+            copy.mkdir(exist_ok=True)
+            _link_files(Path(entry.path), copy)
+        elif not os.path.lexists(copy):
+            copy.symlink_to(entry.path)
 
 
 def stage_environment(project: Path, folder: Path, *, variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of DVC and the stages of one flow run, with `variables`; `folder` is the run's own."""
+    """Return the environment variables of a flow run's DVC process and stages; `folder` is the folder of its clone."""
     return {
-        # a bar redrawn ten times a second would be as many lines in the flow run's log
+        # seconds between updates of DVC's progress bars: each update is a line in the flow run's log
         "TQDM_MININTERVAL": "5",
         **git_identity(project),
         **git_environment(),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        "PIPELINE_PYTHON": sys.executable,  # for ./python; older commits take that of the PATH
+        "PIPELINE_PYTHON": sys.executable,  # for ./python; older commits use the PATH
         "SHELL": "/bin/sh",
         "PYTHONUNBUFFERED": "1",
         "PYTHONIOENCODING": "utf-8",
@@ -270,16 +271,17 @@ def stage_environment(project: Path, folder: Path, *, variables: Mapping[str, st
 
 
 def _index_folder(folder: Path) -> dict[str, str]:
-    """Let DVC keep its index of the clone beside the clone: it would never remove it from its own place.
+    """Return the variable that puts DVC's index of the clone into `folder`, which is removed after the run.
 
-    There it stays where the path has a `$NAME`, which DVC's library would replace by the variable's value.
+    By default DVC stores it elsewhere, and never removes it. The default stays if the path contains a `$NAME`, since a
+    library of DVC would replace that by the value of the variable.
     """
     index = str(folder / "index")
     return {} if os.path.expandvars(index) != index else {"DVC_SITE_CACHE_DIR": index}
 
 
-def made_store(project: Path) -> str | None:
-    """Return `tracking_uri`, or None where that is a sqlite file which no run has made yet."""
+def existing_store(project: Path) -> str | None:
+    """Return `tracking_uri`, or None where it is a sqlite file that does not exist yet."""
     uri = tracking_uri(project)
     path = sqlite_path(uri)
     return uri if path is None or path.exists() else None

@@ -1,7 +1,7 @@
-"""The folders of workspaces, `.dvc/tmp/flows/<name>/`, each beside a lock file `<name>.lock`.
+"""Make, find and remove the folders of workspaces, `.dvc/tmp/flows/<name>/`, each with a lock file `<name>.lock`.
 
 Flow run and DVC process hold the lock while they live, and the kernel releases it when they die: a folder whose lock
-nobody holds was left by killed processes.
+is free was left by killed processes.
 """
 
 import fcntl
@@ -15,12 +15,12 @@ FOLDER = Path(".dvc/tmp/flows")
 
 
 @contextmanager
-def own_folder(project: Path, name: str) -> Iterator[tuple[Path, IO[str]]]:
-    """Make a folder and its locked lock file, and remove both on leaving; folders of the dead are removed first."""
+def make_folder(project: Path, name: str) -> Iterator[tuple[Path, IO[str]]]:
+    """Make a folder and its locked lock file, yield both, and remove them at the end; leftovers are removed first."""
     parent = project / FOLDER
     parent.mkdir(parents=True, exist_ok=True)
     folder, lock_path = parent / name, parent / f"{name}.lock"
-    with _all_workspaces(project):
+    with _exclusive_access(project):
         _remove(_leftovers(project))
         folder.mkdir()
         lock = lock_path.open("w")
@@ -34,15 +34,15 @@ def own_folder(project: Path, name: str) -> Iterator[tuple[Path, IO[str]]]:
 
 
 @contextmanager
-def _all_workspaces(project: Path) -> Iterator[None]:
-    """Exclude other processes: a folder whose lock is still to be made must not pass for a leftover."""
-    with (project / FOLDER / "lock").open("w") as everything:
-        fcntl.flock(everything, fcntl.LOCK_EX)
+def _exclusive_access(project: Path) -> Iterator[None]:
+    """Exclude other processes in the block: a new folder, whose lock file does not exist yet, is not a leftover."""
+    with (project / FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def is_held(project: Path, name: str) -> bool:
-    """Whether a flow run or its stages live in the workspace of this name."""
+    """Return whether a flow run or its stages are running in the workspace of this name."""
     try:
         with (project / FOLDER / f"{name}.lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -54,7 +54,7 @@ def is_held(project: Path, name: str) -> bool:
 
 
 def in_use(project: Path) -> list[str]:
-    """Return the names of the workspaces in which flow runs or their stages live."""
+    """Return the names of the workspaces in which flow runs or their stages are running."""
     return [lock.stem for lock in (project / FOLDER).glob("*.lock") if is_held(project, lock.stem)]
 
 
@@ -62,24 +62,26 @@ def find_leftovers(project: Path) -> list[str]:
     """Return the names of the workspaces that killed flow runs left."""
     if not (project / FOLDER).is_dir():
         return []
-    with _all_workspaces(project):
+    with _exclusive_access(project):
         return [folder.name for folder in _leftovers(project)]
 
 
 def remove_leftovers(project: Path) -> list[str]:
-    """Remove the workspaces that killed flow runs left; returns their names."""
+    """Remove the workspaces that killed flow runs left, and return their names."""
     if not (project / FOLDER).is_dir():
         return []
-    with _all_workspaces(project):
+    with _exclusive_access(project):
         return _remove(_leftovers(project))
 
 
 def _leftovers(project: Path) -> list[Path]:
+    """Return the folders whose lock is free."""
     folders = (path for path in (project / FOLDER).glob("*") if path.is_dir())
     return [folder for folder in folders if not is_held(project, folder.name)]
 
 
 def _remove(folders: Sequence[Path]) -> list[str]:
+    """Remove the folders and their lock files, and return the names of the folders."""
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
         folder.with_name(f"{folder.name}.lock").unlink(missing_ok=True)

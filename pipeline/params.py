@@ -5,7 +5,7 @@ Run as a program, this module writes a recipe and single values into `params.yam
 """
 
 import argparse
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -351,6 +351,17 @@ def parse_override(text: str) -> tuple[str, Any]:
         ) from None
 
 
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """Return the values of several `--set` options by parameter; raises UserError where two set the same one."""
+    overrides: dict[str, Any] = {}
+    for text in texts:
+        name, value = parse_override(text)
+        if name in overrides:
+            raise UserError(f"--set: found {name} twice; allowed: each parameter once; leave one of them out")
+        overrides[name] = value
+    return overrides
+
+
 def _assign(values: Any, name: str, value: Any, *, origin: str) -> None:
     """Set the value with the dotted name; raises UserError, naming `origin`, where the name is unknown."""
     section, _, field = name.partition(".")
@@ -385,7 +396,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with report_errors():
-        overrides = dict(parse_override(text) for text in arguments.overrides)
+        overrides = parse_overrides(arguments.overrides)
         write_text(PARAMS_FILE, dump_yaml(compose(arguments.recipe, overrides)))
         print(f"{PARAMS_FILE} written; `git diff {PARAMS_FILE}` shows what changed, `dvc repro` runs the pipeline")
 

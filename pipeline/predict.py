@@ -114,6 +114,11 @@ def main() -> None:
         if arguments.top < 1:
             raise UserError(f"--top is {arguments.top}; allowed: 1 or more")
         folder = _model_folder(arguments.model)
+        if folder == TRAIN and not folder.is_dir():
+            raise UserError(
+                f"{TRAIN}: no such folder: this checkout has no model; run `dvc exp apply NAME` for the model of a "
+                "flow run, `dvc checkout` for that of the commit, or name one with --model runs:/RUN_ID/model"
+            )
         _verify_model(folder)
         use_cpu_kernels(load_config(folder).cpu_kernels, field=f"{folder / 'model.json'}: cpu_kernels")
         torch.set_num_threads(num_cores())  # PyTorch's own default ignores the CPU quota of a container

@@ -1,4 +1,4 @@
-"""Build backend that refuses: the project is a checkout to clone, not a package to install."""
+"""A build backend that refuses to build: the project is a checkout to clone, not a package to install."""
 
 from typing import NoReturn
 
@@ -10,7 +10,7 @@ MESSAGE = (
 
 
 def build_wheel(*_arguments: object, **_options: object) -> NoReturn:
-    """End with one message; pip, uv and build call this for `wheel` and `install`."""
+    """Exit with the message; `pip install`, `uv` and `build` call this function."""
     raise SystemExit(MESSAGE)
 
 

@@ -58,7 +58,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_doctor_reports_a_damaged_experiment_and_checks_the_others(project: Path, lock: str) -> None:
     add_experiment("a-damaged", lock)
     add_experiment("b-incomplete", LOCK % ("a" * 32))
-    damaged, incomplete = doctor._run(doctor.missing_objects, project)
+    damaged, incomplete = doctor._run_check(doctor.missing_objects, project)
     assert damaged.what.startswith("experiment a-damaged: ") or damaged.what.startswith("a-damaged: ")
     assert "dvc.lock cannot be read (" in damaged.what
     assert damaged.remedy == "`dvc exp remove a-damaged`"
@@ -79,7 +79,7 @@ def test_findings_of_a_check_are_kept_when_it_fails(project: Path) -> None:
         yield doctor.Finding("first")
         raise OSError("gone")
 
-    assert [finding.what for finding in doctor._run(check, project)] == ["first", "check were not looked at: gone"]
+    assert [finding.what for finding in doctor._run_check(check, project)] == ["first", "check were not checked: gone"]
 
 
 def test_a_trace_skips_damaged_experiments_and_reads_the_others(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +91,8 @@ def test_a_trace_skips_damaged_experiments_and_reads_the_others(project: Path, m
     sources = Sources(project)
     assert {found.name: found.commit for found in sources.experiments} == {"damaged": damaged, "good": good}
     assert [sources.outputs(commit) for commit in (damaged, good)] == [{}, {"model": "a" * 32}]
-    messages = "\n".join(sources.notes)
-    assert "experiment lost was not looked at: its commit cannot be read" in messages
+    messages = "\n".join(sources.warnings)
+    assert "experiment lost was not searched: its commit cannot be read" in messages
     assert f"commit {damaged}: dvc.lock cannot be read (" in messages
 
 

@@ -196,7 +196,7 @@ def test_a_flow_run_of_another_host_or_a_later_attempt_is_not_changed(
 def test_without_a_server_the_doctor_reports_that_prefect_was_not_checked(project: Path) -> None:
     status, text = examine(project, api_url="")
     assert (status, text.count("\n")) == (0, 1)
-    assert "Prefect's flow runs were not looked at: no server" in text
+    assert "Prefect's flow runs were not checked: no server" in text
     assert not (project / ".prefect" / "server.json").exists()
 
 
@@ -274,7 +274,7 @@ def cached(project: Path, experiment: str, path: str) -> str:
 
 
 def test_a_workspace_in_use_is_not_a_leftover(project: Path) -> None:
-    with workspace_folders.own_folder(project, "one") as (folder, _):
+    with workspace_folders.make_folder(project, "one") as (folder, _):
         assert workspace_folders.is_held(project, "one")
         assert workspace_folders.find_leftovers(project) == []
         (folder.parent / "two").mkdir()

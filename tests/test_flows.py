@@ -225,8 +225,8 @@ def test_the_clone_of_a_failed_run_is_kept_with_keep_workspace(project: Path, ap
     (project.parent / "train.exit").write_text("1")
     status, text = run(project, "--keep-workspace", api_url=api_url)
     assert status == 1
-    [kept] = (project / workspace.KEPT).iterdir()
-    assert text.splitlines()[-1] == f"kept the clone: {workspace.KEPT / kept.name}"
+    [kept] = (project / workspace.KEPT_CLONES).iterdir()
+    assert text.splitlines()[-1] == f"kept the clone: {workspace.KEPT_CLONES / kept.name}"
     assert (kept / "artifacts/normalize/out.txt").exists()
     assert not [path for path in (project / workspace_folders.FOLDER).iterdir() if path.is_dir()]
 
@@ -247,6 +247,19 @@ def test_temporary_failures_are_retried(
     state = run_here()
     assert command_line.report(state, recipe="digits") == status
     assert ran(project).count(stage) == attempts
+
+
+def test_untracked_code_is_named_whatever_else_is_untracked(
+    project: Path, run_here: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.txt", "b.txt", "c.txt", "d.txt", "pipeline/models/mine.py"):
+        (project / name).touch()
+    run_here()
+    warnings = [record.getMessage() for record in caplog.records if "git does not track" in record.getMessage()]
+    assert warnings == [
+        "git does not track pipeline/models/mine.py: this run is without that code; `git add` it first",
+        "git does not track a.txt, b.txt, c.txt, …: left out of this run; `git add` what it needs",
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

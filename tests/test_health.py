@@ -37,7 +37,7 @@ def test_without_a_server_worker_and_nightly_run_are_unknown(project: Path) -> N
 
 def test_a_server_that_does_not_answer_is_wrong(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nobody = PrefectServer("http://127.0.0.1:9/api", "PREFECT_API_URL")
-    monkeypatch.setattr(health, "server_in_force", lambda _project: nobody)
+    monkeypatch.setattr(health, "current_server", lambda _project: nobody)
     result = check("prefect", project)
     assert result.state == "wrong"
     assert "no server answers at http://127.0.0.1:9/api" in result.text

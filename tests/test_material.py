@@ -27,7 +27,7 @@ from pipeline.training.device import choose_device
 from pipeline.training.loop import train
 from pipeline.training.optimizer import make_optimizers
 from pipeline.training.schedule import learning_rate
-from tests.conftest import PROJECT, coloured_images, train_params, write_normalized
+from tests.conftest import PROJECT, colored_images, train_params, write_normalized
 from tests.test_model import config
 
 META = torch.device("meta")  # a device that every machine has: tensors on it have shape and dtype, but no values
@@ -36,7 +36,7 @@ BARE = {"optimizer": "sgd", "momentum": 0.0, "nesterov": False, "weight_decay": 
 
 
 def split_of(number: int, *, device: torch.device | None = None) -> Split:
-    images, labels = coloured_images(number)
+    images, labels = colored_images(number)
     return Split.of(images, labels, mean=[0.4] * 3, std=[0.25] * 3, device=device or torch.device("cpu"))
 
 
@@ -44,7 +44,7 @@ def split_of(number: int, *, device: torch.device | None = None) -> Split:
 
 
 def test_a_split_shares_the_memory_of_its_arrays() -> None:
-    images, labels = coloured_images(4)
+    images, labels = colored_images(4)
     split = Split.of(images, labels, mean=[0.4] * 3, std=[0.25] * 3)
     images[0, 0, 0, 0], labels[1] = 77, 2
     assert (int(split.images[0, 0, 0, 0]), int(split.labels[1])) == (77, 2)

@@ -71,9 +71,9 @@ def test_the_store_is_in_the_project_unless_the_user_names_one(
     special_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert sqlite_path(tracking_uri(special_folder)) == special_folder / "mlflow.db"
-    assert workspace.made_store(special_folder) is None
+    assert workspace.existing_store(special_folder) is None
     (special_folder / "mlflow.db").touch()
-    assert workspace.made_store(special_folder) == tracking_uri(special_folder)
+    assert workspace.existing_store(special_folder) == tracking_uri(special_folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///other.db?timeout=5")
     get_settings.cache_clear()
     assert tracking_uri(special_folder) == sqlite_uri(special_folder / "other.db") + "?timeout=5"

@@ -4,7 +4,16 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.core.yaml import dump_yaml
-from pipeline.params import SECTIONS, check_params, compose, load_params, main, parse_override, recipe_path
+from pipeline.params import (
+    SECTIONS,
+    check_params,
+    compose,
+    load_params,
+    main,
+    parse_override,
+    parse_overrides,
+    recipe_path,
+)
 from tests.conftest import DEFAULTS, PROJECT, params
 
 
@@ -107,6 +116,24 @@ def test_the_error_about_an_unknown_recipe_lists_the_recipes(workspace: object) 
 def test_a_malformed_override_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="--set"):
         parse_override(text)
+
+
+def test_a_parameter_that_is_set_twice_is_refused() -> None:
+    assert parse_overrides(["train.epochs=3", "train.seed=1"]) == {"train.epochs": 3, "train.seed": 1}
+    with pytest.raises(UserError, match=r"--set: found train\.epochs twice; allowed: each parameter once; leave one"):
+        parse_overrides(["train.epochs=3", "train.seed=1", "train.epochs=4"])
+
+
+@pytest.mark.parametrize(
+    ("typos", "end"), [({"epoch": "epochs"}, "?)"), ({"epoch": "epochs", "sed": "seed"}, "(and 1 more)")]
+)
+def test_a_mistyped_key_is_counted_once(typos: dict[str, str], end: str) -> None:
+    values = {section: dict(fields) for section, fields in DEFAULTS.items()}
+    for typo, name in typos.items():
+        values["train"][typo] = values["train"].pop(name)
+    with pytest.raises(UserError, match=r"unknown key 'train\.epoch'") as error:
+        check_params(values, origin="params.yaml")
+    assert str(error.value).endswith(end)
 
 
 def test_values_of_overrides_are_parsed_as_yaml() -> None:

@@ -62,6 +62,16 @@ def test_one_line_is_printed_for_each_image(
     assert " a " not in lines[0]
 
 
+def test_a_checkout_without_a_model_names_the_ways_to_one(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, "photo.png")
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: artifacts/train: no such folder")
+    assert all(remedy in line for remedy in ("`dvc exp apply NAME`", "`dvc checkout`", "--model runs:/RUN_ID/model"))
+
+
 def test_json_has_all_classes(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run(monkeypatch, "photo.png", "--json")
     assert set(json.loads(capsys.readouterr().out)["probabilities"]) == {"a", "b", "c"}

@@ -75,7 +75,7 @@ def test_a_run_is_reproduced_from_the_raw_data_that_dvc_has_kept(
     monkeypatch.setattr(reproduce, "STAGES", (DOWNLOAD, NORMALIZE))
     result = reproduce.reproduce(project, run, from_cache=False, keep=False)
     assert [stage.differences for stage in result.stages] == [(), ()]
-    assert "DVC has kept the data" in str(result.stages[0])
+    assert "restored from DVC's cache" in str(result.stages[0])
 
 
 def test_the_deleted_folder_is_reported_if_dvc_has_not_kept_the_raw_data(project: Path, run: Run) -> None:

@@ -134,7 +134,7 @@ def test_a_run_of_older_code_is_found_by_its_tags(
 ) -> None:
     [copy] = find_runs({REPRODUCES: run.run_id})
     model = cached_path(cache_folder(project), run.tags["model.md5"])
-    find = partial(reproduce._find_new_run, run, handed_over=None, model=model)
+    find = partial(reproduce._find_new_run, run, reported_id=None, model=model)
     assert find(since=copy.started) == copy
     monkeypatch.setattr(reproduce, "REPRODUCES", "not.yet.tagged")
     assert find(since=copy.started) == copy
@@ -163,7 +163,7 @@ def test_a_model_changed_in_mlflow_is_reported_and_the_clone_can_be_kept(project
             copy.write_bytes(content)
     assert not result.identical
     assert "MLflow's copy was changed by hand" in result.damaged[0]
-    [kept] = (project / workspace.KEPT).iterdir()
+    [kept] = (project / workspace.KEPT_CLONES).iterdir()
     assert file_md5(kept / "artifacts/train/best.safetensors") == run.tags["model.md5"]
 
 

@@ -41,7 +41,7 @@ def test_a_unit_starts_a_module_of_the_project_and_stops_it_in_time(unit: Path) 
     found = values(unit)
     module = shlex.split(found["ExecStart"])[3]
     assert (PROJECT / f"{module.replace('.', '/')}.py").is_file()
-    grace = server.USERS_SECONDS if module == "flows.worker" else 10
+    grace = server.DEPENDENT_END_SECONDS if module == "flows.worker" else 10
     assert int(found["TimeoutStopSec"]) > grace
     assert found["Restart"] == "on-failure"
     assert "_URL" not in unit.read_text()  # who has the port may be another user; the project's own record is not

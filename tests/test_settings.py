@@ -19,7 +19,7 @@ from prefect.settings import PREFECT_API_URL, Settings, get_current_settings, te
 from prefect.settings.legacy import _get_settings_fields
 
 from flows import server, settings, ui
-from flows.prefect_server import ensure_server, server_in_force
+from flows.prefect_server import current_server, ensure_server
 from flows.settings import PrefectServer, check_own_server, configured_server, named_port, own_server_environment
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.settings import get_settings, read_settings
@@ -77,7 +77,7 @@ def prefect_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Enter:
     for name in [name for name in os.environ if name.upper().startswith("PREFECT_")]:
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(settings, "_FOLDER", tmp_path)
+    monkeypatch.setattr(settings, "_SETTINGS_FOLDER", tmp_path)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / ".prefect"))
 
     @contextmanager
@@ -149,7 +149,7 @@ def test_a_url_printed_by_make_prefect_env_is_not_assumed_to_be_our_server(
         assert configured_server() == PrefectServer(URL, "PREFECT_API_URL")
         monkeypatch.setattr(settings, "PROJECT", tmp_path)
         assert configured_server() is None
-        assert server_in_force(tmp_path) is None  # whatever server answers there
+        assert current_server(tmp_path) is None  # whatever server answers there
 
 
 def test_a_profile_that_prefect_ships_is_honored(prefect_in: Enter) -> None:
@@ -273,7 +273,7 @@ def test_our_mlflow_server_stays_on_loopback(tmp_path: Path, monkeypatch: pytest
 def test_settings_that_change_the_location_of_mlflows_server_are_not_passed_on() -> None:
     harmless = r"MLFLOW_SERVER_|MLFLOW_EXPOSE_PROMETHEUS|MLFLOW_TRACE_ARCHIVAL_CONFIG"
     left = {name for name in mlflow_server_variables() if not re.match(harmless, name)}
-    assert left <= set(ui.OURS_TO_SET)
+    assert left <= set(ui.MLFLOW_VARIABLES_NOT_PASSED_ON)
 
 
 def test_settings_do_not_change_the_location_of_our_prefect_server(prefect_in: Enter) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,44 @@ def test_every_id_leads_to_the_same_trace(project: Path, only_trace: Trace) -> N
     assert trace(project, "path", file=Path(str(weights.cached)))[0] == [only_trace]
 
 
+def test_the_first_digits_of_a_commit_or_run_are_enough(project: Path, only_trace: Trace) -> None:
+    assert only_trace.run
+    for full in (str(only_trace.commit), only_trace.run.run_id):
+        for short in (full[:7], full[:12].upper(), full[:31]):
+            assert trace(project, short)[0] == [only_trace], short
+    with pytest.raises(UserError, match="no training belongs to it"):
+        trace(project, only_trace.run.run_id[:6])
+
+
+def test_a_short_id_of_several_is_refused_with_the_candidates(
+    project: Path, only_trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert only_trace.run
+    same_beginning = replace(only_trace.run, run_id=f"{str(only_trace.commit)[:7]}{'0' * 25}", name="other")
+    monkeypatch.setattr(lineage, "find_runs_by_prefix", lambda _prefix: [same_beginning])
+    candidates = (
+        f"commit {only_trace.commit}, MLflow run {same_beginning.run_id} \\(other\\); allowed: the beginning of one"
+    )
+    with pytest.raises(UserError, match=candidates):
+        trace(project, str(only_trace.commit)[:7])
+
+
+def test_only_overridden_parameters_are_no_uncommitted_changes(only_trace: Trace) -> None:
+    code = as_text(only_trace).splitlines()[0]
+    assert (
+        code == f"code        commit {only_trace.commit}, parameters overridden (below), no other uncommitted changes"
+    )
+    locked = replace(only_trace, uncommitted=("dvc.lock", "params.yaml"))
+    assert as_text(locked).splitlines()[0] == code
+    text = as_text(replace(only_trace, uncommitted=("params.yaml", "pipeline/train.py")))
+    assert "with uncommitted changes\n            not committed: params.yaml, pipeline/train.py" in text
+
+
+def test_a_link_that_no_server_serves_says_how_to_open_it(only_trace: Trace) -> None:
+    assert f"no server runs: `make ui`, then {only_trace.run_link}" in as_text(only_trace)
+    assert f"            {only_trace.run_link}\n" in as_text(replace(only_trace, run_link_served=True))
+
+
 def test_a_trace_has_code_data_parameters_and_files(only_trace: Trace) -> None:
     assert (only_trace.dirty, only_trace.uncommitted) == (True, ("params.yaml",))
     assert only_trace.changed == {"train.epochs": ("20", "1"), "evaluate.top_k": ("5", "3")}
@@ -96,7 +135,7 @@ def test_a_trace_without_a_prefect_server_has_the_rest(
     monkeypatch.setattr(server, "running", lambda project: None)
     with temporary_settings(restore_defaults=[PREFECT_API_URL]):
         [found], [message] = trace(project, only_trace.flow_runs[0].run_id)
-    assert "Prefect was not looked at" in message
+    assert "Prefect was not searched" in message
     assert (found.run, found.flow_runs[0].name) == (only_trace.run, only_trace.flow_runs[0].name)
 
 
@@ -118,7 +157,7 @@ def test_a_trace_without_mlflow_has_the_experiment(
 
 @pytest.mark.parametrize("wanted", ["nonsense", "it's", "0" * 32, "--", "00000000-0000-4000-8000-000000000000"])
 def test_an_unknown_id_is_refused_with_the_places_that_were_searched(project: Path, wanted: str) -> None:
-    with pytest.raises(UserError, match=r"nothing known of it; looked at: commits .* MLflow .* Prefect") as error:
+    with pytest.raises(UserError, match=r"no training belongs to it; searched: commits .* MLflow .* Prefect") as error:
         lineage.trace(project, wanted)
     assert "\n" not in str(error.value)
 

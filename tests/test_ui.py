@@ -73,6 +73,15 @@ def test_links_use_the_port_of_mlflows_server(tmp_path: Path, monkeypatch: pytes
     assert ui.mlflow_page("0", project=tmp_path) == "http://127.0.0.1:5003/#/runs/0"
 
 
+def test_a_server_that_was_running_before_stays_and_the_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "start", lambda _project: (server.Server(1, "", 4200), False))
+    monkeypatch.setattr(server, "stop", lambda _project: pytest.fail("the server is stopped"))
+    with temporary_settings(restore_defaults=[PREFECT_API_URL]), ui.prefect_server(tmp_path) as line:
+        assert line == "http://127.0.0.1:4200 (was running already, keeps running; `make stop` stops it)"
+
+
 @pytest.mark.parametrize("name", ["MLFLOW_PORT", "PREFECT_PORT"])
 def test_a_port_in_use_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     port = free_port()

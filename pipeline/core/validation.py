@@ -22,7 +22,9 @@ def explain(
     problem = next((found for found in problems if found["type"] == "extra_forbidden"), problems[0])
     where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function"))
     origin = "--set" if where in overridden else origin
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    types = [found["type"] for found in problems]
+    num_others = len(problems) - 1 - min(types.count("extra_forbidden"), types.count("missing"))
+    more = f" (and {num_others} more)" if num_others > 0 else ""
     model = sections.get(str(problem["loc"][0])) if len(problem["loc"]) > 1 else None
     fields = list(model.model_fields if model else sections)
     if problem["type"] == "extra_forbidden":

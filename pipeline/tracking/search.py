@@ -44,6 +44,16 @@ def find_runs(tags: Mapping[str, str], *, status: str | None = None) -> list[Run
     conditions = [f"tags.`{name}` {'LIKE' if '%' in value else '='} '{value}'" for name, value in tags.items()]
     if status:
         conditions.append(f"attributes.status = '{status}'")
+    return _search(*conditions)
+
+
+def find_runs_by_prefix(prefix: str) -> list[Run]:
+    """Return the runs whose id starts with these hexadecimal digits, newest first."""
+    return _search(f"attributes.run_id LIKE '{prefix}%'")
+
+
+def _search(*conditions: str) -> list[Run]:
+    """Return the runs of all MLflow experiments that meet the conditions, newest first."""
     with store_errors():
         runs = mlflow.search_runs(
             search_all_experiments=True,
