@@ -374,12 +374,7 @@ def _assign(values: Any, name: str, value: Any, *, origin: str) -> None:
     values[section][field] = value
 
 
-SECTIONS: Mapping[str, type[Section]] = {
-    "download": DownloadParams,
-    "normalize": NormalizeParams,
-    "train": TrainParams,
-    "evaluate": EvaluateParams,
-}
+SECTIONS: Mapping[str, type[Section]] = Params.__annotations__
 
 
 def main() -> None:

@@ -229,7 +229,7 @@ def test_a_damaged_backup_is_refused_before_anything_is_written(project: Path, t
     content = bytearray((backup / name).read_bytes())
     content[len(content) // 2] ^= 1
     (backup / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name}: .* instead of"):
+    with pytest.raises(UserError, match=f"{name}: .* but"):
         restore(restored, backup)
     assert not (restored / ".dvc/cache").exists()
     assert not (restored / "mlflow.db").exists()
