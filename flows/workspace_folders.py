@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from pipeline.core.errors import TemporaryError
+
 FOLDER = Path(".dvc/tmp/flows")
 
 
@@ -38,6 +40,18 @@ def _all_workspaces(project: Path) -> Iterator[None]:
     """Exclude other processes: a folder whose lock is still to be made must not pass for a leftover."""
     with (project / FOLDER / "lock").open("w") as everything:
         fcntl.flock(everything, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def hold_off_flow_runs(project: Path) -> Iterator[None]:
+    """Let flow runs that start during the block wait for its end; raises TemporaryError where one is running."""
+    (project / FOLDER).mkdir(parents=True, exist_ok=True)
+    with _all_workspaces(project):
+        if names := in_use(project):
+            raise TemporaryError(
+                f"{', '.join(names)}: flow runs of this project are running; try again after their end"
+            )
         yield
 
 

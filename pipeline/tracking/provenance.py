@@ -10,6 +10,7 @@ from pipeline.artifacts import CHECKSUMS, DOWNLOAD, HISTORY, KEPT, NORMALIZE, by
 from pipeline.core.errors import UserError, first_line
 from pipeline.core.git import UNKNOWN, CodeState, code_state
 from pipeline.core.processes import this_process
+from pipeline.core.project import project_folder
 from pipeline.core.settings import get_settings
 from pipeline.core.stage_code import code_md5
 from pipeline.core.yaml import read_yaml
@@ -20,6 +21,8 @@ REPRODUCES = "reproduces"
 """Tag of a run that makes another one again: the other one's id. It is no new result."""
 FLOW_RUN = "flow_run."
 """Tag `flow_run.<id>` = experiment, for each flow run that made the model or took it from DVC's cache."""
+EXPERIMENT = "dvc.experiment"
+PROJECT = "process.project"
 HARDWARE = "hardware."
 """Tags `hardware.<part>`: what the last bits of a model depend on."""
 STALE = ("killed.reason", "dvc.experiment", "prefect.flow_run_id", "prefect.flow_run_name", "mlflow.note.content")
@@ -43,7 +46,8 @@ def origin_tags(code: CodeState) -> dict[str, str]:
         COMMIT: code.commit or UNKNOWN,
         "git.dirty": code.dirty,
         "code.md5": code_md5("train"),
-        "dvc.experiment": settings.experiment,
+        EXPERIMENT: settings.experiment,
+        PROJECT: str(project_folder()),
         "prefect.flow_run_id": settings.flow_run_id,
         "prefect.flow_run_name": settings.flow_run_name,
         "mlflow.note.content": f"[Prefect flow run]({settings.flow_run_link})" if settings.flow_run_link else "",

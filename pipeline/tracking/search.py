@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
 from pipeline.core.processes import HOST, PID, Life, life
@@ -39,8 +40,11 @@ class Run:
         return self.status != "RUNNING" or self.life == "dead"
 
 
-def find_runs(tags: Mapping[str, str], *, status: str | None = None) -> list[Run]:
-    """Return the runs with all of these tags (`%` stands for anything) and this status, newest first."""
+def find_runs(tags: Mapping[str, str], *, status: str | None = None, with_deleted: bool = False) -> list[Run]:
+    """Return the runs with all of these tags (`%` stands for anything) and this status, newest first.
+
+    `with_deleted` includes the runs that are marked as deleted, which MLflow keeps until they are removed for good.
+    """
     conditions = [f"tags.`{name}` {'LIKE' if '%' in value else '='} '{value}'" for name, value in tags.items()]
     if status:
         conditions.append(f"attributes.status = '{status}'")
@@ -48,6 +52,7 @@ def find_runs(tags: Mapping[str, str], *, status: str | None = None) -> list[Run
         runs = mlflow.search_runs(
             search_all_experiments=True,
             filter_string=" and ".join(conditions),
+            run_view_type=ViewType.ALL if with_deleted else ViewType.ACTIVE_ONLY,
             order_by=["attributes.start_time DESC"],
             output_format="list",
         )
