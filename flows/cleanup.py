@@ -6,6 +6,7 @@ nothing removed, 75 something runs here; try again.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import chdir
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from flows import PROJECT
 from flows.dvc_cleanup import (
+    HASH,
     DvcExperiment,
     History,
     hold_off_runs,
@@ -32,8 +34,9 @@ from flows.workspace import made_store
 from pipeline.artifacts import TRAIN
 from pipeline.core.errors import UserError, report_errors
 from pipeline.core.git import read_committed
-from pipeline.tracking.provenance import COMMIT, EXPERIMENT, FLOW_RUN
+from pipeline.tracking.provenance import COMMIT, EXPERIMENT
 from pipeline.tracking.retention import (
+    KEEP,
     StoredRun,
     Version,
     read_stored,
@@ -42,7 +45,7 @@ from pipeline.tracking.retention import (
     stranger,
     use_of,
 )
-from pipeline.tracking.search import Run, find_runs
+from pipeline.tracking.search import Run, find_run, find_runs
 from pipeline.tracking.store import connect
 
 
@@ -74,9 +77,10 @@ class Planner:
         self.project, self.notes = project, list[str]()
         self._read_runs()
         experiments, self._history = list_experiments(project), History(project)
+        self._names = {one.name for one in experiments}
         self.old = [one for one in experiments[keep:] if not self._is_needed(one)]
         kept = [one for one in experiments if one not in self.old]
-        self._needed = with_contents(project, self._history.hashes(kept))
+        self._needed = with_contents(project, self._history.hashes(kept) | self._hashes_in_use())
 
     def plan(self) -> Plan:
         """Return what is to be removed; raises UserError or TemporaryError where a question has no answer."""
@@ -91,11 +95,18 @@ class Planner:
 
     def _read_runs(self) -> None:
         """Read from MLflow the runs that name an experiment, those that are marked as deleted included."""
-        self._runs, self._versions = list[Run](), list[Version]()
+        self._runs, self._in_use, self._versions = list[Run](), list[Run](), list[Version]()
         if uri := made_store(self.project):
             connect(uri)
-            self._runs = find_runs({EXPERIMENT: "%"}, with_deleted=True)
             self._versions = registered_versions()
+            self._runs = find_runs({EXPERIMENT: "%"}, with_deleted=True)
+            registered = [find_run(run_id) for run_id in {one.run_id for one in self._versions if one.use}]
+            self._in_use = [*find_runs({KEEP: "%"}), *filter(None, registered)]
+
+    def _hashes_in_use(self) -> set[str]:
+        """Return the hashes that the runs in use record of their data and results; some have no experiment."""
+        texts = [text for run in self._in_use for text in run.tags.values()]
+        return {match[0] for text in texts for match in re.finditer(HASH, text)}
 
     def _is_needed(self, experiment: DvcExperiment) -> bool:
         """Return whether something else than its age decides to keep the experiment, and note what."""
@@ -113,9 +124,9 @@ class Planner:
         for run in self._runs:
             made = run.tags.get("model.md5")
             own = run.tags[EXPERIMENT] == experiment.name and run.tags.get(COMMIT) == experiment.baseline
-            # the run of an experiment that is gone, of which this experiment's flow run took the model
-            used = made == model is not None and experiment.name in _users(run)
-            if not own and not used:
+            # of an experiment that went earlier, and whose model this one took from DVC's cache
+            left = made == model is not None and run.tags[EXPERIMENT] not in self._names
+            if not own and not left:
                 continue
             stored = self._read(run)
             reason = use_of(stored) or stranger(stored, self.project)
@@ -130,11 +141,6 @@ class Planner:
 
     def _read(self, run: Run) -> StoredRun:
         return read_stored(run, versions=self._versions)
-
-
-def _users(run: Run) -> set[str]:
-    """Return the experiments whose flow runs made the run's model, or took it from DVC's cache."""
-    return {name for tag, name in run.tags.items() if tag.startswith(FLOW_RUN)}
 
 
 def _model_of(project: Path, experiment: DvcExperiment) -> tuple[str | None, str | None]:

@@ -134,15 +134,15 @@ class History:
         commits = [one.commit for one in experiments]
         lines = git(self.project, "rev-list", "--format=%T", *self._starts, *commits).splitlines()
         trees = sorted({line for line in lines if not line.startswith("commit ")})
-        found = self._grep("--cached")
+        found = self._grep([], "--cached")
         for start in range(0, len(trees), MAX_TREES_PER_COMMAND):
-            found |= self._grep(*trees[start : start + MAX_TREES_PER_COMMAND])
+            found |= self._grep(trees[start : start + MAX_TREES_PER_COMMAND])
         for file in self._files():
             found |= {match[0] for match in re.finditer(HASH, file.read_text("utf-8", "replace"))}
         return found
 
-    def _grep(self, *where: str) -> set[str]:
-        command = ("grep", "--no-color", "--text", "-h", "-o", "-E", HASH, *where, "--", *LOCK_FILES)
+    def _grep(self, trees: Sequence[str], *options: str) -> set[str]:
+        command = ("grep", *options, "--no-color", "--text", "-h", "-o", "-E", HASH, *trees, "--", *LOCK_FILES)
         return set(output(self.project, *command, answers=(0, 1)).decode().split())
 
     def _files(self) -> Iterator[Path]:

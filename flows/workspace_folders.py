@@ -49,9 +49,7 @@ def hold_off_flow_runs(project: Path) -> Iterator[None]:
     (project / FOLDER).mkdir(parents=True, exist_ok=True)
     with _all_workspaces(project):
         if names := in_use(project):
-            raise TemporaryError(
-                f"{', '.join(names)}: flow runs of this project are running; try again after their end"
-            )
+            raise TemporaryError(f"flow runs of this project run ({', '.join(names)}); try again after their end")
         yield
 
 

@@ -47,7 +47,10 @@ class Version:
 
 @dataclass(frozen=True)
 class StoredRun:
-    """A run with all that goes with it: registered versions, and models by id; `folders` has the local artifacts."""
+    """A run with all that goes with it: registered versions, and models by id.
+
+    `folders` has the artifacts of the run and of its models; it is empty where a server keeps them.
+    """
 
     run: Run
     versions: tuple[Version, ...]
@@ -94,7 +97,7 @@ def read_stored(run: Run, *, versions: Sequence[Version]) -> StoredRun:
         models = dict(_models(run.run_id, info.experiment_id))
     ids = (run.run_id, *models)
     own = tuple(one for one in versions if one.run_id == run.run_id or any(name in one.source for name in ids))
-    locations = {run.run_id: info.artifact_uri, **models}
+    locations = {} if is_server(mlflow.get_tracking_uri()) else {run.run_id: info.artifact_uri, **models}
     return StoredRun(run, own, tuple(models), tuple(_folder(place, owner) for owner, place in locations.items()))
 
 
@@ -148,7 +151,7 @@ def stranger(stored: StoredRun, project: Path) -> str:
     if is_server(uri):
         return ""
     root = artifact_folder(project).resolve()
-    outside = [folder for folder in stored.folders if not folder.resolve().is_relative_to(root) or folder == root]
+    outside = [folder for folder in stored.folders if not folder.resolve().is_relative_to(root)]
     return f"its files are in {outside[0]}, not in {root.name} here" if outside else ""
 
 
