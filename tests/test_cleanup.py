@@ -30,12 +30,13 @@ from pipeline.tracking.store import connect
 from tests import test_dvc_experiments
 from tests.conftest import free_port, start_repository
 from tests.test_dvc_experiments import command
+from tests.test_outage import Server
 
 pytestmark = pytest.mark.slow
 
 baseline = test_dvc_experiments.project  # a fixture: a committed project with one training
 CHANGES = {
-    "branched": ["evaluate.top_k=1"],
+    "branched": ["evaluate.top_k=3"],
     "first": ["train.seed=1"],
     "champion": ["train.seed=3"],
     "shared": ["train.seed=5"],
@@ -233,18 +234,14 @@ def test_a_run_whose_files_are_elsewhere_stays(
     assert (elsewhere / "artifacts").is_dir()
 
 
-def test_on_a_server_a_run_is_only_marked_as_deleted(
-    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_on_a_server_a_run_is_only_marked_as_deleted(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, other = runs_by_name()["first"], runs_by_name()["shared"]
-    address = f"127.0.0.1:{free_port()}"
-    host, port = address.split(":")
-    words = ["server", "--backend-store-uri", f"sqlite:///{project}/mlflow.db", "--host", host, "--port", port]
-    server = subprocess.Popen([sys.executable, "-m", "mlflow", *words, "--workers", "1"], cwd=tmp_path)
+    (project / "mlflow.db").rename(project / "server.db")  # as `Server` names it
+    served = Server(project)
     try:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{address}")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", served.uri)
         get_settings.cache_clear()
-        wait_until(answers)
+        connect()
         MlflowClient().set_tag(first.run_id, "process.project", str(project))
         clean_up(project, keep=1, dry_run=False)
         client = MlflowClient()
@@ -252,16 +249,7 @@ def test_on_a_server_a_run_is_only_marked_as_deleted(
         assert client.get_run(other.run_id).info.lifecycle_stage == "active"
         assert (project / "mlartifacts" / first.run_id).is_dir()
     finally:
-        server.terminate()
-        server.wait()
-
-
-def answers() -> bool:
-    try:
-        connect()
-    except TemporaryError:
-        return False
-    return True
+        served.kill()
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
@@ -356,7 +344,7 @@ def test_a_server_that_does_not_answer_stops_it_too(project: Path, monkeypatch: 
     before = state(project)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
     get_settings.cache_clear()
-    with pytest.raises(TemporaryError, match="MLflow"):
+    with pytest.raises(TemporaryError, match="which does not answer"):
         clean_up(project, keep=0, dry_run=False)
     assert state(project) == before
 
