@@ -22,6 +22,7 @@ from flows.dvc_cleanup import (
     hold_off_runs,
     is_own_cache,
     list_experiments,
+    remove_entries,
     remove_experiments,
     remove_files,
     run_cache_entries,
@@ -170,7 +171,7 @@ def clean_up(project: Path, *, keep: int, dry_run: bool) -> None:
         for stored in plan.runs:
             remove_run(stored)
         remove_experiments(repo, plan.experiments)
-        remove_files(plan.entries)
+        remove_entries(plan.entries)
         remove_files(plan.objects)
         print(f"freed {size}")
 

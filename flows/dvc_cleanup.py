@@ -6,6 +6,7 @@ the cache, although the run cache needs them, and leaves entries in the run cach
 
 import json
 import re
+import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -203,6 +204,19 @@ def remove_experiments(repo: Any, experiments: Sequence[DvcExperiment]) -> None:
     """Remove the experiments; their commits stay in git until it collects its own garbage."""
     if experiments:
         repo.experiments.remove(exp_names=[one.ref for one in experiments])
+
+
+def remove_entries(entries: Sequence[Path]) -> None:
+    """Remove entries of the run cache, and a folder with its last one: DVC fails at an empty folder."""
+    for entry in entries:
+        removed = entry.parents[3] / "removed-runs"
+        if removed.exists():  # left by a killed process
+            shutil.rmtree(removed)
+        if len(list(entry.parent.iterdir())) > 1:
+            entry.unlink()
+        else:
+            entry.parent.rename(removed)
+            shutil.rmtree(removed)
 
 
 def remove_files(paths: Sequence[Path]) -> None:

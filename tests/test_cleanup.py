@@ -95,7 +95,9 @@ def state(project: Path) -> dict[str, Any]:
     """What there is of experiments, of files in DVC's cache and run cache, of artifacts, and of rows in MLflow."""
     rows = {}
     with closing(open_sqlite(project / "mlflow.db")) as store:
-        for table, column in {"runs": "run_uuid", "logged_models": "model_id", "model_versions": "version"}.items():
+        versions = "SELECT version FROM model_versions WHERE current_stage != 'Deleted_Internal'"
+        rows["model_versions"] = {row[0] for row in store.execute(versions)}
+        for table, column in {"runs": "run_uuid", "logged_models": "model_id"}.items():
             rows[table] = {row[0] for row in store.execute(f"SELECT {column} FROM {table}")}
         for table in ("metrics", "params", "tags"):
             rows[table] = {row[0] for row in store.execute(f"SELECT DISTINCT run_uuid FROM {table}")}
@@ -265,9 +267,10 @@ POINTS: dict[str, tuple[Any, str, int]] = {
     "all files are gone": (SqlAlchemyStore, "_hard_delete_logged_model", 1),
     "the model is gone": (SqlAlchemyStore, "_hard_delete_run", 1),
     "the run is gone": (cleanup, "remove_experiments", 1),
-    "the experiments are gone": (cleanup, "remove_files", 1),
-    "an entry of the run cache is gone": (Path, "unlink", 2),
-    "some files are gone": (Path, "unlink", 6),
+    "the experiments are gone": (cleanup, "remove_entries", 1),
+    "an entry of the run cache is moved": (shutil, "rmtree", 3),
+    "the run cache is clean": (cleanup, "remove_files", 1),
+    "some files are gone": (Path, "unlink", 4),
 }
 """Where a cleanup is killed: before the n-th call of a function."""
 
@@ -291,6 +294,7 @@ def test_what_a_killed_cleanup_left_the_next_one_removes(project: Path, cleaned:
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert state(project) != cleaned
+    assert all(any(key.iterdir()) for key in (project / ".dvc/cache/runs").glob("*/*")), "DVC fails at an empty folder"
     for run in runs_by_name().values():
         assert (project / "mlartifacts" / run.run_id).is_dir(), "an active run without its files"
     clean_up(project, keep=1, dry_run=False)
