@@ -12,13 +12,13 @@ from pipeline.core.git import git, read_committed
 
 # raised where the text of a dvc.lock, or of a folder's listing in DVC's cache, is not what DVC wrote
 DAMAGED = (DvcException, ValueError, TypeError, KeyError, AttributeError)
-_EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/[^/]+")
+EXPERIMENT_REF = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/[^/]+")
 
 
 def experiment_refs(project: Path) -> list[str]:
     """Return the git refs of the experiments: `refs/exps/<2 digits>/<38 digits of the baseline commit>/<name>`."""
     refs = git(project, "for-each-ref", "--format=%(refname)", "refs/exps").split()
-    return [ref for ref in refs if _EXPERIMENT.fullmatch(ref)]  # others there are for DVC's own use
+    return [ref for ref in refs if EXPERIMENT_REF.fullmatch(ref)]  # DVC has others there for its own use
 
 
 def outputs(lock: str) -> dict[str, str]:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from pipeline.core.errors import TemporaryError
+
 FOLDER = Path(".dvc/tmp/flows")
 
 
@@ -38,6 +40,16 @@ def _exclusive_access(project: Path) -> Iterator[None]:
     """Exclude other processes in the block: a new folder, whose lock file does not exist yet, is not a leftover."""
     with (project / FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def hold_off_flow_runs(project: Path) -> Iterator[None]:
+    """Let flow runs that start during the block wait for its end; raises TemporaryError where one is running."""
+    (project / FOLDER).mkdir(parents=True, exist_ok=True)
+    with _exclusive_access(project):
+        if names := in_use(project):
+            raise TemporaryError(f"flow runs of this project run ({', '.join(names)}); try again after their end")
         yield
 
 

@@ -36,7 +36,17 @@ MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for p
 ONLY_IN = {
     "mlflow": {
         f"pipeline/tracking/{name}.py"
-        for name in ("experiments", "logger", "models", "outbox", "runs", "search", "served_model", "store")
+        for name in (
+            "experiments",
+            "logger",
+            "models",
+            "outbox",
+            "retention",
+            "runs",
+            "search",
+            "served_model",
+            "store",
+        )
     },
     "matplotlib": {"pipeline/figures.py", "pipeline/training/curves.py", "pipeline/evaluation/plots.py"},
     "ruamel": {"pipeline/core/yaml.py", "pipeline/params.py"},

@@ -10,6 +10,7 @@ from pipeline.artifacts import CHECKSUMS, DOWNLOAD, HISTORY, NORMALIZE, SELECTED
 from pipeline.core.errors import UserError, first_line
 from pipeline.core.git import UNKNOWN, CodeState, code_state
 from pipeline.core.processes import this_process
+from pipeline.core.project import project_folder
 from pipeline.core.settings import get_settings
 from pipeline.core.stage_code import code_md5
 from pipeline.core.yaml import read_yaml
@@ -19,6 +20,8 @@ COMMIT = "mlflow.source.git.commit"
 REPRODUCES = "reproduces"  # tag of a run that reproduces another run: the id of that run
 # prefix of the tags `flow_run.<id>` = DVC experiment: one for each flow run that made the model or had a cache hit
 FLOW_RUN = "flow_run."
+EXPERIMENT = "dvc.experiment"
+PROJECT = "process.project"  # tag with the folder of the project that made the run
 HARDWARE = "hardware."  # prefix of the tags `hardware.<part>`, on which the last bits of a model depend
 # tags that describe the process that began the run, or its end; they are deleted when another process resumes the run
 TAGS_OF_ONE_PROCESS = (
@@ -47,7 +50,8 @@ def origin_tags(code: CodeState) -> dict[str, str]:
         COMMIT: code.commit or UNKNOWN,
         "git.dirty": code.dirty,
         "code.md5": code_md5("train"),
-        "dvc.experiment": settings.experiment,
+        EXPERIMENT: settings.experiment,
+        PROJECT: str(project_folder()),
         "prefect.flow_run_id": settings.flow_run_id,
         "prefect.flow_run_name": settings.flow_run_name,
         "mlflow.note.content": f"[Prefect flow run]({settings.flow_run_link})" if settings.flow_run_link else "",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
 from pipeline.core.processes import HOST, PID, ProcessState, process_state
@@ -39,12 +40,15 @@ class Run:
         return self.status != "RUNNING" or self.process_state == "dead"
 
 
-def find_runs(tags: Mapping[str, str], *, status: str | None = None) -> list[Run]:
-    """Return the runs with all of these tags and this status, newest first; `%` in a tag matches any text."""
+def find_runs(tags: Mapping[str, str], *, status: str | None = None, with_deleted: bool = False) -> list[Run]:
+    """Return the runs with all of these tags and this status, newest first; `%` in a tag matches any text.
+
+    `with_deleted` includes the runs that are marked as deleted, which MLflow keeps until they are removed for good.
+    """
     conditions = [f"tags.`{name}` {'LIKE' if '%' in value else '='} '{value}'" for name, value in tags.items()]
     if status:
         conditions.append(f"attributes.status = '{status}'")
-    return _search(*conditions)
+    return _search(*conditions, with_deleted=with_deleted)
 
 
 def find_runs_by_prefix(prefix: str) -> list[Run]:
@@ -52,12 +56,13 @@ def find_runs_by_prefix(prefix: str) -> list[Run]:
     return _search(f"attributes.run_id LIKE '{prefix}%'")
 
 
-def _search(*conditions: str) -> list[Run]:
+def _search(*conditions: str, with_deleted: bool = False) -> list[Run]:
     """Return the runs of all MLflow experiments that meet the conditions, newest first."""
     with store_errors():
         runs = mlflow.search_runs(
             search_all_experiments=True,
             filter_string=" and ".join(conditions),
+            run_view_type=ViewType.ALL if with_deleted else ViewType.ACTIVE_ONLY,
             order_by=["attributes.start_time DESC"],
             output_format="list",
         )
