@@ -142,11 +142,14 @@ def in_prose(accuracies: list[float]) -> str:
 
 
 def with_rows(readme: str, results: Results) -> str:
-    """Return the README's text with a new row for each recipe that is in its table of results."""
+    """Return the text of the README in which the table row of each recipe in `results` is replaced by its results.
+
+    A recipe without a row in the table is left out.
+    """
     rows = []
     for line in TABLE.findall(readme)[0].splitlines():
-        recipe = re.match(r"\| `(\w+)` ", line)
-        rows.append(_row(recipe[1], results[recipe[1]]) if recipe and recipe[1] in results else line)
+        recipe = next(iter(re.findall(r"^\| `(\w+)` ", line)), "")
+        rows.append(_row(recipe, results[recipe]) if recipe in results else line)
     return TABLE.sub("".join(f"{row}\n" for row in rows).replace("\\", r"\\"), readme)
 
 

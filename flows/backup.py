@@ -46,7 +46,9 @@ def back_up(project: Path, folder: Path, *, files_only: bool = False) -> list[st
     """
     databases = {} if files_only else find_databases(project)
     if folder.resolve().is_relative_to(project):
-        raise UserError(f"{folder}: is in the project; allowed: a folder elsewhere, best on another disk")
+        raise UserError(
+            f"{folder} is inside the project {project}; allowed: a folder outside it, preferably on another disk"
+        )
     with add_path_to_errors(folder), _lock(folder):
         for leftover in list(folder.glob("**/.*.tmp")):  # of a backup that was killed
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)

@@ -45,7 +45,9 @@ from pipeline.tracking.sqlite_store import MLFLOW, is_current
 from pipeline.tracking.store_uri import tracking_uri, unreachable
 
 State = Literal["ok", "wrong", "unknown"]
-Check = Callable[[Path], str]  # returns what is well; raises _WrongError, or another error where that is not known
+Check = Callable[
+    [Path], str
+]  # returns what is well; raises _CheckFailedError, or another error where that is not known
 NIGHTLY = f"{FLOW_NAME}/nightly"
 MAX_NIGHTLY_AGE = timedelta(hours=26)  # a day, and two hours for a worker that was away
 HEARTBEATS_MISSED = 3  # Prefect's own server counts a worker as offline after as many
@@ -62,7 +64,7 @@ class Result:
     text: str
 
 
-class _WrongError(Exception):
+class _CheckFailedError(Exception):
     """What a check has found to be wrong, with what to do."""
 
 
@@ -70,12 +72,14 @@ def check_prefect(project: Path) -> str:
     """Return the address of the Prefect server in force, which answers."""
     found = current_server(project)
     if found is None:
-        raise _WrongError("no server of this project is running; `python -m flows.server start`, or start its service")
+        raise _CheckFailedError(
+            "no server of this project is running; `python -m flows.server start`, or start its service"
+        )
     try:
         with prefect_client(found.api_url):
             check_answers(found.api_url, found.source or found.page)
     except (UserError, TemporaryError) as error:
-        raise _WrongError(str(error)) from None
+        raise _CheckFailedError(str(error)) from None
     return f"{found.page} answers"
 
 
@@ -90,7 +94,7 @@ def check_mlflow(project: Path) -> str:
             raise TemporaryError(f"{path} does not exist yet; the first run makes it")
         return f"{path or redact_url(uri)} has {_count_in_file(path) if path else _count_in_database(uri)} runs"
     except UserError as error:
-        raise _WrongError(str(error)) from None
+        raise _CheckFailedError(str(error)) from None
 
 
 def _ask_server(uri: str) -> str:
@@ -99,14 +103,17 @@ def _ask_server(uri: str) -> str:
     try:
         check_server(uri)
     except TemporaryError as error:
-        raise _WrongError(str(error)) from None
+        raise _CheckFailedError(str(error)) from None
     return f"{redact_url(uri)} answers"
 
 
 def _count_in_file(path: Path) -> int:
+    """Return the number of runs in MLflow's sqlite file, without migrating it."""
     if not is_current(path, tool=MLFLOW):
-        raise _WrongError(f"{path} has the tables of another version of MLflow; the next run migrates it")
-    uri = f"{path.absolute().as_uri()}?mode=rw"
+        raise _CheckFailedError(
+            f"{path} has the database schema of another version of MLflow; the next `make run` or `make ui` migrates it"
+        )
+    uri = f"{path.absolute().as_uri()}?mode=rw"  # rw does not create the file, and can read one with a write-ahead log
     with sqlite_errors(path), closing(sqlite3.connect(uri, uri=True, timeout=30)) as connection:
         return int(connection.execute("SELECT count(*) FROM runs").fetchone()[0])
 
@@ -119,7 +126,7 @@ def _count_in_database(uri: str) -> int:
         with closing(engine.connect()) as connection:
             return int(connection.execute(sqlalchemy.text("SELECT count(*) FROM runs")).scalar_one())
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-        raise _WrongError(unreachable(uri, type(error).__name__)) from None
+        raise _CheckFailedError(unreachable(uri, type(error).__name__)) from None
 
 
 def check_worker(project: Path) -> str:
@@ -128,13 +135,13 @@ def check_worker(project: Path) -> str:
         try:
             pool = client.read_work_pool(LOCAL_POOL)
         except ObjectNotFound:
-            raise _WrongError(f"the work pool {LOCAL_POOL} does not exist; `make worker` makes it") from None
+            raise _CheckFailedError(f"the work pool {LOCAL_POOL} does not exist; `make worker` makes it") from None
         workers = client.read_workers_for_work_pool(LOCAL_POOL)
     if pool.is_paused:
-        raise _WrongError(f"the work pool {LOCAL_POOL} is paused; `prefect work-pool resume {LOCAL_POOL}`")
+        raise _CheckFailedError(f"the work pool {LOCAL_POOL} is paused; `prefect work-pool resume {LOCAL_POOL}`")
     online = [one.name for one in workers if one.status == WorkerStatus.ONLINE and not _is_silent(one)]
     if not online:
-        raise _WrongError(f"no worker of the pool {LOCAL_POOL} is online; `make worker`, or start its service")
+        raise _CheckFailedError(f"no worker of the pool {LOCAL_POOL} is online; `make worker`, or start its service")
     return f"{len(online)} online for the pool {LOCAL_POOL}: {', '.join(online)}"
 
 
@@ -162,9 +169,9 @@ def check_nightly(project: Path) -> str:
         try:
             deployment = client.read_deployment_by_name(NIGHTLY)
         except ObjectNotFound:
-            raise _WrongError(f"the deployment {NIGHTLY} does not exist; `make worker` registers it") from None
+            raise _CheckFailedError(f"the deployment {NIGHTLY} does not exist; `make worker` registers it") from None
         if deployment.paused or not any(one.active for one in deployment.schedules):
-            raise _WrongError(f"the schedule of {NIGHTLY} is off; switch it on in Prefect's page, Deployments")
+            raise _CheckFailedError(f"the schedule of {NIGHTLY} is off; switch it on in Prefect's page, Deployments")
         due = {"deployment_id": {"any_": [deployment.id]}, "expected_start_time": {"before_": now("UTC")}}
         runs = client.read_flow_runs(
             flow_run_filter=FlowRunFilter.model_validate(due), sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1
@@ -180,9 +187,9 @@ def _check_last_run(run: FlowRun) -> str:
     state = run.state_name or "of no state"
     text = f"the last run, {run.name} of {run.expected_start_time:%Y-%m-%d %H:%M} UTC, is {state}"
     if not run.state or run.state.is_failed() or run.state.is_crashed() or run.state.is_cancelled() or state == "Late":
-        raise _WrongError(f"{text}; its page in Prefect has the reason")
+        raise _CheckFailedError(f"{text}; its page in Prefect has the reason")
     if age > MAX_NIGHTLY_AGE:
-        raise _WrongError(f"{text}; {age.total_seconds() / 3600:.0f} hours ago, allowed: {MAX_NIGHTLY_AGE}")
+        raise _CheckFailedError(f"{text}; {age.total_seconds() / 3600:.0f} hours ago, allowed: {MAX_NIGHTLY_AGE}")
     return text
 
 
@@ -196,7 +203,7 @@ def check_disk(project: Path, *, min_free_gib: float = MIN_FREE_GIB) -> str:
         free.setdefault(place.stat().st_dev, (shutil.disk_usage(place).free / 2**30, place))
     text = ", ".join(f"{gib:,.1f} GiB free for {place}" for gib, place in free.values())
     if min(gib for gib, _ in free.values()) < min_free_gib:
-        raise _WrongError(f"{text}; allowed: {min_free_gib:g} or more; see Retention in docs/operations.md")
+        raise _CheckFailedError(f"{text}; allowed: {min_free_gib:g} or more; see Retention in docs/operations.md")
     return f"{text} (allowed: {min_free_gib:g} or more)"
 
 
@@ -219,9 +226,9 @@ def check_gpu(_project: Path) -> str:
             raise TemporaryError("a GPU of another kind than NVIDIA's, which is not looked at") from None
         names = []
     except pynvml.NVMLError as error:
-        raise _WrongError(f"NVIDIA's driver answers with an error: {error}; `nvidia-smi` shows more") from None
+        raise _CheckFailedError(f"NVIDIA's driver answers with an error: {error}; `nvidia-smi` shows more") from None
     if not names:
-        raise _WrongError("no GPU; check that `nvidia-smi` lists one")
+        raise _CheckFailedError("no GPU; check that `nvidia-smi` lists one")
     return ", ".join(names)
 
 
@@ -229,7 +236,7 @@ def check_leftovers(project: Path) -> str:
     """Return that killed runs have left nothing."""
     findings = doctor.find_all(project, checks=LEFTOVERS)
     if wrong := [one for one in findings if one.fix or one.remedy]:
-        raise _WrongError(f"{'; '.join(one.what for one in wrong)}; `python -m flows.doctor --fix`")
+        raise _CheckFailedError(f"{'; '.join(one.what for one in wrong)}; `python -m flows.doctor --fix`")
     if findings:
         raise TemporaryError("; ".join(one.what for one in findings))
     return "killed runs have left nothing"
@@ -250,7 +257,7 @@ def run_check(name: str, check: Check, project: Path) -> Result:
     """Return the outcome of a check; one that could not be made is `unknown`."""
     try:
         return Result(name, "ok", check(project))
-    except _WrongError as error:
+    except _CheckFailedError as error:
         return Result(name, "wrong", str(error))
     except (UserError, TemporaryError, OSError) as error:
         return Result(name, "unknown", str(error))

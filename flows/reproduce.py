@@ -117,7 +117,10 @@ def _find_locked(project: Path, wanted: str) -> Run:
     hashes = outputs(read_committed(project, commit, "dvc.lock") or "")
     missing = [folder for folder in (NORMALIZE, TRAIN) if str(folder) not in hashes]
     if missing:
-        raise UserError(f"commit {commit}: its dvc.lock has no {missing[0]}; name a commit made after `dvc repro`")
+        raise UserError(
+            f"commit {commit}: its dvc.lock has no hash of {missing[0]}; allowed: a commit with a dvc.lock that "
+            "`dvc repro` wrote (`git log dvc.lock` lists candidates)"
+        )
     evaluation = {Path(path).name: md5 for path, md5 in hashes.items() if Path(path).parent == EVALUATE}
     folders = [folder for folder in (DOWNLOAD, NORMALIZE, TRAIN) if str(folder) in hashes]
     tags = {f"dvc.{folder.name}": hashes[str(folder)] for folder in folders}

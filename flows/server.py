@@ -153,15 +153,16 @@ def _recorded_server(project: Path) -> Server | None:
 
 
 def read_record(path: Path) -> Server | None:
-    """Return the server in the record at `path` if its process lives, else None.
+    """Return the server that the record file at `path` describes, or None if its process has ended.
 
-    Returns None too if the record is a copy, made with a copy of the project whose server it is.
+    Returns None also if the file cannot be read, and if this project is a copy of the project that started the
+    server. A project that was moved keeps its server.
     """
     try:
         server = Server(**json.loads(path.read_text(encoding="utf-8")))
         if not server.is_at(path) and Path(server.folder, path.name).exists():
             return None
-        # older versions wrote a number
+        # older versions of the project wrote `started` as a number
         return server if is_alive(server.pid, started=str(server.started)) else None
     except (OSError, ValueError, TypeError):
         return None

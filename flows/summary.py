@@ -87,7 +87,10 @@ def as_markdown(
 
 
 def changed_params(committed: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the parameters that differ, with the committed and the new value: `{"train.epochs": (20, 3)}`."""
+    """Return the parameters of `params` that differ from those committed in git: `{"train.epochs": (20, 3)}`.
+
+    Each has its committed value (None if there is none) and its new value, without passwords and tokens in URLs.
+    """
     pairs = {
         f"{section}.{field}": (committed.get(section, {}).get(field), value)
         for section, fields in params.items()

@@ -233,8 +233,9 @@ class TrainParams(Section):
     def _check_consistency(self) -> Self:
         if self.nesterov and (self.optimizer not in ("sgd", "muon") or self.momentum == 0):
             raise ValueError(
-                f"nesterov is true, but optimizer is {self.optimizer} and momentum {self.momentum}; allowed: true with "
-                "optimizer: sgd or muon and a momentum above 0; set nesterov to false, or change these"
+                f"nesterov is true, but train.optimizer is {self.optimizer} and train.momentum {self.momentum}; "
+                "allowed: true with optimizer sgd or muon and momentum above 0; set train.nesterov to false, or "
+                "change these"
             )
         from_file = self.weights not in (None, "DEFAULT")
         if self.weights_md5 is not None and not from_file:

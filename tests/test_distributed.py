@@ -155,7 +155,7 @@ def test_torchrun_can_start_the_processes(workspace: Path) -> None:
     done = subprocess.run(
         [*torchrun, "1", "-m", "pipeline.train"], env=environment, capture_output=True, text=True, check=False
     )
-    assert "error: train.processes is 2, but torchrun started 1; set it to 1" in done.stderr
+    assert "error: train.processes is 2, but torchrun started 1 in total; set train.processes to 1" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_every_recipe_is_valid(recipe: str, monkeypatch: pytest.MonkeyPatch) -> 
         ("train__learning_rate", float("nan"), "train.learning_rate is nan; allowed: a finite number"),
         ("train__flip", "yes", "train.flip is 'yes'; allowed: a valid boolean"),
         ("train__warmup_fraction", 1.0, "train.warmup_fraction is 1.0; allowed: less than 1"),
-        ("train__momentum", 0.0, "train.nesterov is true, but optimizer is sgd and momentum 0.0"),
+        ("train__momentum", 0.0, "train.nesterov is true, but train.optimizer is sgd and train.momentum 0.0"),
         ("train__learnig_rate", 0.1, "unknown key 'train.learnig_rate'; allowed:"),
         ("evaluate__top_k", 1, "evaluate.top_k is 1; allowed: greater than or equal to 2"),
     ],
@@ -96,7 +96,7 @@ def test_overrides_take_precedence_over_the_recipe_and_comments_are_kept(workspa
             f"unknown section 'trian'; allowed: {', '.join(SECTIONS)} (did you mean train?)",
         ),
         ({"train.epochs": "three"}, "--set: train.epochs is 'three'; allowed: a valid integer"),
-        ({"train.momentum": 0.0}, "params.yaml with --set: train.nesterov is true, but optimizer is sgd and momentum"),
+        ({"train.momentum": 0.0}, "params.yaml with --set: train.nesterov is true, but train.optimizer is sgd and"),
     ],
 )
 def test_a_bad_override_is_reported(workspace: object, overrides: dict[str, object], message: str) -> None:

@@ -184,25 +184,27 @@ def _weights_stay(optimizer: str, precision: str, factor: float | None, *, devic
         guard = NonFiniteGuard(state, params=params, steps_per_epoch=4)
         images = torch.ones(2, 3, 32, 32, device=device)
 
-        def step(factor: float | None) -> None:
-            """Do a step of the training loop."""
+        def step(loss_factor: float | None) -> None:
+            """Do forward pass, backward pass and update as the training loop does, with a changed loss."""
             loss = classifier(images).square().mean()
-            loss = loss + float("inf") if factor is None else loss * factor
+            loss = loss + float("inf") if loss_factor is None else loss * loss_factor
             classifier.zero_grad()
             watched = guard.watch(loss, mean_over_ranks=loss.detach())
             state.scaler.scale(watched).backward()  # type: ignore[no-untyped-call]
-            for each in state.optimizers:
-                state.scaler.step(each)
+            for each_optimizer in state.optimizers:
+                state.scaler.step(each_optimizer)
             state.scaler.update()
 
         initial = _parameters(classifier)
         step(1e-3)
-        before = _parameters(classifier)
-        for step_factor in (factor, 1e-3):
-            with suppress(UserError):  # the guard may raise at once
-                step(step_factor)
-        if torch.equal(initial, before) or not torch.equal(_parameters(classifier), before):
-            return False, "weights changed, or the finite step before did not change any"
+        before_bad_loss = _parameters(classifier)
+        if torch.equal(initial, before_bad_loss):
+            return False, "the step with a finite loss changed no weight"
+        for loss_factor in (factor, 1e-3):  # after the bad loss, a step with a finite loss must change nothing either
+            with suppress(UserError):  # on the CPU the guard raises in the step
+                step(loss_factor)
+        if not torch.equal(_parameters(classifier), before_bad_loss):
+            return False, "a weight changed"
         try:
             guard.raise_if_non_finite()
         except UserError as error:

@@ -31,8 +31,8 @@ def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:  # n
 def _read_rows() -> npt.NDArray[np.uint8]:
     """Return the digits as rows (1797, 65) uint8, each of 64 pixels and the label.
 
-    The file is that of `sklearn.datasets.load_digits`; importing scikit-learn for it would take a second. Raises
-    UserError where scikit-learn is not installed.
+    Reads the file that `sklearn.datasets.load_digits` reads, because importing scikit-learn takes about one second.
+    Raises UserError if the file does not exist.
     """
     package = importlib.util.find_spec("sklearn")
     path = Path(package.origin).parent / "datasets/data/digits.csv.gz" if package and package.origin else None

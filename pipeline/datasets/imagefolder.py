@@ -140,15 +140,18 @@ def open_imagefolder(folder: Path, *, description: Description, params: Normaliz
 
 
 def _chunks(archive: Path, *, class_names: tuple[str, ...], num_files: int, length: int) -> Iterator[Chunk]:
-    """Yield all files of the archive in its order, in chunks of up to `length` files; only headers are read."""
+    """Yield the `num_files` image files of the tar archive in archive order, in chunks of up to `length` files.
+
+    All files of a chunk are in the same split. Only the headers of the archive are read, not the images. Raises
+    UserError at a file of an unknown class, and after the last chunk if the archive has another number of files.
+    """
     labels = {name: label for label, name in enumerate(class_names)}
     split, files, found = "", list[ImageFile](), 0
     for member in _file_headers(archive):
         next_split, class_name = _split_and_class(member.name, archive=archive)
         if class_name not in labels:
             raise UserError(
-                f"{archive}: {member.name!r} is of no class in train; allowed: {', '.join(class_names)}; "
-                f"{DOWNLOAD_AGAIN}"
+                f"{archive}: {member.name!r} is in a class that the train split does not have; {DOWNLOAD_AGAIN}"
             )
         if files and (next_split != split or len(files) == length):
             yield Chunk(split, files)

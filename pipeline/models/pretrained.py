@@ -82,7 +82,10 @@ def _read_weights(config: ModelConfig, *, md5: str | None) -> dict[str, Tensor]:
 def _download_weights(name: str) -> dict[str, Tensor]:
     """Return torchvision's pretrained weights of a network; the download is cached and its checksum compared."""
     if name in OWN_NETWORKS:
-        raise UserError(f"train.weights is DEFAULT, but {name} has no pretrained weights; allowed: null or a file")
+        raise UserError(
+            f"train.weights is 'DEFAULT', but train.model {name} has no pretrained weights; allowed: null (random "
+            "weights) or the path of a weights file; set train.weights=null, or choose another train.model"
+        )
     from torchvision import models  # noqa: PLC0415  # see pipeline/models/torchvision.py
 
     weights: Any = models.get_model_weights(name).DEFAULT

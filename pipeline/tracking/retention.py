@@ -102,7 +102,10 @@ def read_stored(run: Run, *, versions: Sequence[Version]) -> StoredRun:
 
 
 def _models(run_id: str, experiment_id: str) -> Iterator[tuple[str, str]]:
-    """Yield id and location of each logged model of the run."""
+    """Yield id and artifact URI of each model that the run has logged.
+
+    In a database this includes the models that are marked as deleted; an MLflow server does not list these.
+    """
     condition, token = f"source_run_id = '{run_id}'", None
     while True:
         page = MlflowClient().search_logged_models([experiment_id], filter_string=condition, page_token=token)

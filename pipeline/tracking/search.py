@@ -81,7 +81,7 @@ def find_run(run_id: str) -> Run | None:
 
 
 def _as_run(run: mlflow.entities.Run) -> Run:
-    """Convert a run of MLflow's client."""
+    """Return the project's record of a run, made from the object that the MLflow client returns."""
     info, data = run.info, run.data
     return Run(
         info.run_id,

@@ -119,13 +119,17 @@ def migrate(copy: Path, _lock: int) -> None:
 
 
 def link_migrations() -> None:
-    """Make MLflow find its migrations through a link if its own path has a `%`; see `without_percent`."""
+    """Let MLflow read its database migrations through a symbolic link if the path of the MLflow package has a `%`.
+
+    The migration tool (Alembic) cannot read a path with a `%`. This replaces a function of MLflow in this process; the
+    link is removed at the end of the process.
+    """
     package = Path(db_utils._get_package_dir())  # type: ignore[no-untyped-call]
     if "%" in str(package):
         until_exit = ExitStack()
         atexit.register(until_exit.close)
-        plain = until_exit.enter_context(sqlite_store.without_percent(package))
-        db_utils._get_package_dir = lambda: str(plain)
+        link = until_exit.enter_context(sqlite_store.without_percent(package))
+        db_utils._get_package_dir = lambda: str(link)
 
 
 @contextmanager

@@ -137,7 +137,10 @@ def process_group(device: torch.device, *, processes: int) -> Iterator[None]:
         return
     num_ranks = int(os.environ["WORLD_SIZE"])
     if num_ranks != processes:
-        raise UserError(f"train.processes is {processes}, but torchrun started {num_ranks}; set it to {num_ranks}")
+        raise UserError(
+            f"train.processes is {processes}, but torchrun started {num_ranks} in total; set train.processes "
+            f"to {num_ranks}, or start torchrun with {processes} processes"
+        )
     threading.Thread(target=_exit_with_launcher, args=(os.getppid(),), daemon=True).start()
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
