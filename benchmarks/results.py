@@ -171,7 +171,8 @@ def measure_all(arguments: argparse.Namespace) -> dict[str, RecipeResult]:
         for recipe in [recipe for recipe, dataset in datasets.items() if dataset == "cifar10"]:
             print(f"{recipe}: skipped, as there are no images of CIFAR-10; name them: --images FOLDER", flush=True)
             del datasets[recipe]
-    check_is_committed()
+    if datasets:
+        check_is_committed()
     if "cifar10" in datasets.values():
         print(f"images of CIFAR-10: {arguments.images or ARCHIVE}", flush=True)
         prepare_apart(arguments.images)

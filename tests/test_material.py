@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.ways.peers import Net
-from pipeline.arrays import Split
+from pipeline.arrays import DatasetInfo, Split
 from pipeline.artifacts import file_md5, read_split
 from pipeline.models.airbench import Airbench
 from pipeline.models.build import build
@@ -22,6 +22,7 @@ from pipeline.models.lenet import LeNet
 from pipeline.models.losses import loss_function
 from pipeline.models.pretrained import load_pretrained
 from pipeline.params import check_params, compose
+from pipeline.train import _make_classifier
 from pipeline.training.batches import epoch_batches
 from pipeline.training.device import choose_device
 from pipeline.training.loop import train
@@ -75,6 +76,17 @@ def test_a_split_and_a_network_move_to_a_device_whole() -> None:
     tensors = [split.images, split.labels, split.scale, split.shift, *network.parameters()]
     assert {tensor.device for tensor in tensors} == {META}
     assert (split.images.dtype, split.labels.dtype, split.scale.dtype) == (torch.uint8, torch.int64, torch.float32)
+
+
+def test_the_step_train_moves_the_network_to_the_device(tmp_path: Path) -> None:
+    info = DatasetInfo.read(write_normalized(tmp_path))
+    network = _make_classifier(train_params(), info, device=META)
+    assert {tensor.device for tensor in network.state_dict().values()} == {META}
+
+
+def test_auto_takes_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto", field="train.device").type == "cuda"
 
 
 # --- autograd
