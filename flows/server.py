@@ -96,7 +96,7 @@ def running(project: Path = PROJECT) -> Server | None:
 def _unproven(name: str, address: str, *, remedy: str) -> TemporaryError:
     """Return the error for a server that answers but cannot be proven to be ours."""
     return TemporaryError(
-        f"{name} answers at {address}, but this system does not say which process listens there, so it may be "
+        f"{name} answers at {address}, but this system does not report which process listens there, so it may be "
         f"somebody else's; {remedy}"
     )
 

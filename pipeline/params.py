@@ -342,7 +342,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     name, separator, value = text.partition("=")
     if not separator or "." not in name:
-        raise UserError(f"--set: found {text!r}; allowed: section.field=value, as in train.epochs=3")
+        raise UserError(f"--set: found {text!r}; allowed: section.field=value, as in train.epochs=3; correct it")
     try:
         return name.strip(), YAML(typ="safe", pure=True).load(value)
     except Exception:  # ruamel raises nearly anything: see read_yaml
@@ -366,10 +366,8 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
 def _assign(values: Any, name: str, value: Any, *, origin: str) -> None:
     """Set the value with the dotted name; raises UserError, naming `origin`, where the name is unknown."""
     section, _, field = name.partition(".")
-    if section not in Params.model_fields:
-        raise UserError(
-            f"{origin}: unknown section {section!r}; allowed: {list_choices(section, list(Params.model_fields))}"
-        )
+    if section not in SECTIONS:
+        raise UserError(f"{origin}: unknown section {section!r}; allowed: {list_choices(section, list(SECTIONS))}")
     if field not in values[section]:
         raise UserError(f"{origin}: unknown key {name!r}; allowed: {list_choices(field, list(values[section]))}")
     values[section][field] = value
