@@ -62,12 +62,12 @@ class Server:
 
     @property
     def address(self) -> str:
-        """The address of its pages."""
+        """Return the address of its pages."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def api_url(self) -> str:
-        """The address of Prefect's API."""
+        """Return the address of Prefect's API."""
         return f"{self.address}/api"
 
 
@@ -307,7 +307,7 @@ def _end_dependents(project: Path = PROJECT) -> Iterator[tuple[int, str]]:
 
 
 def _status() -> str:
-    """Return the line that tells whether the server is running."""
+    """Return a line that states whether the server is running."""
     found = running()
     return f"Prefect server running: {found.address}, process {found.pid}" if found else NONE_RUNNING
 

@@ -69,7 +69,7 @@ def read_description(folder: Path) -> Description:
 
 
 def choose_channels(params: NormalizeParams, *, native: Channels) -> Channels:
-    """Return the number of channels in the parameters, or where they say auto, the source's own number `native`."""
+    """Return the channels of the parameters or, for `auto`, the source's own number `native`."""
     return native if params.channels == "auto" else params.channels
 
 
