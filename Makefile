@@ -56,7 +56,7 @@ test: $(INSTALLED_DEV) ## run all tests (10 minutes on 2 cores)
 test-quick: $(INSTALLED_DEV) ## run the tests that start neither servers nor trainings in separate processes (75 seconds)
 	$(BIN)/python -m pytest -m "not slow" $(or $(PYTEST),$(WORKERS) 2)
 
-coverage: $(INSTALLED_DEV) ## measure which lines the quick tests run; fails below the floor (2 minutes)
+coverage: $(INSTALLED_DEV) ## measure which lines the quick tests run, and fail below the floor (2 minutes)
 	@rm -rf .cache/coverage && mkdir -p .cache/coverage
 	$(BIN)/python -m coverage run -m pytest -m "not slow" $(or $(PYTEST),$(WORKERS) 2)
 	@$(BIN)/python -m coverage combine --quiet
@@ -191,5 +191,5 @@ audit: $(INSTALLED) ## check the locked packages for known vulnerabilities; need
 	@.ci/audit
 
 clean: stop ## remove .venv and the caches of tools; models, data, runs and experiments stay
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .cache/coverage
 	find pipeline flows tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

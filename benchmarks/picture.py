@@ -1,4 +1,4 @@
-"""The picture of the README: the test accuracy of each seed in docs/results.json."""
+"""Draw the picture of the README: the test accuracy of each seed in docs/results.json."""
 
 import statistics
 from collections.abc import Mapping, Sequence

@@ -91,7 +91,7 @@ RULES: Mapping[str, Rule] = {
 
 
 def train_and_test(params: Params, folder: Path) -> Run:
-    """Download, normalize, train, and evaluate after each epoch; `folder` may have the files of another seed."""
+    """Download, normalize, train, and evaluate after each epoch; `folder` may hold files of another seed."""
     download(params.download, folder=folder / "download")
     normalize(folder / "download", folder / "normalize", params=params.normalize)
     classifier, splits = load(params.train, folder / "normalize")

@@ -46,7 +46,10 @@ def run(way: str, *, seed: int, target: float) -> tuple[float, float]:
                 accuracy = float(found[1])
                 seconds = time.perf_counter() - start if accuracy >= target else math.inf
     if child.returncode:
-        raise UserError(f"benchmarks.ways.{way} ended with status {child.returncode}: {''.join(lines)[-500:]}")
+        output = "".join(lines)[-500:].strip()
+        raise UserError(
+            f"benchmarks.ways.{way} ended with status {child.returncode}: {output}; fix that, then run this again"
+        )
     return seconds, accuracy
 
 

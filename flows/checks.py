@@ -39,7 +39,7 @@ def check_inputs(params: Mapping[str, Any]) -> None:
 
 
 def check_device(device: str, *, field: str) -> None:
-    """Raise UserError where this machine certainly lacks the device; importing PyTorch to ask it would take seconds."""
+    """Raise UserError where this machine certainly does not have the device, without importing PyTorch (seconds)."""
     has_none = device == "mps" and sys.platform != "darwin"
     if device == "cuda":
         has_none = not any(path.exists() for path in OTHER_GPUS) and not _may_have_nvidia_gpu()

@@ -46,7 +46,7 @@ class CommandError(StageCmdFailedError):  # type: ignore[misc]  # DVC ships no t
 class _DvcLog(logging.Handler):
     """A log handler that prints DVC's warnings and progress, and records whether DVC ran a command.
 
-    DVC says in its log alone whether it ran a command or restored the outputs from its cache.
+    DVC states only in its log whether it ran a command or restored the outputs from its cache.
     """
 
     command_ran = False

@@ -52,7 +52,7 @@ def apply_difference(difference: bytes, top: Path, *, commit: str) -> None:
     try:
         git(top, "apply", "--index", "--whitespace=nowarn", str(patch))
     except UserError as error:
-        raise UserError(f"the recorded changes do not apply to commit {commit}: {error}") from None
+        raise UserError(f"the recorded changes do not apply to commit {commit}: {error}; name another run") from None
 
 
 def untracked_files(project: Path) -> list[str]:

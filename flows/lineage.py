@@ -325,7 +325,7 @@ def _trace_experiment(sources: Sources, experiment: Experiment) -> Trace:
 
 
 def _known(tag: str | None) -> str | None:
-    """Return the value of a tag, or None where it is missing or says that the value is unknown."""
+    """Return the value of a tag, or None where it is missing or `unknown`."""
     return None if tag == UNKNOWN else tag
 
 

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class PortTakenError(UserError):
-    """Another process uses the port on which our server was to listen."""
+    """The error for a port on which our server was to listen, but which another process uses."""
 
 
 def is_free(port: int) -> bool:

@@ -55,7 +55,9 @@ def prefect_client(url: str) -> Iterator[SyncPrefectClient]:
         with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
             yield client
     except (httpx.HTTPError, PrefectException) as error:
-        raise TemporaryError(f"{redact_url(url)}: {first_line(error)}") from None
+        raise TemporaryError(
+            f"{redact_url(url)}: {first_line(error)}; try again, or run `python -m flows.health`"
+        ) from None
 
 
 def check_answers(url: str, source: str) -> None:

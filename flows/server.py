@@ -62,12 +62,12 @@ class Server:
 
     @property
     def address(self) -> str:
-        """The address of its pages."""
+        """Return the address of its pages."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def api_url(self) -> str:
-        """The address of Prefect's API."""
+        """Return the address of Prefect's API."""
         return f"{self.address}/api"
 
 
@@ -96,7 +96,7 @@ def running(project: Path = PROJECT) -> Server | None:
 def _unproven(name: str, address: str, *, remedy: str) -> TemporaryError:
     """Return the error for a server that answers but cannot be proven to be ours."""
     return TemporaryError(
-        f"{name} answers at {address}, but this system does not say which process listens there, so it may be "
+        f"{name} answers at {address}, but this system does not report which process listens there, so it may be "
         f"somebody else's; {remedy}"
     )
 
@@ -307,7 +307,7 @@ def _end_dependents(project: Path = PROJECT) -> Iterator[tuple[int, str]]:
 
 
 def _status() -> str:
-    """Return the line that tells whether the server is running."""
+    """Return a line that states whether the server is running."""
     found = running()
     return f"Prefect server running: {found.address}, process {found.pid}" if found else NONE_RUNNING
 

@@ -39,7 +39,7 @@ class PrefectServer:
 
     @property
     def page(self) -> str:
-        """The address of its pages, without a password."""
+        """Return the address of its pages, without a password."""
         return redact_url(self.api_url).removesuffix("/api")
 
     def environment(self) -> dict[str, str]:

@@ -181,7 +181,7 @@ def _open(
 
 @contextmanager
 def _keep_clone(clone: Path, target: Path, *, keep: Keep) -> Iterator[None]:
-    """Move the clone to `target` at the end of the block: always, if the block fails or never, as `keep` says."""
+    """Move the clone to `target` at the end of the block: always, on failure or never, by the value of `keep`."""
     must_keep = keep == "always"
     try:
         yield

@@ -49,7 +49,9 @@ def hold_off_flow_runs(project: Path) -> Iterator[None]:
     (project / FOLDER).mkdir(parents=True, exist_ok=True)
     with _exclusive_access(project):
         if names := in_use(project):
-            raise TemporaryError(f"flow runs of this project run ({', '.join(names)}); try again after their end")
+            raise TemporaryError(
+                f"flow runs of this project are running ({', '.join(names)}); try again when they have ended"
+            )
         yield
 
 

@@ -335,8 +335,8 @@ def check_weights(path: Path, md5: str | None) -> None:
     """Raise UserError where `train.weights` names no file that can be read, or its MD5 is not `train.weights_md5`."""
     if not path.is_file():
         raise UserError(
-            f"train.weights: no such file {path}; allowed: null, DEFAULT, or a .safetensors or .pth file"
-            f"{copy_hint(path)}"
+            f"train.weights: no such file {path}; allowed: null, DEFAULT, or a .safetensors or .pth file; "
+            f"set it to one of these{copy_hint(path)}"
         )
     if (found := file_md5(path)) != md5:
         raise UserError(

@@ -64,7 +64,7 @@ class Section(BaseModel):
 
 
 class DownloadParams(Section):
-    """Where the raw data comes from."""
+    """The parameters of `download`: the data source and where its raw data is."""
 
     dataset: Dataset = Field(
         description="digits (scikit-learn's, no download), cifar10 (fetched), or imagefolder (your own images)"
@@ -105,7 +105,7 @@ class DownloadParams(Section):
 
 
 class NormalizeParams(Section):
-    """How raw images become arrays, and which of them are for training, validation and test."""
+    """The parameters of `normalize`: size and channels of the arrays, and the splits."""
 
     image_size: Annotated[Count, Field(ge=8, le=1024)] = Field(description="height and width of the arrays in pixels")
     channels: Literal["auto", 1, 3] = Field(description="1 (gray), 3 (RGB), or auto: what the data source has")
@@ -127,7 +127,7 @@ class NormalizeParams(Section):
 
 
 class TrainParams(Section):
-    """Which network is trained, and how."""
+    """The parameters of `train`: network, loss, optimizer, schedule and device."""
 
     model: str = Field(
         description="lenet, airbench or another of pipeline/models/build.py, or any of torchvision (resnet18, …)"
@@ -257,7 +257,7 @@ class TrainParams(Section):
 
 
 class EvaluateParams(Section):
-    """How the model is evaluated on the test split."""
+    """The parameters of `evaluate`, which reads the test split."""
 
     checkpoint: Literal["best", "last"] = Field(
         description="best: the epoch that train.selection selects; last: the last epoch"
@@ -342,7 +342,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """
     name, separator, value = text.partition("=")
     if not separator or "." not in name:
-        raise UserError(f"--set: found {text!r}; allowed: section.field=value, as in train.epochs=3")
+        raise UserError(f"--set: found {text!r}; allowed: section.field=value, as in train.epochs=3; correct it")
     try:
         return name.strip(), YAML(typ="safe", pure=True).load(value)
     except Exception:  # ruamel raises nearly anything: see read_yaml
@@ -366,10 +366,8 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
 def _assign(values: Any, name: str, value: Any, *, origin: str) -> None:
     """Set the value with the dotted name; raises UserError, naming `origin`, where the name is unknown."""
     section, _, field = name.partition(".")
-    if section not in Params.model_fields:
-        raise UserError(
-            f"{origin}: unknown section {section!r}; allowed: {list_choices(section, list(Params.model_fields))}"
-        )
+    if section not in SECTIONS:
+        raise UserError(f"{origin}: unknown section {section!r}; allowed: {list_choices(section, list(SECTIONS))}")
     if field not in values[section]:
         raise UserError(f"{origin}: unknown key {name!r}; allowed: {list_choices(field, list(values[section]))}")
     values[section][field] = value

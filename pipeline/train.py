@@ -129,7 +129,7 @@ def check_params_fit_data(params: TrainParams, info: DatasetInfo) -> None:
     }
     for field, (value, maximum, reason) in limits.items():
         if value > maximum:
-            raise UserError(f"train.{field} is {value}, but {reason}; allowed: up to {maximum}")
+            raise UserError(f"train.{field} is {value}, but {reason}; allowed: up to {maximum}; lower it")
     compiler = get_settings().cxx
     if params.compile and shutil.which(compiler) is None:
         raise UserError(

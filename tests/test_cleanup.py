@@ -454,7 +454,7 @@ def test_a_flow_run_that_is_running_is_left_alone_and_one_that_starts_waits(wait
         assert not begun.wait(0.5)
     assert begun.wait(60)
     with (
-        pytest.raises(TemporaryError, match=r"flow runs of this project run \(a-run\)"),
+        pytest.raises(TemporaryError, match=r"flow runs of this project are running \(a-run\)"),
         hold_off_runs(waiting),
     ):
         pass

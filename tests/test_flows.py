@@ -358,7 +358,7 @@ def test_the_status_of_a_killed_stage_is_its_signal(project: Path, opened: Works
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "digit"], "recipe: found 'digit'; allowed: digits (did you mean digits?)"),
+        (["--recipe", "digit"], "recipe: found 'digit'; allowed: digits (did you mean digits?); correct the name"),
         (["--set", "train.epoch=3"], "unknown key 'train.epoch'"),
         (["--set", "train.epochs=0"], "train.epochs is 0"),
     ],

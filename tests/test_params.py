@@ -93,7 +93,7 @@ def test_overrides_take_precedence_over_the_recipe_and_comments_are_kept(workspa
         ({"train.epoch": 3}, "unknown key 'train.epoch'; allowed:"),
         (
             {"trian.epochs": 3},
-            f"unknown section 'trian'; allowed: {', '.join(SECTIONS)} (did you mean train?)",
+            f"unknown section 'trian'; allowed: {', '.join(SECTIONS)} (did you mean train?); correct the name",
         ),
         ({"train.epochs": "three"}, "--set: train.epochs is 'three'; allowed: a valid integer"),
         ({"train.momentum": 0.0}, "params.yaml with --set: train.nesterov is true, but train.optimizer is sgd and"),
@@ -125,7 +125,11 @@ def test_a_parameter_that_is_set_twice_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typos", "end"), [({"epoch": "epochs"}, "?)"), ({"epoch": "epochs", "sed": "seed"}, "(and 1 more)")]
+    ("typos", "end"),
+    [
+        ({"epoch": "epochs"}, "?); correct the name"),
+        ({"epoch": "epochs", "sed": "seed"}, "; correct the name (and 1 more)"),
+    ],
 )
 def test_a_mistyped_key_is_counted_once(typos: dict[str, str], end: str) -> None:
     values = {section: dict(fields) for section, fields in DEFAULTS.items()}

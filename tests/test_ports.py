@@ -99,7 +99,7 @@ def test_another_server_on_the_port_does_not_count_as_ours(tmp_path: Path) -> No
 def test_an_answer_of_an_unknown_process_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with foreign_server() as port, sleeper() as process:
         monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
-        with pytest.raises(TemporaryError, match="does not say which process listens there"):
+        with pytest.raises(TemporaryError, match="does not report which process listens there"):
             wait(port, process, folder=tmp_path)
 
 
@@ -117,7 +117,7 @@ def test_a_prefect_server_is_recognized_by_its_token_where_the_system_hides_proc
         if (kind, token) == (ServerWithToken, "own"):
             assert server.running(tmp_path)
             return
-        with pytest.raises(TemporaryError, match="does not say which process listens there"):
+        with pytest.raises(TemporaryError, match="does not report which process listens there"):
             server.running(tmp_path)
 
 

@@ -341,14 +341,17 @@ def runs() -> list[mlflow.entities.Run]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 500}, "error: train.batch_size is 500, but the train split has 96 images; allowed: up to 96"),
+        (
+            {"batch_size": 500},
+            "error: train.batch_size is 500, but the train split has 96 images; allowed: up to 96; lower it",
+        ),
         (
             {"crop_padding": 32},
-            "error: train.crop_padding is 32, but the images have 32 pixels a side; allowed: up to 31",
+            "error: train.crop_padding is 32, but the images have 32 pixels a side; allowed: up to 31; lower it",
         ),
         (
             {"cutout_size": 99},
-            "error: train.cutout_size is 99, but the images have 32 pixels a side; allowed: up to 31",
+            "error: train.cutout_size is 99, but the images have 32 pixels a side; allowed: up to 31; lower it",
         ),
         ({"model": "lent"}, "error: train.model is 'lent'; allowed: lenet, airbench"),
         ({"weights": "gone.pth"}, "error: train.weights: no such file gone.pth"),

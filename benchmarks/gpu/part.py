@@ -24,7 +24,7 @@ POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Setting:
-    """The folder of CIFAR-10's arrays, whether this is a dry run, and when the part must end (`time.monotonic`)."""
+    """The setting of a part: the folder of CIFAR-10's arrays, `dry` for a dry run, and its end (`time.monotonic`)."""
 
     arrays: Path
     dry: bool

@@ -87,7 +87,7 @@ class Recipe:
 
 
 def measure_fast94(setting: Setting, emit: Emit) -> None:
-    """Emit a first training, which warms up, then utilization and floor, then a training for each seed in the time."""
+    """Emit a warm-up training, then utilization and floor, then a training for each seed until the time is over."""
     recipe = Recipe(RECIPE, setting=setting)
     emit(run="first", **recipe.train_once(0))
     start = time.monotonic()

@@ -31,7 +31,7 @@ class TemporaryError(RuntimeError):
 
 
 class PartialError(RuntimeError):
-    """A result without some of its items: each that failed was reported with its reason, all others were processed."""
+    """A result without some of its items: each failed item was reported with its reason, all others were processed."""
 
 
 class Terminated(KeyboardInterrupt):

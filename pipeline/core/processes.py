@@ -20,7 +20,7 @@ ProcessState = Literal["alive", "dead", "elsewhere", "unknown"]
 def this_process() -> dict[str, str]:
     """Return the record of this process: host, process id and start time.
 
-    The start time tells it from a later process with the same id.
+    The start time distinguishes it from a later process with the same id.
     """
     return {HOST: socket.gethostname(), PID: str(os.getpid()), STARTED: start_of(os.getpid())}
 

@@ -66,6 +66,6 @@ def _is_scalar(value: Any) -> bool:
 
 
 def list_choices(found: str, names: list[str]) -> str:
-    """Return the allowed names as text; suggests the closest one where it is close to what was found."""
+    """Return the allowed names and what to do as text; suggests the allowed name that is similar to `found`, if any."""
     close = difflib.get_close_matches(found, names, n=1)
-    return ", ".join(names) + (f" (did you mean {close[0]}?)" if close else "")
+    return ", ".join(names) + (f" (did you mean {close[0]}?)" if close else "") + "; correct the name"

@@ -69,7 +69,7 @@ def read_description(folder: Path) -> Description:
 
 
 def choose_channels(params: NormalizeParams, *, native: Channels) -> Channels:
-    """Return the number of channels in the parameters, or where they say auto, the source's own number `native`."""
+    """Return the channels of the parameters or, for `auto`, the source's own number `native`."""
     return native if params.channels == "auto" else params.channels
 
 
@@ -80,7 +80,9 @@ def check_class_names(class_names: Sequence[str], *, origin: str) -> tuple[str, 
     """
     for name in class_names:
         if not name.isprintable() or not name.strip() or "/" in name:
-            raise UserError(f"{origin}: found the class name {name!r}; allowed: printable characters without /")
+            raise UserError(
+                f"{origin}: found the class name {name!r}; allowed: printable characters without /; rename the class"
+            )
     if len(set(class_names)) < len(class_names):
         raise UserError(f"{origin}: a class name occurs twice; allowed: distinct names; {DOWNLOAD_AGAIN}")
     return tuple(class_names)

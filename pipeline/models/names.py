@@ -29,7 +29,8 @@ def unknown_network_error(name: str, *, own_names: Collection[str], torchvision_
     close = difflib.get_close_matches(name.lower(), [*own_names, *torchvision_names], n=1)
     return UserError(
         f"train.model is {name!r}; allowed: {', '.join(own_names)} or one of torchvision's {len(torchvision_names)} "
-        f"classification models, such as resnet18{f' (did you mean {close[0]}?)' if close else ''}"
+        f"classification models, such as resnet18{f' (did you mean {close[0]}?)' if close else ''}; "
+        "set it to one of these"
     )
 
 

@@ -23,7 +23,7 @@ MAX_STOP_SECONDS = 2  # how long the end of `sending` waits for the thread
 
 
 class RunLogger:
-    """Logs to an MLflow run; metrics are queued, and within `sending` a thread sends them about once a second.
+    """A logger to one MLflow run, which queues metrics; within `sending`, a thread sends them about once a second.
 
     A resumed training logs some steps a second time: metrics that the run already has (`logged`) are not queued again.
     While MLflow does not answer, metrics stay in the queue.

@@ -33,7 +33,11 @@ class ModelCode:
 
 @contextmanager
 def renamed_package() -> Iterator[ModelCode]:
-    """Copy this package under its new name into a temporary folder, and make it importable during the block."""
+    """Copy the package `pipeline` under a new name into a temporary folder; the block can import the copy.
+
+    The name contains a hash of the code. At the end, the folder is deleted, and the modules of the copy are removed
+    from `sys.modules`.
+    """
     sources = {file.relative_to(PACKAGE): file.read_text(encoding="utf-8") for file in sorted(PACKAGE.rglob("*.py"))}
     name = f"classifier_pipeline_{hashlib.md5(repr(sources).encode(), usedforsecurity=False).hexdigest()[:12]}"
     sources[Path("__init__.py")] = ""  # its code tunes the start of our own processes only

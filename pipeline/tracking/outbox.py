@@ -56,7 +56,11 @@ def flush_outbox() -> bool:
 
 
 def _flush_run(path: Path) -> None:
-    """Send a queued run and delete its folder; leave it in the queue where it may still be needed."""
+    """Send a queued run to MLflow, and delete the run's folder in the outbox.
+
+    The folder is deleted without sending where MLflow no longer has the run, or a live process has resumed the run. The
+    folder stays where the run is in another store, or it is unknown whether the run's process is alive.
+    """
     queued = _read_queued_run(path)
     run_id = queued["run_id"]
     found = find_run(run_id)

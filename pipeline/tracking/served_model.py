@@ -23,7 +23,7 @@ MAX_PIXEL = 255
 
 
 class InvalidImages(MlflowException):
-    """The input is not a batch of images; a server answers with status 400 and only the message."""
+    """The error for input that is not a batch of images; a server answers with status 400 and only the message."""
 
     def __init__(self, found: str, *, shape: tuple[int, int, int]) -> None:
         size = ", ".join(map(str, shape))

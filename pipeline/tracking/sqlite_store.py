@@ -184,7 +184,11 @@ def _create(path: Path, copy: Path, *, tool: Tool, migrate: Callable[[Path], Non
 
 
 def _migrate(path: Path, copy: Path, *, tool: Tool, migrate: Callable[[Path], None]) -> None:
-    """Replace a database by its migrated copy, or by a new one where it cannot be migrated and has no data."""
+    """Migrate a copy of the database, and replace the database by the copy.
+
+    Where the migration fails, a new database replaces a database without data; a database with data stays unchanged,
+    and the failure is raised as UserError or TemporaryError.
+    """
     with _locked(path, tool=tool) as journal_mode:
         with sqlite_errors(path), closing(_open(path)) as source, closing(sqlite3.connect(copy)) as target:
             _check_owner(source, path, tool=tool)

@@ -140,9 +140,9 @@ class TrainingBatches:
         return [(first + start, first + min(start + length, num_used)) for start in starts], length
 
     def _load_window(self, index: int) -> _Window:
-        """Return the window of this index; read it, unless it is the one in memory."""
+        """Return window `index`; a window that is not in memory is read, after the previous window was freed."""
         if self._window is None or self._window[0] != index:
-            self._window = None  # free its memory before the next one is read
+            self._window = None  # free the memory before the next window is read
             self._window = index, self._make_window(index)
         return self._window[1]
 

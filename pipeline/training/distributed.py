@@ -205,7 +205,10 @@ def _wait_for_launcher_and_exit() -> None:
 
 
 def _leave_output_and_signals_to_rank_0() -> None:
-    """Print nothing, and let rank 0 decide when to stop."""
+    """Discard this rank's output, and ignore its signals: rank 0 prints, and decides when to stop.
+
+    A rank that still runs SIGTERM_GRACE_SECONDS after SIGTERM ends then.
+    """
     sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  # open until the process ends
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(SIGTERM_GRACE_SECONDS))
@@ -239,7 +242,7 @@ def _let_rank_0_report() -> None:
 
 
 def average_gradients(network: nn.Module) -> Any:
-    """Return the network; where there are several processes, wrap it so that it averages its gradients over them."""
+    """Return the network, wrapped so that gradients are averaged over all ranks; in one process, the network itself."""
     if world_size() == 1:
         return network
     # googlenet and inception_v3 have heads whose output is not used

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 class Lookahead:
     """Slow weights, which follow the fast weights that the optimizer updates (Zhang et al. 2019, arXiv:1907.08610).
 
-    Every `every` steps the slow weights move towards the fast ones, by 1 - 0.95 ** every * (step / total) ** 3 of the
+    Every `every` steps the slow weights move toward the fast ones, by 1 - 0.95 ** every * (step / total) ** 3 of the
     distance (Jordan 2024, arXiv:2404.00498), and the fast weights are set to the slow ones. After the last step the
     network has the slow weights, whether they moved in that step or not.
     """

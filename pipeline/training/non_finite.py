@@ -12,7 +12,7 @@ from pipeline.training.state import TrainingState
 
 
 class NonFiniteGuard:
-    """Checks the loss of every step, and prevents all weight updates after the first non-finite loss.
+    """A check of the loss of every step, which prevents all weight updates after the first non-finite loss.
 
     On the CPU, and with optimizers that are not fused, a non-finite loss raises at once. With fused optimizers on a
     GPU, each step would have to wait for the device. There the device itself skips the updates, and

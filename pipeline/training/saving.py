@@ -19,7 +19,7 @@ MIN_SECONDS_BETWEEN_CHECKPOINTS = 30
 
 
 class CheckpointSaver:
-    """Passes the state of a training to `save` when a checkpoint is due, but never after a non-finite loss.
+    """A saver that passes the state of a training to `save` when a checkpoint is due, but never a non-finite one.
 
     As a context manager, it also saves where SIGTERM or Ctrl-C ends the block, and writes into the exception at which
     epoch and step the training will resume.
