@@ -53,7 +53,7 @@ run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epoc
 test: $(INSTALLED_DEV) ## run all tests (10 minutes on 2 cores)
 	$(BIN)/python -m pytest $(or $(PYTEST),$(WORKERS) 3)
 
-test-quick: $(INSTALLED_DEV) ## run the tests that start neither servers nor trainings in separate processes (75 seconds)
+test-quick: $(INSTALLED_DEV) ## run the tests that start neither servers nor trainings in separate processes (90 seconds)
 	$(BIN)/python -m pytest -m "not slow" $(or $(PYTEST),$(WORKERS) 2)
 
 coverage: $(INSTALLED_DEV) ## measure which lines the quick tests run, and fail below the floor (2 minutes)

@@ -22,7 +22,7 @@ from pipeline.core.errors import UserError, report_errors
 
 METRICS = ("accuracy", "macro_f1", "loss")
 HEADER = ("experiment", "created", *METRICS, "parameters that differ from its commit's")
-MIN_LAST_COLUMN_WIDTH = 24  # in a terminal that is too narrow, lines are longer than it
+MIN_LAST_COLUMN_WIDTH = 40  # if a terminal has no room for it, the last column is below the others
 COLUMN_GAP = "  "
 
 
@@ -94,15 +94,20 @@ def as_table(rows: Sequence[Row], *, width: int) -> str:
     """Return a table with lines of at most `width` characters, unless the first columns alone need more."""
     lines = [list(HEADER), *(row.cells() for row in rows)]
     widths = [max(len(cells[column]) for cells in lines) for column in range(len(HEADER) - 1)]
-    last_width = max(width - sum(widths) - len(COLUMN_GAP) * len(widths), MIN_LAST_COLUMN_WIDTH)
-    return "\n".join(line for cells in lines for line in _wrap(cells, widths=widths, last_width=last_width))
+    indent = sum(widths) + len(COLUMN_GAP) * len(widths)
+    if width - indent < MIN_LAST_COLUMN_WIDTH:
+        indent = 4
+    return "\n".join(line for cells in lines for line in _wrap(cells, widths=widths, indent=indent, width=width))
 
 
-def _wrap(cells: Sequence[str], *, widths: Sequence[int], last_width: int) -> Iterator[str]:
-    """Yield the lines of a row, whose last column is wrapped."""
-    for number, text in enumerate(textwrap.wrap(cells[-1], last_width, break_on_hyphens=False) or [""]):
-        first = cells[:-1] if number == 0 else [""] * len(widths)
-        yield COLUMN_GAP.join([*(f"{cell:<{size}}" for cell, size in zip(first, widths, strict=True)), text]).rstrip()
+def _wrap(cells: Sequence[str], *, widths: Sequence[int], indent: int, width: int) -> Iterator[str]:
+    """Yield the lines of a row, whose last column begins at `indent`, below the others if these are longer than that."""
+    first = COLUMN_GAP.join(f"{cell:<{size}}" for cell, size in zip(cells[:-1], widths, strict=True))
+    text = textwrap.wrap(cells[-1], width - indent, break_on_hyphens=False, break_long_words=False)
+    if text and len(first) < indent:
+        first = f"{first}{COLUMN_GAP}{text.pop(0)}"
+    yield first.rstrip()
+    yield from (" " * indent + line for line in text)
 
 
 def main() -> None:

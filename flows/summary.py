@@ -55,13 +55,11 @@ def as_text(summary: Summary, *, recipe: str) -> str:
     """Return the table at the end of `make run`, followed by suggested next commands."""
     rows = [*_results(summary), ("steps", ", ".join(map(str, summary.steps))), ("took", f"{summary.seconds:.1f} s")]
     rows += [("MLflow run", summary.mlflow_run_id + _cached_model_hint(summary.steps))] if summary.mlflow_run_id else []
-    rows += [
-        ("experiment", f"{summary.experiment} (your checkout is unchanged; `dvc exp apply` copies the results into it)")
-    ]
+    rows += [("experiment", f"{summary.experiment} (your checkout is unchanged)")]
     commands = [
-        (f".venv/bin/dvc exp apply {summary.experiment}", "copy model and metrics into artifacts/ of your checkout"),
+        (f".venv/bin/dvc exp apply {summary.experiment}", "copy the results into your checkout"),
         ("make ui", "open the curves, compare runs"),
-        (f"make run RECIPE={SUGGESTED_RECIPE}", "train the tutorial's network on CIFAR-10 (downloads 170 MB)")
+        (f"make run RECIPE={SUGGESTED_RECIPE}", "train on CIFAR-10 (downloads 170 MB)")
         if recipe == "digits"
         else ("make experiments", "list the experiments since the last commit, with metrics and parameters"),
     ]

@@ -110,7 +110,7 @@ def test_a_second_machine_pulls_predicts_and_reproduces_without_the_store_of_the
     output = command(sys.executable, "-m", "flows.reproduce", "HEAD", folder=second)
     assert output.splitlines()[-1] == "identical", output
     assert f"{'train':<11} identical" in output
-    assert "environment not compared: a commit is compared with its dvc.lock alone" in output
+    assert "environment not compared: a dvc.lock does not record it; an MLflow run does" in output
     assert command("git", "status", "--porcelain", folder=second) == ""
 
 

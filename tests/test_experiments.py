@@ -82,6 +82,16 @@ def test_a_failed_or_queued_experiment_shows_its_state_and_no_metrics() -> None:
     ]
 
 
+def test_in_a_narrow_terminal_the_parameters_are_below_their_experiment() -> None:
+    changed = {
+        "download.dataset": ("digits", "imagefolder"),
+        "download.folder": ("data/images", "/a/long/path/to/images"),
+    }
+    lines = as_table([Row("- bold-name", "2026-11-25 21:12", "success", {}, changed)], width=60).splitlines()
+    assert lines[2].startswith("- bold-name")
+    assert lines[3:] == ["    download.dataset=imagefolder,", "    download.folder=/a/long/path/to/images"]
+
+
 def test_a_metric_that_is_null_is_shown_as_null() -> None:
     metrics = {"accuracy": 0.5, "macro_f1": None, "loss": None}
     [_, line] = as_table([Row("- bold-name", "2026-11-25 21:12", "success", metrics, {})], width=120).splitlines()
