@@ -101,7 +101,7 @@ def as_table(rows: Sequence[Row], *, width: int) -> str:
 
 
 def _wrap(cells: Sequence[str], *, widths: Sequence[int], indent: int, width: int) -> Iterator[str]:
-    """Yield the lines of a row, whose last column begins at `indent`, below the others if these are longer than that."""
+    """Yield the lines of a row; the last column begins at `indent`, below the others if these are longer."""
     first = COLUMN_GAP.join(f"{cell:<{size}}" for cell, size in zip(cells[:-1], widths, strict=True))
     text = textwrap.wrap(cells[-1], width - indent, break_on_hyphens=False, break_long_words=False)
     if text and len(first) < indent:
