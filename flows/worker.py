@@ -64,9 +64,8 @@ def _serve() -> int:
         ensure_work_pool(LOCAL_POOL)
         names = deploy_all(used.api_url)
     print(f"Deployments: {', '.join(names)}\nForm:        {used.page}/deployments")
-    print(
-        'Commands:    eval "$(make prefect-env)"; .venv/bin/prefect deployment run train-classifier/on-demand -p recipe=digits'
-    )
+    print('Commands:    eval "$(make prefect-env)"')
+    print("             .venv/bin/prefect deployment run train-classifier/on-demand -p recipe=digits")
     print("Ctrl-C stops the worker and its flow runs.", flush=True)
     return work(used)
 
