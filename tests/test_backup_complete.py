@@ -18,6 +18,7 @@ from flows.backup import ARTIFACTS, OBJECTS, RUNS, back_up, find_backups
 from flows.file_lock import hold_files
 from flows.restore import find_backup, restore
 from flows.workspace_folders import make_folder
+from pipeline.artifacts import file_md5
 from pipeline.core.errors import PartialError, TemporaryError, UserError
 from pipeline.core.git import find_commit, git
 from tests.test_backup import clone, make_project, object_path, write
@@ -116,11 +117,9 @@ def test_what_cannot_be_read_is_named_and_all_the_rest_backed_up(
 def test_a_file_that_is_removed_during_the_backup_is_named(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = backup_files.file_md5
-
     def remove_first(path: Path) -> str:
         path.unlink()
-        return original(path)
+        return file_md5(path)
 
     monkeypatch.setattr(backup_files, "file_md5", remove_first)
     with pytest.raises(PartialError, match=r"model.json \(No such file or directory\)"):
