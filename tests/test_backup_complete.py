@@ -17,6 +17,7 @@ from flows import restore as restore_module
 from flows.backup import ARTIFACTS, OBJECTS, RUNS, back_up, find_backups
 from flows.file_lock import hold_files
 from flows.restore import find_backup, restore
+from flows.stores import find_databases
 from flows.workspace_folders import make_folder
 from pipeline.artifacts import file_md5
 from pipeline.core.errors import PartialError, TemporaryError, UserError
@@ -287,3 +288,13 @@ def test_models_whose_files_are_elsewhere_are_named(project: Path, tmp_path: Pat
         )
     [warning] = [line for line in back_up(project, tmp_path / "backup") if line.startswith("warning")]
     assert warning.endswith("s3://bucket/m-1")
+
+
+def test_a_backup_does_not_look_for_a_server_that_nobody_configured(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(_project: Path) -> None:
+        raise TemporaryError("the server is being started")
+
+    monkeypatch.setattr("flows.server.running", wait)
+    assert find_databases(project)["prefect.db"] == project / ".prefect/prefect.db"
