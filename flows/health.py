@@ -6,11 +6,11 @@ Exit status: 0 all ok, 1 something is wrong, 3 nothing is known to be wrong, but
 
 import argparse
 import json
+import math
 import shutil
-import sqlite3
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import chdir, closing, contextmanager
+from contextlib import chdir, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -29,30 +29,27 @@ from flows import FLOW_NAME, PROJECT, doctor
 from flows.checks import OTHER_GPUS
 from flows.deployments import LOCAL_POOL
 from flows.dvc_state import cache_folder
+from flows.health_mlflow import CheckFailedError, check_mlflow, mlflow_runs
 from flows.prefect_server import check_answers, current_server, prefect_client
 from pipeline.core.errors import (
     EXIT_PARTIAL,
     TemporaryError,
     UserError,
     escape_control_chars,
-    redact_url,
     report_errors,
 )
-from pipeline.core.network import is_server
 from pipeline.core.project import artifact_folder, pipeline_cache_folder
-from pipeline.core.sqlite import sqlite_errors, sqlite_path
-from pipeline.tracking.sqlite_store import MLFLOW, is_current
-from pipeline.tracking.store_uri import tracking_uri, unreachable
+from pipeline.core.sqlite import sqlite_path
+from pipeline.tracking.store_uri import tracking_uri
 
 State = Literal["ok", "wrong", "unknown"]
-Check = Callable[
-    [Path], str
-]  # returns what is well; raises _CheckFailedError, or another error where that is not known
+# returns what is ok; raises CheckFailedError, or another error if the check cannot be made
+Check = Callable[[Path], str]
 NIGHTLY = f"{FLOW_NAME}/nightly"
 MAX_NIGHTLY_AGE = timedelta(hours=26)  # a day, and two hours for a worker that was away
-HEARTBEATS_MISSED = 3  # Prefect's own server counts a worker as offline after as many
+HEARTBEATS_MISSED = 3  # after as many missed heartbeats, Prefect's server too counts a worker as offline
 MIN_FREE_GIB = 10.0  # a nightly run's files, a checkpoint and a backup of the databases fit many times
-LEFTOVERS = (doctor.mlflow_runs, doctor.prefect_runs, doctor.workspaces, doctor.dvc_locks, doctor.temporary_files)
+LEFTOVERS = (mlflow_runs, doctor.prefect_runs, doctor.workspaces, doctor.dvc_locks, doctor.temporary_files)
 
 
 @dataclass(frozen=True)
@@ -64,69 +61,19 @@ class Result:
     text: str
 
 
-class _CheckFailedError(Exception):
-    """What a check has found to be wrong, with what to do."""
-
-
 def check_prefect(project: Path) -> str:
-    """Return the address of the Prefect server in force, which answers."""
+    """Return that the Prefect server in use answers, with its address."""
     found = current_server(project)
     if found is None:
-        raise _CheckFailedError(
+        raise CheckFailedError(
             "no server of this project is running; `python -m flows.server start`, or start its service"
         )
     try:
         with prefect_client(found.api_url):
             check_answers(found.api_url, found.source or found.page)
     except (UserError, TemporaryError) as error:
-        raise _CheckFailedError(str(error)) from None
+        raise CheckFailedError(str(error)) from None
     return f"{found.page} answers"
-
-
-def check_mlflow(project: Path) -> str:
-    """Return the store in force and how many runs it has; an MLflow server is asked whether it answers."""
-    try:
-        uri = tracking_uri(project)
-        if is_server(uri):
-            return _ask_server(uri)
-        path = sqlite_path(uri)
-        if path and not path.exists():
-            raise TemporaryError(f"{path} does not exist yet; the first run makes it")
-        return f"{path or redact_url(uri)} has {_count_in_file(path) if path else _count_in_database(uri)} runs"
-    except UserError as error:
-        raise _CheckFailedError(str(error)) from None
-
-
-def _ask_server(uri: str) -> str:
-    from pipeline.tracking.store import check_server  # noqa: PLC0415  # MLflow takes 2 s to import
-
-    try:
-        check_server(uri)
-    except TemporaryError as error:
-        raise _CheckFailedError(str(error)) from None
-    return f"{redact_url(uri)} answers"
-
-
-def _count_in_file(path: Path) -> int:
-    """Return the number of runs in MLflow's sqlite file, without migrating it."""
-    if not is_current(path, tool=MLFLOW):
-        raise _CheckFailedError(
-            f"{path} has the database schema of another version of MLflow; the next `make run` or `make ui` migrates it"
-        )
-    uri = f"{path.absolute().as_uri()}?mode=rw"  # rw does not create the file, and can read one with a write-ahead log
-    with sqlite_errors(path), closing(sqlite3.connect(uri, uri=True, timeout=30)) as connection:
-        return int(connection.execute("SELECT count(*) FROM runs").fetchone()[0])
-
-
-def _count_in_database(uri: str) -> int:
-    import sqlalchemy  # noqa: PLC0415  # it takes 0.3 s, and sqlite does without
-
-    try:
-        engine = sqlalchemy.create_engine(uri)
-        with closing(engine.connect()) as connection:
-            return int(connection.execute(sqlalchemy.text("SELECT count(*) FROM runs")).scalar_one())
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-        raise _CheckFailedError(unreachable(uri, type(error).__name__)) from None
 
 
 def check_worker(project: Path) -> str:
@@ -135,18 +82,18 @@ def check_worker(project: Path) -> str:
         try:
             pool = client.read_work_pool(LOCAL_POOL)
         except ObjectNotFound:
-            raise _CheckFailedError(f"the work pool {LOCAL_POOL} does not exist; `make worker` makes it") from None
+            raise CheckFailedError(f"the work pool {LOCAL_POOL} does not exist; `make worker` makes it") from None
         workers = client.read_workers_for_work_pool(LOCAL_POOL)
     if pool.is_paused:
-        raise _CheckFailedError(f"the work pool {LOCAL_POOL} is paused; `prefect work-pool resume {LOCAL_POOL}`")
+        raise CheckFailedError(f"the work pool {LOCAL_POOL} is paused; `prefect work-pool resume {LOCAL_POOL}`")
     online = [one.name for one in workers if one.status == WorkerStatus.ONLINE and not _is_silent(one)]
     if not online:
-        raise _CheckFailedError(f"no worker of the pool {LOCAL_POOL} is online; `make worker`, or start its service")
+        raise CheckFailedError(f"no worker of the pool {LOCAL_POOL} is online; `make worker`, or start its service")
     return f"{len(online)} online for the pool {LOCAL_POOL}: {', '.join(online)}"
 
 
 def _is_silent(worker: Worker) -> bool:
-    """Return whether a worker has missed its heartbeats, which the server notes some time later."""
+    """Return whether a worker has missed its heartbeats; the server itself reports that only later."""
     if worker.last_heartbeat_time is None or not worker.heartbeat_interval_seconds:
         return True
     allowed = timedelta(seconds=HEARTBEATS_MISSED * worker.heartbeat_interval_seconds)
@@ -155,7 +102,7 @@ def _is_silent(worker: Worker) -> bool:
 
 @contextmanager
 def _connected(project: Path) -> Iterator[SyncPrefectClient]:
-    """Yield a client of the Prefect server in force; raises TemporaryError where there is none."""
+    """Yield a client of the Prefect server in use; raises TemporaryError where there is none."""
     found = current_server(project)
     if found is None:
         raise TemporaryError("no Prefect server of this project is running")
@@ -169,9 +116,12 @@ def check_nightly(project: Path) -> str:
         try:
             deployment = client.read_deployment_by_name(NIGHTLY)
         except ObjectNotFound:
-            raise _CheckFailedError(f"the deployment {NIGHTLY} does not exist; `make worker` registers it") from None
+            raise CheckFailedError(f"the deployment {NIGHTLY} does not exist; `make worker` registers it") from None
         if deployment.paused or not any(one.active for one in deployment.schedules):
-            raise _CheckFailedError(f"the schedule of {NIGHTLY} is off; switch it on in Prefect's page, Deployments")
+            raise CheckFailedError(
+                f"the schedule of {NIGHTLY} is off; switch it on in Prefect's page, Deployments, or by "
+                "`prefect deployment schedule resume`"
+            )
         due = {"deployment_id": {"any_": [deployment.id]}, "expected_start_time": {"before_": now("UTC")}}
         runs = client.read_flow_runs(
             flow_run_filter=FlowRunFilter.model_validate(due), sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1
@@ -187,9 +137,9 @@ def _check_last_run(run: FlowRun) -> str:
     state = run.state_name or "of no state"
     text = f"the last run, {run.name} of {run.expected_start_time:%Y-%m-%d %H:%M} UTC, is {state}"
     if not run.state or run.state.is_failed() or run.state.is_crashed() or run.state.is_cancelled() or state == "Late":
-        raise _CheckFailedError(f"{text}; its page in Prefect has the reason")
+        raise CheckFailedError(f"{text}; its page in Prefect has the reason")
     if age > MAX_NIGHTLY_AGE:
-        raise _CheckFailedError(f"{text}; {age.total_seconds() / 3600:.0f} hours ago, allowed: {MAX_NIGHTLY_AGE}")
+        raise CheckFailedError(f"{text}; {age.total_seconds() / 3600:.0f} hours ago, allowed: {MAX_NIGHTLY_AGE}")
     return text
 
 
@@ -203,7 +153,7 @@ def check_disk(project: Path, *, min_free_gib: float = MIN_FREE_GIB) -> str:
         free.setdefault(place.stat().st_dev, (shutil.disk_usage(place).free / 2**30, place))
     text = ", ".join(f"{gib:,.1f} GiB free for {place}" for gib, place in free.values())
     if min(gib for gib, _ in free.values()) < min_free_gib:
-        raise _CheckFailedError(f"{text}; allowed: {min_free_gib:g} or more; see Retention in docs/operations.md")
+        raise CheckFailedError(f"{text}; allowed: {min_free_gib:g} or more; see Retention in docs/operations.md")
     return f"{text} (allowed: {min_free_gib:g} or more)"
 
 
@@ -226,17 +176,17 @@ def check_gpu(_project: Path) -> str:
             raise TemporaryError("a GPU of another kind than NVIDIA's, which is not looked at") from None
         names = []
     except pynvml.NVMLError as error:
-        raise _CheckFailedError(f"NVIDIA's driver answers with an error: {error}; `nvidia-smi` shows more") from None
+        raise CheckFailedError(f"NVIDIA's driver answers with an error: {error}; `nvidia-smi` shows more") from None
     if not names:
-        raise _CheckFailedError("no GPU; check that `nvidia-smi` lists one")
+        raise CheckFailedError("no GPU; check that `nvidia-smi` lists one")
     return ", ".join(names)
 
 
 def check_leftovers(project: Path) -> str:
-    """Return that killed runs have left nothing."""
+    """Return that nothing is left of killed runs; otherwise raise an error with what is left."""
     findings = doctor.find_all(project, checks=LEFTOVERS)
     if wrong := [one for one in findings if one.fix or one.remedy]:
-        raise _CheckFailedError(f"{'; '.join(one.what for one in wrong)}; `python -m flows.doctor --fix`")
+        raise CheckFailedError(f"{'; '.join(one.what for one in wrong)}; `python -m flows.doctor --fix`")
     if findings:
         raise TemporaryError("; ".join(one.what for one in findings))
     return "killed runs have left nothing"
@@ -257,7 +207,7 @@ def run_check(name: str, check: Check, project: Path) -> Result:
     """Return the outcome of a check; one that could not be made is `unknown`."""
     try:
         return Result(name, "ok", check(project))
-    except _CheckFailedError as error:
+    except CheckFailedError as error:
         return Result(name, "wrong", str(error))
     except (UserError, TemporaryError, OSError) as error:
         return Result(name, "unknown", str(error))
@@ -269,6 +219,17 @@ def exit_status(results: list[Result]) -> int:
     return 1 if "wrong" in states else EXIT_PARTIAL if "unknown" in states else 0
 
 
+def _gibibytes(text: str) -> float:
+    """Return the number that an argument has; raises argparse.ArgumentTypeError for text and negative numbers."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a number of GiB, 0 or more; correct it")
+    return value
+
+
 def main() -> None:
     """Run the checks, print a line for each, or JSON."""
     parser = argparse.ArgumentParser(prog="python -m flows.health", description=__doc__)
@@ -276,7 +237,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="+", choices=[*CHECKS], default=[], help="leave these checks out")
     parser.add_argument("--gpu", action="store_true", help="a GPU is expected")
     help_text = f"GiB that must be free (default: {MIN_FREE_GIB:g})"
-    parser.add_argument("--min-free", type=float, default=MIN_FREE_GIB, metavar="GIB", help=help_text)
+    parser.add_argument("--min-free", type=_gibibytes, default=MIN_FREE_GIB, metavar="GIB", help=help_text)
     arguments = parser.parse_args()
     skipped = {*arguments.skip} | (set() if arguments.gpu else {"gpu"})
     checks: dict[str, Check] = {**CHECKS, "disk": partial(check_disk, min_free_gib=arguments.min_free)}

@@ -2,7 +2,9 @@
 
 The newest backup is taken, or the one that --backup names. Databases that exist are replaced only with --overwrite, and
 then kept beside the new ones. Files, experiments and commits are added; what is there stays as it is. The branches of
-the backup come as `backup/<branch>`. Exit status: 0 done, 3 done but for files that are damaged in the backup.
+the backup come as `backup-<time>/<branch>`.
+Exit status: 0 done; 2 a mistake to correct; 3 done, but what is named is damaged or missing in the backup; 75 try again
+later.
 """
 
 import argparse
@@ -13,10 +15,22 @@ from contextlib import chdir
 from pathlib import Path
 
 from flows import PROJECT, server
-from flows.backup import ARTIFACT_LIST, ARTIFACTS, BUNDLE, NUM_NAMED, OBJECTS, RUNS, find_backups
-from flows.backup_files import copy_changed, copy_missing, copy_objects
+from flows.backup import (
+    ARTIFACT_LIST,
+    ARTIFACTS,
+    BUNDLE,
+    NUM_NAMED,
+    OBJECTS,
+    PROJECT_FILE,
+    RUNS,
+    check_same_project,
+    find_backups,
+)
+from flows.backup_files import copy_objects, copy_run_cache, restore_files
 from flows.dvc_state import cache_folder
+from flows.file_lock import hold_files
 from flows.stores import TOOLS, check_database, find_databases
+from flows.workspace_folders import hold_off_flow_runs
 from pipeline.artifacts import copy_file, expand, read_json, verify
 from pipeline.core.errors import PartialError, TemporaryError, UserError, report_errors
 from pipeline.core.git import git, output
@@ -30,31 +44,49 @@ def restore(project: Path, backup: Path, *, overwrite: bool = False) -> list[str
     """Bring a backup into the project; returns the lines to print.
 
     Everything is checked before anything is written. The databases come last, so that a restore that was killed can be
-    run again. Raises UserError where a database exists (unless `overwrite`), is damaged in the backup or of a newer
-    version, TemporaryError where a process uses one, PartialError where files are damaged in the backup.
+    run again. Flow runs that start meanwhile wait. Raises UserError where a database exists (unless `overwrite`), is
+    damaged in the backup or of a newer version, or the backup is of another project; TemporaryError where a process
+    uses a database, or a flow run, backup or cleanup is running; PartialError where files are damaged in the backup.
     """
     verify(backup)
+    check_same_project(project, [backup])
+    with hold_files(project, command="flows.restore"), hold_off_flow_runs(project):
+        lines, missing = _restore_all(project, backup, overwrite=overwrite)
+    if missing:
+        print("\n".join(lines))
+        raise PartialError(
+            f"{backup.parent}: {len(missing)} damaged or missing there, and not restored: "
+            f"{', '.join(missing[:NUM_NAMED])}; look for them in another backup, or make them again with `dvc repro`"
+        )
+    return lines
+
+
+def _restore_all(project: Path, backup: Path, *, overwrite: bool) -> tuple[list[str], list[str]]:
+    """Check and restore; returns the lines to print, and what could not be restored."""
     saved = [name for name in TOOLS if (backup / name).exists()]
     targets = {name: path for name, path in find_databases(project).items() if name in saved} if saved else {}
-    for name, path in targets.items():
+    for name in targets:
         check_database(backup / name)
         is_current(backup / name, tool=TOOLS[name])
-        _check_target(path, overwrite=overwrite)
-    if targets and (running := server.running(project)):
-        raise TemporaryError(f"{running.address}: the Prefect server is running; end it with `make stop`")
-    lines = list(_restore_git(project, backup / BUNDLE))
-    damaged = _restore_files(project, backup, lines=lines)
+    _check_targets(project, targets, overwrite=overwrite)
+    lines = [f"{'backup':<14}{backup.name} of {read_json(backup / PROJECT_FILE)['folder']}"]
+    missing = _restore_git(project, backup, lines=lines)
+    missing += _restore_files(project, backup, lines=lines)
+    _check_targets(project, targets, overwrite=overwrite)  # again, since copying the files may have taken hours
     for name, path in targets.items():
         lines += _restore_database(backup / name, path)
     if "mlflow.db" in targets and (line := relocate(tracking_uri(project), project)):
         lines.append(line)
-    if damaged:
-        print("\n".join(lines))
-        raise PartialError(
-            f"{backup.parent}: {len(damaged)} files are damaged or missing there, and were not restored: "
-            f"{', '.join(damaged[:NUM_NAMED])}; look for them in another backup, or make them again with `dvc repro`"
-        )
-    return lines
+    lines += [f"{name:<14}not in this backup" for name in TOOLS if name not in saved]
+    return lines, missing
+
+
+def _check_targets(project: Path, targets: Mapping[str, Path], *, overwrite: bool) -> None:
+    """Raise UserError where a database exists, unless `overwrite`; TemporaryError where one is in use."""
+    for path in targets.values():
+        _check_target(path, overwrite=overwrite)
+    if targets and (running := server.running(project)):
+        raise TemporaryError(f"{running.address}: the Prefect server is running; end it with `make stop`")
 
 
 def _check_target(path: Path, *, overwrite: bool) -> None:
@@ -67,21 +99,27 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
         raise TemporaryError(f"{path}: is open in {', '.join(users)}; end that, then run the same command again")
 
 
-def _restore_git(project: Path, bundle: Path) -> Iterator[str]:
-    """Add the experiments, branches and tags of the bundle; an experiment or tag that exists stays as it is."""
-    git(project, "bundle", "verify", "--quiet", str(bundle))
-    listed = _refs(git(project, "bundle", "list-heads", str(bundle)))
-    head = listed.pop("HEAD")
-    wanted = ["refs/exps/*:refs/exps/*", "refs/tags/*:refs/tags/*", "+refs/heads/*:refs/remotes/backup/*"]
-    if head not in listed.values():  # it was detached
-        wanted.append("+HEAD:refs/remotes/backup/HEAD")
-    fetch = ("fetch", "--quiet", "--no-tags", str(bundle))
-    output(project, *fetch, *wanted, allowed_statuses=(0, 1))  # 1: refused to change a ref that exists
+def _restore_git(project: Path, backup: Path, *, lines: list[str]) -> list[str]:
+    """Add the experiments, branches and tags of the bundle; returns those that git could not add.
+
+    An experiment or tag that exists stays as it is.
+    """
+    bundle, remote = str(backup / BUNDLE), f"backup-{backup.name}"
+    git(project, "bundle", "verify", "--quiet", bundle)
+    listed = _refs(git(project, "bundle", "list-heads", bundle))
+    head = listed.pop("HEAD", None)  # a backup made before the first commit of a branch has none
+    wanted = ["refs/exps/*:refs/exps/*", "refs/tags/*:refs/tags/*", f"+refs/heads/*:refs/remotes/{remote}/*"]
+    if head and head not in listed.values():  # it was detached
+        wanted.append(f"+HEAD:refs/remotes/{remote}/HEAD")
+    fetch = ("fetch", "--quiet", "--no-tags", bundle)
+    output(project, *fetch, *wanted, allowed_statuses=(0, 1))  # 1: some refs were not added, which are found below
     here = _refs(git(project, "for-each-ref", "--format=%(objectname) %(refname)"))
-    added = [ref for ref in listed if ref.startswith(("refs/exps/", "refs/tags/"))]
-    yield f"{'git':<14}{len(added)} experiments and tags; branches as backup/<branch>"
-    if kept := [ref for ref in added if here.get(ref) != listed[ref]]:
-        yield f"kept as they are here, though another commit in the backup: {', '.join(kept)}"
+    targets = {ref: ref.replace("refs/heads/", f"refs/remotes/{remote}/", 1) for ref in listed}
+    num_added = sum(not ref.startswith("refs/heads/") for ref in listed)
+    lines.append(f"{'git':<14}{num_added} experiments and tags; branches as {remote}/<branch>")
+    if kept := [ref for ref, target in targets.items() if here.get(target, listed[ref]) != listed[ref]]:
+        lines.append(f"kept as they are here, although the backup has another commit for them: {', '.join(kept)}")
+    return [f"{ref} (git cannot add it beside the refs here)" for ref, target in targets.items() if target not in here]
 
 
 def _refs(lines: str) -> dict[str, str]:
@@ -93,14 +131,15 @@ def _restore_files(project: Path, backup: Path, *, lines: list[str]) -> list[str
     """Add DVC's cache and MLflow's artifacts, and lines to print; returns the files that are damaged in the backup."""
     folder, cache = backup.parent, cache_folder(project)
     objects = copy_objects(folder / OBJECTS, cache, protect=True)
-    copy_changed(folder / RUNS, cache.parents[1] / "runs", known={})
+    runs = copy_run_cache(folder / RUNS, cache.parents[1] / "runs")
     lines.append(f"{'DVC cache':<14}{len(objects.md5):,} files, {objects.num_new:,} of them restored")
     listed: Mapping[str, str] = read_json(backup / ARTIFACT_LIST)
-    artifacts, kept = copy_missing(folder / ARTIFACTS, artifact_folder(project), md5=listed)
+    artifacts = restore_files(folder / ARTIFACTS, artifact_folder(project), md5=listed)
     lines.append(f"{'mlartifacts/':<14}{len(listed):,} files, {artifacts.num_new:,} of them restored")
-    if kept:
-        lines.append(f"kept as they are here, though of another size in the backup: {', '.join(kept[:NUM_NAMED])} …")
-    return [*(str(OBJECTS / name) for name in objects.damaged), *(str(ARTIFACTS / name) for name in artifacts.damaged)]
+    if artifacts.kept:
+        named = ", ".join(artifacts.kept[:NUM_NAMED])
+        lines.append(f"kept as they are here, although the backup has them with another size: {named} …")
+    return [*objects.left_out, *runs.left_out, *artifacts.left_out]
 
 
 def _restore_database(source: Path, path: Path) -> Iterator[str]:
@@ -119,17 +158,20 @@ def find_backup(folder: Path, name: str | None) -> Path:
     """Return the backup of this name in a folder, by default the newest; raises UserError where there is none."""
     found = find_backups(folder)
     if not found:
-        raise UserError(f"{folder}: has no finished backup; allowed: a folder that `python -m flows.backup` has filled")
+        raise UserError(
+            f"{folder}: has no finished backup; allowed: a folder that `python -m flows.backup` has filled; "
+            "correct the path, or run it first"
+        )
     if name is None:
         return found[-1]
     if folder / name not in found:
         names = ", ".join(path.name for path in found[-5:])
-        raise UserError(f"--backup: found {name!r}; allowed: {names}")
+        raise UserError(f"--backup: found {name!r}; allowed: {names}; name one of them, or leave --backup out")
     return folder / name
 
 
 def main() -> None:
-    """Restore, and print what came back."""
+    """Restore, and print what was restored."""
     parser = argparse.ArgumentParser(prog="python -m flows.restore", description=__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="the folder given to flows.backup")
     parser.add_argument("--backup", metavar="NAME", help="a backup in FOLDER (default: the newest)")

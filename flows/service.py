@@ -24,7 +24,7 @@ from pipeline.tracking.store_uri import tracking_uri
 
 @contextmanager
 def _prefect(project: Path) -> Iterator[server.Server]:
-    """Start the Prefect server, or take over the one that a flow run has left running; end it on leaving."""
+    """Start the Prefect server, or use the one that a flow run left running; stop it at the end of the block."""
     found, _ = server.start(project)
     try:
         yield found
@@ -34,7 +34,10 @@ def _prefect(project: Path) -> Iterator[server.Server]:
 
 @contextmanager
 def _mlflow(project: Path) -> Iterator[server.Server]:
-    """Start the MLflow server and end it on leaving; raises UserError where MLFLOW_TRACKING_URI names another one."""
+    """Start the MLflow server and stop it at the end of the block.
+
+    Raises UserError where MLFLOW_TRACKING_URI names another server.
+    """
     uri = tracking_uri(project)
     if is_server(uri):
         raise UserError(
@@ -60,7 +63,7 @@ def _notify_ready(address: str | None) -> None:
 
 
 def _leave(_number: int, _frame: object) -> NoReturn:
-    """Leave by the open `with` blocks; a second signal must not interrupt them."""
+    """Exit through the open `with` blocks; a second signal must not interrupt them."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     raise SystemExit(0)

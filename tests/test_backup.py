@@ -33,15 +33,13 @@ for number in range(10**9):
 """
 
 
-@pytest.fixture
-def project(tmp_path: Path, stores: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with both stores, an experiment, an artifact of MLflow and a file in DVC's cache."""
-    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
-        monkeypatch.delenv(name, raising=False)
-    folder = tmp_path / "project"
+def make_project(folder: Path, stores: Path) -> Path:
+    """Make a repository with both stores, an experiment, an artifact of MLflow and a file in DVC's cache."""
     shutil.copytree(PROJECT / ".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp", "config.local"))
     (folder / ".gitignore").write_text("/mlflow.db*\n/mlartifacts\n/.prefect\n")
     start_repository(folder)
+    for key in ("user.name", "user.email"):
+        git(folder, "config", key, "t")
     git(folder, "update-ref", f"refs/exps/{'0' * 2}/{'1' * 38}/lively-name", "HEAD")
     (folder / ".prefect").mkdir()
     shutil.copy(stores / "mlflow.db", folder)
@@ -49,6 +47,13 @@ def project(tmp_path: Path, stores: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     write(folder / "mlartifacts/1/artifacts/model.json", b"{}")
     cache_object(folder, b"content")
     return folder
+
+
+@pytest.fixture
+def project(tmp_path: Path, stores: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return make_project(tmp_path / "project", stores)
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -109,7 +114,7 @@ def test_a_second_backup_copies_only_what_is_new(project: Path, tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", ["flows.backup.git", "flows.backup.copy_changed", "os.fsync", "os.sync"])
+@pytest.mark.parametrize("function", ["flows.backup.git", "flows.backup.store_files", "os.fsync", "os.sync"])
 def test_a_backup_that_is_killed_leaves_the_earlier_one_good(project: Path, tmp_path: Path, function: str) -> None:
     folder = tmp_path / "backup"
     back_up(project, folder)
@@ -134,7 +139,7 @@ def test_a_backup_that_is_killed_leaves_the_earlier_one_good(project: Path, tmp_
 
 def test_a_damaged_file_of_the_cache_is_reported_and_left_out(project: Path, tmp_path: Path) -> None:
     cache_object(project, b"damaged").write_bytes(b"another")
-    with pytest.raises(PartialError, match=f"1 files are damaged .*: {object_path(b'damaged')}; remove"):
+    with pytest.raises(PartialError, match=rf"1 missing .*/{object_path(b'damaged')} \(damaged\); remove"):
         back_up(project, tmp_path / "backup")
     assert (tmp_path / "backup" / OBJECTS / object_path(b"content")).is_file()
     assert not (tmp_path / "backup" / OBJECTS / object_path(b"damaged")).exists()
@@ -176,8 +181,11 @@ def test_runs_whose_artifacts_are_elsewhere_are_named(project: Path, tmp_path: P
         connection.execute(
             "INSERT INTO runs (run_uuid, artifact_uri) VALUES ('b', ?)", (f"file://{project}/mlartifacts/1/b",)
         )
+        connection.execute(
+            "INSERT INTO model_versions (name, version, source, storage_location) VALUES ('m', 1, 'models:/m-1', NULL)"
+        )
     [warning] = [line for line in back_up(project, tmp_path / "backup") if line.startswith("warning")]
-    assert "1 runs keep their artifacts in other places" in warning
+    assert "runs and models keep files in 1 other places" in warning
     assert warning.endswith("s3://bucket/1/a/artifacts")
 
 
@@ -206,7 +214,7 @@ def test_stores_that_exist_are_replaced_only_if_told_and_kept(project: Path, tmp
     assert kept.read_bytes() == before
     assert (project / "mlflow.db").read_bytes() == (backup / "mlflow.db").read_bytes()
     assert (project / "mlartifacts/1/artifacts/model.json").read_bytes() == b"newer"
-    assert "kept as they are here, though of another size in the backup: 1/artifacts/model.json …" in lines
+    assert "kept as they are here, although the backup has them with another size: 1/artifacts/model.json …" in lines
 
 
 def test_a_store_that_a_process_uses_is_not_replaced(project: Path, tmp_path: Path) -> None:
@@ -239,9 +247,9 @@ def test_damaged_files_in_a_backup_are_named_and_all_others_restored(project: Pa
     cache_object(project, b"more")
     back_up(project, tmp_path / "backup")
     write(tmp_path / "backup" / OBJECTS / object_path(b"more"), b"less")
-    write(tmp_path / "backup/mlartifacts/1/artifacts/model.json", b"[]")
+    write(tmp_path / "backup/mlartifacts" / object_path(b"{}"), b"[]")
     restored = clone(tmp_path / "backup", tmp_path / "clone")
-    named = f"2 files are damaged .*: cache/files/md5/{object_path(b'more')}, mlartifacts/1/artifacts/model.json"
+    named = rf"2 damaged .*/{object_path(b'more')} \(damaged\), .*/mlartifacts/1/artifacts/model.json \(damaged\)"
     with pytest.raises(PartialError, match=named):
         restore(restored, find_backup(tmp_path / "backup", None))
     assert (restored / ".dvc/cache/files/md5" / object_path(b"content")).is_file()

@@ -14,6 +14,7 @@ from flows import doctor, health
 from flows.health import Result, exit_status, run_check
 from flows.settings import PrefectServer
 from pipeline.core.errors import TemporaryError, UserError
+from pipeline.tracking.sqlite_store import MLFLOW, revisions
 
 
 @pytest.fixture
@@ -87,16 +88,11 @@ def fail(error: Exception) -> str:
     raise error
 
 
-@pytest.mark.parametrize(
-    ("error", "state"),
-    [(pynvml.NVMLError_LibraryNotFound(), "wrong"), (pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN), "wrong")],
-)
-def test_a_missing_or_broken_gpu_is_wrong(
-    project: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str
-) -> None:
+@pytest.mark.parametrize("error", [pynvml.NVMLError_LibraryNotFound(), pynvml.NVMLError(pynvml.NVML_ERROR_UNKNOWN)])
+def test_a_missing_or_broken_gpu_is_wrong(project: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     monkeypatch.setattr(health, "OTHER_GPUS", ())
     monkeypatch.setattr(pynvml, "nvmlInit", lambda: fail(error))
-    assert check("gpu", project).state == state
+    assert check("gpu", project).state == "wrong"
 
 
 def test_a_gpu_of_another_kind_is_unknown(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,9 +118,39 @@ def test_what_killed_runs_left_is_found_and_not_fixed(
     assert check("leftovers", project).state == state
 
 
-@pytest.mark.parametrize(("error", "state"), [(UserError("a"), "unknown"), (TemporaryError("b"), "unknown")])
-def test_a_check_that_fails_is_never_ok(project: Path, error: Exception, state: str) -> None:
-    assert run_check("disk", lambda _project: fail(error), project).state == state
+@pytest.mark.parametrize("error", [UserError("a"), TemporaryError("b"), OSError("c")])
+def test_a_check_that_fails_is_never_ok(project: Path, error: Exception) -> None:
+    assert run_check("disk", lambda _project: fail(error), project).state == "unknown"
+
+
+@pytest.mark.parametrize("change", ["none", "moved", "of another version"])
+def test_the_store_is_not_changed(
+    project: Path, mlflow_store: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    path = Path(shutil.copy(mlflow_store / "mlflow.db", project))
+    with closing(sqlite3.connect(path)) as store, store:
+        if change == "moved":
+            place = "file:///nowhere/mlartifacts/1/a/artifacts"
+            store.execute("INSERT INTO runs (run_uuid, experiment_id, artifact_uri) VALUES ('a', 0, ?)", (place,))
+        elif change == "of another version":
+            store.execute("UPDATE alembic_version SET version_num = ?", (sorted(revisions(MLFLOW)[0])[0],))
+    before = path.read_bytes()
+    monkeypatch.setattr(health, "LEFTOVERS", [one for one in health.LEFTOVERS if one.__name__ == "mlflow_runs"])
+    result = check("leftovers", project)
+    assert result.state == ("ok" if change == "none" else "unknown"), result.text
+    check("mlflow", project)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["-1", "x", "nan", "inf"])
+def test_an_amount_of_free_space_that_is_not_allowed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["health", f"--min-free={text}"])
+    with pytest.raises(SystemExit) as ended:
+        health.main()
+    assert ended.value.code == 2
+    assert f"found '{text}'; allowed: a number of GiB, 0 or more; correct it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -46,22 +46,41 @@ def relocate(uri: str, project: Path) -> str | None:
     outside of any project. All rows are changed or none. A store that is no sqlite file in the project is not changed.
     Raises TemporaryError where another process has the store locked, UserError where it cannot be changed.
     """
-    path = sqlite_path(uri)
-    if path is None or not path.is_file() or not path.resolve().is_relative_to(project):
+    if not needs_relocation(uri, project):
         return None
-    with closing(sqlite3.connect(path, timeout=MAX_BUSY_SECONDS, isolation_level=None)) as store:
-        with sqlite_errors(path, problem="cannot be read"):
-            try:
-                if not any(_changes(store, artifact_folder(project))):
-                    return None
-            except sqlite3.Error as error:
-                if error_code(error) in DAMAGED_CODES:
-                    return None  # MLflow opens it next and reports the damage
-                raise
-        problem = "holds paths of another folder, since the project was moved or copied, and cannot be changed"
-        with sqlite_errors(path, problem=problem):
-            num_changed = _correct(store, artifact_folder(project))
+    path = _own_store(uri, project)
+    assert path
+    problem = "holds paths of another folder, since the project was moved or copied, and cannot be changed"
+    with closing(_open(path)) as store, sqlite_errors(path, problem=problem):
+        num_changed = _correct(store, artifact_folder(project))
     return f"{path.name}: {num_changed} paths of artifacts were corrected, since the project is in {project} now"
+
+
+def needs_relocation(uri: str, project: Path) -> bool:
+    """Return whether `relocate` would change paths in the store; raises TemporaryError, UserError if it is unreadable.
+
+    A damaged store needs none: MLflow, which opens it next, reports the damage.
+    """
+    path = _own_store(uri, project)
+    if path is None:
+        return False
+    with closing(_open(path)) as store, sqlite_errors(path, problem="cannot be read"):
+        try:
+            return any(_changes(store, artifact_folder(project)))
+        except sqlite3.Error as error:
+            if error_code(error) in DAMAGED_CODES:
+                return False
+            raise
+
+
+def _own_store(uri: str, project: Path) -> Path | None:
+    """Return the sqlite file in the project that an address names, or None."""
+    path = sqlite_path(uri)
+    return path if path and path.is_file() and path.resolve().is_relative_to(project) else None
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, timeout=MAX_BUSY_SECONDS, isolation_level=None)
 
 
 def base_folder(location: str) -> Path | None:
