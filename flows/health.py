@@ -120,7 +120,7 @@ def check_nightly(project: Path) -> str:
         if deployment.paused or not any(one.active for one in deployment.schedules):
             raise CheckFailedError(
                 f"the schedule of {NIGHTLY} is off; switch it on in Prefect's page, Deployments, or by "
-                "`prefect deployment schedule resume`"
+                "`prefect deployment schedule resume`, or leave this check out: --skip nightly"
             )
         due = {"deployment_id": {"any_": [deployment.id]}, "expected_start_time": {"before_": now("UTC")}}
         runs = client.read_flow_runs(
