@@ -3,10 +3,7 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -20,15 +17,14 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from flows import cleanup
 from flows.cleanup import clean_up
-from flows.dvc_cleanup import hold_off_runs, list_experiments
+from flows.dvc_cleanup import list_experiments
 from flows.dvc_state import cache_folder, is_cached, missing_outputs, outputs
-from flows.workspace_folders import make_folder
-from pipeline.core.errors import TemporaryError, UserError
+from pipeline.core.errors import TemporaryError
 from pipeline.core.settings import get_settings
 from pipeline.tracking.search import Run, find_runs
 from pipeline.tracking.store import connect
 from tests import test_dvc_experiments
-from tests.conftest import free_port, start_repository
+from tests.conftest import free_port
 from tests.test_dvc_experiments import command
 from tests.test_outage import Server
 
@@ -254,11 +250,6 @@ def test_on_a_server_a_run_is_only_marked_as_deleted(project: Path, monkeypatch:
         served.kill()
 
 
-def wait_until(condition: Callable[[], Any]) -> None:
-    while not condition():
-        time.sleep(0.1)
-
-
 POINTS: dict[str, tuple[Any, str, int]] = {
     "the version is deleted": (MlflowClient, "delete_logged_model", 1),
     "the model is marked": (MlflowClient, "delete_run", 1),
@@ -383,89 +374,3 @@ def test_a_cache_that_other_projects_may_use_stays(project: Path, tmp_path: Path
 def test_a_number_that_cannot_be_is_refused_in_one_line(baseline: Path, arguments: list[str], found: str) -> None:
     said = run_module(baseline, "flows.cleanup", *arguments, status=2)
     assert said == f"error: --keep: found {found}; allowed: how many of the newest experiments stay, 0 or more\n"
-
-
-STAGE = """
-stages:
-  wait:
-    cmd: touch {folder}/begun && while [ -e {folder}/hold ]; do sleep 0.1; done && echo x > out
-    params: [value]
-    outs: [out]
-"""
-
-
-@pytest.fixture
-def waiting(tmp_path: Path) -> Path:
-    """A DVC project whose one stage runs until the file `hold` beside the project is gone."""
-    folder = tmp_path / "waiting"
-    folder.mkdir()
-    command("git", "init", "-q", folder=folder)
-    command("dvc", "init", "-q", folder=folder)
-    (folder / "dvc.yaml").write_text(STAGE.format(folder=tmp_path))
-    (folder / "params.yaml").write_text("value: 1\n")
-    start_repository(folder)
-    for name in ("user.name", "user.email"):
-        command("git", "config", name, "t", folder=folder)
-    (tmp_path / "hold").touch()
-    return folder
-
-
-QUEUE = "dvc exp run --queue -S value=2 && dvc queue start"
-
-
-@pytest.mark.parametrize("what", ["dvc repro", "dvc exp run -S value=2", "dvc exp run --temp -S value=2", QUEUE])
-def test_a_command_of_dvc_that_runs_is_left_alone(waiting: Path, what: str) -> None:
-    with subprocess.Popen(
-        ["sh", "-c", what],
-        cwd=waiting,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        stdout=subprocess.DEVNULL,
-    ) as process:
-        wait_until((waiting.parent / "begun").exists)
-        try:
-            with pytest.raises(TemporaryError, match="dvc"), hold_off_runs(waiting):
-                pass
-        finally:
-            (waiting.parent / "hold").unlink()
-        process.wait()
-    assert process.returncode == 0
-
-    def is_over() -> bool:
-        try:
-            with hold_off_runs(waiting):
-                return True
-        except TemporaryError:
-            return False
-
-    wait_until(is_over)
-
-
-def test_a_flow_run_that_is_running_is_left_alone_and_one_that_starts_waits(waiting: Path) -> None:
-    begun, finish = threading.Event(), threading.Event()
-
-    def run() -> None:
-        with make_folder(waiting, "a-run"):
-            begun.set()
-            finish.wait()
-
-    with hold_off_runs(waiting):
-        thread = threading.Thread(target=run)
-        thread.start()
-        assert not begun.wait(0.5)
-    assert begun.wait(60)
-    with (
-        pytest.raises(TemporaryError, match=r"flow runs of this project are running \(a-run\)"),
-        hold_off_runs(waiting),
-    ):
-        pass
-    finish.set()
-    thread.join()
-    with hold_off_runs(waiting):
-        pass
-
-
-def test_a_damaged_record_of_processes_is_reported(waiting: Path) -> None:
-    (waiting / ".dvc/tmp").mkdir(exist_ok=True)
-    (waiting / ".dvc/tmp/rwlock").write_text("{")
-    with pytest.raises(UserError, match="rwlock is damaged; if no dvc command runs here: rm "), hold_off_runs(waiting):
-        pass
