@@ -87,7 +87,7 @@ def make_plan(project: Path, *, keep: int) -> Plan:
     plan = Plan(tuple(old), tuple(removed.values()), tuple(entries), tuple(objects), tuple(dict.fromkeys(kept)))
     if existing_store(project) is None and not plan.is_empty:
         raise UserError(
-            f"MLflow's store {sqlite_path(tracking_uri(project))}: does not exist, so the models in use are not known; "
+            f"MLflow's store {sqlite_path(tracking_uri(project))} does not exist, so the models in use are not known; "
             "nothing was removed; set MLFLOW_TRACKING_URI to the store of this project, as for its trainings"
         )
     return plan

@@ -215,7 +215,7 @@ def test_with_a_damaged_lock_file_in_the_checkout_all_files_stay(project: Path) 
 def test_without_a_store_no_experiment_is_removed(project: Path, dry_run: bool) -> None:
     save_experiment(project, "one")
     (project / "mlflow.db").unlink()
-    with pytest.raises(UserError, match=r"mlflow.db: does not exist, so the models in use are not known"):
+    with pytest.raises(UserError, match=r"mlflow.db does not exist, so the models in use are not known"):
         clean_up(project, keep=0, dry_run=dry_run)
     assert experiments(project) == ["one"]
 
