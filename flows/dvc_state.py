@@ -13,12 +13,19 @@ from pipeline.core.git import git, read_committed
 # raised where the text of a dvc.lock, or of a folder's listing in DVC's cache, is not what DVC wrote
 DAMAGED = (DvcException, ValueError, TypeError, KeyError, AttributeError)
 EXPERIMENT_REF = re.compile(r"refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/[^/]+")
+CACHE_OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?")  # a file below `cache_folder`, by its MD5
 
 
 def experiment_refs(project: Path) -> list[str]:
     """Return the git refs of the experiments: `refs/exps/<2 digits>/<38 digits of the baseline commit>/<name>`."""
     refs = git(project, "for-each-ref", "--format=%(refname)", "refs/exps").split()
     return [ref for ref in refs if EXPERIMENT_REF.fullmatch(ref)]  # DVC has others there for its own use
+
+
+def split_experiment_ref(ref: str) -> tuple[str, str]:
+    """Return the baseline commit and the name in the git ref of an experiment."""
+    _, _, first, rest, name = ref.split("/", 4)
+    return first + rest, name
 
 
 def outputs(lock: str) -> dict[str, str]:
@@ -29,8 +36,17 @@ def outputs(lock: str) -> dict[str, str]:
 
 def cache_folder(project: Path) -> Path:
     """Return the folder in which DVC stores files by their MD5."""
+    return _cache(project) / "files" / "md5"
+
+
+def run_cache_folder(project: Path) -> Path:
+    """Return the folder in which DVC records which stage made which files: its run cache."""
+    return _cache(project) / "runs"
+
+
+def _cache(project: Path) -> Path:
     settings = Config(dvc_dir=str(project / ".dvc"))
-    return Path(settings.get("cache", {}).get("dir") or project / ".dvc" / "cache") / "files" / "md5"
+    return Path(settings.get("cache", {}).get("dir") or project / ".dvc" / "cache")
 
 
 def cached_path(cache: Path, md5: str) -> Path:

@@ -17,7 +17,16 @@ from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.utilities.urls import url_for
 
-from flows.dvc_state import DAMAGED, cache_folder, cached_path, experiment_refs, is_cached, listing, outputs
+from flows.dvc_state import (
+    DAMAGED,
+    cache_folder,
+    cached_path,
+    experiment_refs,
+    is_cached,
+    listing,
+    outputs,
+    split_experiment_ref,
+)
 from flows.prefect_server import MAX_RECORDS_PER_REQUEST, current_server, prefect_client
 from flows.ui import is_mlflow_served, mlflow_page
 from flows.workspace import EXPERIMENT_LABEL, existing_store
@@ -118,10 +127,10 @@ class Sources:
         """Return the DVC experiments of the project."""
         found = []
         for ref in experiment_refs(self.project):
-            _, _, first, rest, name = ref.split("/", 4)
+            baseline, name = split_experiment_ref(ref)
             with suppress(UserError):
                 if commit := find_commit(self.project, ref):
-                    found.append(Experiment(name, commit, first + rest))
+                    found.append(Experiment(name, commit, baseline))
                     continue
             self.warnings.append(f"experiment {name} was not searched: its commit cannot be read; run `git fsck`")
         return found

@@ -3,10 +3,7 @@
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -20,15 +17,14 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from flows import cleanup
 from flows.cleanup import clean_up
-from flows.dvc_cleanup import hold_off_runs, list_experiments
+from flows.dvc_history import list_experiments
 from flows.dvc_state import cache_folder, is_cached, missing_outputs, outputs
-from flows.workspace_folders import make_folder
-from pipeline.core.errors import TemporaryError, UserError
+from pipeline.core.errors import TemporaryError
 from pipeline.core.settings import get_settings
 from pipeline.tracking.search import Run, find_runs
 from pipeline.tracking.store import connect
 from tests import test_dvc_experiments
-from tests.conftest import free_port, start_repository
+from tests.conftest import free_port
 from tests.test_dvc_experiments import command
 from tests.test_outage import Server
 
@@ -66,9 +62,17 @@ def template(baseline: Path) -> Path:
 @pytest.fixture
 def project(template: Path, tmp_path: Path) -> Iterator[Path]:
     """A copy of the template, which is the current folder."""
-    shutil.copytree(template, tmp_path / "project", symlinks=True)
+    copy_with_runs(template, tmp_path / "project")
     with working_in(tmp_path / "project"):
         yield tmp_path / "project"
+
+
+def copy_with_runs(template: Path, project: Path) -> None:
+    """Copy the template as if the copy had made the runs in its store."""
+    shutil.copytree(template, project, symlinks=True)
+    with closing(open_sqlite(project / "mlflow.db")) as store:
+        store.execute("UPDATE tags SET value = ? WHERE key = 'process.project'", (str(project.resolve()),))
+        store.commit()
 
 
 @contextmanager
@@ -206,18 +210,39 @@ def mlflow_row(project: Path, run: Run) -> bool:
     return run.run_id in state(project)["runs"]
 
 
-def test_a_run_that_may_be_of_another_project_stays(
+def test_a_run_without_project_in_a_store_outside_the_project_stays(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = runs_by_name()["first"]
+    MlflowClient().delete_tag(first.run_id, "process.project")
     shutil.move(project / "mlflow.db", tmp_path / "shared.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/shared.db")
     get_settings.cache_clear()
     clean_up(project, keep=1, dry_run=False)
-    assert f"kept        MLflow run {first.run_id} (first): its store may be shared" in capsys.readouterr().out
+    assert f"kept        MLflow run {first.run_id} (first): it is not certain" in capsys.readouterr().out
     assert "first" not in experiments(project)
     assert first.run_id in {run.run_id for run in find_runs({"model.md5": "%"})}
     assert (project / "mlartifacts" / first.run_id).is_dir()
+
+
+@pytest.mark.parametrize("experiment", ["first", "of another machine"])
+@pytest.mark.parametrize("tag", ["process.host", "process.project"])
+def test_a_run_that_another_machine_or_project_recorded_here_stays(project: Path, tag: str, experiment: str) -> None:
+    first = runs_by_name()["first"]
+    MlflowClient().set_tag(first.run_id, tag, "another")
+    MlflowClient().set_tag(first.run_id, "dvc.experiment", experiment)
+    clean_up(project, keep=1, dry_run=False)
+    assert "first" not in experiments(project)
+    assert mlflow_row(project, first)
+    assert (project / "mlartifacts" / first.run_id).is_dir()
+
+
+def test_a_run_without_project_of_an_experiment_that_is_not_known_stays(project: Path) -> None:
+    first = runs_by_name()["first"]
+    MlflowClient().delete_tag(first.run_id, "process.project")
+    MlflowClient().set_tag(first.run_id, "dvc.experiment", "unknown here")
+    clean_up(project, keep=1, dry_run=False)
+    assert mlflow_row(project, first)
 
 
 def test_a_run_whose_files_are_elsewhere_stays(
@@ -244,7 +269,6 @@ def test_on_a_server_a_run_is_only_marked_as_deleted(project: Path, monkeypatch:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", served.uri)
         get_settings.cache_clear()
         connect()
-        MlflowClient().set_tag(first.run_id, "process.project", str(project))
         clean_up(project, keep=1, dry_run=False)
         client = MlflowClient()
         assert client.get_run(first.run_id).info.lifecycle_stage == "deleted"
@@ -252,11 +276,6 @@ def test_on_a_server_a_run_is_only_marked_as_deleted(project: Path, monkeypatch:
         assert (project / "mlartifacts" / first.run_id).is_dir()
     finally:
         served.kill()
-
-
-def wait_until(condition: Callable[[], Any]) -> None:
-    while not condition():
-        time.sleep(0.1)
 
 
 POINTS: dict[str, tuple[Any, str, int]] = {
@@ -279,7 +298,7 @@ POINTS: dict[str, tuple[Any, str, int]] = {
 def cleaned(template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The state after a cleanup that nothing disturbs."""
     project = tmp_path_factory.mktemp("cleaned") / "project"
-    shutil.copytree(template, project, symlinks=True)
+    copy_with_runs(template, project)
     with working_in(project):
         clean_up(project, keep=1, dry_run=False)
         return state(project)
@@ -354,16 +373,18 @@ def test_a_server_that_does_not_answer_stops_it_too(project: Path, monkeypatch: 
 
 
 def test_files_of_stashes_kept_clones_and_the_checkout_stay(project: Path) -> None:
-    command("dvc", "exp", "apply", "first", folder=project)
-    command("git", "stash", folder=project)
-    command("dvc", "exp", "apply", "champion", folder=project)
+    for name in ("first", "branched"):
+        command("dvc", "exp", "apply", name, folder=project)
+        command("git", "stash", folder=project)
+    command("dvc", "exp", "apply", "newest", folder=project)
     (project / ".dvc/tmp/kept/clone").mkdir(parents=True)
     shutil.copy(project / "dvc.lock", project / ".dvc/tmp/kept/clone")
-    command("dvc", "exp", "apply", "shared", folder=project)
+    command("dvc", "exp", "apply", "branched", folder=project)  # DVC keeps a ref to the last one applied
     command("dvc", "exp", "remove", "--all-commits", folder=project)
     clean_up(project, keep=0, dry_run=False)
     assert missing_outputs(project) == []
     assert missing_outputs(project, "stash@{0}") == []
+    assert missing_outputs(project, "stash@{1}") == []
     locked = outputs((project / ".dvc/tmp/kept/clone/dvc.lock").read_text())
     assert [path for path, md5 in locked.items() if not is_cached(cache_folder(project), md5)] == []
 
@@ -375,97 +396,3 @@ def test_a_cache_that_other_projects_may_use_stays(project: Path, tmp_path: Path
     said = run_module(project, "flows.cleanup", "--keep", "1")
     assert "other projects may use this cache" in said
     assert {path for path in (tmp_path / "cache").rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "found"), [((), "nothing"), (("--keep",), "nothing"), (("--keep", "-1"), "'-1'")]
-)
-def test_a_number_that_cannot_be_is_refused_in_one_line(baseline: Path, arguments: list[str], found: str) -> None:
-    said = run_module(baseline, "flows.cleanup", *arguments, status=2)
-    assert said == f"error: --keep: found {found}; allowed: how many of the newest experiments stay, 0 or more\n"
-
-
-STAGE = """
-stages:
-  wait:
-    cmd: touch {folder}/begun && while [ -e {folder}/hold ]; do sleep 0.1; done && echo x > out
-    params: [value]
-    outs: [out]
-"""
-
-
-@pytest.fixture
-def waiting(tmp_path: Path) -> Path:
-    """A DVC project whose one stage runs until the file `hold` beside the project is gone."""
-    folder = tmp_path / "waiting"
-    folder.mkdir()
-    command("git", "init", "-q", folder=folder)
-    command("dvc", "init", "-q", folder=folder)
-    (folder / "dvc.yaml").write_text(STAGE.format(folder=tmp_path))
-    (folder / "params.yaml").write_text("value: 1\n")
-    start_repository(folder)
-    for name in ("user.name", "user.email"):
-        command("git", "config", name, "t", folder=folder)
-    (tmp_path / "hold").touch()
-    return folder
-
-
-QUEUE = "dvc exp run --queue -S value=2 && dvc queue start"
-
-
-@pytest.mark.parametrize("what", ["dvc repro", "dvc exp run -S value=2", "dvc exp run --temp -S value=2", QUEUE])
-def test_a_command_of_dvc_that_runs_is_left_alone(waiting: Path, what: str) -> None:
-    with subprocess.Popen(
-        ["sh", "-c", what],
-        cwd=waiting,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
-        stdout=subprocess.DEVNULL,
-    ) as process:
-        wait_until((waiting.parent / "begun").exists)
-        try:
-            with pytest.raises(TemporaryError, match="dvc"), hold_off_runs(waiting):
-                pass
-        finally:
-            (waiting.parent / "hold").unlink()
-        process.wait()
-    assert process.returncode == 0
-
-    def is_over() -> bool:
-        try:
-            with hold_off_runs(waiting):
-                return True
-        except TemporaryError:
-            return False
-
-    wait_until(is_over)
-
-
-def test_a_flow_run_that_is_running_is_left_alone_and_one_that_starts_waits(waiting: Path) -> None:
-    begun, finish = threading.Event(), threading.Event()
-
-    def run() -> None:
-        with make_folder(waiting, "a-run"):
-            begun.set()
-            finish.wait()
-
-    with hold_off_runs(waiting):
-        thread = threading.Thread(target=run)
-        thread.start()
-        assert not begun.wait(0.5)
-    assert begun.wait(60)
-    with (
-        pytest.raises(TemporaryError, match=r"flow runs of this project are running \(a-run\)"),
-        hold_off_runs(waiting),
-    ):
-        pass
-    finish.set()
-    thread.join()
-    with hold_off_runs(waiting):
-        pass
-
-
-def test_a_damaged_record_of_processes_is_reported(waiting: Path) -> None:
-    (waiting / ".dvc/tmp").mkdir(exist_ok=True)
-    (waiting / ".dvc/tmp/rwlock").write_text("{")
-    with pytest.raises(UserError, match="rwlock is damaged; if no dvc command runs here: rm "), hold_off_runs(waiting):
-        pass

@@ -49,11 +49,13 @@ def git(folder: Path, *arguments: str) -> str:
     return output(folder, *arguments).decode("utf-8", "replace").strip()
 
 
-def output(folder: Path, *arguments: str, allowed_statuses: Collection[int] = (0,)) -> bytes:
+def output(
+    folder: Path, *arguments: str, allowed_statuses: Collection[int] = (0,), allow_messages: bool = True
+) -> bytes:
     """Return the standard output of a git command that is run in the folder.
 
-    Raises UserError where the exit status is not an allowed one: with git's reason, and with git's own remedy where
-    the folder belongs to another user.
+    Raises UserError where the exit status is not an allowed one, or where git writes to stderr and `allow_messages` is
+    False: with git's reason, and with git's own remedy where the folder belongs to another user.
     """
     command = ["git", *arguments]
     try:
@@ -66,7 +68,7 @@ def output(folder: Path, *arguments: str, allowed_statuses: Collection[int] = (0
         raise UserError("git: not found; install it") from None
     except OSError as error:
         raise UserError(f"git: cannot be started ({error.strerror}); reinstall it") from None
-    if done.returncode not in allowed_statuses:
+    if done.returncode not in allowed_statuses or (done.stderr and not allow_messages):
         raise UserError(_explain(folder, arguments[0], done.stderr.decode("utf-8", "replace")))
     return done.stdout
 

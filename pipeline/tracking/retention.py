@@ -78,7 +78,7 @@ def registered_versions() -> list[Version]:
 
 
 def _aliases(client: MlflowClient) -> Iterator[tuple[tuple[str, str], list[str]]]:
-    """Yield name and version of each registered version that has aliases, and these."""
+    """Yield (name, version) of each registered version that has aliases, and its aliases."""
     token = None
     while True:
         page = client.search_registered_models(max_results=PAGE_SIZE, page_token=token)
@@ -90,7 +90,7 @@ def _aliases(client: MlflowClient) -> Iterator[tuple[tuple[str, str], list[str]]
             return
 
 
-def read_stored(run: Run, *, versions: Sequence[Version]) -> StoredRun:
+def read_stored_run(run: Run, *, versions: Sequence[Version]) -> StoredRun:
     """Return the run with all that goes with it, what is marked as deleted included."""
     with store_errors():
         info = MlflowClient().get_run(run.run_id).info
@@ -122,7 +122,7 @@ def _models(run_id: str, experiment_id: str) -> Iterator[tuple[str, str]]:
 
 
 def _folder(location: str, owner: str) -> Path:
-    """Return the local folder named after the run or model that owns it; a relative path where there is none."""
+    """Return the local folder of the run or model `owner`; a relative path where it has no such folder."""
     if location.startswith(("file:", "/")):
         folder = Path(local_file_uri_to_path(location)).parent  # type: ignore[no-untyped-call]  # …/<id>/artifacts
         if folder.name == owner:
@@ -130,8 +130,8 @@ def _folder(location: str, owner: str) -> Path:
     return Path(location)
 
 
-def use_of(stored: StoredRun) -> str:
-    """Return why the run is in use, or an empty text: a reason to keep all that belongs to it."""
+def reason_in_use(stored: StoredRun) -> str:
+    """Return the reason why the run is in use and all that belongs to it must stay, or an empty text."""
     used = next((f"its model is {one}, which {one.use}" for one in stored.versions if one.use), "")
     if not used and KEEP in stored.run.tags:
         used = "it has the tag keep"
@@ -142,15 +142,21 @@ def use_of(stored: StoredRun) -> str:
     return used
 
 
-def stranger(stored: StoredRun, project: Path) -> str:
-    """Return why it is not certain that this project alone made the run and owns its files, or an empty text."""
-    uri, tags = mlflow.get_tracking_uri(), stored.run.tags
+def reason_not_ours(stored: StoredRun, project: Path, *, is_orphan: bool) -> str:
+    """Return the reason why the run, or its files, may belong to another project, or an empty text.
+
+    Tags with another host or project are a reason in every store: other machines write into this one through a server.
+    A run without these tags is of this project only in its own sqlite file, and where `is_orphan`, that its experiment
+    is not known here, is False.
+    """
+    project, uri, tags = project.resolve(), mlflow.get_tracking_uri(), stored.run.tags
+    here = {HOST: socket.gethostname(), PROJECT: str(project)}
     path = sqlite_path(uri)
-    if path is None or not path.resolve().is_relative_to(project):
-        here = {HOST: socket.gethostname(), PROJECT: str(project)}
-        if any(tags.get(name) != value for name, value in here.items()):
-            made = ":".join(tags.get(name, "not recorded") for name in here)
-            return f"its store may be shared, and it was recorded by {made}"
+    is_own_store = path is not None and path.resolve().is_relative_to(project)
+    untagged = here if is_own_store and not is_orphan else {}
+    if any(tags.get(name, untagged.get(name)) != value for name, value in here.items()):
+        recorder = ":".join(tags.get(name, "not recorded") for name in here)
+        return f"it is not certain that this project made it, since it was recorded by {recorder}"
     if is_server(uri):
         return ""
     root = artifact_folder(project).resolve()
@@ -161,7 +167,8 @@ def stranger(stored: StoredRun, project: Path) -> str:
 def remove_run(stored: StoredRun) -> None:
     """Remove the run with its versions, models and files; on a server, mark it as deleted.
 
-    A process killed in the middle leaves the run, marked as deleted, to a second call: its row goes last.
+    If this process is killed, the run stays marked as deleted, since its row is deleted last; a second call completes
+    the removal.
     """
     client, run_id = MlflowClient(), stored.run.run_id
     with store_errors():
