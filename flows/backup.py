@@ -19,7 +19,7 @@ from typing import Any
 
 from flows import PROJECT
 from flows.backup_files import CopyResult, copy_objects, copy_run_cache, remove_temporary_files, store_files
-from flows.dvc_state import EXPERIMENT_REF, cache_folder
+from flows.dvc_state import EXPERIMENT_REF, cache_folder, run_cache_folder
 from flows.file_lock import hold_files
 from flows.stores import URL_VARIABLES, artifact_places_elsewhere, copy_database, find_databases
 from pipeline.artifacts import CHECKSUMS, add_path_to_errors, expand, read_json, replace_folder, write_json
@@ -130,11 +130,10 @@ def _fill(project: Path, folder: Path, *, databases: Mapping[str, Path]) -> tupl
         lines, missing = _copy_databases(project, databases, new)
         lines.append(_bundle(project, new / BUNDLE))
         write_json(new / PROJECT_FILE, _project(project))
-        cache = cache_folder(project)
         artifacts = store_files(artifact_folder(project), folder / ARTIFACTS)
         write_json(new / ARTIFACT_LIST, artifacts.md5)
-        objects = copy_objects(cache, folder / OBJECTS)
-        runs = copy_run_cache(cache.parents[1] / "runs", folder / RUNS)
+        objects = copy_objects(cache_folder(project), folder / OBJECTS)
+        runs = copy_run_cache(run_cache_folder(project), folder / RUNS)
         lines += [_summary("mlartifacts/", artifacts), _summary("DVC's cache", objects)]
         if (new / "mlflow.db").exists():
             lines += _warn_of_other_places(new / "mlflow.db", project=project)

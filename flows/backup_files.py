@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flows.dvc_state import CACHE_OBJECT
 from pipeline.artifacts import atomic, copy_file, file_md5
 
-_OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?")
 _RUN = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}/[0-9a-f]{64}")  # an entry of DVC's run cache, named by its content
 _TEMPORARY = re.compile(r"\..+\.[0-9]+\.tmp")  # a name that `pipeline.artifacts.atomic` makes
 
@@ -55,7 +55,7 @@ def copy_objects(source: Path, target: Path, *, protect: bool = False) -> CopyRe
     With `protect` the copies are write-protected, as DVC keeps its own.
     """
     result = CopyResult()
-    for name in filter(_OBJECT.fullmatch, _files(source, result)):
+    for name in filter(CACHE_OBJECT.fullmatch, _files(source, result)):
         md5 = name.replace("/", "").removesuffix(".dir")
         with result.report_unreadable(source / name):
             result.num_new += _copy_object(source / name, target / name, md5=md5, protect=protect)

@@ -27,7 +27,7 @@ from flows.backup import (
     find_backups,
 )
 from flows.backup_files import copy_objects, copy_run_cache, restore_files
-from flows.dvc_state import cache_folder
+from flows.dvc_state import cache_folder, run_cache_folder
 from flows.file_lock import hold_files
 from flows.stores import TOOLS, check_database, find_databases
 from flows.workspace_folders import hold_off_flow_runs
@@ -129,9 +129,9 @@ def _refs(lines: str) -> dict[str, str]:
 
 def _restore_files(project: Path, backup: Path, *, lines: list[str]) -> list[str]:
     """Add DVC's cache and MLflow's artifacts, and lines to print; returns the files that are damaged in the backup."""
-    folder, cache = backup.parent, cache_folder(project)
-    objects = copy_objects(folder / OBJECTS, cache, protect=True)
-    runs = copy_run_cache(folder / RUNS, cache.parents[1] / "runs")
+    folder = backup.parent
+    objects = copy_objects(folder / OBJECTS, cache_folder(project), protect=True)
+    runs = copy_run_cache(folder / RUNS, run_cache_folder(project))
     lines.append(f"{'DVC cache':<14}{len(objects.md5):,} files, {objects.num_new:,} of them restored")
     listed: Mapping[str, str] = read_json(backup / ARTIFACT_LIST)
     artifacts = restore_files(folder / ARTIFACTS, artifact_folder(project), md5=listed)
