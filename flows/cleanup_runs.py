@@ -64,7 +64,7 @@ def reason_needed(experiment: DvcExperiment, records: Records, *, commits: Colle
     `commits` are those of branches, tags and stashes.
     """
     if experiment.commit in commits:
-        return "a branch, a tag or a stash has it"
+        return "a branch, a tag, a stash or the last `dvc exp apply` has it"
     runs = [run for run in records.runs if run.tags[EXPERIMENT] == experiment.name]
     uses = ((run, reason_in_use(records.read(run))) for run in runs)
     return next((f"MLflow run {run.run_id}: {use}" for run, use in uses if use), "")
