@@ -105,7 +105,9 @@ def _make_archive(folder: Path, images: Path | None) -> None:
         tree.symlink_to(images.resolve())
     else:
         with tarfile.open(ARCHIVE) as archive:
-            archive.extractall(tree, filter="data")
+            # Python 3.11.3 and earlier have no filters
+            archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, _path: member)
+            archive.extractall(tree)  # noqa: S202  # the archive is the project's own
     files = official_files(tree)
     (folder / ARCHIVE_FOLDER).mkdir()
     for name, content in files.items():

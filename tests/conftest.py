@@ -184,6 +184,15 @@ def start_server(project: Path, stores: Path) -> str:
     return server.start(project, port=free_port())[0].api_url
 
 
+@pytest.fixture
+def no_servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Remove the servers that the environment names, or the fixture `api_url` of an earlier test in this process."""
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with temporary_settings(restore_defaults={PREFECT_API_URL, PREFECT_HOME}):
+        yield
+
+
 @pytest.fixture(scope="session")
 def api_url(tmp_path_factory: pytest.TempPathFactory, stores: Path) -> Iterator[str]:
     """Start a Prefect server for flow runs of any project, and yield the URL of its API."""

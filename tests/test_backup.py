@@ -50,9 +50,7 @@ def make_project(folder: Path, stores: Path) -> Path:
 
 
 @pytest.fixture
-def project(tmp_path: Path, stores: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
-        monkeypatch.delenv(name, raising=False)
+def project(tmp_path: Path, stores: Path, no_servers: None) -> Path:
     return make_project(tmp_path / "project", stores)
 
 

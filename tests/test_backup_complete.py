@@ -28,9 +28,7 @@ MODEL = "mlartifacts/1/artifacts/model.json"
 
 
 @pytest.fixture
-def project(tmp_path: Path, stores: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
-        monkeypatch.delenv(name, raising=False)
+def project(tmp_path: Path, stores: Path, no_servers: None) -> Path:
     return make_project(tmp_path / "project", stores)
 
 
@@ -246,7 +244,7 @@ def test_an_entry_of_the_run_cache_that_exists_stays(project: Path, tmp_path: Pa
 
 def test_a_restore_waits_for_no_flow_run(project: Path, tmp_path: Path) -> None:
     back_up(project, tmp_path / "backup")
-    with make_folder(project, "run"), pytest.raises(TemporaryError, match="flow runs of this project run"):
+    with make_folder(project, "run"), pytest.raises(TemporaryError, match="flow runs of this project are running"):
         restore(project, find_backup(tmp_path / "backup", None), overwrite=True)
 
 

@@ -18,9 +18,7 @@ from pipeline.tracking.sqlite_store import MLFLOW, revisions
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL"):
-        monkeypatch.delenv(name, raising=False)
+def project(tmp_path: Path, no_servers: None, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".dvc").mkdir()
     return tmp_path
