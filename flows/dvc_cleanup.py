@@ -113,7 +113,7 @@ def _damaged(file: Path) -> UserError:
 
 
 def is_own_cache(project: Path) -> bool:
-    """Return whether only this project uses the cache, as far as its place and the setting `cache.shared` tell."""
+    """Return whether only this project uses the cache, as its place and the setting `cache.shared` show."""
     if Config(dvc_dir=str(project / ".dvc")).get("cache", {}).get("shared"):
         return False
     return cache_folder(project).resolve().is_relative_to(project.resolve())

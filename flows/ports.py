@@ -70,7 +70,7 @@ def start_on_port(start: Callable[[int], T], *, named: int | None, default: int,
 def listens(pid: int, port: int) -> bool | None:
     """Return whether the process, or a descendant of it, listens on the loopback port.
 
-    Returns None where the system does not tell, as in a container that hides the sockets of its processes.
+    Returns None where the system does not report it, as in a container that hides the sockets of its processes.
     """
     answers: list[bool | None] = []
     try:
@@ -88,7 +88,7 @@ def listens(pid: int, port: int) -> bool | None:
 
 
 def _owns(process: psutil.Process, port: int) -> bool | None:
-    """Return whether this process itself listens on the port, or None where the system does not tell."""
+    """Return whether this process itself listens on the port, or None where the system does not report it."""
     try:
         connections = process.net_connections(kind="tcp")
     except psutil.NoSuchProcess:

@@ -212,7 +212,7 @@ def wait_for(
     """Wait until `process` answers at `url`; any exception ends the process.
 
     Raises PortTakenError where another process has bound the port, TemporaryError where the server does not start, or
-    its answer cannot be proven to be its own. Where the system does not tell which process listens, `proof` decides.
+    its answer cannot be proven to be its own. Where the system does not report which process listens, `proof` decides.
     `variable` is the environment variable that chooses the port, for the messages.
     """
     deadline = time.monotonic() + START_SECONDS

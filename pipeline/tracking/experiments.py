@@ -74,7 +74,7 @@ def _check_artifact_folder(experiment: Experiment) -> None:
     """Raise UserError where the experiment has runs, but its folder of artifacts no longer exists.
 
     That is the case after a project was moved whose store is outside it: `relocate` does not correct such a store,
-    since it cannot tell which of the paths in it belong to the project.
+    since it does not know which of the paths in it belong to the project.
     """
     folder = _missing_folder(experiment.artifact_location)
     if folder is None or not MlflowClient().search_runs([experiment.experiment_id], "", ViewType.ALL, max_results=1):

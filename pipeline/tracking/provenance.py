@@ -35,7 +35,7 @@ LOCK_FILE = Path("dvc.lock")
 
 
 def find_code_state() -> CodeState:
-    """Return the commit and the uncommitted changes of this project; print a warning where git cannot tell them."""
+    """Return the commit and the uncommitted changes of this project; print a warning where git cannot report them."""
     found = code_state(Path.cwd(), tracked=str(PARAMS_FILE))
     if found.problem:
         print(f"warning: the run is recorded with unknown code, and cannot be reproduced: {found.problem}", flush=True)
