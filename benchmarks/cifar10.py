@@ -34,7 +34,8 @@ from pipeline.core.errors import UserError, report_errors
 from pipeline.datasets.cifar10 import ARCHIVE as OFFICIAL_ARCHIVE
 from pipeline.datasets.cifar10 import ARCHIVE_FOLDER, BATCHES, IMAGE_SIZE
 from pipeline.normalize import normalize
-from pipeline.params import check_params, compose
+from pipeline.params import check_params
+from pipeline.recipes import compose
 
 ARCHIVE = Path("../shared/data/cifar10-jpeg.tar.gz")
 

@@ -25,7 +25,7 @@ from benchmarks.table import header, medians, table
 from benchmarks.ways import CIFAR10_IMAGES, RECIPE
 from pipeline.core.errors import UserError, report_errors
 from pipeline.core.yaml import dump_yaml
-from pipeline.params import compose
+from pipeline.recipes import compose
 
 SAMPLE_SECONDS = 0.05
 DOWNLOAD, NORMALIZE = ([sys.executable, "-m", f"pipeline.{step}"] for step in ("download", "normalize"))

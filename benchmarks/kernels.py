@@ -19,7 +19,8 @@ from pipeline.core.errors import report_errors
 from pipeline.models.build import build, memory_format
 from pipeline.models.config import ModelConfig
 from pipeline.models.cpu_kernels import PORTABLE
-from pipeline.params import TrainParams, check_params, compose
+from pipeline.params import TrainParams, check_params
+from pipeline.recipes import compose
 from pipeline.training.device import prepare_torch
 from pipeline.training.loop import train
 

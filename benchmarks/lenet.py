@@ -10,7 +10,8 @@ from benchmarks.recipe import image_config
 from benchmarks.ways import RECIPE
 from pipeline.arrays import Split
 from pipeline.models.build import Classifier, build
-from pipeline.params import check_params, compose
+from pipeline.params import check_params
+from pipeline.recipes import compose
 from pipeline.training.loop import train
 
 Splits = tuple[Split, Split]  # train and validation

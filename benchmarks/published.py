@@ -15,7 +15,7 @@ from benchmarks.setting import PROJECT
 from benchmarks.table import mean_and_deviation, table
 from pipeline.artifacts import read_json, write_bytes, write_json, write_text
 from pipeline.core.errors import report_errors
-from pipeline.params import recipe_path
+from pipeline.recipes import recipe_path
 
 RESULTS = Path("docs/results.json")
 REPORT = Path("docs/results.md")

@@ -47,7 +47,7 @@ def make_clone(folder: Path) -> None:
     """Clone the project, write the parameters of the recipe into the clone, and create its MLflow store."""
     clone(folder)
     options = [argument for value in archive_overrides() for argument in ("--set", value)]
-    seconds(sys.executable, "-m", "pipeline.params", "--recipe", RECIPE, *options, cwd=folder)
+    seconds(sys.executable, "-m", "pipeline.recipes", "--recipe", RECIPE, *options, cwd=folder)
     seconds(sys.executable, "-c", "from pipeline.tracking.store import connect; connect()", cwd=folder)
 
 

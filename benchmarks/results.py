@@ -48,7 +48,8 @@ from pipeline.artifacts import (
 )
 from pipeline.core.errors import report_errors
 from pipeline.core.git import git
-from pipeline.params import PARAMS_FILE, check_params, compose, load_params, parse_overrides
+from pipeline.params import PARAMS_FILE, check_params, load_params
+from pipeline.recipes import compose, parse_overrides
 
 RECIPES = ("digits", "cifar10_tutorial", "cifar10_lenet")
 SEEDS = 5
@@ -67,7 +68,7 @@ def run(*arguments: str, folder: Path) -> float:
 def set_params(folder: Path, recipe: str, overrides: Sequence[str]) -> None:
     """Write a recipe and overrides (`section.field=value`) into the clone's parameters."""
     options = [argument for value in overrides for argument in ("--set", value)]
-    run("pipeline.params", "--recipe", recipe, *options, folder=folder)
+    run("pipeline.recipes", "--recipe", recipe, *options, folder=folder)
 
 
 def measure_recipe(folder: Path, recipe: str, overrides: Sequence[str], *, seeds: int) -> RecipeResult:

@@ -21,7 +21,8 @@ from benchmarks.ways import CIFAR10_IMAGES
 from pipeline.core.errors import report_errors
 from pipeline.download import download
 from pipeline.normalize import normalize
-from pipeline.params import Params, Selection, check_params, compose
+from pipeline.params import Params, Selection, check_params
+from pipeline.recipes import compose
 from pipeline.training.loop import train
 from pipeline.training.selection import epochs_since_best, select_epoch
 from pipeline.training.state import Epoch
@@ -82,9 +83,9 @@ def earliest(run: Run) -> int:
 
 RULES: Mapping[str, Rule] = {
     "earliest": earliest,
-    "highest_accuracy": training_rule("highest_accuracy"),
+    "best": training_rule("best"),
     "latest_equivalent": training_rule("latest_equivalent"),
-    f"highest_accuracy, stopped after {PATIENCE}": training_rule("highest_accuracy", patience=PATIENCE),
+    f"best, stopped after {PATIENCE}": training_rule("best", patience=PATIENCE),
     f"latest_equivalent, stopped after {PATIENCE}": training_rule("latest_equivalent", patience=PATIENCE),
     "last": lambda run: len(run.history),
 }

@@ -31,7 +31,7 @@ from pipeline.core.errors import (
     redact_url,
     report_errors,
 )
-from pipeline.params import compose, parse_overrides
+from pipeline.recipes import compose, parse_overrides
 from pipeline.tracking.store_uri import check_connection, check_recording, tracking_uri
 
 FOLDER_PARAM = "download.folder"

@@ -27,7 +27,8 @@ from pipeline.artifacts import BEST_WEIGHTS, TRAIN, file_md5
 from pipeline.core.errors import EXIT_TEMPORARY, TemporaryError, UserError, redact_url
 from pipeline.core.processes import call_at_parent_end
 from pipeline.core.yaml import dump_yaml, read_yaml
-from pipeline.params import PARAMS_FILE, compose
+from pipeline.params import PARAMS_FILE
+from pipeline.recipes import compose
 
 # errors that a user can act on: the flow run fails with the error's one line as its message
 EXPECTED_ERRORS = (UserError, TemporaryError, StepError, OSError)

@@ -1,24 +1,16 @@
-"""Read the parameters, `params.yaml` and the recipes, into frozen, typed models; an unknown key is an error.
+"""Read the parameters in `params.yaml` into frozen, typed models; a missing key is an error, and an unknown one."""
 
-Run as a program, this module writes a recipe and single values into `params.yaml`, whose comments stay:
-`python -m pipeline.params --recipe cifar10_lenet --set train.epochs=3`.
-"""
-
-import argparse
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
 
-from pipeline.artifacts import write_text
-from pipeline.core.errors import UserError, redact_url, report_errors
-from pipeline.core.validation import describe_value, explain, list_choices
-from pipeline.core.yaml import dump_yaml, read_yaml
+from pipeline.core.errors import UserError, redact_url
+from pipeline.core.validation import explain
+from pipeline.core.yaml import read_yaml
 
 PARAMS_FILE = Path("params.yaml")
-RECIPES_FOLDER = Path("recipes")
 ALLOWED_LAYOUTS = (
     "<class>/… or <split>/<class>/… with at least two classes, split being train (training), validation (val, valid, "
     "dev) or test (testing, holdout, eval), with words before or after it as in seg_train"
@@ -40,7 +32,9 @@ Dataset = Literal["digits", "cifar10", "imagefolder"]
 Channels = Literal[1, 3]  # gray or RGB
 Resize = Literal["crop", "pad", "stretch"]
 Views = Literal["none", "mirror", "mirror_and_shift"]
-Selection = Literal["highest_accuracy", "latest_equivalent"]
+Selection = Literal["best", "latest_equivalent"]
+Metric = Literal["accuracy", "macro_f1", "loss"]
+AutoAugment = Literal["none", "rand_augment", "trivial_augment"]
 CpuKernels = Literal["portable", "native"]
 Flag = Annotated[bool, Field(strict=True)]
 
@@ -71,6 +65,11 @@ class DownloadParams(Section):
     )
     folder: Annotated[str, Field(min_length=1)] = Field(
         description="imagefolder: the folder with <class>/… or <split>/<class>/… (train, validation, test)"
+    )
+    labels: Annotated[str, Field(min_length=1)] = Field(
+        description="imagefolder: where the labels are. folders: the names of the class folders; a path in the folder "
+        "such as labels.csv: a table with the columns image, label and, if wanted, split and group; auto: labels.csv "
+        "if the folder has it, else folders"
     )
     urls: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = Field(
         description="cifar10: places of the archive, tried in this order: http(s)://, file://, or a path"
@@ -120,8 +119,8 @@ class NormalizeParams(Section):
         description="stop if more than this fraction of the files cannot be read"
     )
     near_duplicate_correlation: Annotated[Number, Field(gt=0, le=1)] = Field(
-        description="a test image that correlates at least this much with a training image is a near-duplicate; the "
-        "right value depends on the images (0.9 for photographs, 0.98 for digits)"
+        description="two images that correlate at least this much are near-duplicates, which are put into the same "
+        "split when splits are drawn; the right value depends on the images (0.9 for photographs, 0.98 for digits)"
     )
     seed: Annotated[Count, Field(ge=0, lt=2**32)] = Field(description="seed of the random choice of the splits")
 
@@ -130,10 +129,11 @@ class TrainParams(Section):
     """The parameters of `train`: network, loss, optimizer, schedule and device."""
 
     model: str = Field(
-        description="lenet, airbench or another of pipeline/models/build.py, or any of torchvision (resnet18, …)"
+        description="lenet, airbench or another of pipeline/models/build.py, any of torchvision (resnet18, …), or "
+        "timm/<name> for any of timm (timm/tf_efficientnet_lite0, …)"
     )
     weights: str | None = Field(
-        description="null (from scratch), DEFAULT (torchvision's pretrained), or a .safetensors or .pth file of weights"
+        description="null (from scratch), DEFAULT (the network's pretrained ones), or a .safetensors or .pth file"
     )
     weights_md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = Field(
         description="MD5 of the file in weights, in hexadecimal; null where weights names no file"
@@ -141,8 +141,19 @@ class TrainParams(Section):
     input_size: Annotated[Count, Field(ge=16, le=1024)] | None = Field(
         description="height and width in pixels to which images are enlarged on the device; null: not enlarged"
     )
+    freeze: Annotated[str, Field(pattern=r"^(none|backbone|until=[\w.]+)$")] = Field(
+        description="which part of a pretrained network is not trained: none; backbone: all but the last layer; "
+        "until=<block>: all blocks up to and including this one, as in until=layer3"
+    )
     loss: Literal["cross_entropy", "mse"] = Field(description="mse compares the outputs with one-hot targets")
     label_smoothing: Annotated[Number, Field(ge=0, lt=1)] = Field(description="for cross_entropy")
+    class_weights: Literal["none", "balanced"] = Field(
+        description="weight of an image in the loss. none: 1; balanced: all images / (classes * images of its class)"
+    )
+    sampler: Literal["shuffle", "balanced"] = Field(
+        description="shuffle: each image once an epoch; balanced: images are drawn with replacement, each class "
+        "equally often"
+    )
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "muon"] = Field(
         description="sgd without momentum is the bare rule: weight - learning_rate * gradient; muon makes the updates "
         "of linear layers orthogonal, without weight decay, and leaves the rest to sgd"
@@ -158,6 +169,12 @@ class TrainParams(Section):
         description="the learning rate of the biases of batch normalization is multiplied by it, their weight decay is "
         "divided by it"
     )
+    head_learning_rate_factor: Annotated[Number, Field(gt=0)] = Field(
+        description="the learning rate of the last layer is multiplied by it"
+    )
+    layer_decay: Annotated[Number, Field(gt=0, le=1)] = Field(
+        description="the learning rate of each block is that of the next one, nearer to the output, times this"
+    )
     schedule: Literal["constant", "step", "linear", "cosine", "one_cycle"] = Field(
         description="how the learning rate changes from step to step"
     )
@@ -169,11 +186,15 @@ class TrainParams(Section):
         description="step: the learning rate is multiplied by this at each drop"
     )
     epochs: Annotated[Count, Field(ge=1)] = Field(description="passes over the training split")
+    select_by: Metric = Field(
+        description="what epochs are compared by on the validation split: accuracy, macro_f1 (the mean F1 of the "
+        "classes, for unequal ones) or loss"
+    )
     selection: Selection = Field(
-        description="rule that selects the epoch of best.safetensors; early stopping uses it too. highest_accuracy: "
-        "the highest validation accuracy, then the lower validation loss, then the later epoch. latest_equivalent: "
-        "the latest epoch whose validation accuracy is inside the 95 % interval of the highest one, for validation "
-        "splits of up to a few hundred images"
+        description="rule that selects the epoch of best.safetensors; early stopping uses it too. best: the best "
+        "select_by, then the lower validation loss, then the later epoch. latest_equivalent: the latest epoch whose "
+        "validation accuracy is inside the 95 % interval of the highest one, for validation splits of up to a few "
+        "hundred images; with select_by: accuracy"
     )
     early_stopping_epochs: Annotated[Count, Field(ge=1)] | None = Field(
         description="stop after this many epochs in a row without improvement (with selection: latest_equivalent, that "
@@ -185,6 +206,10 @@ class TrainParams(Section):
     average_every_steps: Annotated[Count, Field(ge=1)] | None = Field(
         description="lookahead: set the weights to their running mean once in this many steps; null: never"
     )
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
+        description="validate and save the exponential moving average of the weights, of which each step keeps this "
+        "fraction; null: no average"
+    )
     flip: Flag = Field(
         description="augmentation: mirror each image left to right in every other epoch, half of the images in each"
     )
@@ -193,6 +218,24 @@ class TrainParams(Section):
     )
     cutout_size: Annotated[Count, Field(ge=0)] = Field(
         description="augmentation: blank a square with sides of this many pixels"
+    )
+    random_resized_crop: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        description="augmentation: cut out a random part, of at least this fraction of the image's area; null: never"
+    )
+    color_jitter: Annotated[Number, Field(ge=0, le=1)] = Field(
+        description="augmentation: change brightness, contrast and saturation by up to this fraction, hue by a quarter "
+        "of it"
+    )
+    auto_augment: AutoAugment = Field(description="augmentation by one of torchvision's policies")
+    random_erasing: Annotated[Number, Field(ge=0, le=1)] = Field(
+        description="augmentation: probability that a random rectangle is blanked"
+    )
+    mixup_alpha: Annotated[Number, Field(ge=0)] = Field(
+        description="augmentation: mix pairs of images and their labels, with a Beta(alpha, alpha) weight; 0: never"
+    )
+    cutmix_alpha: Annotated[Number, Field(ge=0)] = Field(
+        description="augmentation: paste a part of another image, with that share of its label; 0: never; with "
+        "mixup_alpha too, each batch gets one of both"
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(description="auto: cuda, else mps, else cpu")
     mixed_precision: Literal["none", "bfloat16", "float16"] = Field(description="on cuda; elsewhere float32 is used")
@@ -242,6 +285,16 @@ class TrainParams(Section):
             raise ValueError(
                 f"weights_md5 is set, but weights is {self.weights or 'null'}, which is not a file; allowed: null; set "
                 "weights_md5 to null"
+            )
+        if self.freeze != "none" and self.weights is None:
+            raise ValueError(
+                f"freeze is {self.freeze}, but weights is null: random weights would never be trained; allowed: none; "
+                "set freeze to none, or weights to DEFAULT or a file"
+            )
+        if self.selection == "latest_equivalent" and self.select_by != "accuracy":
+            raise ValueError(
+                f"selection is latest_equivalent, but select_by {self.select_by}, which has no such interval; allowed: "
+                "best; set selection to best, or select_by to accuracy"
             )
         if self.batch_size % self.processes:
             raise ValueError(
@@ -306,94 +359,4 @@ def check_params(values: Mapping[str, Any], *, origin: str, overridden: Collecti
         raise UserError(explain(error, sections=SECTIONS, origin=origin, overridden=overridden)) from None
 
 
-def compose(recipe: str | None, overrides: Mapping[str, Any]) -> Any:
-    """Return the values of `params.yaml`, replaced by those of a recipe and then by overrides; comments stay.
-
-    `overrides` has dotted names, as in `{"train.epochs": 3}`. Raises UserError for a bad name or value.
-    """
-    values = read_yaml(PARAMS_FILE)
-    check_params(values, origin=str(PARAMS_FILE))
-    path = None if recipe is None else recipe_path(recipe)
-    for section, fields in ({} if path is None else read_yaml(path)).items():
-        if not isinstance(fields, Mapping):
-            raise UserError(f"{path}: {section} is {describe_value(fields)}; allowed: a section with fields under it")
-        for field, value in fields.items():
-            _assign(values, f"{section}.{field}", value, origin=str(path))
-    for name, value in overrides.items():
-        _assign(values, name, value, origin="--set")
-    origins = [str(PARAMS_FILE), *([str(path)] if path else []), *(["--set"] if overrides else [])]
-    check_params(values, origin=" with ".join(origins), overridden=overrides)
-    return values
-
-
-def recipe_path(recipe: str) -> Path:
-    """Return `recipes/<recipe>.yaml`; raises UserError with the names of all recipes where there is no such file."""
-    names = sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
-    if recipe not in names:
-        allowed = list_choices(recipe, names) if names else f"none, since {RECIPES_FOLDER}/ has no recipe"
-        raise UserError(f"--recipe: found {recipe!r}; allowed: {allowed}")
-    return RECIPES_FOLDER / f"{recipe}.yaml"
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """Return name and value of an override: `("train.epochs", 3)` for `"train.epochs=3"`; the value is YAML.
-
-    Raises UserError where the text is not of this form.
-    """
-    name, separator, value = text.partition("=")
-    if not separator or "." not in name:
-        raise UserError(f"--set: found {text!r}; allowed: section.field=value, as in train.epochs=3; correct it")
-    try:
-        return name.strip(), YAML(typ="safe", pure=True).load(value)
-    except Exception:  # ruamel raises nearly anything: see read_yaml
-        raise UserError(
-            f"--set: the value in {redact_url(text)!r} is not valid YAML; allowed: a number, true, false, null, text "
-            "or [a list]; put text with special characters into double quotes"
-        ) from None
-
-
-def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
-    """Return the values of several `--set` options by parameter; raises UserError where two set the same one."""
-    overrides: dict[str, Any] = {}
-    for text in texts:
-        name, value = parse_override(text)
-        if name in overrides:
-            raise UserError(f"--set: found {name} twice; allowed: each parameter once; leave one of them out")
-        overrides[name] = value
-    return overrides
-
-
-def _assign(values: Any, name: str, value: Any, *, origin: str) -> None:
-    """Set the value with the dotted name; raises UserError, naming `origin`, where the name is unknown."""
-    section, _, field = name.partition(".")
-    if section not in SECTIONS:
-        raise UserError(f"{origin}: unknown section {section!r}; allowed: {list_choices(section, list(SECTIONS))}")
-    if field not in values[section]:
-        raise UserError(f"{origin}: unknown key {name!r}; allowed: {list_choices(field, list(values[section]))}")
-    values[section][field] = value
-
-
 SECTIONS: Mapping[str, type[Section]] = Params.__annotations__
-
-
-def main() -> None:
-    """Write a recipe and single values into `params.yaml`."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.params", description="Write values into params.yaml.")
-    parser.add_argument("--recipe", help="a name from recipes/")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.FIELD=VALUE",
-        dest="overrides",
-        help="set one value, as in train.epochs=3; may be repeated",
-    )
-    arguments = parser.parse_args()
-    with report_errors():
-        overrides = parse_overrides(arguments.overrides)
-        write_text(PARAMS_FILE, dump_yaml(compose(arguments.recipe, overrides)))
-        print(f"{PARAMS_FILE} written; `git diff {PARAMS_FILE}` shows what changed, `dvc repro` runs the pipeline")
-
-
-if __name__ == "__main__":
-    main()

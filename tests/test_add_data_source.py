@@ -131,7 +131,7 @@ def test_adding_a_data_source_touches_six_files(tmp_path: Path, mlflow_store: Pa
     assert len(touched) <= 6
     tests = ("tests/test_shapes.py", "tests/test_params.py", "tests/test_architecture.py")
     run(project, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests)
-    run(project, "-m", "pipeline.params", "--recipe", "shapes")
+    run(project, "-m", "pipeline.recipes", "--recipe", "shapes")
     for step in ("download", "normalize", "train"):
         run(project, "-m", f"pipeline.{step}")
     info = json.loads((project / "artifacts/normalize/dataset.json").read_text())

@@ -7,7 +7,8 @@ from pipeline.core.errors import UserError
 from pipeline.models.airbench import EPSILON, Airbench
 from pipeline.models.build import Classifier, build
 from pipeline.models.inference import logits_of
-from pipeline.params import check_params, compose
+from pipeline.params import check_params
+from pipeline.recipes import compose
 from pipeline.training.initialize import initialize_from_images
 from pipeline.training.loop import TrainingResult, train
 from tests.conftest import train_params

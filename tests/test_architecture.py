@@ -18,6 +18,7 @@ LAYERS = [
     "core",
     "artifacts",
     "params",
+    "recipes",
     "arrays",
     "figures",
     "images",
@@ -49,7 +50,7 @@ ONLY_IN = {
         )
     },
     "matplotlib": {"pipeline/figures.py", "pipeline/training/curves.py", "pipeline/evaluation/plots.py"},
-    "ruamel": {"pipeline/core/yaml.py", "pipeline/params.py"},
+    "ruamel": {"pipeline/core/yaml.py", "pipeline/recipes.py"},
     "PIL": {"pipeline/images/decode.py"},
     "pillow_heif": {"pipeline/images/decode.py"},
     "pickle": {"pipeline/datasets/pickles.py"},

@@ -143,6 +143,7 @@ def test_an_unreadable_archive_is_reported_and_skipped(workspace: Path, capsys: 
     params = DownloadParams(
         dataset="cifar10",
         folder="-",
+        labels="auto",
         urls=("/proc/self/mem", "good.tar.gz"),
         md5="9a0364b9e99bb480dd25e1f0284c8555",
         timeout_seconds=1,

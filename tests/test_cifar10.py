@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.cifar10 import official_files, write_archive
 from pipeline.core.yaml import dump_yaml
-from pipeline.params import compose
+from pipeline.recipes import compose
 from tests.conftest import PROJECT, run_step
 
 IMAGES = PROJECT.parent / "shared" / "data" / "cifar10-jpeg.tar.gz"

@@ -19,7 +19,8 @@ from pipeline.datasets.archives import DamagedArchive
 from pipeline.datasets.pickles import load_pickle
 from pipeline.datasets.sources import open_source
 from pipeline.images.decode import UnreadableImage, decode
-from pipeline.params import Params, check_params, load_params, parse_override
+from pipeline.params import Params, check_params, load_params
+from pipeline.recipes import parse_override
 from tests.conftest import DEFAULTS, PROJECT
 from tests.damage import CHANGES, UNUSUAL_VALUES, Change, damaged, examples, refused
 from tests.raw_folders import (

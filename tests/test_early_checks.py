@@ -17,7 +17,7 @@ from pipeline.artifacts import file_md5
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.models.build import OWN_NETWORKS
 from pipeline.models.names import own_network_names, torchvision_network_names
-from pipeline.params import compose
+from pipeline.recipes import compose
 from pipeline.tracking.store_uri import check_connection
 from tests.conftest import free_port
 

@@ -12,7 +12,7 @@ from dvc.repo import Repo
 
 from flows.experiments import METRICS, Row, as_table
 from pipeline.core.yaml import dump_yaml
-from pipeline.params import compose
+from pipeline.recipes import compose
 from tests.conftest import PROJECT, start_repository
 
 STAGES = {

@@ -21,7 +21,8 @@ from pipeline.models.inference import logits_of
 from pipeline.models.lenet import LeNet
 from pipeline.models.losses import loss_function
 from pipeline.models.pretrained import load_pretrained
-from pipeline.params import check_params, compose
+from pipeline.params import check_params
+from pipeline.recipes import compose
 from pipeline.train import _make_classifier
 from pipeline.training.batches import epoch_batches
 from pipeline.training.device import choose_device

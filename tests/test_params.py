@@ -7,13 +7,9 @@ from pipeline.core.yaml import dump_yaml
 from pipeline.params import (
     SECTIONS,
     check_params,
-    compose,
     load_params,
-    main,
-    parse_override,
-    parse_overrides,
-    recipe_path,
 )
+from pipeline.recipes import compose, main, parse_override, parse_overrides, recipe_path
 from tests.conftest import DEFAULTS, PROJECT, params
 
 

@@ -8,7 +8,7 @@ import pytest
 from dvc.utils.hydra import apply_overrides
 
 from pipeline.core.yaml import dump_yaml
-from pipeline.params import compose, parse_override
+from pipeline.recipes import compose, parse_override
 from tests.conftest import PROJECT
 
 RECIPES = sorted(path.stem for path in (PROJECT / "recipes").glob("*.yaml"))

@@ -26,7 +26,7 @@ from pipeline.datasets.pickles import load_pickle
 from pipeline.datasets.sources import open_source
 from pipeline.evaluation.plots import confusion_matrix
 from pipeline.images.decode import UnreadableImage, decode
-from pipeline.params import compose
+from pipeline.recipes import compose
 from tests import conftest
 from tests.conftest import PROJECT, run_step
 from tests.raw_folders import checksum, cifar_folder, encoded, image_folder, noise, params, plain_files

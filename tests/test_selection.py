@@ -8,7 +8,8 @@ import torch
 
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.models.build import build
-from pipeline.params import Selection, check_params, compose
+from pipeline.params import Selection, check_params
+from pipeline.recipes import compose
 from pipeline.training.checkpoints import Checkpoint
 from pipeline.training.curves import curves
 from pipeline.training.loop import train
@@ -29,14 +30,12 @@ def history(*results: tuple[float, float]) -> list[Epoch]:
     ]
 
 
-def selected(
-    *results: tuple[float, float], selection: Selection = "highest_accuracy", num_images: int = 100
-) -> tuple[int, str]:
+def selected(*results: tuple[float, float], selection: Selection = "best", num_images: int = 100) -> tuple[int, str]:
     found = select_epoch(history(*results), selection=selection, num_images=num_images)
     return found.epoch, found.reason
 
 
-def since_best(*results: tuple[float, float], selection: Selection = "highest_accuracy") -> int:
+def since_best(*results: tuple[float, float], selection: Selection = "best") -> int:
     return epochs_since_best(history(*results), selection=selection, num_images=100)
 
 
@@ -92,7 +91,7 @@ def test_selection_and_early_stopping_use_the_same_order() -> None:
     assert len(trained.history) in (40, best[0].epoch + 3)
 
 
-@pytest.mark.parametrize("selection", ["highest_accuracy", "latest_equivalent"])
+@pytest.mark.parametrize("selection", ["best", "latest_equivalent"])
 def test_the_weights_are_those_of_the_selected_epoch(selection: str) -> None:
     params = train_params(**QUICK | {"epochs": 6}, learning_rate=0.1, selection=selection)
     torch.manual_seed(params.seed)
@@ -107,7 +106,7 @@ def test_the_weights_are_those_of_the_selected_epoch(selection: str) -> None:
     assert torch.equal(trained.best["network.0.weight"], weights[trained.selected.epoch - 1])
 
 
-@pytest.mark.parametrize("selection", ["highest_accuracy", "latest_equivalent"])
+@pytest.mark.parametrize("selection", ["best", "latest_equivalent"])
 def test_a_resumed_training_selects_the_same_epoch(selection: str) -> None:
     changes = {"log_every_steps": 1, "early_stopping_epochs": 2, "learning_rate": 0.05}
     params = train_params(**{**QUICK, **changes, "epochs": 5}, selection=selection)

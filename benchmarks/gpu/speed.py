@@ -14,7 +14,8 @@ from benchmarks.recipe import SPLITS, accuracy_on, first_images, network
 from pipeline.arrays import DatasetInfo, Split
 from pipeline.core.settings import get_settings
 from pipeline.models.build import Classifier
-from pipeline.params import Params, check_params, compose
+from pipeline.params import Params, check_params
+from pipeline.recipes import compose
 from pipeline.training.device import choose_device, prepare_torch
 from pipeline.training.initialize import initialize_from_images
 from pipeline.training.loop import train

@@ -8,7 +8,8 @@ import torch
 from benchmarks.recipe import image_config
 from pipeline.arrays import Split
 from pipeline.models.build import Classifier, build, memory_format
-from pipeline.params import TrainParams, check_params, compose
+from pipeline.params import TrainParams, check_params
+from pipeline.recipes import compose
 
 # by optimizer: the parameters that differ from those of cifar10_fast94
 OPTIMIZERS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,8 @@ from benchmarks.ways import CIFAR10, RECIPE, arrays, is_reached, seed
 from pipeline.arrays import DatasetInfo, Split
 from pipeline.datasets.cifar10 import open_cifar10
 from pipeline.datasets.source import Description
-from pipeline.params import check_params, compose
+from pipeline.params import check_params
+from pipeline.recipes import compose
 from pipeline.training.device import prepare_torch
 from pipeline.training.loop import train
 

@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.recipe import accuracy_on, first_images, load
 from benchmarks.ways import RECIPE, arrays, is_reached, seed
-from pipeline.params import check_params, compose
+from pipeline.params import check_params
+from pipeline.recipes import compose
 from pipeline.training.loop import train
 
 OVERRIDES = {

@@ -1,5 +1,6 @@
 """Define blocks of decoded images, the unit in which images are read and written."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.artifacts import Images, Labels
@@ -18,6 +19,7 @@ class Block:
     labels: Labels  # (n,) int64
     names: list[str]  # n names, each unique in the source
     unreadable: list[tuple[str, str]]  # (name, reason)
+    groups: Sequence[str] = ()  # the group of each image, "" for none; empty where the source has no groups
 
 
 def block_length(image_bytes: int) -> int:

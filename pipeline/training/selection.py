@@ -19,20 +19,20 @@ class SelectedEpoch:
 def best_epochs(history: Sequence[Epoch], *, selection: Selection, num_images: int) -> list[Epoch]:
     """Return the epochs that count as the best by `train.selection`, in their order; the last one is selected.
 
-    `highest_accuracy`: those of highest validation accuracy, and among these of lowest validation loss, since with few
+    `best`: those of highest validation accuracy, and among these of lowest validation loss, since with few
     images many epochs have the same accuracy. `latest_equivalent`: those whose validation accuracy is inside the 95 %
     interval of the highest one on `num_images` images. The highest of many values is often so by chance, and where the
     learning rate falls, a later epoch is better.
     """
     top = max(history, key=_score)
-    if selection == "highest_accuracy":
+    if selection == "best":
         return [epoch for epoch in history if _score(epoch) == _score(top)]
     lower, _ = wilson_interval(round(top.validation_accuracy * num_images), num_images)
     return [epoch for epoch in history if epoch.validation_accuracy >= lower]
 
 
 def _score(epoch: Epoch) -> tuple[float, float]:
-    """Return what `highest_accuracy` compares: the higher accuracy wins, then the lower loss."""
+    """Return what `best` compares: the higher accuracy wins, then the lower loss."""
     return epoch.validation_accuracy, -epoch.validation_loss
 
 
@@ -57,7 +57,7 @@ def epochs_since_best(history: Sequence[Epoch], *, selection: Selection, num_ima
     if not history:
         return 0
     best = best_epochs(history, selection=selection, num_images=num_images)
-    return len(history) - best[0 if selection == "highest_accuracy" else -1].epoch
+    return len(history) - best[0 if selection == "best" else -1].epoch
 
 
 def is_finished(history: Sequence[Epoch], *, params: TrainParams, num_images: int) -> bool:
