@@ -1,8 +1,8 @@
 """Compare ways to train on a folder of photographs: the recipes for own images, and training from nothing.
 
-`python -m benchmarks.own_images FOLDER [SEEDS] [--way NAME]` runs the pipeline's steps on the folder, which has a folder
-for each class and no splits: the seeds 0, 1, … draw them too. It prints the test accuracy and the seconds of all steps.
-Every run starts without kept features.
+`python -m benchmarks.own_images FOLDER [SEEDS] [--way NAME]` runs the steps of the pipeline on a folder with one folder
+for each class and without splits: the seeds 0, 1, … draw them too. It prints the test accuracy and the seconds of all
+steps. Every run starts without kept features.
 """
 
 import argparse
