@@ -17,7 +17,7 @@ from pipeline.core.progress import progress
 from pipeline.evaluation.scores import f1_scores
 from pipeline.models.build import Classifier
 from pipeline.models.inference import logits_of
-from pipeline.models.losses import loss_function
+from pipeline.models.losses import balanced_class_weights, loss_function
 from pipeline.params import TrainParams
 from pipeline.training import distributed
 from pipeline.training.batches import epoch_batches, seed_dropout_of_rank
@@ -69,7 +69,7 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
     if params.compile:
         classifier.compile()
     network = distributed.average_gradients(classifier)
-    criterion = loss_function(params.loss, label_smoothing=params.label_smoothing)
+    criterion = training_loss(params, train_split)
     steps_per_epoch, num_validation = len(train_split) // params.batch_size, len(validation_split)
     state = TrainingState(classifier, params=params)
     if start is not None:
@@ -141,6 +141,12 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
             saver.save_after_epoch()
     selected = select_epoch(state.history, params=params, num_images=num_validation)
     return TrainingResult(state.best, copy_weights(classifier), state.history, selected)
+
+
+def training_loss(params: TrainParams, train_split: Split) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss function that the training minimizes, with label smoothing and the weights of the classes."""
+    weights = balanced_class_weights(train_split.labels) if params.class_weights == "balanced" else None
+    return loss_function(params.loss, label_smoothing=params.label_smoothing, class_weights=weights)
 
 
 def validate(classifier: Classifier, split: Split, *, loss: str) -> Validation:
