@@ -12,10 +12,9 @@ def loss_function(
     """Return the loss function, from logits (B, num_classes) and targets to the mean loss of the batch.
 
     Targets are labels (B,) int64, or floats (B, num_classes), the shares of the classes in a mixed image. `mse`
-    compares the outputs with one-hot targets of the same shape. `class_weights` are those of
-    `balanced_class_weights`; a mixed image has the mixed weight. The sum of weight times loss is divided by the number
-    of images, and not by the sum of the weights as `nn.CrossEntropyLoss` does: so the mean over equal slices of a batch
-    is the loss of the batch.
+    compares the outputs with one-hot targets of the same shape. `class_weights` are those of `balanced_class_weights`;
+    a mixed image has the mixed weight. The sum of weight times loss is divided by the number of images, and not by the
+    sum of the weights as `nn.CrossEntropyLoss` does: so the mean over equal slices of a batch is the loss of the batch.
     """
     if class_weights is not None:
         losses = _cross_entropies if name == "cross_entropy" else _squared_errors

@@ -75,9 +75,9 @@ class _Window:
 class TrainingBatches:
     """An epoch's shuffled batches of exactly `batch_size`: images (B, C, H, W) float32 and labels (B,) int64.
 
-    With the sampler "balanced" an image can be in several batches or in none: see `draw_order`.
-    Images that do not fill a batch are left out; which ones differs from epoch to epoch. `position` is the index of the
-    next batch. With several `processes`, each `rank` gets its slice of every batch; all slices have the same length.
+    With the sampler "balanced" an image can be in several batches or in none: see `draw_order`. Images that do not fill
+    a batch are left out; which ones differs from epoch to epoch. `position` is the index of the next batch. With
+    several `processes`, each `rank` gets its slice of every batch; all slices have the same length.
 
     A split whose images are not on the device is shuffled in two steps: its blocks of neighboring images are drawn in
     random order, and as many of them as `split.window_bytes` can hold are read and shuffled together.
