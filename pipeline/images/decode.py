@@ -114,6 +114,16 @@ def read_orientation(content: bytes) -> int:
         return 1
 
 
+def can_open(content: bytes) -> bool:
+    """Return whether the header of an image file can be read; the pixels are not decoded."""
+    try:
+        with _reporting_unreadable(content):
+            Image.open(BytesIO(content), formats=_FORMATS)
+    except UnreadableImage:
+        return False
+    return True
+
+
 @contextmanager
 def _reporting_unreadable(content: bytes) -> Iterator[None]:
     """Turn every error of the block, which decodes the content, into UnreadableImage with the reason."""

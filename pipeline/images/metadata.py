@@ -10,24 +10,21 @@ import struct
 import zlib
 from collections.abc import Iterator
 
-from pipeline.images.decode import read_orientation, to_png
+from pipeline.images.decode import can_open, read_orientation, to_png
+from pipeline.images.heif_metadata import StructureError, strip_heif
 
 _JPEG_START, _PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 # the next marker of a JPEG file: neither a stuffed byte, nor a restart of the decoder, nor a fill byte
 _JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")
-_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
-# the frame and its tables (SOF, DHT, DAC), SOS, DQT, DNL, DRI
-_JPEG_PICTURE = frozenset({*range(0xC0, 0xD0), 0xDA, 0xDB, 0xDC, 0xDD} - {0xC8})
-_JPEG_WITH_LENGTH = _JPEG_PICTURE | frozenset(range(0xE0, 0xF0)) | {0xDE, 0xDF, 0xFE}
+_HUFFMAN_TABLES, _END_OF_IMAGE, _START_OF_SCAN, _QUANTIZATION_TABLES = 0xC4, 0xD9, 0xDA, 0xDB
+_FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # sequential and progressive; others are rare, and are written again
+_NUMBERS = frozenset({0xDC, 0xDD})  # of lines, and of blocks between restarts
+_APPLICATION_DATA, _COMMENT = frozenset(range(0xE0, 0xF0)), 0xFE
 _PNG_PICTURE = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 _PNG_ORIENTATION = re.compile(rb"XML:com\.adobe\.xmp\0|Raw profile type exif\0")  # starts of text that Pillow reads
 _WEBP_PICTURE = frozenset({b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"})
 _WEBP_ALPHA_AND_ANIMATION, _WEBP_HAS_EXIF = 0x12, 0x08  # bits of the first byte of VP8X
 _ANMF_HEADER_BYTES = 16
-
-
-class _StructureError(ValueError):
-    """The error for a file whose segments are not as its format says."""
 
 
 def remove_metadata(content: bytes) -> bytes:
@@ -45,7 +42,9 @@ def remove_metadata(content: bytes) -> bytes:
             return _strip_png(content)
         if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
             return _strip_webp(content)
-    except (_StructureError, struct.error):
+        if content[4:8] == b"ftyp" and can_open(stripped := strip_heif(content)):
+            return stripped
+    except (StructureError, struct.error, IndexError):
         pass
     return to_png(content)
 
@@ -67,14 +66,12 @@ def _strip_jpeg(content: bytes) -> bytes:
             kept.append(content[position : found.start()])
         if marker == _END_OF_IMAGE:
             return b"".join([*kept, b"\xff\xd9"])
-        if marker not in _JPEG_WITH_LENGTH:
-            raise _StructureError
         (length,) = struct.unpack_from(">H", content, found.end())
         position, in_scan = found.end() + length, marker == _START_OF_SCAN
         if length < 2 or position > len(content):
-            raise _StructureError
+            raise StructureError
         kept.append(_kept_of_segment(marker, content[found.end() + 2 : position]))
-    raise _StructureError  # the file is truncated
+    raise StructureError  # the file is truncated
 
 
 def _jpeg_segment(marker: int, payload: bytes) -> bytes:
@@ -83,13 +80,38 @@ def _jpeg_segment(marker: int, payload: bytes) -> bytes:
 
 def _kept_of_segment(marker: int, payload: bytes) -> bytes:
     """Return what is kept of a JPEG segment; of application data, what tells the decoder the color space."""
-    if marker in _JPEG_PICTURE:
-        return _jpeg_segment(marker, payload)
     if marker == 0xE0 and payload.startswith(b"JFIF\0") and len(payload) >= 14:
         return _jpeg_segment(marker, payload[:12] + b"\0\0")  # 0 x 0 pixels of thumbnail
     if marker == 0xEE and payload.startswith(b"Adobe") and len(payload) >= 12:
         return _jpeg_segment(marker, payload[:12])
-    return b""
+    if marker in _APPLICATION_DATA or marker == _COMMENT:
+        return b""
+    if len(payload) != _expected_length(marker, payload):
+        raise StructureError
+    return _jpeg_segment(marker, payload)
+
+
+def _expected_length(marker: int, payload: bytes) -> int:
+    """Return the length that the content of a segment with this marker has; -1 for another marker.
+
+    A segment of metadata with a damaged marker, which would otherwise be kept, has hardly ever this length.
+    """
+    if marker in _FRAMES:
+        return 6 + 3 * payload[5]
+    if marker == _START_OF_SCAN:
+        return 4 + 2 * payload[0]
+    if marker in _NUMBERS:
+        return 2
+    length = 0
+    if marker == _QUANTIZATION_TABLES:
+        while length < len(payload):
+            length += 65 if payload[length] < 16 else 129  # 64 numbers of 1 or 2 bytes
+        return length
+    if marker == _HUFFMAN_TABLES:
+        while length < len(payload):
+            length += 17 + sum(payload[length + 1 : length + 17])
+        return length
+    return -1
 
 
 def _strip_png(content: bytes) -> bytes:
@@ -105,14 +127,14 @@ def _strip_png(content: bytes) -> bytes:
 
 
 def _png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Yield (kind, payload, whole chunk) up to the end of the image; raises _StructureError at a damaged one."""
+    """Yield (kind, payload, whole chunk) up to the end of the image; raises StructureError at a damaged one."""
     position, kind = len(_PNG_START), b""
     while kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", content, position)
         end = position + 12 + length
         chunk = content[position:end]
         if kind in _PNG_PICTURE and (len(chunk) < 12 or chunk[-4:] != _png_checksum(chunk[4:-4])):
-            raise _StructureError
+            raise StructureError
         yield kind, chunk[8:-4], chunk
         position = end
 
@@ -129,7 +151,7 @@ def _strip_webp(content: bytes) -> bytes:
     """Return a WebP file with the chunks of its pictures; `VP8X` says which other chunks there are."""
     (size,) = struct.unpack_from("<I", content, 4)
     if size + 8 > len(content):
-        raise _StructureError
+        raise StructureError
     found = list(_webp_chunks(content[12 : size + 8]))
     may_be_turned = any(kind in (b"EXIF", b"XMP ") for kind, _ in found)
     orientation = read_orientation(content) if may_be_turned else 1
@@ -159,7 +181,7 @@ def _webp_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
         kind, length = struct.unpack_from("<4sI", content, position)
         payload = content[position + 8 : position + 8 + length]
         if len(payload) < length:
-            raise _StructureError
+            raise StructureError
         yield kind, payload
         position += 8 + length + length % 2
 
