@@ -1,17 +1,26 @@
 """Photographs lose what is not the picture before they are packed, and no pixel of it."""
 
 import io
+import os
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.artifacts import read_json
+from pipeline.core.errors import EXIT_PARTIAL
+from pipeline.core.yaml import dump_yaml, read_yaml
 from pipeline.images.decode import UnreadableImage, decode, read_orientation
 from pipeline.images.metadata import remove_metadata
 from tests import planted
-from tests.planted import ALL, TRACES
+from tests.conftest import PROJECT, run_step
+from tests.planted import ALL, MARK, TRACES
 from tests.raw_folders import encoded, noise
 
 REWRITTEN = {"gif", "tiff", "tiff cmyk", "tiff 16 bits", "tiff ycbcr", "ppm", "jpeg2000"}
@@ -111,3 +120,53 @@ def test_damage_leaves_nothing_planted_and_a_readable_picture_unchanged(
         assert refused in ("", expected)
         assert not traces(refused.encode())
     assert capfd.readouterr() == ("", "")
+
+
+def write_photographs(folder: Path) -> None:
+    """Write a file of each kind to two classes, and beside them files that cannot be read and one that is no image."""
+    for position, (kind, make) in enumerate(ALL.items()):
+        for label in ("cat", "dog"):
+            path = folder / label / f"{kind}.{'png' if position % 2 else 'jpg'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(make(1 + position % 8))
+    (folder / "cat/truncated.jpg").write_bytes(planted.jpeg(6)[:-900])
+    (folder / "cat/damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n" + MARK * 9)
+    (folder / "cat/unknown.tif").write_bytes(b"II*\0" + MARK * 9)
+    (folder / "dog/broken.ppm").write_bytes(b"P6 " + MARK + b" 9 9 255 " + MARK)
+    (folder / "dog/clip.mp4").write_bytes(MARK)
+    (folder / "dog/raw.nef").write_bytes(MARK)
+
+
+@pytest.mark.slow
+def test_nothing_planted_reaches_an_artifact_a_record_or_a_log(workspace: Path, tmp_path_factory: Any) -> None:
+    photographs = tmp_path_factory.mktemp("photographs")
+    write_photographs(photographs)
+    overrides = {
+        "download": {"dataset": "imagefolder", "folder": str(photographs)},
+        "normalize": {"max_unreadable_fraction": 0.5, "near_duplicate_correlation": 1.0},
+        "train": {"epochs": 1},
+    }
+    values = read_yaml(workspace / "params.yaml")
+    for section, changes in overrides.items():
+        values[section] |= changes
+    (workspace / "params.yaml").write_text(dump_yaml(values), encoding="utf-8")
+    output = ""
+    for step in ("download", "normalize", "train", "evaluate"):
+        done = run_step(step)
+        output += done.stdout + done.stderr
+        assert done.returncode == 0, output
+    predict = [sys.executable, "-m", "pipeline.predict", *map(str, sorted(photographs.rglob("*.*")))]
+    predicted = subprocess.run(
+        predict, env=os.environ | {"PYTHONPATH": str(PROJECT)}, capture_output=True, text=True, check=False
+    )
+    assert predicted.returncode == EXIT_PARTIAL
+    assert not traces((output + predicted.stdout + predicted.stderr).encode())
+    files = [path for path in workspace.rglob("*") if path.is_file()]
+    assert {"images.tar", "dataset.json", "mlflow.db", "best.safetensors"} <= {path.name for path in files}
+    assert [str(path) for path in files if traces(path.read_bytes())] == []
+    with tarfile.open(workspace / "artifacts/download/images.tar") as archive:
+        assert len(archive.getnames()) == 2 * len(ALL)
+    unreadable = read_json(workspace / "artifacts/normalize/dataset.json")["unreadable_files"]
+    assert {each["file"].rpartition("/")[2] for each in unreadable} == {
+        "truncated.jpg", "damaged.png", "unknown.tif", "broken.ppm", "raw.nef"
+    }  # fmt: skip
