@@ -63,8 +63,9 @@ def read_table(path: Path) -> Table:
     rows, problems = list[Row](), list[Problem]()
     for line, fields in reader:
         if len(fields) != len(header):
-            problems.append(_problem(line, "all columns", f"{len(fields)} fields", f"{len(header)}, as in line 1",
-                                     "put a field with a comma or semicolon in it between quotes"))  # fmt: skip
+            found = f"{len(fields)} {'field' if len(fields) == 1 else 'fields'}"
+            remedy = "put a field with a comma or semicolon in it between quotes"
+            problems.append(_problem(line, "all columns", found, f"{len(header)}, as in line 1", remedy))
             continue
         values = {name: _clean(field) for name, field in zip(header, fields, strict=True)}
         row = Row(
@@ -97,7 +98,7 @@ def check(table: Table, more: Sequence[Problem] = ()) -> None:
         raise UserError(f"{table.path}: {lines} wrong. {shown}{f'. {hidden:,} more' if hidden > 0 else ''}")
     if not table.rows:
         raise UserError(
-            f"{table.path}: found no line below the names of the columns; allowed: a line for each image; add them"
+            f"{table.path}: found no images; allowed: a line for each, below the names of the columns; add them"
         )
 
 
