@@ -56,14 +56,14 @@ def _exif(orientation: int) -> bytes:
 
 def _strip_jpeg(content: bytes) -> bytes:
     """Return a JPEG file without application data and comments, up to the end of its first picture."""
-    kept = [b"\xff\xd8"]
+    kept: list[bytes | memoryview] = [b"\xff\xd8"]
     if (orientation := read_orientation(content)) != 1:
         kept.append(_jpeg_segment(0xE1, b"Exif\0\0" + _exif(orientation)))
     position, in_scan = 2, False
     while found := _JPEG_MARKER.search(content, position):
         marker = found[1][0]
         if in_scan:
-            kept.append(content[position : found.start()])
+            kept.append(memoryview(content)[position : found.start()])
         if marker == _END_OF_IMAGE:
             return b"".join([*kept, b"\xff\xd9"])
         (length,) = struct.unpack_from(">H", content, found.end())
