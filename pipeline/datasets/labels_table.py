@@ -75,8 +75,8 @@ def read_table(path: Path) -> Table:
             values.get("split", ""),
             values.get("group", ""),
         )
-        if found := _problem_of_row(row):
-            problems.append(found)
+        if problem := _problem_of_row(row):
+            problems.append(problem)
         else:
             rows.append(row)
     rows, of_splits = _with_splits(rows)

@@ -19,6 +19,8 @@ from pipeline.params import Channels, Resize
 
 MAX_PIXELS = 2**27  # 134 megapixels, 0.5 GB as RGB; a small file can claim to have more
 MAX_FILE_BYTES = 2**30
+# a JPEG file is decoded at reduced size, but not below this many times the size of the arrays (benchmarks/decode.py)
+DRAFT_FACTOR = 2
 # Pillow runs Ghostscript, another program, for EPS; it recognizes the others but cannot decode them
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # only the main picture of a HEIC file is decoded, by one thread, as there is a decoding process for each core
@@ -82,7 +84,7 @@ def decode(content: bytes, *, image_size: int, channels: Channels, resize: Resiz
     A truncated file is unreadable; wrong bytes inside JPEG data cannot always be detected.
     """
     with _reporting_unreadable(content):
-        image = _to_channels(_open(content, draft_size=2 * image_size), channels=channels)
+        image = _to_channels(_open(content, draft_size=DRAFT_FACTOR * image_size), channels=channels)
         return _pixels(to_size(image, image_size=image_size, resize=resize))
 
 

@@ -109,7 +109,7 @@ def _read_id(content: bytes, position: int, *, is_long: bool) -> tuple[int, int]
 
 
 def _picture_items(content: bytes, boxes: dict[bytes, _Box]) -> set[int]:
-    """Return the items that make up the main picture: itself, its tiles, and its transparency."""
+    """Return the items that make up the main picture: itself, its tiles, and auxiliary ones such as transparency."""
     main = boxes[b"pitm"]
     items = {_read_id(content, main.payload + 4, is_long=_version(content, main) > 0)[0]}
     references = list(_references(content, boxes[b"iref"])) if b"iref" in boxes else []
