@@ -74,10 +74,9 @@ def mixing(augmentation: Augmentation, *, num_classes: int | None) -> Mixing | N
     of the classes (B, num_classes) float32. With MixUp (Zhang et al. 2017, arXiv:1710.09412) and CutMix (Yun et al.
     2019, arXiv:1905.04899), it applies one of both, drawn for the batch.
     """
+    alphas = {"MixUp": augmentation.mixup_alpha, "CutMix": augmentation.cutmix_alpha}
     choices = [
-        transform(alpha=alpha, num_classes=num_classes)
-        for transform, alpha in (("MixUp", augmentation.mixup_alpha), ("CutMix", augmentation.cutmix_alpha))
-        if alpha
+        getattr(_v2(), name)(alpha=alpha, num_classes=num_classes) for name, alpha in alphas.items() if alpha > 0
     ]
     return _v2().RandomChoice(choices) if choices else None
 

@@ -118,7 +118,7 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
                         if state.lookahead:  # with train.average_every_steps
                             state.lookahead.step(state.step, total=params.epochs * steps_per_epoch)
                         if state.ema:  # with train.ema_decay
-                            state.ema.update(classifier)
+                            state.ema.step(state.step)
                         # log the loss and the learning rate
                         if state.step % params.log_every_steps == 0:
                             guard.raise_if_non_finite()

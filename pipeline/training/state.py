@@ -86,7 +86,7 @@ class TrainingState:
             **_optimizer_tensors(self.optimizers),
             **_random_states(self.device),
             **(_prefixed("slow", self.lookahead.slow) if self.lookahead else {}),
-            **(_prefixed("ema", self.ema.state_dict()) if self.ema else {}),
+            **(_prefixed("ema", self.ema.classifier.state_dict()) if self.ema else {}),
             "loss_sum": self.loss_sum,
             "num_correct": self.num_correct,
         }
@@ -108,7 +108,7 @@ class TrainingState:
         if self.lookahead:
             self.lookahead.restore(_unprefixed("slow", tensors))
         if self.ema:
-            self.ema.restore(_unprefixed("ema", tensors))
+            self.ema.classifier.load_state_dict(_unprefixed("ema", tensors))
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.position, self.learning_rate = start.step, state["position"], state["learning_rate"]
         self.history = [Epoch(**row) for row in state["history"]]
