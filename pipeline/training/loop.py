@@ -17,7 +17,7 @@ from pipeline.core.progress import progress
 from pipeline.evaluation.scores import f1_scores
 from pipeline.models.build import Classifier
 from pipeline.models.inference import logits_of
-from pipeline.models.losses import balanced_class_weights, loss_function
+from pipeline.models.losses import balanced_class_weights, count_correct, loss_function
 from pipeline.params import TrainParams
 from pipeline.training import distributed
 from pipeline.training.batches import epoch_batches, seed_dropout_of_rank
@@ -61,6 +61,7 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
 ) -> TrainingResult:
     """Train `classifier` in place and return its weights; it and the splits must be on one device.
 
+    With `params.ema_decay`, the returned weights are averaged ones, which are those that are validated.
     A training that resumes from the checkpoint `start` ends with the same weights as one without a stop. `on_step` is
     called every `params.log_every_steps` steps, `on_epoch` after each validation. `save` is called every
     `params.checkpoint_every_minutes`, after an epoch if the last call was 30 seconds ago, and on SIGTERM and Ctrl-C.
@@ -81,7 +82,9 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
             if state.position == 0:
                 state.begin_epoch()
             classifier.train()
-            batches = epoch_batches(train_split, params=params, epoch=epoch, position=state.position)
+            batches = epoch_batches(
+                train_split, params=params, epoch=epoch, num_classes=classifier.num_classes, position=state.position
+            )
             title, done = f"epoch {epoch}", state.position
             with progress(title, total=len(batches), done=done, unit="steps", leave=False) as advance:
                 for images, labels in batches:
@@ -97,7 +100,7 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
                         # add to the sums of the epoch, over the images of all ranks
                         batch_loss_sum = distributed.sum_over_ranks(loss.detach() * len(labels))
                         state.loss_sum += batch_loss_sum
-                        state.num_correct += distributed.sum_over_ranks((logits.detach().argmax(1) == labels).sum())
+                        state.num_correct += distributed.sum_over_ranks(count_correct(logits.detach(), labels))
                         # stop at a non-finite loss: raise here or, on a GPU, disable the update below
                         loss = guard.watch(loss, mean_over_ranks=batch_loss_sum / params.batch_size)
                         # backward pass
@@ -115,6 +118,8 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
                         state.step, state.position = state.step + 1, state.position + 1
                         if state.lookahead:  # with train.average_every_steps
                             state.lookahead.step(state.step, total=params.epochs * steps_per_epoch)
+                        if state.ema:  # with train.ema_decay
+                            state.ema.step(state.step)
                         # log the loss and the learning rate
                         if state.step % params.log_every_steps == 0:
                             guard.raise_if_non_finite()
@@ -126,21 +131,21 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
             guard.raise_if_non_finite()
             num_train_images = len(batches) * params.batch_size
             images_per_second = num_train_images / (time.perf_counter() - state.epoch_start)
-            distributed.broadcast_buffers(classifier)
+            distributed.broadcast_buffers(state.averaged)
             with autocast(params.mixed_precision, device=state.device):
-                validation = validate(classifier, validation_split, loss=params.loss)
+                validation = validate(state.averaged, validation_split, loss=params.loss)
             check_validation_loss(validation.loss, epoch=epoch, params=params)
             # keep the weights if this epoch is the selected one so far
             with saver.whole_step():
                 state.finish_epoch(validation, num_train_images=num_train_images)
                 selected = select_epoch(state.history, params=params, num_images=num_validation)
                 if selected.epoch == epoch:
-                    state.best = copy_weights(classifier)
+                    state.best = copy_weights(state.averaged)
                 on_epoch(state.history[-1], images_per_second)
             # write a checkpoint after the epoch
             saver.save_after_epoch()
     selected = select_epoch(state.history, params=params, num_images=num_validation)
-    return TrainingResult(state.best, copy_weights(classifier), state.history, selected)
+    return TrainingResult(state.best, copy_weights(state.averaged), state.history, selected)
 
 
 def training_loss(params: TrainParams, train_split: Split) -> Callable[[Tensor, Tensor], Tensor]:
