@@ -123,8 +123,8 @@ def _keys(of_image: Indices, *, names: Hashes, contents: Hashes) -> Hashes:
 def _positions(keys: Hashes, *, seed: int) -> npt.NDArray[np.float64]:
     """Return a number in [0, 1) for each key, as good as random, that depends on the key and the seed only."""
     secret = seed.to_bytes(4, "little")
-    hashes = (hashlib.blake2b(key.tobytes(), digest_size=8, key=secret).digest() for key in keys.astype("<u8"))
-    numbers = np.frombuffer(b"".join(hashes), "<u8") >> np.uint64(11)
+    hashes = (hashlib.blake2b(key, digest_size=8, key=secret).digest() for key in keys.astype("<u8"))
+    numbers = np.fromiter((int.from_bytes(value, "little") >> 11 for value in hashes), np.int64, len(keys))
     positions: npt.NDArray[np.float64] = numbers.astype(np.float64) * 2.0**-53
     return positions
 
