@@ -1,18 +1,16 @@
 """Normalize, the second step: convert raw images to uint8 arrays of one size, draw the splits, and report on the data.
 
 The decoded images are kept in temporary files beside the result, which need as much space again as the arrays. About
-60 bytes for each image are held in memory.
+60 bytes for each image are held in memory, and up to 200 while the splits are drawn.
 """
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import numpy as np
 
-from pipeline.artifacts import DOWNLOAD, NORMALIZE, Images, Labels, replace_folder, write_array, write_json
+from pipeline.artifacts import DOWNLOAD, NORMALIZE, Labels, replace_folder, write_array, write_json
 from pipeline.core.errors import UserError, report_errors
 from pipeline.core.progress import progress
 from pipeline.datasets.source import Source
@@ -41,9 +39,13 @@ def normalize(raw: Path, result: Path, *, params: NormalizeParams) -> dict[str, 
                 advance(len(block.names) + len(block.unreadable))
         spool.unreadable += source.undecodable_files
         check_unreadable(spool, params=params)
-        splits = draw_splits(spool, class_names=source.class_names, params=params)
-        description = _write(folder, spool, splits, source=source, params=params)
-        description["ignored_files"] = list(source.ignored_files)
+        duplicates = find_duplicates(spool, params=params)
+        splits = draw_splits(spool, duplicates.groups, class_names=source.class_names, params=params)
+        description = {
+            **_describe(spool, splits, source=source, params=params),
+            **_write_arrays(folder, spool, splits),
+            **describe_duplicates(duplicates, spool, splits, params=params),
+        }
         md5 |= description["md5"]
         write_json(folder / "dataset.json", description)
     return description
@@ -63,55 +65,34 @@ def check_unreadable(spool: Spool, *, params: NormalizeParams) -> None:
         )
 
 
-def _write(
-    folder: Path, spool: Spool, splits: dict[str, Indices], *, source: Source, params: NormalizeParams
+def _describe(
+    spool: Spool, splits: Mapping[str, Indices], *, source: Source, params: NormalizeParams
 ) -> dict[str, Any]:
-    """Write the arrays in a thread, search for duplicates at the same time; return the fields of `dataset.json`."""
-    labels, stopped = spool.labels, Event()
-    with ThreadPoolExecutor(1) as pool:
-        arrays = pool.submit(_write_arrays, folder, spool, splits, stopped)
-        try:
-            duplicates = find_duplicates(spool, splits, params=params)
-        except BaseException:  # Ctrl-C, for example, must not wait until all arrays are written
-            stopped.set()
-            raise
-    md5, (mean, deviation) = arrays.result()
+    """Return the fields of `dataset.json` that depend on neither the pixels nor the duplicates."""
     return {
         "dataset": source.dataset,
         "class_names": list(source.class_names),
         "image_size": params.image_size,
         "channels": source.channels,
         "resize": params.resize,
-        "mean": mean,
-        "std": deviation,
-        "counts": {split: _class_counts(labels[indices], source.class_names) for split, indices in splits.items()},
-        "md5": md5,
+        "counts": {
+            split: _class_counts(spool.labels[indices], source.class_names) for split, indices in splits.items()
+        },
         "unreadable_files": [{"file": name, "reason": reason} for name, reason in spool.unreadable],
-        **describe_duplicates(duplicates, spool, splits, params=params),
+        "ignored_files": list(source.ignored_files),
     }
 
 
-def _write_arrays(
-    folder: Path, spool: Spool, splits: Mapping[str, Indices], stopped: Event
-) -> tuple[dict[str, str], tuple[list[float], list[float]]]:
-    """Write the arrays; return the MD5 of each file, and mean and standard deviation of the train split by channel.
-
-    Raises InterruptedError when `stopped` is set meanwhile.
-    """
-
-    def pixels(split: str) -> Iterator[Images]:
-        for block in spool.pixel_blocks(splits[split]):
-            if stopped.is_set():
-                raise InterruptedError
-            yield block
-
+def _write_arrays(folder: Path, spool: Spool, splits: Mapping[str, Indices]) -> dict[str, Any]:
+    """Write the arrays; return the MD5 of each file, and mean and standard deviation of the train split by channel."""
     labels, md5 = spool.labels, {}
     for split, indices in splits.items():
         shape = (len(indices), *spool.shape)
         images, targets = f"{split}_images.npy", f"{split}_labels.npy"
-        md5[images] = write_array(folder / images, pixels(split), shape=shape, dtype=np.uint8)
+        md5[images] = write_array(folder / images, spool.pixel_blocks(indices), shape=shape, dtype=np.uint8)
         md5[targets] = write_array(folder / targets, [labels[indices]], shape=shape[:1], dtype=np.int64)
-    return md5, mean_and_deviation(pixels("train"))
+    mean, deviation = mean_and_deviation(spool.pixel_blocks(splits["train"]))
+    return {"md5": md5, "mean": mean, "std": deviation}
 
 
 def _class_counts(labels: Labels, class_names: tuple[str, ...]) -> dict[str, int]:

@@ -111,10 +111,10 @@ class NormalizeParams(Section):
     channels: Literal["auto", 1, 3] = Field(description="1 (gray), 3 (RGB), or auto: what the data source has")
     resize: Resize = Field(description="how an image becomes square: crop to its center, pad with black, or stretch")
     validation_fraction: Annotated[Number, Field(gt=0, lt=1)] = Field(
-        description="fraction of train used for validation in each class (where the source has no validation split)"
+        description="expected fraction of train used for validation (where the source has no validation split)"
     )
     test_fraction: Annotated[Number, Field(gt=0, lt=1)] = Field(
-        description="fraction of all images used for test in each class (where the source has no test split)"
+        description="expected fraction of all images used for test (where the source has no test split)"
     )
     max_unreadable_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(
         description="stop if more than this fraction of the files cannot be read"

@@ -8,7 +8,16 @@ import pytest
 from PIL import Image
 
 from pipeline.images import duplicates
-from pipeline.images.duplicates import Match, _gathered, digests, exact_duplicates, features, mirrored, near_duplicates
+from pipeline.images.duplicates import (
+    Match,
+    _gathered,
+    digests,
+    exact_duplicates,
+    features,
+    mirrored,
+    most_similar,
+    similar_images,
+)
 from tests.raw_folders import encoded, noise
 
 
@@ -26,7 +35,7 @@ def near(test: Any, others: Any, *, correlation: float = 0.9, block: int = 5000)
         for start in range(0, len(images), block):
             yield numbers[start : start + block], features(images[start : start + block])
 
-    return near_duplicates(blocks(test), lambda: blocks(others), correlation=correlation)
+    return most_similar(similar_images(blocks(test), lambda _: blocks(others), correlation=correlation))
 
 
 def test_identical_images_are_counted_within_and_between_splits() -> None:
@@ -95,33 +104,40 @@ def test_features_correlate_as_the_differences_between_cells_do(size: int, chann
         assert np.allclose(np.corrcoef(values), np.corrcoef(plain), atol=0.002)
 
 
-def exhaustive(test: Any, others: Any) -> list[Match]:
-    """Return the most similar other image of each image, found by all products."""
+def correlations(test: Any, others: Any) -> Any:
+    """Return the correlation of each image with each other one or its mirror image, from all products."""
     values, sides = features(others).astype(int), [features(test), mirrored(features(test))]
     products = np.maximum(*(side.astype(int) @ values.T for side in sides))
-    norms = [np.sqrt((each.astype(int) ** 2).sum(axis=1)) for each in (sides[0], values)]
-    best = products.argmax(axis=1)
-    return [
-        Match(row, int(other), float(products[row, other] / (norms[0][row] * norms[1][other])))
-        for row, other in enumerate(best)
-    ]
+    norms = [(each.astype(int) ** 2).sum(axis=1) for each in (sides[0], values)]
+    return products / np.sqrt(np.multiply.outer(*norms).astype(float))
 
 
 @pytest.mark.parametrize("correlation", [0.3, 0.7, 0.95])
-def test_the_bound_excludes_no_match(monkeypatch: pytest.MonkeyPatch, correlation: float) -> None:
+def test_the_bound_excludes_no_pair(monkeypatch: pytest.MonkeyPatch, correlation: float) -> None:
     """The images have all degrees of similarity; few axes and many blocks make the bound weak."""
-    for name, value in (("_AXES", 4), ("_ROWS", 8), ("TEST_ROWS", 16)):
+    for name, value in (("_AXES", 4), ("_BLOCK_ROWS", 8), ("ROWS_IN_MEMORY", 16)):
         monkeypatch.setattr(duplicates, name, value)
     draw = np.random.default_rng(0)
     base = draw.integers(0, 256, (60, 32, 32, 3)).astype(float)
     base[30:] = photos(5).repeat(6, axis=0)
     mixed = base + draw.uniform(0, 3, (60, 1, 1, 1)) * draw.permuted(base, axis=0)
     images = (mixed * (255 / mixed.max(axis=(1, 2, 3), keepdims=True))).astype(np.uint8)
-    expected = [match for match in exhaustive(images[::2], images[1::2]) if match.correlation >= correlation]
-    assert 0 < len(expected) < 30
-    found = near(images[::2], images[1::2], correlation=correlation, block=7)
-    assert [(match.test, match.other) for match in found] == [(match.test, match.other) for match in expected]
-    assert [match.correlation for match in found] == pytest.approx([match.correlation for match in expected])
+    expected = correlations(images[::2], images[1::2])
+    found = np.zeros_like(expected)
+    rows = [(np.arange(start, start + 7)[: 30 - start], images[::2][start : start + 7]) for start in range(0, 30, 7)]
+    columns = [(np.arange(start, start + 5), images[1::2][start : start + 5]) for start in range(0, 30, 5)]
+    for similar in similar_images(
+        ((indices, features(values)) for indices, values in rows),
+        lambda _: ((indices, features(values)) for indices, values in columns),
+        correlation=correlation,
+    ):
+        cell = np.ix_(similar.rows, similar.columns)
+        found[cell] = np.maximum(found[cell], similar.correlations)
+    assert 0 < (expected >= correlation).sum() < expected.size
+    assert (found == np.where(expected >= correlation, expected, 0)).all()
+    matches = near(images[::2], images[1::2], correlation=correlation, block=7)
+    rows_found = np.flatnonzero(expected.max(axis=1) >= correlation)
+    assert matches == [Match(int(row), int(expected[row].argmax()), float(expected[row].max())) for row in rows_found]
 
 
 def test_rows_are_gathered_into_blocks_of_equal_length() -> None:

@@ -117,7 +117,7 @@ def test_the_command_in_the_error_restores_the_last_good_model_after_a_failed_st
     before = {path: path.read_bytes() for path in Path("artifacts/train").iterdir()}
     change("batch_size: 32", "batch_size: 32000")
     output = dvc("repro", status=255)
-    assert "error: train.batch_size is 32000, but the train split has 1293 images" in output
+    assert "error: train.batch_size is 32000, but the train split has 1285 images" in output
     assert "`dvc checkout` restores the last good outputs" in output
     dvc("checkout")
     assert {path: path.read_bytes() for path in Path("artifacts/train").iterdir()} == before

@@ -51,13 +51,12 @@ def normalize_files(tmp_path: Path, out: Path, files: Mapping[str, bytes], **cha
     return normalize(image_folder(tmp_path / "raw", files), out, params=params(**changes))
 
 
-def test_digits_become_stratified_splits_of_all_images(tmp_path: Path, out: Path) -> None:
+def test_digits_become_splits_of_all_images(tmp_path: Path, out: Path) -> None:
     description = normalize(digits_folder(tmp_path / "raw"), out, params=params())
     counts = description["counts"]
-    assert {split: sum(counts[split].values()) for split in SPLITS} == {"train": 1293, "validation": 145, "test": 359}
+    assert {split: sum(counts[split].values()) for split in SPLITS} == {"train": 1285, "validation": 138, "test": 374}
     for name in description["class_names"]:
-        total = sum(counts[split][name] for split in SPLITS)
-        assert abs(counts["test"][name] - 0.2 * total) <= 0.5
+        assert 25 <= counts["test"][name] <= 50  # 36 are expected
     everything = np.concatenate(list(arrays(out).values()))
     assert len(np.unique(everything, axis=0)) == 1797
     assert description == json.loads((out / "dataset.json").read_text(encoding="utf-8"))
@@ -103,7 +102,9 @@ def test_splits_of_the_source_are_kept(tmp_path: Path, out: Path) -> None:
 
 def test_cifar_keeps_its_test_split(tmp_path: Path, out: Path) -> None:
     description = normalize(cifar_folder(tmp_path / "raw"), out, params=params(validation_fraction=0.2))
-    assert [sum(description["counts"][split].values()) for split in SPLITS] == [80, 20, 20]
+    train, validation, test = (sum(description["counts"][split].values()) for split in SPLITS)
+    assert (train + validation, test) == (100, 20)
+    assert 10 <= validation <= 30
 
 
 def test_every_class_keeps_one_image_in_every_split(tmp_path: Path, out: Path) -> None:
@@ -168,11 +169,11 @@ def test_planted_duplicates_are_found(tmp_path: Path, out: Path) -> None:
     assert "4 of 8 (50.00%) at correlation 0.95" in report(description)
 
 
-def test_random_splits_keep_identical_images_together(tmp_path: Path, out: Path) -> None:
+def test_drawn_splits_keep_identical_images_together(tmp_path: Path, out: Path) -> None:
     files = {f"train/{label}/{number}{copy}.png": encoded(noise(1000 * position + number))
              for position, label in enumerate(NAMES) for number in range(30) for copy in "ab"}  # fmt: skip
     across = normalize_files(tmp_path, out, files)["exact_duplicates"]["across"]
-    assert sum(across.values()) <= 4  # one pair may be separated at the border of each split of each class
+    assert sum(across.values()) == 0
 
 
 def test_mean_and_deviation_are_those_of_train(tmp_path: Path, out: Path) -> None:
@@ -214,7 +215,7 @@ def test_the_recorded_checksums_are_those_of_the_files(tmp_path: Path, out: Path
     assert len(md5) == 6
 
 
-@pytest.mark.parametrize(("module", "failing"), [(step, "write_json"), (duplicate_search, "near_duplicates")])
+@pytest.mark.parametrize(("module", "failing"), [(step, "write_json"), (duplicate_search, "most_similar")])
 def test_a_failure_keeps_the_previous_output_and_leaves_no_temporary_file(
     tmp_path: Path, out: Path, monkeypatch: Any, module: Any, failing: str
 ) -> None:
@@ -244,6 +245,7 @@ def test_many_classes_are_summarized() -> None:
     names = [f"class{number:02}" for number in range(100)]
     counts = {name: number + 1 for number, name in enumerate(names)}
     nothing = {"exact_duplicates": {"within": {}, "across": {}}, "unreadable_files": [], "ignored_files": []}
+    nothing["groups"] = {"named": 0, "drawn_splits": []}
     near = {"near_duplicates": {"correlation": 0.9, "test_images_with_one_in_train": 0}}
     lines = report({"class_names": names, "counts": dict.fromkeys(SPLITS, counts), **nothing, **near}).splitlines()
     assert len(lines) <= 12

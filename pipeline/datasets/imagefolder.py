@@ -30,7 +30,7 @@ from pipeline.datasets.source import (
     check_class_names,
     choose_channels,
 )
-from pipeline.images.blocks import SPLITS, Block, block_length
+from pipeline.images.blocks import SPLITS, Block, block_length, hash_content
 from pipeline.images.decode import MAX_FILE_BYTES, UnreadableImage, decode
 from pipeline.images.metadata import remove_metadata
 from pipeline.params import Channels, DownloadParams, NormalizeParams, Resize
@@ -245,14 +245,14 @@ def _decode_chunk(
 ) -> Block:
     """Decode the files of a chunk; the block lists those that cannot be read, with the reason."""
     images = np.empty((len(chunk.files), image_size, image_size, channels), np.uint8)
-    readable, unreadable = list[ImageFile](), list[tuple[str, str]]()
+    readable, unreadable, hashes = list[ImageFile](), list[tuple[str, str]](), list[int]()
     with archive.open("rb") as content:
         for file in chunk.files:
             try:
-                images[len(readable)] = decode(
-                    _read_bytes(content, file), image_size=image_size, channels=channels, resize=resize
-                )
+                packed = _read_bytes(content, file)
+                images[len(readable)] = decode(packed, image_size=image_size, channels=channels, resize=resize)
                 readable.append(file)
+                hashes.append(hash_content(packed))
             except UnreadableImage as error:
                 unreadable.append((file.name, str(error)))
     labels = np.array([file.label for file in readable], np.int64)
@@ -262,6 +262,7 @@ def _decode_chunk(
         labels,
         [file.name for file in readable],
         unreadable,
+        hashes,
         groups=[file.group for file in readable] if has_groups else (),
     )
 

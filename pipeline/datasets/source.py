@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from pipeline.artifacts import Images, Labels, read_json
 from pipeline.core.errors import UserError
 from pipeline.core.validation import first_problem
-from pipeline.images.blocks import Block, block_length
+from pipeline.images.blocks import Block, block_length, hash_content
 from pipeline.images.decode import resize_pixels
 from pipeline.params import Channels, Dataset, NormalizeParams
 
@@ -103,7 +103,8 @@ def array_blocks(
         some = pixels[start : start + length]
         images = some if unchanged else _resize(some, image_size=image_size, channels=channels)
         names = [f"{prefix}/{number:05}" for number in range(start, start + len(some))]
-        yield Block(split, images, labels[start : start + length], names, [])
+        hashes = [hash_content(image.tobytes()) for image in some]
+        yield Block(split, images, labels[start : start + length], names, [], hashes)
 
 
 def _resize(images: Iterable[npt.NDArray[np.uint8]], *, image_size: int, channels: Channels) -> Images:

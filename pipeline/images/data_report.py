@@ -1,9 +1,11 @@
-"""Write the report on a data set: a table of counts, then numbers of unreadable files and duplicates."""
+"""Write the report on a data set: a table of counts, then numbers of unreadable files, duplicates and groups."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline.images.blocks import SPLITS
+
+MAX_JOINED_FRACTION = 0.25  # of images with a near-duplicate, above which the report has a warning
 
 
 def report(description: Mapping[str, Any]) -> str:
@@ -33,7 +35,34 @@ def _findings(description: Mapping[str, Any]) -> list[str]:
         f"exact duplicates within splits: {_join(exact['within'])}; across splits: {_join(exact['across'])}",
         f"test images with a near-duplicate in train or validation: {found} of {num_test:,} ({found / num_test:.2%}) "
         f"at correlation {near['correlation']:g}",
+        *_groups(description["groups"]),
     ]
+
+
+def _groups(groups: Mapping[str, Any]) -> list[str]:
+    """Return lines of text with the numbers of groups of images."""
+    lines = []
+    if groups["named"]:
+        across = f"{groups['across_splits']:,} ({groups['images_across_splits']:,} images)"
+        lines.append(
+            f"named groups: {groups['named']:,} ({groups['named_images']:,} images); in more than one split: {across}"
+        )
+    if groups["drawn_splits"]:
+        lines.append(
+            f"drawn: {', '.join(groups['drawn_splits'])}; images kept together: {groups['joined_images']:,} of "
+            f"{groups['images']:,}, in {groups['joined_groups']:,} groups, the largest of {groups['largest']:,}; "
+            f"because of duplicates or near-duplicates: {groups['joined_duplicates']:,}"
+        )
+        if groups["joined_duplicates"] > MAX_JOINED_FRACTION * groups["images"]:
+            lines.append(
+                "so many near-duplicates make test and validation small or one-sided; if your images are not that "
+                "alike, raise normalize.near_duplicate_correlation"
+            )
+        if groups["kept_in_train"]:
+            lines.append(
+                f"kept in train, as test or validation has an image of their group: {groups['kept_in_train']:,}"
+            )
+    return lines
 
 
 def _join(counts: Mapping[str, int]) -> str:

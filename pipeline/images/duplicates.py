@@ -5,7 +5,7 @@ on every machine, whatever its number of threads and its vector instructions.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +27,8 @@ _NORM = 4000  # to which the features of each image are scaled
 # principal axes for the upper bound of products: on CIFAR-10 they hold 73 % of the squared norms, and only two of a
 # million pairs of images have a bound above the threshold
 _AXES = 31
-_ROWS = 1024  # of features that are multiplied at a time: 4 MB of products
-TEST_ROWS = 2**14  # test images in memory at a time: 40 MB of features and their projections
+_BLOCK_ROWS = 1024  # rows that are multiplied at a time: 4 MB of products
+ROWS_IN_MEMORY = 2**12  # images that are compared with all others at a time: 14 MB of features and their projections
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def digests(images: Images) -> Digests:
 
 def exact_duplicates(found: Digests, splits: Mapping[str, Indices], *, examples: int) -> ExactDuplicates:
     """Find groups of identical images; `splits` gives the indices into `found` of each split, test last."""
-    group = _groups(found)
+    group = group_identical(found)
     members = {split: _present(group, indices) for split, indices in splits.items()}
     within = {split: len(indices) - int(members[split].sum()) for split, indices in splits.items()}
     across = {
@@ -75,7 +75,7 @@ def exact_duplicates(found: Digests, splits: Mapping[str, Indices], *, examples:
     return ExactDuplicates(within, across, _example_pairs(group, splits, limit=examples), test_duplicates)
 
 
-def _groups(found: Digests) -> Indices:
+def group_identical(found: Digests) -> Indices:
     """Return the group of each image, (N,) int64: images with identical digests have the same group."""
     order = np.lexsort((found[:, 1], found[:, 0]))
     ordered = found[order]
@@ -155,67 +155,90 @@ def _cells(images: Images) -> npt.NDArray[np.int64]:
 FeatureBlocks = Iterator[tuple[Indices, Features]]  # blocks of indices (n,) of images and their features (n, D)
 
 
-def near_duplicates(test: FeatureBlocks, others: Callable[[], FeatureBlocks], *, correlation: float) -> list[Match]:
-    """Return the test images whose correlation with another image or its mirror image is at least `correlation`.
+class Similar(NamedTuple):
+    """Images that are compared with others, and their correlations; an image may be in several such objects."""
 
-    The matches are in the order of the test images, each with the most similar other image only. `others` is called
-    once for each TEST_ROWS test images, and returns all other images.
+    rows: Indices  # (r,)
+    columns: Indices  # (c,)
+    # (r, c): the correlation of each row with each column, or with its mirror image, which is 0 below the threshold
+    correlations: npt.NDArray[np.float64]
+
+
+def most_similar(found: Iterable[Similar]) -> list[Match]:
+    """Return the most similar column of each row, in the order of the rows, for those that are similar to any."""
+    best: dict[int, Match] = {}
+    for rows, columns, correlations in found:
+        nearest = columns[correlations.argmax(axis=1)]
+        for match in map(Match, rows.tolist(), nearest.tolist(), correlations.max(axis=1).tolist()):
+            if match.correlation > (best[match.test].correlation if match.test in best else 0):
+                best[match.test] = match
+    return [best[row] for row in sorted(best)]
+
+
+def similar_images(
+    rows: FeatureBlocks, columns: Callable[[int], FeatureBlocks], *, correlation: float
+) -> Iterator[Similar]:
+    """Yield all pairs of a row and a column whose correlation, mirrored or not, is at least `correlation`.
+
+    `columns` is called once for each ROWS_IN_MEMORY rows, with 0, 1 and so on, and returns the images that these rows
+    are compared with.
     """
     with ThreadPoolExecutor(num_cores()) as pool, threadpool_limits(1, user_api="blas"):
-        blocks = _gathered(test, rows=TEST_ROWS)
-        matches = (
-            match for block in blocks for match in _matches(*block, others(), correlation=correlation, pool=pool)
+        for number, (indices, values) in enumerate(_gathered(rows, rows=ROWS_IN_MEMORY)):
+            yield from _compare(indices, values, columns(number), correlation=correlation, pool=pool)
+
+
+def _compare(
+    indices: Indices, values: Features, columns: FeatureBlocks, *, correlation: float, pool: ThreadPoolExecutor
+) -> Iterator[Similar]:
+    """Yield the pairs of these rows and all columns whose correlation is at least `correlation`."""
+    axes = _principal_axes(values[:_BLOCK_ROWS])
+    sides = [_rows(indices, side, axes) for side in (values, mirrored(values))]
+    tiles = [side.part(start) for start in range(0, len(values), _BLOCK_ROWS) for side in sides]
+    for column_indices, column_values in _gathered(columns, rows=_BLOCK_ROWS):
+        block = _rows(column_indices, column_values, axes)
+        yield from (
+            found for found in pool.map(partial(_compare_tile, columns=block, correlation=correlation), tiles) if found
         )
-        return [match for match in matches if match.correlation >= correlation]
-
-
-def _matches(
-    indices: Indices, values: Features, others: FeatureBlocks, *, correlation: float, pool: ThreadPoolExecutor
-) -> list[Match]:
-    """Return the most similar other image of each test image; it is exact if its correlation is at least `correlation`.
-
-    Test images without a candidate of such a correlation may have another match, with a lower correlation.
-    """
-    # the smallest product to look at: norms differ from _NORM by up to 0.25 %, and bounds are rounded
-    least = (0.99 * correlation - 0.001) * _NORM**2
-    axes = _principal_axes(values[:_ROWS])
-    sides = [_Rows(side, _projected(side, axes)) for side in (values, mirrored(values))]
-    tiles = [(side, start) for side in sides for start in range(0, len(values), _ROWS)]
-    best = np.zeros(len(values), np.float32)
-    index, square = np.zeros(len(values), np.int64), np.ones(len(values), np.int64)
-    for other_indices, other_values in _gathered(others, rows=_ROWS):
-        columns = _Rows(other_values, _projected(other_values, axes))
-        for rows, product, column in pool.map(partial(_candidates, columns=columns, least=least), tiles):
-            better = product > best[rows]
-            found, nearest = rows[better], column[better]
-            best[found], index[found] = product[better], other_indices[nearest]
-            square[found] = _squares(other_values[nearest])
-    scale = np.sqrt((np.maximum(_squares(values), 1) * square).astype(np.float64))
-    return [Match(*match) for match in zip(indices.tolist(), index.tolist(), (best / scale).tolist(), strict=True)]
 
 
 class _Rows(NamedTuple):
-    """Features of some images, and their projections from `_projected`."""
+    """Some images: their indices, features, squared norms, and projections from `_projected`."""
 
+    indices: Indices
     values: Features
+    squares: npt.NDArray[np.int64]
     projected: npt.NDArray[np.float32]
 
+    def part(self, start: int) -> "_Rows":
+        """Return the _BLOCK_ROWS rows from `start`."""
+        chosen = slice(start, start + _BLOCK_ROWS)
+        return _Rows(self.indices[chosen], self.values[chosen], self.squares[chosen], self.projected[chosen])
 
-def _candidates(
-    tile: tuple[_Rows, int], *, columns: _Rows, least: float
-) -> tuple[Indices, npt.NDArray[np.float32], Indices]:
-    """Return the rows of a tile whose product with a column may be `least` or more.
 
-    A tile is the _ROWS rows from its start. The result is the numbers of the rows, the largest product of each, and the
-    column of that product. Only for these rows are the whole features multiplied. They are whole numbers, and every
-    partial sum is at most the product of the norms (Cauchy-Schwarz), which is below 2**24: float32 is exact.
+def _rows(indices: Indices, values: Features, axes: npt.NDArray[np.float64]) -> _Rows:
+    return _Rows(indices, values, _squares(values), _projected(values, axes))
+
+
+def _compare_tile(tile: _Rows, *, columns: _Rows, correlation: float) -> Similar | None:
+    """Return the pairs of rows and columns whose correlation is at least `correlation`; None without any.
+
+    Only for rows and columns whose bound allows such a correlation are the whole features multiplied. They are whole
+    numbers, and every partial sum is at most the product of the norms (Cauchy-Schwarz), which is below 2**24: float32
+    is exact.
     """
-    side, start = tile
-    bounds = side.projected[start : start + _ROWS] @ columns.projected.T
-    rows = start + np.flatnonzero(bounds.max(axis=1) >= least)
-    products = side.values[rows].astype(np.float32) @ columns.values.astype(np.float32).T
-    column = products.argmax(axis=1)
-    return rows, products[np.arange(len(rows)), column], column
+    # the smallest product to look at: norms differ from _NORM by up to 0.25 %, and bounds are rounded
+    least = (0.99 * correlation - 0.001) * _NORM**2
+    bounds = tile.projected @ columns.projected.T
+    row = np.flatnonzero(bounds.max(axis=1) >= least)
+    if not len(row):
+        return None
+    column = np.flatnonzero((bounds[row] >= least).any(axis=0))
+    products = tile.values[row].astype(np.float32) @ columns.values[column].astype(np.float32).T
+    scale = np.sqrt(np.multiply.outer(tile.squares[row], columns.squares[column]).clip(1).astype(np.float64))
+    correlations = products / scale
+    correlations[correlations < correlation] = 0
+    return Similar(tile.indices[row], columns.indices[column], correlations) if correlations.any() else None
 
 
 def _principal_axes(values: Features) -> npt.NDArray[np.float64]:

@@ -14,12 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.artifacts import Images, Labels
-from pipeline.images.blocks import SPLITS, Block, block_length
+from pipeline.images.blocks import SPLITS, Block, block_length, hash_content
 from pipeline.images.duplicates import Digests, FeatureBlocks, Indices, digests, features
+
+Hashes = npt.NDArray[np.uint64]  # (N,)
+
+
+def hash_group(name: str) -> int:
+    """Return the hash of a group's name; 0 for no name."""
+    return hash_content(name.encode(errors="surrogatepass")) if name else 0
 
 
 class Spool:
-    """Decoded images, found by their index: pixels, features and names on disk, digests and labels in memory."""
+    """Decoded images, found by their index: pixels, features and names on disk, hashes and labels in memory."""
 
     def __init__(self, folder: Path) -> None:
         self._files = ExitStack()
@@ -29,6 +36,7 @@ class Spool:
         )
         self._name_starts, self._names_end = array("q"), 0
         self._labels, self._splits, self._digests = array("q"), array("b"), bytearray()
+        self._content_hashes, self._group_hashes = array("Q"), array("Q")
         self.shape: tuple[int, ...] = ()
         self.unreadable: list[tuple[str, str]] = []
 
@@ -51,6 +59,8 @@ class Spool:
         self._digests += digests(block.images).tobytes()
         self._labels.extend(block.labels.tolist())
         self._splits.extend([SPLITS.index(block.split)] * len(block.labels))
+        self._content_hashes.extend(block.content_hashes)
+        self._group_hashes.extend(hash_group(name) for name in block.groups or [""] * len(block.labels))
         for name in block.names:
             line = json.dumps(name).encode() + b"\n"
             self._name_starts.append(self._names_end)
@@ -65,6 +75,16 @@ class Spool:
     def digests(self) -> Digests:
         """Return the digests of all images: (N, 2) uint64."""
         return np.frombuffer(bytes(self._digests), np.uint64).reshape(-1, 2)
+
+    @property
+    def content_hashes(self) -> Hashes:
+        """Return the hashes of the contents of all images: (N,) uint64."""
+        return np.array(self._content_hashes, np.uint64)
+
+    @property
+    def group_hashes(self) -> Hashes:
+        """Return the hashes of the group names of all images, 0 for those without one: (N,) uint64."""
+        return np.array(self._group_hashes, np.uint64)
 
     def images_of(self, split: str) -> Indices:
         """Return the ascending indices of the images that the source has in this split."""
