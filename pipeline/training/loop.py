@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from pipeline.arrays import Split
 from pipeline.core.progress import progress
-from pipeline.models.build import Classifier
 from pipeline.models.inference import logits_of
 from pipeline.models.losses import loss_function
 from pipeline.params import TrainParams
@@ -48,7 +47,7 @@ Save = Callable[[Checkpoint], None]  # gets all that is needed to resume
 
 
 def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
-    classifier: Classifier,
+    classifier: nn.Module,
     *,
     params: TrainParams,
     train_split: Split,
@@ -59,6 +58,8 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
     save: Save = lambda checkpoint: None,
 ) -> TrainingResult:
     """Train `classifier` in place and return its weights; it and the splits must be on one device.
+
+    Where the splits hold features instead of images, `classifier` is the head of a network, without the rest.
 
     A training that resumes from the checkpoint `start` ends with the same weights as one without a stop. `on_step` is
     called every `params.log_every_steps` steps, `on_epoch` after each validation. `save` is called every
@@ -142,7 +143,7 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
     return TrainingResult(state.best, copy_weights(classifier), state.history, selected)
 
 
-def validate(classifier: Classifier, split: Split, *, loss: str) -> tuple[float, float]:
+def validate(classifier: nn.Module, split: Split, *, loss: str) -> tuple[float, float]:
     """Return the mean loss, without label smoothing, and the accuracy on a whole split.
 
     With several processes, each computes its slice of the split, and all return the same values.
