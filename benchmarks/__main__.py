@@ -4,9 +4,9 @@
 option, an archive of them beside the project is used (see benchmarks/cifar10.py). Nothing else should run on the
 machine meanwhile.
 
-The benchmarks are time_to_accuracy, ingest, floor, epochs, kernels, windows, repro and overhead;
+The benchmarks are time_to_accuracy, ingest, floor, epochs, kernels, windows, frozen, repro and overhead;
 `python -m benchmarks.<name>` runs one of them alone. This command leaves out results, selection and imbalance, which
-consist of many whole trainings, and gpu, which needs a GPU.
+consist of many whole trainings, own_images and finetune, which need photographs, and gpu, which needs a GPU.
 """
 
 import argparse
@@ -24,6 +24,7 @@ TAKES_IMAGES = {
     "epochs": False,
     "kernels": False,
     "windows": False,
+    "frozen": False,
     "repro": True,
     "overhead": False,
 }

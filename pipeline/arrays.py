@@ -72,6 +72,8 @@ class DatasetInfo(BaseModel):
 class Split:
     """The images of one split, `images` (N, H, W, C) uint8, and their `labels` (N,) int64.
 
+    Instead of images, it may hold features that a frozen network computed from them: (N, 1, 1, D) float32.
+
     The labels are on the device. The images are too, unless they have more than `window_bytes`: then they stay in
     `file`, from which `pixels` reads slices. `scale` and `shift` are (H * W * C,) float32: pixels times scale plus
     shift have mean 0 and standard deviation 1 over the train split.
@@ -148,18 +150,21 @@ class Split:
     @property
     def image_bytes(self) -> int:
         """Return the size of one image in bytes."""
-        return math.prod(self.images.shape[1:])
+        return math.prod(self.images.shape[1:]) * self.images.element_size()
 
     def pixels(self, start: int, stop: int) -> Tensor:
-        """Return the images from `start` up to `stop` on the device: (stop - start, H, W, C) uint8.
+        """Return the images (or features) from `start` up to `stop` on the device: (stop - start, H, W, C).
 
         Raises UserError where the file has become shorter.
         """
         if self.file is None:
             return self.images[start:stop]
         # not by the memory map: the pages that it reads count as memory of this process
-        offset, size = self.file.offset + start * self.image_bytes, (stop - start) * self.image_bytes
-        content = np.fromfile(str(self.file.filename), np.uint8, size, offset=offset)
+        offset, size = self.file.offset + start * self.image_bytes, (stop - start) * math.prod(self.images.shape[1:])
+        try:
+            content = np.fromfile(str(self.file.filename), self.file.dtype, size, offset=offset)
+        except FileNotFoundError:  # the memory map keeps a deleted file
+            content = np.array(self.file[start:stop]).reshape(-1)
         if len(content) < size:
             raise UserError(f"{self.file.filename}: became shorter while it was read; `dvc repro` makes it again")
         return torch.from_numpy(content).view(-1, *self.images.shape[1:]).to(self.labels.device)
@@ -181,8 +186,10 @@ def evaluation_batches(
 def normalize_pixels(pixels: Tensor, *, split: Split) -> Tensor:
     """Return (B, H, W, C) uint8 pixels as (B, C, H, W) float32 of mean 0 and deviation 1, channels last in memory.
 
-    Height and width may differ from those of the split.
+    Height and width may differ from those of the split. Features (B, 1, 1, D) float32 are returned unchanged, as (B, D).
     """
+    if pixels.is_floating_point():
+        return pixels.flatten(1)
     # scale and shift have a number for each value of an image: six times as fast on the CPU as one for each channel
     length = math.prod(pixels.shape[1:])
     shift, scale = _of_length(split.shift, length), _of_length(split.scale, length)

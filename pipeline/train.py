@@ -9,9 +9,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from pipeline.arrays import DatasetInfo, Split
-from pipeline.artifacts import HISTORY, SELECTED_COLUMN, TRAIN, replace_folder, verify_splits, write_bytes, write_csv
+from pipeline.artifacts import (
+    HISTORY,
+    NORMALIZE,
+    SELECTED_COLUMN,
+    TRAIN,
+    replace_folder,
+    verify,
+    verify_splits,
+    write_bytes,
+    write_csv,
+)
 from pipeline.core.errors import UserError, report_errors
 from pipeline.core.processes import cpu_name
 from pipeline.core.results import StepResult, write_result
@@ -22,6 +33,7 @@ from pipeline.models.build import Classifier, build, memory_format, try_training
 from pipeline.models.config import ModelConfig, configure
 from pipeline.models.cpu_kernels import cpu_kernels_in_use
 from pipeline.models.files import save_config, save_weights
+from pipeline.models.freezing import divide
 from pipeline.models.pretrained import load_pretrained
 from pipeline.params import Params, TrainParams, load_params
 from pipeline.tracking.logger import RunLogger
@@ -30,6 +42,7 @@ from pipeline.training import distributed
 from pipeline.training.checkpoints import Checkpoint, Checkpoints, checkpoints_of, fingerprint
 from pipeline.training.curves import curves
 from pipeline.training.device import choose_device, gpu_uuids, prepare_torch
+from pipeline.training.features import feature_key, kept_features, select_trained
 from pipeline.training.gpu_lock import describe_holder, exclusive_gpus
 from pipeline.training.initialize import initialize_from_images
 from pipeline.training.loop import TrainingResult, train
@@ -90,31 +103,55 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
             _report_start(run, start=start, params=params)
             describe_holder(gpus, f"MLflow run {run.run_id}")
             distributed.broadcast_bytes(start.to_bytes() if start else b"")
+            trained, train_split, validation_split = _select_parts(classifier, params, info)
             result = train(
-                classifier,
+                trained,
                 params=params,
-                train_split=_read_split("train", params, info, device=device),
-                validation_split=_read_split("validation", params, info, device=device),
+                train_split=train_split,
+                validation_split=validation_split,
                 on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
                 on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=params, run=run),
                 start=start,
                 save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
             )
             run.log({"selected_epoch": result.selected.epoch}, step=result.selected.epoch)
-            _write(result, classifier, params=params, config=configure(params, info))
+            _write(result, classifier, trained=trained, params=params, config=configure(params, info))
             run.log_training(TRAIN)
 
 
 def _train_as_other_rank(classifier: Classifier, params: TrainParams, info: DatasetInfo) -> None:
     """Train as one of several processes; rank 0 writes the result."""
-    content, device = distributed.broadcast_bytes(), next(classifier.parameters()).device
+    content = distributed.broadcast_bytes()
+    trained, train_split, validation_split = _select_parts(classifier, params, info)
     train(
-        classifier,
+        trained,
         params=params,
-        train_split=_read_split("train", params, info, device=device),
-        validation_split=_read_split("validation", params, info, device=device),
+        train_split=train_split,
+        validation_split=validation_split,
         start=Checkpoint.from_bytes(content) if content else None,
     )
+
+
+def _select_parts(classifier: Classifier, params: TrainParams, info: DatasetInfo) -> tuple[nn.Module, Split, Split]:
+    """Return what to train with its train and validation split: the classifier on images, or its head on features."""
+    device = next(classifier.parameters()).device
+    splits = {name: _read_split(name, params, info, device=device) for name in ("train", "validation")}
+    trained = select_trained(classifier, splits["train"], params=params)
+    if trained is not classifier:
+        # the head's number of classes, and where weights and labels are from, do not matter
+        config = configure(params, info).model_dump(mode="json", exclude={"weights", "loss", "class_names"})
+        md5s = verify(NORMALIZE, (), allow_unlisted=True)
+        with distributed.local_rank_0_first("features"):
+            for name, split in splits.items():
+                determinants = {
+                    "images": md5s[f"{name}_images.npy"],
+                    "network": config,
+                    "code": code_md5("train"),
+                    **_hardware(params, device),
+                }
+                key = feature_key(classifier, params=params, determinants=determinants)
+                splits[name] = kept_features(classifier, trained, split, name=name, key=key)
+    return trained, splits["train"], splits["validation"]
 
 
 def check_params_fit_data(params: TrainParams, info: DatasetInfo) -> None:
@@ -166,6 +203,7 @@ def _make_classifier(params: TrainParams, info: DatasetInfo, *, device: torch.de
     config = configure(params, info)
     classifier = build(config)
     newly_drawn = load_pretrained(classifier, config=config, md5=params.weights_md5)
+    divide(classifier, config=config, params=params)
     if config.weights is None and isinstance(classifier.network, Airbench):
         initialize_from_images(classifier, _read_split("train", params, info, device=device), seed=params.seed)
     try_training(classifier, config=config, batch_size=params.batch_size)
@@ -221,11 +259,14 @@ def _print_network(
     newly_drawn: Sequence[str],
 ) -> None:
     """Print the network's name, size and device, and where its first weights are from."""
-    count, classes = sum(parameter.numel() for parameter in classifier.parameters()), len(config.class_names)
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in classifier.parameters()]
+    count, num_trained = sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained)
+    trained = f" ({num_trained:,} trained)" if num_trained < count else ""
     processes = f" in {params.processes} processes" if params.processes > 1 else ""
     kernels_in_use = cpu_kernels_in_use(params)
     kernels = "" if device.type != "cpu" or kernels_in_use == "portable" else f", kernels {kernels_in_use}"
-    print(f"{config.model}: {count:,} parameters, {classes} classes, on {device}{processes}{kernels}", flush=True)
+    classes = f"{len(config.class_names)} classes"
+    print(f"{config.model}: {count:,} parameters{trained}, {classes}, on {device}{processes}{kernels}", flush=True)
     if config.weights is not None:
         drawn = f"; newly drawn: {', '.join(newly_drawn)}" if newly_drawn else ""
         print(f"weights from {config.weights}{drawn}", flush=True)
@@ -250,11 +291,16 @@ def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams,
     )
 
 
-def _write(result: TrainingResult, classifier: Classifier, *, params: TrainParams, config: ModelConfig) -> None:
-    """Write weights, configuration, history and curves to `artifacts/train/`, all or nothing."""
+def _write(
+    result: TrainingResult, classifier: Classifier, *, trained: nn.Module, params: TrainParams, config: ModelConfig
+) -> None:
+    """Write weights, configuration, history and curves to `artifacts/train/`, all or nothing.
+
+    `trained` is the classifier or its head, to which the weights of the result belong.
+    """
     with replace_folder(TRAIN) as folder:
         for name, weights in (("best", result.best), ("last", result.last)):
-            classifier.load_state_dict(weights)
+            trained.load_state_dict(weights)
             save_weights(classifier, folder / f"{name}.safetensors")
         save_config(config, folder)
         selected = result.selected

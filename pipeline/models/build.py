@@ -1,8 +1,8 @@
 """Build a network by the name in `train.model`, together with the preparation of its input."""
 
 import copy
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence, Set
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,14 @@ class Classifier(nn.Module):
         self.num_classes = num_classes
         self.network_channels = network_channels
         self.input_size = input_size
+        self.head: Set[str] = frozenset()  # names of the network's tensors whose shape depends on the number of classes
+        self.frozen: Sequence[nn.Module] = ()  # modules that stay in evaluation mode, such as batch normalization
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for module in self.frozen:
+            module.training = False
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         if self.input_size is not None and self.input_size != images.shape[-1]:

@@ -28,7 +28,7 @@ def load_pretrained(classifier: Classifier, *, config: ModelConfig, md5: str | N
     weights = select_weights(
         _read_weights(config, md5=md5),
         target=target,
-        head=_head(config),
+        head=head_tensors(config),
         file=config.weights,
         network=f"train.model {config.model}",
         image_size=config.network_size,
@@ -40,7 +40,7 @@ def load_pretrained(classifier: Classifier, *, config: ModelConfig, md5: str | N
     return [name for name in target if name not in fitting and not name.endswith(COUNTER)]
 
 
-def _head(config: ModelConfig) -> set[str]:
+def head_tensors(config: ModelConfig) -> set[str]:
     """Return the names of the head's tensors: those whose shape depends on the number of classes."""
     numbers = (len(config.class_names), len(config.class_names) + 1)
     try:

@@ -241,12 +241,28 @@ def _let_rank_0_report() -> None:
     time.sleep(MAX_REPORT_SECONDS)
 
 
+@contextmanager
+def local_rank_0_first(name: str) -> Iterator[None]:
+    """Run the block in local rank 0 of each machine, and only after that in the other ranks of the machine.
+
+    `name` must be another one for each use. There is no limit of time: where local rank 0 fails, the launcher ends the
+    other ranks.
+    """
+    key = f"{name}/{os.environ.get('GROUP_RANK')}"
+    while not is_local_rank_0() and _store is not None and not _store.check([key]):
+        time.sleep(0.1)
+    yield
+    if is_local_rank_0() and _store is not None:
+        _store.set(key, "")
+
+
 def average_gradients(network: nn.Module) -> Any:
     """Return the network, wrapped so that gradients are averaged over all ranks; in one process, the network itself."""
     if world_size() == 1:
         return network
     # googlenet and inception_v3 have heads whose output is not used
-    return nn.parallel.DistributedDataParallel(network, find_unused_parameters=hasattr(network.network, "aux_logits"))
+    has_unused = hasattr(getattr(network, "network", None), "aux_logits")
+    return nn.parallel.DistributedDataParallel(network, find_unused_parameters=has_unused)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from pipeline.arrays import Split
 from pipeline.core.progress import progress
 from pipeline.evaluation.scores import f1_scores
-from pipeline.models.build import Classifier
 from pipeline.models.inference import logits_of
 from pipeline.models.losses import balanced_class_weights, count_correct, loss_function
 from pipeline.params import TrainParams
@@ -49,7 +48,7 @@ Save = Callable[[Checkpoint], None]  # gets all that is needed to resume
 
 
 def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
-    classifier: Classifier,
+    classifier: nn.Module,
     *,
     params: TrainParams,
     train_split: Split,
@@ -61,7 +60,9 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
 ) -> TrainingResult:
     """Train `classifier` in place and return its weights; it and the splits must be on one device.
 
-    With `params.ema_decay`, the returned weights are averaged ones, which are those that are validated.
+    Where the splits hold features instead of images, `classifier` is the head of a network, without the rest. With
+    `params.ema_decay`, the returned weights are averaged ones, which are those that are validated.
+
     A training that resumes from the checkpoint `start` ends with the same weights as one without a stop. `on_step` is
     called every `params.log_every_steps` steps, `on_epoch` after each validation. `save` is called every
     `params.checkpoint_every_minutes`, after an epoch if the last call was 30 seconds ago, and on SIGTERM and Ctrl-C.
@@ -154,7 +155,7 @@ def training_loss(params: TrainParams, train_split: Split) -> Callable[[Tensor, 
     return loss_function(params.loss, label_smoothing=params.label_smoothing, class_weights=weights)
 
 
-def validate(classifier: Classifier, split: Split, *, loss: str) -> Validation:
+def validate(classifier: nn.Module, split: Split, *, loss: str) -> Validation:
     """Return loss, accuracy and macro F1 of a whole split; the loss is without label smoothing and class weights.
 
     With several processes, each computes its slice of the split, and all return the same values.

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.core.errors import UserError
+from pipeline.models.freezing import rate_factors
 from pipeline.params import TrainParams
 
 MUON_RATE_FACTOR = 0.4  # Muon's learning rate relative to that of SGD beside it; found on LeNet and CIFAR-10
@@ -75,19 +76,23 @@ def _sgd(groups: list[dict[str, Any]], *, params: TrainParams, fused: bool) -> t
 
 
 def _parameter_groups(network: nn.Module, *, params: TrainParams) -> list[dict[str, Any]]:
-    """Return the trained parameters in groups; the biases of batch normalization may have their own learning rate."""
+    """Return the trained parameters in groups of equal learning rate and weight decay.
+
+    The biases of batch normalization, the head and each block of the network may have their own learning rate.
+    """
     factor = params.bias_learning_rate_factor
     batch_norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     biases = {id(module.bias) for module in batch_norms if factor != 1}
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups = [
-        (1.0, [parameter for parameter in trained if id(parameter) not in biases]),
-        (factor, [parameter for parameter in trained if id(parameter) in biases]),
-    ]
+    factors = rate_factors(network, params=params)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in sorted(network.parameters(), key=lambda parameter: id(parameter) in biases):
+        if parameter.requires_grad:
+            bias_factor = factor if id(parameter) in biases else 1.0
+            key = bias_factor * factors.get(id(parameter), 1.0), params.weight_decay / bias_factor
+            groups.setdefault(key, []).append(parameter)
     return [
-        {"params": parameters, "rate_factor": rate_factor, "weight_decay": params.weight_decay / rate_factor}
-        for rate_factor, parameters in groups
-        if parameters
+        {"params": parameters, "rate_factor": rate_factor, "weight_decay": weight_decay}
+        for (rate_factor, weight_decay), parameters in groups.items()
     ]
 
 

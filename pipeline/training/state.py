@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pipeline.models.build import Classifier
 from pipeline.params import TrainParams
 from pipeline.training.batches import seed_dropout
 from pipeline.training.checkpoints import Checkpoint
@@ -52,7 +51,7 @@ class TrainingState:
     the averaged weights, if train.ema_decay is set. `best` are its weights in the epoch that is selected so far.
     """
 
-    def __init__(self, classifier: Classifier, *, params: TrainParams) -> None:
+    def __init__(self, classifier: nn.Module, *, params: TrainParams) -> None:
         self._classifier, self._seed = classifier, params.seed
         self.device = next(classifier.parameters()).device
         self.optimizers = make_optimizers(classifier, params=params)
@@ -133,7 +132,7 @@ class TrainingState:
         _restore_random_states(tensors, device=self.device)
 
 
-def copy_weights(classifier: Classifier) -> dict[str, Tensor]:
+def copy_weights(classifier: nn.Module) -> dict[str, Tensor]:
     """Return a copy of the classifier's parameters and buffers."""
     return {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
 

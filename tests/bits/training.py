@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save
+from torch import nn
 
 from benchmarks.recipe import image_config
 from pipeline.arrays import Split
@@ -21,10 +22,12 @@ from pipeline.artifacts import bytes_md5
 from pipeline.core.yaml import read_yaml
 from pipeline.evaluation.metrics import evaluate
 from pipeline.models.airbench import Airbench
-from pipeline.models.build import build, memory_format
+from pipeline.models.build import Classifier, build, memory_format
+from pipeline.models.freezing import divide
 from pipeline.models.inference import logits_of
 from pipeline.params import TrainParams, check_params
 from pipeline.training.device import prepare_torch
+from pipeline.training.features import compute_features, select_trained, with_features
 from pipeline.training.initialize import initialize_from_images
 from pipeline.training.loop import train
 
@@ -34,11 +37,14 @@ NUM_EVALUATED = 20
 MEAN = STD = (0.5, 0.25, 0.3)
 # with another schedule, the learning rate of the only step would be near 0
 CONSTANT = {"schedule": "constant", "warmup_fraction": 0.0}
-# by network: the number of steps, and the parameters that differ from `params.yaml`
+# training goes over features; `weights` is only there to be allowed, as the random ones are kept
+FROZEN = {"freeze": "backbone", "weights": "DEFAULT"}
+# by name: the number of steps, and the parameters that differ from `params.yaml`
 NETWORKS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "lenet": (10, {"batch_size": 32, "flip": True}),
     "airbench": (2, {"batch_size": 16, "learning_rate": 0.1, "average_every_steps": 2, **CONSTANT}),
     "resnet18": (1, {"batch_size": 8, **CONSTANT}),
+    "frozen": (2, {"model": "resnet18", "batch_size": 8, "crop_padding": 0, **FROZEN, **CONSTANT}),
 }
 
 
@@ -57,15 +63,20 @@ class Bits:
 def bits(network: str, *, kernels: str, threads: int) -> Bits:
     """Train the network on random images with the parameters in NETWORKS, and evaluate it on other images."""
     num_steps, changes = NETWORKS[network]
-    params = _params({**changes, "model": network, "cpu_kernels": kernels, "cpu_threads": threads, "epochs": 1})
+    params = _params({"model": network, **changes, "cpu_kernels": kernels, "cpu_threads": threads, "epochs": 1})
     prepare_torch(params)
     train_split = _random_split(num_steps * params.batch_size, seed=0)
     other_split = _random_split(NUM_EVALUATED, seed=1)
-    classifier = build(image_config(params, class_names=CLASS_NAMES, mean=MEAN, std=STD))
+    config = image_config(params, class_names=CLASS_NAMES, mean=MEAN, std=STD)
+    classifier = build(config)
+    divide(classifier, config=config, params=params)
     if isinstance(classifier.network, Airbench):
         initialize_from_images(classifier, train_split, seed=params.seed)
     classifier.to(memory_format=memory_format(params))
-    train(classifier, params=params, train_split=train_split, validation_split=other_split)
+    trained, splits = select_trained(classifier, train_split, params=params), [train_split, other_split]
+    if trained is not classifier:
+        splits = [_features(classifier, trained, split) for split in splits]
+    train(trained, params=params, train_split=splits[0], validation_split=splits[1])
     logits = logits_of(classifier, other_split, batch_size=len(other_split))
     evaluation = evaluate(
         logits, other_split.labels.numpy(), loss=params.loss, class_names=CLASS_NAMES, top_k=5, duplicates=()
@@ -79,6 +90,12 @@ def bits(network: str, *, kernels: str, threads: int) -> Bits:
         weights=bytes_md5(save({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()})),
         evaluation=bytes_md5(logits.numpy().tobytes() + text.encode()),
     )
+
+
+def _features(classifier: Classifier, head: nn.Module, split: Split) -> Split:
+    """Return the split with features in place of its images."""
+    blocks = compute_features(classifier, head, split, name="a split")
+    return with_features(split, np.concatenate(list(blocks)))
 
 
 def _params(changes: Mapping[str, Any]) -> TrainParams:
