@@ -179,7 +179,17 @@ def evaluation_batches(
 
 
 def normalize_pixels(pixels: Tensor, *, split: Split) -> Tensor:
-    """Return (B, H, W, C) uint8 pixels as (B, C, H, W) float32 of mean 0 and deviation 1, channels last in memory."""
+    """Return (B, H, W, C) uint8 pixels as (B, C, H, W) float32 of mean 0 and deviation 1, channels last in memory.
+
+    Height and width may differ from those of the split.
+    """
     # scale and shift have a number for each value of an image: six times as fast on the CPU as one for each channel
-    rows = torch.addcmul(split.shift, pixels.flatten(1).float(), split.scale)
+    length = math.prod(pixels.shape[1:])
+    shift, scale = _of_length(split.shift, length), _of_length(split.scale, length)
+    rows = torch.addcmul(shift, pixels.flatten(1).float(), scale)
     return rows.view(pixels.shape).permute(0, 3, 1, 2)
+
+
+def _of_length(values: Tensor, length: int) -> Tensor:
+    """Return the first `length` of the values, which repeat with the channels, so that more of them can be made."""
+    return (values if length <= len(values) else values.repeat(math.ceil(length / len(values))))[:length]

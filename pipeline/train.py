@@ -121,15 +121,23 @@ def check_params_fit_data(params: TrainParams, info: DatasetInfo) -> None:
     """Raise UserError where a parameter is too large for the images, or needs a compiler that is missing."""
     num_images, num_validation = (sum(info.counts[split].values()) for split in ("train", "validation"))
     size = info.image_size
+    cropped_size = (params.input_size or size) if params.random_resized_crop else size
     limits = {
         "batch_size": (params.batch_size, num_images, f"the train split has {num_images} images"),
         "crop_padding": (params.crop_padding, size - 1, f"the images have {size} pixels a side"),
         "processes": (params.processes, num_validation, f"the validation split has {num_validation} images"),
-        "cutout_size": (params.cutout_size, size - 1, f"the images have {size} pixels a side"),
+        "cutout_size": (params.cutout_size, cropped_size - 1, f"the images have {cropped_size} pixels a side"),
     }
     for field, (value, maximum, reason) in limits.items():
         if value > maximum:
             raise UserError(f"train.{field} is {value}, but {reason}; allowed: up to {maximum}; lower it")
+    if (params.mixup_alpha or params.cutmix_alpha) and params.batch_size < 2 * params.processes:
+        field = "mixup_alpha" if params.mixup_alpha else "cutmix_alpha"
+        raise UserError(
+            f"train.{field} is {getattr(params, field):g}, but with train.batch_size {params.batch_size} and "
+            f"train.processes {params.processes} each process has one image, and none to mix it with; allowed: 0; set "
+            f"train.{field} to 0, or train.batch_size to at least {2 * params.processes}"
+        )
     compiler = get_settings().cxx
     if params.compile and shutil.which(compiler) is None:
         raise UserError(

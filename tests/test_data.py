@@ -9,7 +9,8 @@ import torch
 from pipeline.arrays import DatasetInfo, Split, evaluation_batches
 from pipeline.core.errors import UserError
 from pipeline.training import batches as data
-from pipeline.training.batches import Augmentation, TrainingBatches
+from pipeline.training.augmentation import Augmentation
+from pipeline.training.batches import TrainingBatches
 from pipeline.training.device import choose_device
 from tests.conftest import colored_images, write_normalized
 

@@ -64,7 +64,7 @@ def test_input_size_enlarges_the_images_for_the_network() -> None:
     input_shapes: list[torch.Size] = []
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 48 * 48, 2))
     network.register_forward_pre_hook(lambda module, arguments: input_shapes.append(arguments[0].shape))
-    Classifier(network, network_channels=3, input_size=48)(torch.zeros(1, 3, 32, 32))
+    Classifier(network, num_classes=2, network_channels=3, input_size=48)(torch.zeros(1, 3, 32, 32))
     assert input_shapes == [torch.Size([1, 3, 48, 48])]
 
 

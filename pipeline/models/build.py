@@ -29,9 +29,10 @@ OWN_NETWORKS: Mapping[str, OwnNetwork] = {"lenet": LeNet, "airbench": Airbench}
 class Classifier(nn.Module):
     """A network and the preparation of its input, from normalized (B, C, H, W) float32 to logits (B, num_classes)."""
 
-    def __init__(self, network: nn.Module, *, network_channels: int, input_size: int | None) -> None:
+    def __init__(self, network: nn.Module, *, num_classes: int, network_channels: int, input_size: int | None) -> None:
         super().__init__()
         self.network = network
+        self.num_classes = num_classes
         self.network_channels = network_channels
         self.input_size = input_size
 
@@ -48,9 +49,10 @@ class Classifier(nn.Module):
 
 def build(config: ModelConfig) -> Classifier:
     """Build the classifier with random initial weights; raises UserError for an unknown name or an unsuitable size."""
-    network = build_network(config, num_classes=len(config.class_names))
+    num_classes = len(config.class_names)
+    network = build_network(config, num_classes=num_classes)
     channels = config.channels if config.model in OWN_NETWORKS else 3
-    classifier = Classifier(network, network_channels=channels, input_size=config.input_size)
+    classifier = Classifier(network, num_classes=num_classes, network_channels=channels, input_size=config.input_size)
     _check_forward_pass(classifier.eval(), config=config, batch_size=1)
     classifier.train()
     return classifier

@@ -59,3 +59,11 @@ def _weighted_mean(losses: Tensor, targets: Tensor, *, class_weights: Tensor) ->
     mixed = targets.is_floating_point()
     weights = targets[:, : len(class_weights)] @ class_weights if mixed else class_weights[targets]
     return (weights * losses).mean()
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return how many images (as int64, on their device) have their highest logit at their label.
+
+    The label of a mixed image is the class with the largest share.
+    """
+    return (logits.argmax(1) == (labels.argmax(1) if labels.is_floating_point() else labels)).sum()

@@ -1,7 +1,8 @@
 """Make batches for the network on its device: normalized, augmented floats from arrays of uint8.
 
 Pixels stay uint8 until a batch is requested. All random numbers are a function of (seed, epoch). They are drawn on the
-CPU, so that every device gets the same order, crops and flips, and for many batches together, so that no step waits.
+CPU, so that every device gets the same order, crops and flips, and for many batches together, so that no step waits;
+only the transforms of `augmentation` draw for one image at a time.
 """
 
 from collections.abc import Sequence
@@ -15,20 +16,22 @@ from torch import Tensor
 from pipeline.arrays import Split, normalize_pixels
 from pipeline.params import Sampler, TrainParams
 from pipeline.training import distributed
+from pipeline.training.augmentation import (
+    Augmentation,
+    apply_seeded,
+    apply_to_each,
+    erasing_transform,
+    mixing_transform,
+    pixel_transform,
+)
 from pipeline.training.sampling import draw_order
 
 BLOCK_BYTES = 2**20  # how much is read from a file at once; a disk takes little longer for it than for one image
 DROPOUT_STREAM = 1  # the `stream` of `generator` for dropout
 FIRST_WINDOW_STREAM = 2  # the `stream` of `generator` for window 0; window n has FIRST_WINDOW_STREAM + n
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """The random augmentation of each image in each epoch; sizes in pixels, 0 for none."""
-
-    flip: bool = False
-    crop_padding: int = 0
-    cutout_size: int = 0
+# the streams for transforms of pixels, for erasing (of image `number` of the epoch) and for mixing (of batch `number`);
+# they count down from the largest value of 32 bits, so that those of windows do not reach them
+PIXELS_STREAM, ERASING_STREAM, MIXING_STREAM = 2**32 - 1, 2**32 - 2, 2**32 - 3
 
 
 def generator(seed: int, *, epoch: int, stream: int = 0, number: int = 0) -> torch.Generator:
@@ -75,6 +78,7 @@ class _Window:
 class TrainingBatches:
     """An epoch's shuffled batches of exactly `batch_size`: images (B, C, H, W) float32 and labels (B,) int64.
 
+    With MixUp or CutMix, the labels are the shares of the classes in each image: (B, num_classes) float32.
     With the sampler "balanced" an image can be in several batches or in none: see `draw_order`. Images that do not fill
     a batch are left out; which ones differs from epoch to epoch. `position` is the index of the next batch. With
     several `processes`, each `rank` gets its slice of every batch; all slices have the same length.
@@ -92,6 +96,7 @@ class TrainingBatches:
         epoch: int,
         augmentation: Augmentation,
         sampler: Sampler = "shuffle",
+        num_classes: int | None = None,
         position: int = 0,
         rank: int = 0,
         processes: int = 1,
@@ -108,6 +113,9 @@ class TrainingBatches:
         self._blocks_per_window = max(1, num_fitting // blocks_per_batch) * blocks_per_batch
         # each image is mirrored in the odd epochs or in the even ones
         self._mirrored_in_even_epochs = torch.rand(len(split), generator=generator(seed, epoch=0)) < 0.5
+        self._pixel_transform = pixel_transform(augmentation, image_size=split.images.shape[1])
+        self._erasing_transform = erasing_transform(augmentation)
+        self._mixing = mixing_transform(augmentation, num_classes=num_classes)
         self._window: tuple[int, _Window] | None = None
         self.position = position
 
@@ -123,11 +131,35 @@ class TrainingBatches:
         window_index, start = divmod(self.position * self._batch_size, self._blocks_per_window * self._block_length)
         window = self._load_window(window_index)
         batch = slice(start + self._rank * self._slice_length, start + (self._rank + 1) * self._slice_length)
-        self.position += 1
-        images = normalize_pixels(_augmented_images(window, batch, augmentation=self._augmentation), split=self._split)
+        images = normalize_pixels(self._augmented_pixels(window, batch), split=self._split)
         if self._augmentation.cutout_size:
             images = _cutout(images, window, batch, size=self._augmentation.cutout_size)
-        return images, window.labels[batch]
+        if self._erasing_transform:
+            apply_to_each(self._erasing_transform, images, seeds=self._image_seeds(ERASING_STREAM))  # in place
+        labels = window.labels[batch]
+        if self._mixing:
+            # the same draw on all ranks, each of which mixes the images of its slice
+            random = generator(self._seed, epoch=self._epoch, stream=MIXING_STREAM, number=self.position)
+            images, labels = apply_seeded(self._mixing, images, labels, seed=random.initial_seed())
+        self.position += 1
+        return images, labels
+
+    def _augmented_pixels(self, window: _Window, batch: slice) -> Tensor:
+        """Return the images of a batch after all augmentation of pixels: (B, H, W, C) uint8."""
+        pixels = _shifted_images(window, batch, augmentation=self._augmentation)
+        if not self._pixel_transform:
+            return pixels
+        seeds = self._image_seeds(PIXELS_STREAM)
+        images = apply_to_each(self._pixel_transform, pixels.permute(0, 3, 1, 2), seeds=seeds)
+        return torch.stack([image.permute(1, 2, 0) for image in images])
+
+    def _image_seeds(self, stream: int) -> list[int]:
+        """Return a seed for each image of the next batch, which depends on its index in the epoch, not on the rank."""
+        first = self.position * self._batch_size + self._rank * self._slice_length
+        numbers = range(first, first + self._slice_length)
+        return [
+            generator(self._seed, epoch=self._epoch, stream=stream, number=number).initial_seed() for number in numbers
+        ]
 
     def _draw_blocks(self) -> tuple[list[tuple[int, int]], int]:
         """Return (start, stop) of each block in the order of the epoch, an incomplete one last, and a block's length.
@@ -175,15 +207,21 @@ class TrainingBatches:
         )
 
 
-def epoch_batches(split: Split, *, params: TrainParams, epoch: int, position: int = 0) -> TrainingBatches:
-    """Return this rank's batches of an epoch (from 1), beginning with the batch of index `position`."""
+def epoch_batches(
+    split: Split, *, params: TrainParams, epoch: int, num_classes: int | None = None, position: int = 0
+) -> TrainingBatches:
+    """Return this rank's batches of an epoch (from 1), beginning with the batch of index `position`.
+
+    `num_classes` is needed where images are mixed.
+    """
     return TrainingBatches(
         split,
         batch_size=params.batch_size,
         seed=params.seed,
         epoch=epoch,
-        augmentation=Augmentation(params.flip, params.crop_padding, params.cutout_size),
+        augmentation=Augmentation.of(params),
         sampler=params.sampler,
+        num_classes=num_classes,
         position=position,
         rank=distributed.rank(),
         processes=distributed.world_size(),
@@ -210,7 +248,7 @@ def _read_blocks(split: Split, blocks: Sequence[tuple[int, int]]) -> Tensor:
     return images
 
 
-def _augmented_images(window: _Window, batch: slice, *, augmentation: Augmentation) -> Tensor:
+def _shifted_images(window: _Window, batch: slice, *, augmentation: Augmentation) -> Tensor:
     """Return the images of a batch, shifted and mirrored as drawn: (B, H, W, C) uint8.
 
     One gather does all of it: each pixel of the result is copied from its place in the window.
@@ -239,8 +277,9 @@ def _source_positions(size: int, shift: Tensor) -> Tensor:
 def _cutout(images: Tensor, window: _Window, batch: slice, *, size: int) -> Tensor:
     """Set a square of `size` pixels a side in each image to the mean (DeVries and Taylor 2017, arXiv:1708.04552)."""
     inside = []
-    for length, center in zip(images.shape[2:], window.cutout_centers, strict=True):
-        distance = torch.arange(length, device=images.device) - (center[batch] - size // 2)
+    # the centers were drawn for images of the window's size, which a random resized crop may have changed
+    for length, drawn, center in zip(images.shape[2:], window.images.shape[1:3], window.cutout_centers, strict=True):
+        distance = torch.arange(length, device=images.device) - (center[batch] * length // drawn - size // 2)
         inside.append((distance >= 0) & (distance < size))
     hole = inside[0].unsqueeze(2) & inside[1].unsqueeze(1)
     return images.masked_fill_(hole.unsqueeze(1), 0.0)

@@ -5,7 +5,8 @@ import itertools
 from pipeline.arrays import Split
 from pipeline.models.airbench import Airbench
 from pipeline.models.build import Classifier
-from pipeline.training.batches import Augmentation, TrainingBatches
+from pipeline.training.augmentation import Augmentation
+from pipeline.training.batches import TrainingBatches
 
 NUM_WHITENING_IMAGES = 5_000
 

@@ -17,7 +17,7 @@ from pipeline.core.progress import progress
 from pipeline.evaluation.scores import f1_scores
 from pipeline.models.build import Classifier
 from pipeline.models.inference import logits_of
-from pipeline.models.losses import balanced_class_weights, loss_function
+from pipeline.models.losses import balanced_class_weights, count_correct, loss_function
 from pipeline.params import TrainParams
 from pipeline.training import distributed
 from pipeline.training.batches import epoch_batches, seed_dropout_of_rank
@@ -81,7 +81,9 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
             if state.position == 0:
                 state.begin_epoch()
             classifier.train()
-            batches = epoch_batches(train_split, params=params, epoch=epoch, position=state.position)
+            batches = epoch_batches(
+                train_split, params=params, epoch=epoch, num_classes=classifier.num_classes, position=state.position
+            )
             title, done = f"epoch {epoch}", state.position
             with progress(title, total=len(batches), done=done, unit="steps", leave=False) as advance:
                 for images, labels in batches:
@@ -97,7 +99,7 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
                         # add to the sums of the epoch, over the images of all ranks
                         batch_loss_sum = distributed.sum_over_ranks(loss.detach() * len(labels))
                         state.loss_sum += batch_loss_sum
-                        state.num_correct += distributed.sum_over_ranks((logits.detach().argmax(1) == labels).sum())
+                        state.num_correct += distributed.sum_over_ranks(count_correct(logits.detach(), labels))
                         # stop at a non-finite loss: raise here or, on a GPU, disable the update below
                         loss = guard.watch(loss, mean_over_ranks=batch_loss_sum / params.batch_size)
                         # backward pass
