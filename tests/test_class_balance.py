@@ -21,7 +21,8 @@ from pipeline.evaluation.metrics import evaluate
 from pipeline.models.build import build
 from pipeline.models.losses import balanced_class_weights, loss_function
 from pipeline.training import distributed, loop
-from pipeline.training.batches import Augmentation, TrainingBatches, epoch_batches
+from pipeline.training.augmentation import Augmentation
+from pipeline.training.batches import TrainingBatches, epoch_batches
 from pipeline.training.checkpoints import Checkpoint
 from pipeline.training.loop import train, training_loss, validate
 from pipeline.training.selection import epochs_since_best, select_epoch

@@ -89,9 +89,10 @@ def child_of_rank(pid: int, rank: str) -> int:
     return found
 
 
-def test_two_resumed_processes_keep_running_statistics_and_dropout(workspace: Path) -> None:
+def test_two_resumed_processes_keep_running_statistics_averages_and_dropout(workspace: Path) -> None:
     write_normalized(workspace)
-    configure(workspace, processes=2, epochs=2, model="mobilenet_v3_small")
+    averaged = {"ema_decay": 0.9, "mixup_alpha": 0.4, "color_jitter": 0.2}
+    configure(workspace, processes=2, epochs=2, model="mobilenet_v3_small", **averaged)
 
     def finish() -> list[bytes]:
         done = run_step("train", folder=workspace)

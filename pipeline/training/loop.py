@@ -61,6 +61,7 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
 ) -> TrainingResult:
     """Train `classifier` in place and return its weights; it and the splits must be on one device.
 
+    With `params.ema_decay`, the returned weights are averaged ones, which are those that are validated.
     A training that resumes from the checkpoint `start` ends with the same weights as one without a stop. `on_step` is
     called every `params.log_every_steps` steps, `on_epoch` after each validation. `save` is called every
     `params.checkpoint_every_minutes`, after an epoch if the last call was 30 seconds ago, and on SIGTERM and Ctrl-C.
@@ -117,6 +118,8 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
                         state.step, state.position = state.step + 1, state.position + 1
                         if state.lookahead:  # with train.average_every_steps
                             state.lookahead.step(state.step, total=params.epochs * steps_per_epoch)
+                        if state.ema:  # with train.ema_decay
+                            state.ema.step(state.step)
                         # log the loss and the learning rate
                         if state.step % params.log_every_steps == 0:
                             guard.raise_if_non_finite()
@@ -128,21 +131,21 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
             guard.raise_if_non_finite()
             num_train_images = len(batches) * params.batch_size
             images_per_second = num_train_images / (time.perf_counter() - state.epoch_start)
-            distributed.broadcast_buffers(classifier)
+            distributed.broadcast_buffers(state.averaged)
             with autocast(params.mixed_precision, device=state.device):
-                validation = validate(classifier, validation_split, loss=params.loss)
+                validation = validate(state.averaged, validation_split, loss=params.loss)
             check_validation_loss(validation.loss, epoch=epoch, params=params)
             # keep the weights if this epoch is the selected one so far
             with saver.whole_step():
                 state.finish_epoch(validation, num_train_images=num_train_images)
                 selected = select_epoch(state.history, params=params, num_images=num_validation)
                 if selected.epoch == epoch:
-                    state.best = copy_weights(classifier)
+                    state.best = copy_weights(state.averaged)
                 on_epoch(state.history[-1], images_per_second)
             # write a checkpoint after the epoch
             saver.save_after_epoch()
     selected = select_epoch(state.history, params=params, num_images=num_validation)
-    return TrainingResult(state.best, copy_weights(classifier), state.history, selected)
+    return TrainingResult(state.best, copy_weights(state.averaged), state.history, selected)
 
 
 def training_loss(params: TrainParams, train_split: Split) -> Callable[[Tensor, Tensor], Tensor]:

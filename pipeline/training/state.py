@@ -13,6 +13,7 @@ from pipeline.params import TrainParams
 from pipeline.training.batches import seed_dropout
 from pipeline.training.checkpoints import Checkpoint
 from pipeline.training.device import autocast_dtype
+from pipeline.training.ema import WeightAverage
 from pipeline.training.lookahead import Lookahead
 from pipeline.training.optimizer import make_optimizers
 
@@ -47,7 +48,8 @@ class TrainingState:
     """Weights, optimizers, counters and sums of one training; between two steps, `checkpoint` returns all of it.
 
     `step` counts the steps of the training, `position` those of the current epoch. `loss_sum` and `num_correct` are
-    sums over the epoch's images so far, on the device. `best` are the weights of the epoch that is selected so far.
+    sums over the epoch's images so far, on the device. `averaged` is the classifier to validate and to save: that with
+    the averaged weights, if train.ema_decay is set. `best` are its weights in the epoch that is selected so far.
     """
 
     def __init__(self, classifier: Classifier, *, params: TrainParams) -> None:
@@ -56,6 +58,8 @@ class TrainingState:
         self.optimizers = make_optimizers(classifier, params=params)
         every = params.average_every_steps
         self.lookahead = Lookahead(classifier, every=every) if every else None
+        self.ema = WeightAverage(classifier, decay=params.ema_decay) if params.ema_decay else None
+        self.averaged = self.ema.classifier if self.ema else classifier
         is_float16 = autocast_dtype(params.mixed_precision, device=self.device) is torch.float16
         # with the default, 2**16, the first steps may overflow and be skipped; the scale doubles every 2,000 steps
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=2.0**10, enabled=is_float16)
@@ -97,6 +101,7 @@ class TrainingState:
             **_optimizer_tensors(self.optimizers),
             **_random_states(self.device),
             **(_prefixed("slow", self.lookahead.slow) if self.lookahead else {}),
+            **(_prefixed("ema", self.ema.classifier.state_dict()) if self.ema else {}),
             "loss_sum": self.loss_sum,
             "num_correct": self.num_correct,
         }
@@ -117,6 +122,8 @@ class TrainingState:
         _restore_optimizers(self.optimizers, _unprefixed("optimizer", tensors))
         if self.lookahead:
             self.lookahead.restore(_unprefixed("slow", tensors))
+        if self.ema:
+            self.ema.classifier.load_state_dict(_unprefixed("ema", tensors))
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.position, self.learning_rate = start.step, state["position"], state["learning_rate"]
         self.history = [Epoch(**row) for row in state["history"]]
