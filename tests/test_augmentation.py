@@ -48,7 +48,7 @@ def split_of(images: Any, labels: Any = None) -> Split:
 
 
 def batches(split: Split, **changes: Any) -> TrainingBatches:
-    placing = {"batch_size": 8, "seed": 0, "epoch": 1, "num_classes": 3}
+    placing: dict[str, Any] = {"batch_size": 8, "seed": 0, "epoch": 1, "num_classes": 3}
     placing |= {name: changes.pop(name) for name in [*placing, "rank", "processes", "position"] if name in changes}
     return TrainingBatches(split, augmentation=Augmentation(**changes), **placing)
 
