@@ -186,7 +186,8 @@ def evaluation_batches(
 def normalize_pixels(pixels: Tensor, *, split: Split) -> Tensor:
     """Return (B, H, W, C) uint8 pixels as (B, C, H, W) float32 of mean 0 and deviation 1, channels last in memory.
 
-    Height and width may differ from those of the split. Features (B, 1, 1, D) float32 are returned unchanged, as (B, D).
+    Height and width may differ from those of the split. Features (B, 1, 1, D) float32 are returned as (B, D), with the
+    same values.
     """
     if pixels.is_floating_point():
         return pixels.flatten(1)

@@ -12,7 +12,13 @@ from pipeline.core.errors import UserError
 from pipeline.models.losses import count_correct, loss_function
 from pipeline.params import TrainParams
 from pipeline.train import check_params_fit_data
-from pipeline.training.augmentation import Augmentation, apply_to_each, erasing_transform, mixing, pixel_transform
+from pipeline.training.augmentation import (
+    Augmentation,
+    apply_to_each,
+    erasing_transform,
+    mixing_transform,
+    pixel_transform,
+)
 from pipeline.training.batches import TrainingBatches, epoch_batches
 from pipeline.training.loop import TrainingResult
 from tests.conftest import DEFAULTS, colored_images, train_params, write_normalized
@@ -130,7 +136,7 @@ def test_without_augmentation_there_is_no_transform() -> None:
     augmentation = Augmentation.of(train_params(color_jitter=0, mixup_alpha=0))
     assert pixel_transform(augmentation, image_size=32) is None
     assert erasing_transform(augmentation) is None
-    assert mixing(augmentation, num_classes=3) is None
+    assert mixing_transform(augmentation, num_classes=3) is None
 
 
 @pytest.mark.parametrize(("input_size", "size"), [(None, 32), (24, 24), (40, 40)])

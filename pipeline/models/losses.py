@@ -23,7 +23,7 @@ def loss_function(
         )
     if name == "cross_entropy":
         return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-    return lambda logits, targets: F.mse_loss(logits, class_shares(targets, like=logits))
+    return lambda logits, targets: F.mse_loss(logits, _class_shares(targets, logits))
 
 
 def balanced_class_weights(labels: Tensor) -> Tensor:
@@ -44,7 +44,13 @@ def _cross_entropies(logits: Tensor, targets: Tensor, label_smoothing: float) ->
 
 def _squared_errors(logits: Tensor, targets: Tensor, _label_smoothing: float) -> Tensor:
     """Return the mean squared error of each image: (B,) float32."""
-    return F.mse_loss(logits, class_shares(targets, like=logits), reduction="none").mean(1)
+    return F.mse_loss(logits, _class_shares(targets, logits), reduction="none").mean(1)
+
+
+def _class_shares(targets: Tensor, logits: Tensor) -> Tensor:
+    """Return the targets, one-hot if they are labels: (B, num_classes) of the dtype of the logits."""
+    shares = targets if targets.is_floating_point() else F.one_hot(targets, logits.shape[1])
+    return shares.to(logits.dtype)
 
 
 def _weighted_mean(losses: Tensor, targets: Tensor, *, class_weights: Tensor) -> Tensor:
@@ -55,14 +61,9 @@ def _weighted_mean(losses: Tensor, targets: Tensor, *, class_weights: Tensor) ->
     return (weights * losses).mean()
 
 
-def class_shares(labels: Tensor, *, like: Tensor) -> Tensor:
-    """Return labels as the shares of the classes, in the shape (B, num_classes) and dtype of the logits `like`."""
-    return (F.one_hot(labels, like.shape[1]) if labels.ndim == 1 else labels).to(like.dtype)
-
-
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
     """Return how many images (as int64, on their device) have their highest logit at their label.
 
     The label of a mixed image is the class with the largest share.
     """
-    return (logits.argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).sum()
+    return (logits.argmax(1) == (labels.argmax(1) if labels.is_floating_point() else labels)).sum()

@@ -67,8 +67,8 @@ def erasing_transform(augmentation: Augmentation) -> Transform | None:
     return _v2().RandomErasing(p=probability, value=0, inplace=True) if probability else None
 
 
-def mixing(augmentation: Augmentation, *, num_classes: int | None) -> Mixing | None:
-    """Return the function that mixes each image of a batch with the one before it, or None if there is none.
+def mixing_transform(augmentation: Augmentation, *, num_classes: int | None) -> Mixing | None:
+    """Return the transform that mixes each image of a batch with the one before it, or None if it has none.
 
     It takes normalized images (B, C, H, W) and labels (B,) int64, and returns images of the same shape and the shares
     of the classes (B, num_classes) float32. With MixUp (Zhang et al. 2017, arXiv:1710.09412) and CutMix (Yun et al.

@@ -21,7 +21,7 @@ from pipeline.training.augmentation import (
     apply_seeded,
     apply_to_each,
     erasing_transform,
-    mixing,
+    mixing_transform,
     pixel_transform,
 )
 from pipeline.training.sampling import draw_order
@@ -78,10 +78,10 @@ class _Window:
 class TrainingBatches:
     """An epoch's shuffled batches of exactly `batch_size`: images (B, C, H, W) float32 and labels (B,) int64.
 
-    With the sampler "balanced" an image can be in several batches or in none: see `draw_order`. With MixUp or CutMix,
-    the labels are the shares of the classes in each image: (B, num_classes) float32. Images that do not fill a batch
-    are left out; which ones differs from epoch to epoch. `position` is the index of the next batch. With several
-    `processes`, each `rank` gets its slice of every batch; all slices have the same length.
+    With MixUp or CutMix, the labels are the shares of the classes in each image: (B, num_classes) float32.
+    With the sampler "balanced" an image can be in several batches or in none: see `draw_order`. Images that do not fill
+    a batch are left out; which ones differs from epoch to epoch. `position` is the index of the next batch. With
+    several `processes`, each `rank` gets its slice of every batch; all slices have the same length.
 
     A split whose images are not on the device is shuffled in two steps: its blocks of neighboring images are drawn in
     random order, and as many of them as `split.window_bytes` can hold are read and shuffled together.
@@ -115,7 +115,7 @@ class TrainingBatches:
         self._mirrored_in_even_epochs = torch.rand(len(split), generator=generator(seed, epoch=0)) < 0.5
         self._pixel_transform = pixel_transform(augmentation, image_size=split.images.shape[1])
         self._erasing_transform = erasing_transform(augmentation)
-        self._mixing = mixing(augmentation, num_classes=num_classes)
+        self._mixing = mixing_transform(augmentation, num_classes=num_classes)
         self._window: tuple[int, _Window] | None = None
         self.position = position
 
@@ -135,7 +135,7 @@ class TrainingBatches:
         if self._augmentation.cutout_size:
             images = _cutout(images, window, batch, size=self._augmentation.cutout_size)
         if self._erasing_transform:
-            apply_to_each(self._erasing_transform, images, seeds=self._image_seeds(ERASING_STREAM))
+            apply_to_each(self._erasing_transform, images, seeds=self._image_seeds(ERASING_STREAM))  # in place
         labels = window.labels[batch]
         if self._mixing:
             # the same draw on all ranks, each of which mixes the images of its slice
@@ -240,7 +240,7 @@ def _read_blocks(split: Split, blocks: Sequence[tuple[int, int]]) -> Tensor:
     if len(blocks) == 1:
         return split.pixels(*blocks[0])
     num_images = sum(stop - start for start, stop in blocks)
-    images = torch.empty((num_images, *split.images.shape[1:]), dtype=split.images.dtype, device=split.labels.device)
+    images = torch.empty((num_images, *split.images.shape[1:]), dtype=torch.uint8, device=split.labels.device)
     position = 0
     for start, stop in blocks:
         images[position : position + stop - start] = split.pixels(start, stop)

@@ -16,8 +16,6 @@ class WeightAverage:
     steps, so that a training of a hundred steps forgets its first weights too.
     """
 
-    # PyTorch's AveragedModel holds the number of steps in a tensor, and would wait for the GPU in each step to use it
-
     def __init__(self, trained: Classifier, *, decay: float) -> None:
         self.classifier = copy.deepcopy(trained)
         self._averaged, self._trained = _float_tensors(self.classifier), _float_tensors(trained)
@@ -26,6 +24,7 @@ class WeightAverage:
     def step(self, number: int) -> None:
         """Add the weights that the trained classifier has after step `number` (from 1) to the average."""
         decay = min(self._decay, (1 + number) / (10 + number))
+        # not PyTorch's AveragedModel: its counter of steps is a tensor, for which each step would wait for the GPU
         get_ema_multi_avg_fn(decay)(self._averaged, self._trained, number)  # type: ignore[no-untyped-call]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pipeline.arrays import Split
 from pipeline.core.progress import progress
 from pipeline.evaluation.scores import f1_scores
+from pipeline.models.build import Classifier
 from pipeline.models.inference import logits_of
 from pipeline.models.losses import balanced_class_weights, count_correct, loss_function
 from pipeline.params import TrainParams
@@ -73,6 +74,8 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
     network = distributed.average_gradients(classifier)
     criterion = training_loss(params, train_split)
     steps_per_epoch, num_validation = len(train_split) // params.batch_size, len(validation_split)
+    # a head is trained on features, which are never mixed
+    num_classes = classifier.num_classes if isinstance(classifier, Classifier) else None
     state = TrainingState(classifier, params=params)
     if start is not None:
         state.restore(start)
@@ -84,7 +87,7 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
                 state.begin_epoch()
             classifier.train()
             batches = epoch_batches(
-                train_split, params=params, epoch=epoch, num_classes=classifier.num_classes, position=state.position
+                train_split, params=params, epoch=epoch, num_classes=num_classes, position=state.position
             )
             title, done = f"epoch {epoch}", state.position
             with progress(title, total=len(batches), done=done, unit="steps", leave=False) as advance:
