@@ -1,7 +1,8 @@
 """Build a network by the name in `train.model`, together with the preparation of its input."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -12,6 +13,8 @@ from pipeline.core.errors import UserError, first_line
 from pipeline.models.airbench import Airbench
 from pipeline.models.config import ModelConfig
 from pipeline.models.lenet import LeNet
+from pipeline.models.names import TIMM_PREFIX
+from pipeline.models.timm import build_timm_network
 from pipeline.models.torchvision import build_torchvision_network
 from pipeline.params import TrainParams
 
@@ -22,7 +25,7 @@ class OwnNetwork(Protocol):
     def __call__(self, *, num_classes: int, channels: int, image_size: int) -> nn.Module: ...
 
 
-# by the name in `train.model`; all other names are torchvision's
+# by the name in `train.model`; names that begin with TIMM_PREFIX are timm's, all others torchvision's
 OWN_NETWORKS: Mapping[str, OwnNetwork] = {"lenet": LeNet, "airbench": Airbench}
 
 
@@ -48,7 +51,8 @@ class Classifier(nn.Module):
 
 def build(config: ModelConfig) -> Classifier:
     """Build the classifier with random initial weights; raises UserError for an unknown name or an unsuitable size."""
-    network = build_network(config, num_classes=len(config.class_names))
+    with _explain_unsuitable_size(config, batch_size=1):
+        network = build_network(config, num_classes=len(config.class_names))
     channels = config.channels if config.model in OWN_NETWORKS else 3
     classifier = Classifier(network, network_channels=channels, input_size=config.input_size)
     _check_forward_pass(classifier.eval(), config=config, batch_size=1)
@@ -60,7 +64,9 @@ def build_network(config: ModelConfig, *, num_classes: int) -> nn.Module:
     """Build the network without the preparation of its input, with random initial weights."""
     if own := OWN_NETWORKS.get(config.model):
         return own(num_classes=num_classes, channels=config.channels, image_size=config.network_size)
-    return build_torchvision_network(config, num_classes=num_classes, own_names=OWN_NETWORKS)
+    if config.model.startswith(TIMM_PREFIX):
+        return build_timm_network(config.model, num_classes=num_classes, image_size=config.network_size)
+    return build_torchvision_network(config, num_classes=num_classes)
 
 
 def memory_format(params: TrainParams) -> torch.memory_format:
@@ -77,9 +83,17 @@ def try_training(classifier: Classifier, *, config: ModelConfig, batch_size: int
 def _check_forward_pass(classifier: nn.Module, *, config: ModelConfig, batch_size: int) -> None:
     """Raise UserError where a forward pass over zeros fails; only a pass shows whether the image size is suitable."""
     images = torch.zeros(batch_size, config.channels, config.image_size, config.image_size)
+    with _explain_unsuitable_size(config, batch_size=batch_size), torch.no_grad():
+        classifier(images)
+
+
+@contextmanager
+def _explain_unsuitable_size(config: ModelConfig, *, batch_size: int) -> Iterator[None]:
+    """Raise UserError where the network refuses the image size or the batch size inside the block."""
     try:
-        with torch.no_grad():
-            classifier(images)
+        yield
+    except UserError:
+        raise
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UserError(
             f"train.model {config.model} cannot take images of {config.network_size} pixels in batches of {batch_size} "
