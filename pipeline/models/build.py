@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.core.errors import UserError, first_line
@@ -14,6 +13,7 @@ from pipeline.models.airbench import Airbench
 from pipeline.models.config import ModelConfig
 from pipeline.models.lenet import LeNet
 from pipeline.models.names import TIMM_PREFIX
+from pipeline.models.preparation import Interpolation, fit_to_size
 from pipeline.models.timm import build_timm_network
 from pipeline.models.torchvision import build_torchvision_network
 from pipeline.params import TrainParams
@@ -30,18 +30,32 @@ OWN_NETWORKS: Mapping[str, OwnNetwork] = {"lenet": LeNet, "airbench": Airbench}
 
 
 class Classifier(nn.Module):
-    """A network and the preparation of its input, from normalized (B, C, H, W) float32 to logits (B, num_classes)."""
+    """A network and the preparation of its input, from normalized (B, C, H, H) float32 to logits (B, num_classes).
 
-    def __init__(self, network: nn.Module, *, network_channels: int, input_size: int | None) -> None:
+    Images that do not have `input_size` pixels a side are resized and cropped to it, as `fit_to_size` states.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        network_channels: int,
+        input_size: int | None,
+        interpolation: Interpolation = "bilinear",
+        crop_fraction: float = 1.0,
+    ) -> None:
         super().__init__()
         self.network = network
         self.network_channels = network_channels
         self.input_size = input_size
+        self.interpolation: Interpolation = interpolation
+        self.crop_fraction = crop_fraction
 
     def forward(self, images: Tensor) -> Tensor:
-        if self.input_size is not None and self.input_size != images.shape[-1]:
-            size = (self.input_size, self.input_size)
-            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+        if self.input_size is not None:
+            images = fit_to_size(
+                images, size=self.input_size, interpolation=self.interpolation, crop_fraction=self.crop_fraction
+            )
         if images.shape[1] < self.network_channels:
             images = images.expand(-1, self.network_channels, -1, -1)
         output = self.network(images)
@@ -54,7 +68,13 @@ def build(config: ModelConfig) -> Classifier:
     with _explain_unsuitable_size(config, batch_size=1):
         network = build_network(config, num_classes=len(config.class_names))
     channels = config.channels if config.model in OWN_NETWORKS else 3
-    classifier = Classifier(network, network_channels=channels, input_size=config.input_size)
+    classifier = Classifier(
+        network,
+        network_channels=channels,
+        input_size=config.input_size,
+        interpolation=config.interpolation,
+        crop_fraction=config.crop_fraction,
+    )
     _check_forward_pass(classifier.eval(), config=config, batch_size=1)
     classifier.train()
     return classifier
