@@ -14,6 +14,7 @@ import pynvml
 from pipeline.artifacts import check_weights, expand
 from pipeline.core.errors import UserError
 from pipeline.models.names import check_network_name
+from pipeline.models.packaged import PACKAGED_NETWORK, packaged_weights_file
 
 # a folder of images with more files and folders is not checked here, which would take long: `download` checks it
 MAX_ENTRIES = 10_000
@@ -30,6 +31,8 @@ def check_inputs(params: Mapping[str, Any]) -> None:
     check_network_name(train["model"])
     if train["weights"] not in (None, "DEFAULT"):
         check_weights(Path(train["weights"]), train["weights_md5"])
+    elif train["weights"] == "DEFAULT" and train["model"] == PACKAGED_NETWORK:
+        packaged_weights_file()
     for section in ("train", "evaluate"):
         check_device(params[section]["device"], field=f"{section}.device")
     if download["dataset"] == "imagefolder" and _is_small(expand(download["folder"])):

@@ -76,7 +76,7 @@ class Split:
 
     The labels are on the device. The images are too, unless they have more than `window_bytes`: then they stay in
     `file`, from which `pixels` reads slices. `scale` and `shift` are (H * W * C,) float32: pixels times scale plus
-    shift have mean 0 and standard deviation 1 over the train split.
+    shift are the input of the network, by default of mean 0 and standard deviation 1 over the train split.
     """
 
     images: Tensor
@@ -92,12 +92,16 @@ class Split:
         name: str,
         *,
         info: DatasetInfo,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         device: torch.device = CPU,
         folder: Path = NORMALIZE,
         window_bytes: int = WINDOW_BYTES,
     ) -> Self:
         """Read the split `name` from `artifacts/normalize/`, or from another folder, to a device.
 
+        `mean` and `std`, one number for each channel, are by default those of the data set; a pretrained network needs
+        those of its `model.json`.
         Raises UserError where an array is missing, damaged, or does not agree with `dataset.json`.
         """
         images, labels = read_split(name, folder=folder)
@@ -112,7 +116,8 @@ class Split:
                 f"{folder / f'{name}_labels.npy'}: found labels from {labels.min()} to {labels.max()}; allowed: 0 to "
                 f"{len(info.class_names) - 1}; `dvc repro normalize --force` makes them again"
             )
-        return cls.of(images, labels, mean=info.mean, std=info.std, device=device, window_bytes=window_bytes)
+        mean, std = mean or info.mean, std or info.std
+        return cls.of(images, labels, mean=mean, std=std, device=device, window_bytes=window_bytes)
 
     @classmethod
     def of(
@@ -127,7 +132,7 @@ class Split:
     ) -> Self:
         """Create a split from arrays: images (N, H, W, C) uint8 and labels (N,) int64.
 
-        `mean` and `std` are those of pixels / 255 in the train split, one number for each channel.
+        `mean` and `std`, one number for each channel, are subtracted from pixels / 255, and then divide them.
         """
         # the clamp: a channel without contrast, whose deviation is 0, is only centered
         scale = 1 / (255 * torch.tensor(std, dtype=torch.float64)).clamp(min=1e-3)

@@ -43,7 +43,7 @@ def main() -> None:
                 f"evaluate.checkpoint is {params.checkpoint}: the metrics are of the last epoch, but predict and "
                 f"MLflow use {BEST_WEIGHTS}, of the epoch that train.selection selected"
             )
-        split = Split.read("test", info=info, device=device)
+        split = Split.read("test", info=info, mean=config.mean, std=config.std, device=device)
         views = params.test_time_augmentation
         logits = logits_of(classifier.to(device), split, batch_size=params.batch_size, views=views).cpu()
         result = evaluate(

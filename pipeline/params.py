@@ -137,7 +137,7 @@ class TrainParams(Section):
         description="null (from scratch), DEFAULT (the network's pretrained ones), or a .safetensors or .pth file"
     )
     weights_md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = Field(
-        description="MD5 of the file in weights, in hexadecimal; null where weights names no file"
+        description="MD5 of the file in weights, or of that which DEFAULT downloads for a network of timm; else null"
     )
     input_size: Annotated[Count, Field(ge=16, le=1024)] | None = Field(
         description="height and width in pixels to which images are enlarged on the device; null: not enlarged"
@@ -281,8 +281,8 @@ class TrainParams(Section):
                 "allowed: true with optimizer sgd or muon and momentum above 0; set train.nesterov to false, or "
                 "change these"
             )
-        from_file = self.weights not in (None, "DEFAULT")
-        if self.weights_md5 is not None and not from_file:
+        is_checked_elsewhere = self.weights == "DEFAULT" and not self.model.startswith("timm/")
+        if self.weights_md5 is not None and (self.weights is None or is_checked_elsewhere):
             raise ValueError(
                 f"weights_md5 is set, but weights is {self.weights or 'null'}, which is not a file; allowed: null; set "
                 "weights_md5 to null"

@@ -3,6 +3,7 @@
 The algorithm is in `pipeline/training/loop.py`; `pipeline/training/selection.py` selects the best epoch.
 """
 
+import importlib.metadata
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ from pipeline.models.config import ModelConfig, configure
 from pipeline.models.cpu_kernels import cpu_kernels_in_use
 from pipeline.models.files import save_config, save_weights
 from pipeline.models.freezing import divide
+from pipeline.models.names import TIMM_PREFIX
 from pipeline.models.pretrained import load_pretrained
 from pipeline.params import Params, TrainParams, load_params
 from pipeline.tracking.logger import RunLogger
@@ -185,7 +187,8 @@ def check_params_fit_data(params: TrainParams, info: DatasetInfo) -> None:
 
 def _read_split(name: str, params: TrainParams, info: DatasetInfo, *, device: torch.device) -> Split:
     """Read a split; its images are copied to the device if all fit into train.window_megabytes."""
-    return Split.read(name, info=info, device=device, window_bytes=params.window_megabytes * 2**20)
+    config, window_bytes = configure(params, info), params.window_megabytes * 2**20
+    return Split.read(name, info=info, mean=config.mean, std=config.std, device=device, window_bytes=window_bytes)
 
 
 def _hardware(params: TrainParams, device: torch.device) -> dict[str, str]:
@@ -219,6 +222,7 @@ def _determinants(params: TrainParams, info: DatasetInfo, *, device: torch.devic
         "params": params.model_dump(mode="json", exclude={"checkpoint_every_minutes"}),
         "code": code_md5("train"),
         "torch": torch.__version__,
+        **({"timm": importlib.metadata.version("timm")} if params.model.startswith(TIMM_PREFIX) else {}),
         "device": device.type,
         "threads": torch.get_num_threads(),
     }

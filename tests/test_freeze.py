@@ -68,9 +68,9 @@ def divided(model: str, *, classes: int = 3, size: int = 32, **changes: Any) -> 
 
 def timm_classifier(name: str) -> Classifier:
     """Return a network of timm with 3 classes and a marked head."""
-    size = {"depth": 2, "embed_dim": 24, "num_heads": 2} if name.startswith("vit") else {}
+    size: dict[str, Any] = {"depth": 2, "embed_dim": 24, "num_heads": 2} if name.startswith("vit") else {}
     network, other = (timm.create_model(name, num_classes=number, **size) for number in (3, 4))
-    classifier, shapes = Classifier(network, network_channels=3, input_size=None), other.state_dict()
+    classifier, shapes = Classifier(network, num_classes=3, network_channels=3, input_size=None), other.state_dict()
     tensors = network.state_dict()
     classifier.head = {name for name in tensors if tensors[name].shape != shapes[name].shape}
     return classifier
@@ -266,7 +266,7 @@ def test_the_learning_rates_of_a_transformer_are_those_of_timm() -> None:
 
 
 def test_the_biases_of_batch_normalization_keep_their_rule() -> None:
-    changes = {"layer_decay": 0.5, "bias_learning_rate_factor": 4.0, "weight_decay": 0.1}
+    changes: dict[str, Any] = {"layer_decay": 0.5, "bias_learning_rate_factor": 4.0, "weight_decay": 0.1}
     classifier, params = divided("resnet18", **changes)
     [optimizer] = make_optimizers(classifier, params=params)
     bias = classifier.network.get_parameter("layer4.1.bn1.bias")

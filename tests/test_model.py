@@ -84,7 +84,7 @@ def test_a_vision_transformer_takes_the_size_of_the_images() -> None:
 
 def test_an_unknown_model_suggests_close_names() -> None:
     own = ", ".join(OWN_NETWORKS)
-    with pytest.raises(UserError, match=rf"train.model is 'resnet81'; allowed: {own} or .*resnet18"):
+    with pytest.raises(UserError, match=rf"train.model is 'resnet81'; allowed: {own}, .*did you mean resnet18"):
         build(config("resnet81"))
 
 

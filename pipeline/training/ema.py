@@ -5,18 +5,16 @@ import copy
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pipeline.models.build import Classifier
-
 
 class WeightAverage:
-    """A `classifier` whose weights are the exponential moving average of those of a classifier that is trained.
+    """A copy of a `classifier` whose weights are the exponential moving average of those of a classifier that is trained.
 
     Step n (from 1) keeps the fraction `decay` of the average, or less in the first steps: (1 + n) / (10 + n), as
     TensorFlow's ExponentialMovingAverage does with `num_updates`. The average then spans about the last tenth of the
     steps, so that a training of a hundred steps forgets its first weights too.
     """
 
-    def __init__(self, trained: Classifier, *, decay: float) -> None:
+    def __init__(self, trained: nn.Module, *, decay: float) -> None:
         self.classifier = copy.deepcopy(trained)
         self._averaged, self._trained = _float_tensors(self.classifier), _float_tensors(trained)
         self._decay = decay
