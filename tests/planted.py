@@ -97,6 +97,55 @@ def heif(orientation: int = 1, *, mode: str = "RGB", file_format: str = "HEIF", 
     return content + struct.pack(">I", 8 + len(MARK)) + b"mpvd" + MARK  # a video, as in a photograph that moves
 
 
+def box(kind: bytes, *payload: bytes) -> bytes:
+    content = b"".join(payload)
+    return struct.pack(">I4s", 8 + len(content), kind) + content
+
+
+def boxes(content: bytes) -> dict[bytes, bytes]:
+    """Return the payloads of boxes by kind."""
+    found, position = {}, 0
+    while position < len(content):
+        size, kind = struct.unpack_from(">I4s", content, position)
+        found[kind] = content[position + 8 : position + size]
+        position += size
+    return found
+
+
+def heic_of_two_tiles(orientation: int = 1) -> bytes:
+    """Return a HEIC file whose main picture consists of tiles, as those of phones do, beside EXIF data.
+
+    Two pictures are encoded (items 1 and 3, with EXIF data as items 2 and 4); a grid of them is added as item 5, whose
+    description is in the box `idat`.
+    """
+    del orientation  # EXIF has none that counts: the format has properties for it
+    content = encoded(
+        picture(), "HEIF", save_all=True, append_images=[picture(seed=2)], quality=90, exif=exif(1).tobytes()
+    )
+    top = boxes(content)
+    meta = boxes(top[b"meta"][4:])
+    infe = box(b"infe", struct.pack(">BxxxHH4s", 2, 5, 0, b"grid"), MARK, b"\0")
+    iinf = struct.pack(">IH", 0, 5) + meta[b"iinf"][6:] + infe
+    iref = meta[b"iref"] + box(b"dimg", struct.pack(">HHHH", 5, 2, 1, 3))
+    iprp = boxes(meta[b"iprp"])
+    ipco = iprp[b"ipco"] + box(b"ispe", struct.pack(">III", 0, 2 * SIDE, SIDE)) + box(b"udes", bytes(4), MARK, bytes(4))
+    ipma = struct.pack(">II", 0, 3) + iprp[b"ipma"][8:] + struct.pack(">HBBB", 5, 2, 5, 4)
+    grid = struct.pack(">BBBBHH", 0, 0, 0, 1, 2 * SIDE, SIDE)
+    entries = [struct.unpack_from(">HHIHII", meta[b"iloc"], 8 + 18 * n) for n in range(4)]
+
+    def whole(shift: int) -> bytes:
+        places = [struct.pack(">HHHHII", item, 0, 0, 1, base + offset + shift, length)
+                  for item, _, base, _, offset, length in entries]  # fmt: skip
+        places.append(struct.pack(">HHHHII", 5, 1, 0, 1, 0, len(grid)))
+        iloc = struct.pack(">IBBH", 0x01000000, 0x44, 0, 5) + b"".join(places)
+        parts = [box(b"hdlr", meta[b"hdlr"]), box(b"pitm", struct.pack(">IH", 0, 5)), box(b"iloc", iloc)]
+        parts += [box(b"iinf", iinf), box(b"iref", iref), box(b"iprp", box(b"ipco", ipco), box(b"ipma", ipma))]
+        parts.append(box(b"idat", grid, MARK))
+        return box(b"ftyp", top[b"ftyp"]) + box(b"meta", bytes(4), *parts) + box(b"mdat", top[b"mdat"])
+
+    return whole(len(whole(0)) - len(content))
+
+
 def ppm(orientation: int = 1) -> bytes:
     del orientation
     content = encoded(picture(), "PPM")
@@ -153,6 +202,7 @@ ALL: dict[str, Callable[[int], bytes]] = {
     "heic": lambda o: heif(o, quality=80, thumbnails=[32]),
     "heic with alpha": lambda o: heif(o, mode="RGBA", quality=80),
     "heic gray": lambda o: heif(o, mode="L"),
+    "heic of two tiles": heic_of_two_tiles,
     "avif": lambda o: heif(o, file_format="AVIF"),
     "avif with alpha": lambda o: heif(o, mode="RGBA", file_format="AVIF"),
     "ppm": ppm,

@@ -95,6 +95,8 @@ def _kept_of_meta(content: bytes, meta: _Box) -> Iterator[_Range]:
     contents = sorted(_item_contents(content, boxes), key=lambda each: each[1])
     if any(after[1].start < before[1].end for before, after in itertools.pairwise(contents)):
         raise StructureError  # then what is kept of one item may be another, such as EXIF data
+    if not items <= {item for item, _ in contents}:
+        raise StructureError  # a tile is missing: decoders differ in what they do then
     yield from (part for item, part in contents if item in items)
 
 
