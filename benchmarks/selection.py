@@ -21,7 +21,7 @@ from benchmarks.ways import CIFAR10_IMAGES
 from pipeline.core.errors import report_errors
 from pipeline.download import download
 from pipeline.normalize import normalize
-from pipeline.params import Params, Selection, check_params
+from pipeline.params import Params, Selection, TrainParams, check_params
 from pipeline.recipes import compose
 from pipeline.training.loop import train
 from pipeline.training.selection import epochs_since_best, select_epoch
@@ -52,8 +52,9 @@ USER_DATA_OVERRIDES = {
 
 @dataclass(frozen=True)
 class Run:
-    """The epochs of a training, the test accuracy after each of them, and the size of the validation split."""
+    """A training: its parameters and epochs, the test accuracy after each, and the size of the validation split."""
 
+    params: TrainParams
     history: list[Epoch]
     test_accuracies: list[float]
     num_images: int
@@ -67,7 +68,8 @@ def training_rule(selection: Selection, *, patience: int | None = None) -> Rule:
 
     def rule(run: Run) -> int:
         """Return the epoch that the training would have selected if it had stopped early."""
-        options: dict[str, Any] = {"selection": selection, "num_images": run.num_images}
+        params = run.params.model_copy(update={"selection": selection})
+        options: dict[str, Any] = {"params": params, "num_images": run.num_images}
         ends = range(1, len(run.history) + 1)
         stops = (end for end in ends if patience and epochs_since_best(run.history[:end], **options) >= patience)
         return select_epoch(run.history[: next(stops, len(run.history))], **options).epoch
@@ -110,7 +112,7 @@ def train_and_test(params: Params, folder: Path) -> Run:
         validation_split=splits["validation"],
         on_epoch=on_epoch,
     )
-    return Run(history, accuracies, len(splits["validation"]))
+    return Run(params.train, history, accuracies, len(splits["validation"]))
 
 
 def link_images(folder: Path, *, classes: int, images: int) -> None:

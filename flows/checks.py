@@ -33,9 +33,9 @@ def check_inputs(params: Mapping[str, Any]) -> None:
     for section in ("train", "evaluate"):
         check_device(params[section]["device"], field=f"{section}.device")
     if download["dataset"] == "imagefolder" and _is_small(expand(download["folder"])):
-        from pipeline.datasets.folder_scan import scan  # noqa: PLC0415  # its libraries of image formats take 0.2 s to import
+        from pipeline.datasets.labeled_images import find_images  # noqa: PLC0415  # its libraries of image formats take 0.2 s to import
 
-        scan(expand(download["folder"]))
+        find_images(expand(download["folder"]), labels=download["labels"])
 
 
 def check_device(device: str, *, field: str) -> None:

@@ -50,7 +50,7 @@ def main(flow: TrainClassifier) -> None:
         with temporary_settings(_server_settings(ensure_server())):
             values = Overrides.model_validate(overrides)
             state: State[Summary] = flow(arguments.recipe, values, arguments.keep_workspace, return_state=True)
-        status = report(state, recipe=arguments.recipe)
+        status = report(state, recipe=arguments.recipe, images=arguments.images)
         kept_clone = KEPT_CLONES / str(state.state_details.flow_run_id)
         if kept_clone.is_dir():
             print(f"kept the clone: {kept_clone}", file=sys.stderr)
@@ -68,7 +68,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--images",
         metavar="FOLDER",
-        help="your images, <class>/… or <split>/<class>/…; relative to the project",
+        help="your images: <class>/…, <split>/<class>/… or a table labels.csv; relative to the project",
     )
     parser.add_argument(
         "--set",
@@ -122,10 +122,10 @@ def _server_settings(server: PrefectServer) -> dict[Any, Any]:
     return settings
 
 
-def report(state: State[Any], *, recipe: str) -> int:
+def report(state: State[Any], *, recipe: str, images: str | None = None) -> int:
     """Print the summary, or the reason for the failure in one line, and return the exit status."""
     if state.is_completed():
-        print(as_text(state.result(), recipe=recipe))
+        print(as_text(state.result(), recipe=recipe, images=images))
         return 0
     if state.is_cancelled():
         print(

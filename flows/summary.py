@@ -2,6 +2,7 @@
 
 import csv
 import html
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from pipeline.artifacts import EVALUATE, TRAIN, read_json
 from pipeline.core.errors import redact_url
 
 SUGGESTED_RECIPE = "cifar10_lenet"
+OWN_IMAGES_RECIPES = ("my_images", "my_images_finetune")
+MAX_CLASSES_PRINTED = 20
+UNEQUAL_CLASSES = 3.0  # images of the largest class / those of the smallest one from which weights are suggested
 
 
 @dataclass(frozen=True)
@@ -27,17 +31,24 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """The result of a flow run.
+class ClassResult:
+    """The result for one class on the test split; precision and recall are fractions."""
 
-    `seconds` is its duration. `recalls` maps each class to the fraction of its test images that were classified as it.
-    """
+    name: str
+    images: int
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result of a flow run, which took `seconds`."""
 
     experiment: str
     steps: Sequence[Step]
     seconds: float
     metrics: Mapping[str, float]
-    recalls: Mapping[str, float]
+    classes: Sequence[ClassResult]
     mlflow_run_id: str | None
 
 
@@ -47,23 +58,64 @@ def read_summary(
     """Return the summary with the metrics that `evaluate` wrote below `folder`, a checkout or a clone."""
     metrics = read_json(folder / EVALUATE / "metrics.json")
     with (folder / EVALUATE / "per_class.csv").open(encoding="utf-8", newline="") as file:
-        recalls = {row["class"]: float(row["recall"]) for row in csv.DictReader(file)}
-    return Summary(experiment, steps, seconds, metrics, recalls, mlflow_run_id)
+        classes = [
+            ClassResult(row["class"], int(row["images"]), float(row["precision"]), float(row["recall"]))
+            for row in csv.DictReader(file)
+        ]
+    return Summary(experiment, steps, seconds, metrics, classes, mlflow_run_id)
 
 
-def as_text(summary: Summary, *, recipe: str) -> str:
-    """Return the table at the end of `make run`, followed by suggested next commands."""
+def as_text(summary: Summary, *, recipe: str, images: str | None = None) -> str:
+    """Return the table at the end of `make run`, followed by suggested next commands.
+
+    `images` is the folder of the user's own images, if the command named one.
+    """
     rows = [*_results(summary), ("steps", ", ".join(map(str, summary.steps))), ("took", f"{summary.seconds:.1f} s")]
     rows += [("MLflow run", summary.mlflow_run_id + _cached_model_hint(summary.steps))] if summary.mlflow_run_id else []
     rows += [("experiment", f"{summary.experiment} (your checkout is unchanged)")]
     commands = [
         (f".venv/bin/dvc exp apply {summary.experiment}", "copy the results into your checkout"),
         ("make ui", "open the curves, compare runs"),
-        (f"make run RECIPE={SUGGESTED_RECIPE}", "train on CIFAR-10 (downloads 170 MB)")
-        if recipe == "digits"
-        else ("make experiments", "list the experiments since the last commit, with metrics and parameters"),
     ]
-    return "\n".join(["", *_aligned(rows), "", "Next:", *(f"  {line}" for line in _aligned(commands))])
+    lines = ["", *_aligned(rows)]
+    if recipe == "digits":
+        commands.append((f"make run RECIPE={SUGGESTED_RECIPE}", "train on CIFAR-10 (downloads 170 MB)"))
+    elif recipe in OWN_IMAGES_RECIPES:
+        commands[1:1] = [(".venv/bin/python -m pipeline.predict photo.jpg", "then classify other images")]
+        commands += _suggestions(summary, recipe=recipe, images=images)
+        lines += ["", *_class_table(summary)]
+    else:
+        commands.append(("make experiments", "list the experiments since the last commit, with metrics and parameters"))
+    return "\n".join([*lines, "", "Next:", *(f"  {line}" for line in _aligned(commands))])
+
+
+def _class_table(summary: Summary) -> list[str]:
+    """Return a table of the classes, those of the lowest recall first where there are many."""
+    classes = summary.classes
+    if more := max(0, len(classes) - MAX_CLASSES_PRINTED):
+        classes = sorted(classes, key=lambda each: each.recall)[:MAX_CLASSES_PRINTED]
+    width = max(len("class"), *(len(each.name) for each in classes))
+    lines = [f"{'class':<{width}}  test images   recall  precision"]
+    lines += [
+        f"{each.name:<{width}}  {each.images:>11,}  {each.recall:>7.1%}  {each.precision:>9.1%}" for each in classes
+    ]
+    return (
+        [*lines, f"{more} more classes, of higher recall, are in artifacts/evaluate/per_class.csv"] if more else lines
+    )
+
+
+def _suggestions(summary: Summary, *, recipe: str, images: str | None) -> list[tuple[str, str]]:
+    """Return what to try next on the user's own images, as commands and what they do."""
+    folder = f" IMAGES={shlex.quote(images)}" if images else ""
+    counts = [each.images for each in summary.classes]
+    suggestions = []
+    if recipe == "my_images":
+        command = f"make run RECIPE=my_images_finetune{folder}"
+        suggestions.append((command, "train the whole network (a GPU helps): docs/own-images.md"))
+    if max(counts) >= UNEQUAL_CLASSES * min(counts):
+        command = f'make run RECIPE={recipe}{folder} SET="train.class_weights=balanced"'
+        suggestions.append((command, "give rare classes more weight"))
+    return suggestions
 
 
 def as_markdown(
@@ -106,11 +158,11 @@ def _without_secrets(value: Any) -> Any:
 
 def _results(summary: Summary) -> list[tuple[str, str]]:
     """Return name and text of accuracy, recall and loss."""
-    metrics, recalls = summary.metrics, summary.recalls
-    worst, best = min(recalls, key=recalls.__getitem__), max(recalls, key=recalls.__getitem__)
-    range_of_recalls = f"{recalls[worst]:.2%} (class {worst}) to {recalls[best]:.2%} (class {best})"
-    if recalls[worst] == recalls[best]:
-        range_of_recalls = f"{recalls[worst]:.2%} in every class"
+    metrics = summary.metrics
+    worst, best = (extreme(summary.classes, key=lambda each: each.recall) for extreme in (min, max))
+    range_of_recalls = f"{worst.recall:.2%} (class {worst.name}) to {best.recall:.2%} (class {best.name})"
+    if worst.recall == best.recall:
+        range_of_recalls = f"{worst.recall:.2%} in every class"
     interval = f"(95% interval {metrics['accuracy_low']:.2%} to {metrics['accuracy_high']:.2%})"
     return [
         ("test accuracy", f"{metrics['accuracy']:.2%} {interval}"),

@@ -1,6 +1,6 @@
 """Download, the first step: write the raw data of `download.dataset` into `artifacts/download/`.
 
-The files have the same bytes on every machine.
+The files have the same bytes on every machine. Photographs come without their metadata, such as positions.
 """
 
 from pathlib import Path

@@ -13,7 +13,7 @@ from pipeline.core.yaml import read_yaml
 PARAMS_FILE = Path("params.yaml")
 ALLOWED_LAYOUTS = (
     "<class>/… or <split>/<class>/… with at least two classes, split being train (training), validation (val, valid, "
-    "dev) or test (testing, holdout, eval), with words before or after it as in seg_train"
+    "dev) or test (testing, holdout, eval), with words before or after it as in seg_train; or a table labels.csv"
 )
 
 
@@ -33,6 +33,7 @@ Channels = Literal[1, 3]  # gray or RGB
 Resize = Literal["crop", "pad", "stretch"]
 Views = Literal["none", "mirror", "mirror_and_shift"]
 Selection = Literal["best", "latest_equivalent"]
+Sampler = Literal["shuffle", "balanced"]
 Metric = Literal["accuracy", "macro_f1", "loss"]
 AutoAugment = Literal["none", "rand_augment", "trivial_augment"]
 CpuKernels = Literal["portable", "native"]
@@ -150,7 +151,7 @@ class TrainParams(Section):
     class_weights: Literal["none", "balanced"] = Field(
         description="weight of an image in the loss. none: 1; balanced: all images / (classes * images of its class)"
     )
-    sampler: Literal["shuffle", "balanced"] = Field(
+    sampler: Sampler = Field(
         description="shuffle: each image once an epoch; balanced: images are drawn with replacement, each class "
         "equally often"
     )
@@ -290,6 +291,11 @@ class TrainParams(Section):
             raise ValueError(
                 f"freeze is {self.freeze}, but weights is null: random weights would never be trained; allowed: none; "
                 "set freeze to none, or weights to DEFAULT or a file"
+            )
+        if self.class_weights == self.sampler == "balanced":
+            raise ValueError(
+                "sampler is balanced, and so is class_weights: rare classes would be weighted twice; allowed: one of "
+                "both; set sampler to shuffle, or class_weights to none"
             )
         if self.selection == "latest_equivalent" and self.select_by != "accuracy":
             raise ValueError(

@@ -101,7 +101,7 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
                 save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
             )
             run.log({"selected_epoch": result.selected.epoch}, step=result.selected.epoch)
-            _write(result, classifier, config=configure(params, info))
+            _write(result, classifier, params=params, config=configure(params, info))
             run.log_training(TRAIN)
 
 
@@ -232,15 +232,17 @@ def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams,
     """Log a finished epoch to MLflow, and print it as one line."""
     run.log({**_metrics(epoch), "images_per_second": images_per_second}, step=epoch.epoch)
     bars = 10 * epoch.epoch // params.epochs
+    macro_f1 = f" macro F1 {epoch.validation_macro_f1:.1%}" if params.select_by == "macro_f1" else ""
     print(
         f"epoch {epoch.epoch:>{len(str(params.epochs))}}/{params.epochs} {'█' * bars}{'░' * (10 - bars)} "
         f"loss {epoch.train_loss:.3f} accuracy {epoch.train_accuracy:.1%} | "
-        f"validation {epoch.validation_loss:.3f} {epoch.validation_accuracy:.1%} | {images_per_second:,.0f} images/s",
+        f"validation {epoch.validation_loss:.3f} {epoch.validation_accuracy:.1%}{macro_f1} | "
+        f"{images_per_second:,.0f} images/s",
         flush=True,
     )
 
 
-def _write(result: TrainingResult, classifier: Classifier, *, config: ModelConfig) -> None:
+def _write(result: TrainingResult, classifier: Classifier, *, params: TrainParams, config: ModelConfig) -> None:
     """Write weights, configuration, history and curves to `artifacts/train/`, all or nothing."""
     with replace_folder(TRAIN) as folder:
         for name, weights in (("best", result.best), ("last", result.last)):
@@ -251,7 +253,9 @@ def _write(result: TrainingResult, classifier: Classifier, *, config: ModelConfi
         reasons = {selected.epoch: selected.reason}
         rows = [{**vars(epoch), SELECTED_COLUMN: reasons.get(epoch.epoch, "")} for epoch in result.history]
         write_csv(folder / HISTORY, rows)
-        write_bytes(folder / "curves.png", curves(rows, selected=selected.epoch, reason=selected.reason))
+        with_macro_f1 = params.select_by == "macro_f1"
+        picture = curves(rows, selected=selected.epoch, reason=selected.reason, with_macro_f1=with_macro_f1)
+        write_bytes(folder / "curves.png", picture)
 
 
 if __name__ == "__main__":

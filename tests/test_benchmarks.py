@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import table
+from benchmarks.paired import p_value, t_distribution_tails
 from pipeline.core.errors import UserError
 from tests.conftest import PROJECT
 from tests.test_architecture import imports
@@ -71,3 +72,15 @@ def test_the_header_reports_missing_packages_and_a_missing_git(monkeypatch: pyte
     text = table.header(seeds="0")
     assert "commit unknown with changes unknown" in text
     assert "mlflow not installed, prefect not installed" in text
+
+
+@pytest.mark.parametrize(("t", "freedom"), [(12.7062, 1), (2.77645, 4), (2.26216, 9)])
+def test_5_percent_of_the_t_distribution_are_beyond_the_tabulated_values(t: float, freedom: int) -> None:
+    for sign in (-1, 1):
+        assert t_distribution_tails(sign * t, freedom=freedom) == pytest.approx(0.05, abs=1e-5)
+
+
+def test_the_p_value_is_that_of_the_paired_t_test() -> None:
+    # mean 2, standard deviation sqrt(2.5), so t = 2.8284
+    assert p_value([0, 1, 2, 3, 4]) == pytest.approx(0.04742, abs=1e-5)
+    assert (p_value([0, 0]), p_value([1, 1])) == (1, 0)

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.evaluation.intervals import wilson_interval
 from pipeline.models.build import build
-from pipeline.params import Selection, check_params
+from pipeline.params import check_params
 from pipeline.recipes import compose
 from pipeline.training.checkpoints import Checkpoint
 from pipeline.training.curves import curves
@@ -30,13 +30,13 @@ def history(*results: tuple[float, float]) -> list[Epoch]:
     ]
 
 
-def selected(*results: tuple[float, float], selection: Selection = "best", num_images: int = 100) -> tuple[int, str]:
-    found = select_epoch(history(*results), selection=selection, num_images=num_images)
+def selected(*results: tuple[float, float], num_images: int = 100, **changes: str) -> tuple[int, str]:
+    found = select_epoch(history(*results), params=train_params(**changes), num_images=num_images)
     return found.epoch, found.reason
 
 
-def since_best(*results: tuple[float, float], selection: Selection = "best") -> int:
-    return epochs_since_best(history(*results), selection=selection, num_images=100)
+def since_best(*results: tuple[float, float], **changes: str) -> int:
+    return epochs_since_best(history(*results), params=train_params(**changes), num_images=100)
 
 
 def test_the_highest_accuracy_is_selected_whatever_its_loss() -> None:
@@ -86,7 +86,7 @@ def test_selection_and_early_stopping_use_the_same_order() -> None:
     params = train_params(**QUICK | {"epochs": 40}, early_stopping_epochs=3, learning_rate=0.02)
     trained = run(params)
     assert not isinstance(trained, Checkpoint)
-    best = best_epochs(trained.history, selection=params.selection, num_images=24)
+    best = best_epochs(trained.history, params=params, num_images=24)
     assert trained.selected.epoch == best[-1].epoch
     assert len(trained.history) in (40, best[0].epoch + 3)
 
@@ -123,6 +123,11 @@ def test_the_recipe_my_images_uses_the_rule_for_few_validation_images() -> None:
 
 def test_the_plots_name_the_selected_epoch_and_the_reason() -> None:
     rows = [vars(epoch) for epoch in history((0.5, 0.5), (0.9, 0.2))]
-    pictures = {curves(rows, selected=epoch, reason=reason) for epoch in (1, 2) for reason in ("one", "other")}
-    assert len(pictures) == 4
-    assert curves(rows, selected=1, reason="one") in pictures
+    pictures = {
+        curves(rows, selected=epoch, reason=reason, with_macro_f1=with_macro_f1)
+        for epoch in (1, 2)
+        for reason in ("one", "other")
+        for with_macro_f1 in (False, True)
+    }
+    assert len(pictures) == 8
+    assert curves(rows, selected=1, reason="one", with_macro_f1=False) in pictures

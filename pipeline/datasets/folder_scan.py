@@ -48,11 +48,16 @@ class Scan:
     not_used: dict[str, int]
     # the first file for each reason
     examples: dict[str, str]
-    # the folder that has the class folders in it, by split
-    splits: dict[str, Path]
+    # lines of text that say where the labels are
+    origin: list[str]
     # for each `<split>/<class>` with images in several folders, these folders; "." is the class folder itself
-    merged: dict[str, list[str]]
-    classes: list[ClassFolder]
+    merged: dict[str, list[str]] = field(default_factory=dict)
+    # where the labels are class folders: these
+    classes: list[ClassFolder] = field(default_factory=list)
+    # where the labels are in a table: (name in the archive, path) of the images that are used, sorted by name
+    listed: list[tuple[str, Path]] = field(default_factory=list)
+    # where the table has groups: the group of each image that has one, by its name in the archive
+    groups: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -61,7 +66,7 @@ class Scan:
 
 
 @dataclass
-class _Tally:
+class Tally:
     """Counters and lists that are filled while the folder is walked."""
 
     undecodable: list[tuple[str, str]] = field(default_factory=list)
@@ -79,15 +84,15 @@ def scan(root: Path) -> Scan:
     """Find splits, classes and images below `root`; raises UserError where the layout or the counts are not allowed."""
     layout = find_layout(root)
     class_names = sorted(each.name for each in layout.classes if each.split == "train")
-    tally = _Tally()
+    tally = Tally()
     counts = _count(layout.classes, class_names, tally)
     _tally_outside(root, {each.path for each in layout.classes}, set(layout.unlabeled), tally)
-    visible, hidden = _num_files(root)
+    visible, hidden = num_files(root)
     total = sum(sum(of_split.values()) for of_split in counts.values())
     if visible != total + tally.not_used.total():
         raise TemporaryError(f"download.folder: {str(root)!r} changes while it is read; try again")
     _check_loose(tally, total=total)
-    _check_counts(root, counts)
+    check_counts(root, counts)
     if hidden:
         tally.not_used[HIDDEN] = hidden
     return Scan(
@@ -97,18 +102,17 @@ def scan(root: Path) -> Scan:
         ignored=tally.ignored,
         not_used=dict(sorted(tally.not_used.items())),
         examples=tally.examples,
-        splits=layout.splits,
+        origin=[f"class folders: {', '.join(f'{split} {str(path)!r}' for split, path in layout.splits.items())}"],
         merged=tally.merged,
         classes=layout.classes,
     )
 
 
 def describe(found: Scan) -> list[str]:
-    """Return lines of text: where the classes are, and how many files are used, or not used for which reason."""
-    where = ", ".join(f"{split} {str(path)!r}" for split, path in found.splits.items())
+    """Return lines of text: where the labels are, and how many files are used, or not used for which reason."""
     not_used = sum(found.not_used.values())
     lines = [
-        f"class folders: {where}",
+        *found.origin,
         f"{found.total + not_used:,} files: {found.total:,} used, {not_used:,} not used",
     ]
     lines += [
@@ -126,13 +130,14 @@ def describe(found: Scan) -> list[str]:
 
 def image_files(found: Scan) -> Iterator[tuple[str, Path]]:
     """Yield (name in the archive, path) of each image that is used, sorted by code point."""
+    yield from found.listed
     for each in found.classes:
-        for name, path, kind in _files(each.path, each.member):
+        for name, path, kind in walk(each.path, each.member):
             if kind == IMAGE:
                 yield name, Path(path)
 
 
-def _count(classes: list[ClassFolder], class_names: list[str], tally: _Tally) -> dict[str, dict[str, int]]:
+def _count(classes: list[ClassFolder], class_names: list[str], tally: Tally) -> dict[str, dict[str, int]]:
     """Return the number of images by split and class; add the other files of the class folders to the tally."""
     present = {each.split for each in classes}
     counts: dict[str, dict[str, int]] = {
@@ -141,14 +146,14 @@ def _count(classes: list[ClassFolder], class_names: list[str], tally: _Tally) ->
     for each in classes:
         kinds: Counter[str] = Counter()
         folders: dict[str, None] = {}
-        for name, path, kind in _files(each.path, each.member):
+        for name, path, kind in walk(each.path, each.member):
             kinds[kind] += 1
             if kind == IMAGE:
                 folders[name.rpartition("/")[0]] = None
                 continue
             tally.add_unused(name, kind)
             if kind == UNDECODABLE:
-                tally.undecodable.append((name, _undecodable_reason(path)))
+                tally.undecodable.append((name, undecodable_reason(path)))
             else:
                 tally.ignored.append(name)
         if len(folders) > 1:
@@ -160,7 +165,7 @@ def _count(classes: list[ClassFolder], class_names: list[str], tally: _Tally) ->
     return counts
 
 
-def _undecodable_reason(path: str) -> str:
+def undecodable_reason(path: str) -> str:
     """Return why a file with such a suffix cannot be decoded."""
     try:
         check_suffix(path)
@@ -169,21 +174,21 @@ def _undecodable_reason(path: str) -> str:
     raise AssertionError(path)
 
 
-def _tally_outside(root: Path, classes: Set[Path], unlabeled: Set[Path], tally: _Tally) -> None:
+def _tally_outside(root: Path, classes: Set[Path], unlabeled: Set[Path], tally: Tally) -> None:
     """Count the files that are in no class folder."""
-    for name, _, kind in _files(root, "", skip=classes | unlabeled):
-        tally.add_unused(name, LOOSE if _is_photograph(name, kind) else OUTSIDE)
+    for name, _, kind in walk(root, "", skip=classes | unlabeled):
+        tally.add_unused(name, LOOSE if is_photograph(name, kind) else OUTSIDE)
     for folder in sorted(unlabeled):
-        for name, _, kind in _files(folder, folder.relative_to(root).as_posix()):
-            tally.add_unused(name, UNLABELED if _is_photograph(name, kind) else OUTSIDE)
+        for name, _, kind in walk(folder, folder.relative_to(root).as_posix()):
+            tally.add_unused(name, UNLABELED if is_photograph(name, kind) else OUTSIDE)
 
 
-def _is_photograph(name: str, kind: str) -> bool:
+def is_photograph(name: str, kind: str) -> bool:
     """Return whether a file outside the class folders may belong to a class; a PDF, for example, does not."""
     return kind == IMAGE or (kind == UNDECODABLE and suffix(name) in RAW_SUFFIXES)
 
 
-def _check_loose(tally: _Tally, *, total: int) -> None:
+def _check_loose(tally: Tally, *, total: int) -> None:
     """Raise UserError where too many images are outside the class folders."""
     loose = tally.not_used[LOOSE]
     if loose > MAX_LOOSE_FRACTION * total:
@@ -193,7 +198,7 @@ def _check_loose(tally: _Tally, *, total: int) -> None:
         )
 
 
-def _check_counts(root: Path, counts: dict[str, dict[str, int]]) -> None:
+def check_counts(root: Path, counts: dict[str, dict[str, int]]) -> None:
     """Raise UserError where a class has too few training images.
 
     Each split that is drawn from train takes at least one image of each class, and one must be left to train on.
@@ -210,7 +215,7 @@ def _check_counts(root: Path, counts: dict[str, dict[str, int]]) -> None:
         )
 
 
-def _num_files(root: Path) -> tuple[int, int]:
+def num_files(root: Path) -> tuple[int, int]:
     """Return the numbers of files below `root`: visible ones, and those that are hidden or in a hidden folder."""
     visible = hidden = 0
     concealed = set[str]()
@@ -223,7 +228,7 @@ def _num_files(root: Path) -> tuple[int, int]:
     return visible, hidden
 
 
-def _files(folder: Path, member: str, *, skip: Set[Path] = frozenset()) -> Iterator[tuple[str, str, str]]:
+def walk(folder: Path, member: str, *, skip: Set[Path] = frozenset()) -> Iterator[tuple[str, str, str]]:
     """Yield (name in the archive, path, kind) of the files, sorted by code point, one folder in memory at a time."""
     found = entries(folder)
     images = {name.rpartition(".")[0].lower() for name, _ in found if suffix(name) in IMAGE_SUFFIXES}
@@ -232,7 +237,7 @@ def _files(folder: Path, member: str, *, skip: Set[Path] = frozenset()) -> Itera
         if not entry.is_dir():
             yield full, entry.path, _kind(entry, images=images)
         elif (path := Path(entry.path)) not in skip:
-            yield from _files(path, full, skip=skip)
+            yield from walk(path, full, skip=skip)
 
 
 def _kind(entry: os.DirEntry[str], *, images: Set[str]) -> str:

@@ -54,6 +54,7 @@ class Description(BaseModel):
     dataset: Dataset
     class_names: list[str] = []
     counts: dict[str, dict[str, NonNegativeInt]] = {}  # files by split and class
+    num_groups: NonNegativeInt = 0  # groups that a table of labels gives
     ignored_files: list[str] = []
     undecodable_files: list[_Undecodable] = []
     files: dict[str, Any] = {}  # numbers of files found, used and not used, for readers of the file only

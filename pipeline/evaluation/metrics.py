@@ -10,6 +10,7 @@ import torch
 
 from pipeline.artifacts import Labels
 from pipeline.evaluation.intervals import wilson_interval
+from pipeline.evaluation.scores import f1_scores
 from pipeline.models.losses import loss_function
 
 Row = Mapping[str, Any]
@@ -39,8 +40,9 @@ def evaluate(
 ) -> Evaluation:
     """Compute all metrics from logits (N, num_classes) float32 on the CPU and labels (N,) int64.
 
-    `loss` is the name of the training's loss function; `duplicates` are the indices of test images that have a
-    duplicate or near-duplicate in another split.
+    The loss is that of the training, of which `loss` is the name, without label smoothing and class weights. The
+    balanced accuracy is the mean recall of the classes that have images. `duplicates` are the indices of test images
+    that have a duplicate or near-duplicate in another split.
     """
     probabilities = logits.softmax(1).numpy()
     predicted = probabilities.argmax(1)
@@ -48,13 +50,16 @@ def evaluate(
     np.add.at(confusion, (labels, predicted), 1)
     is_correct = predicted == labels
     per_class = _per_class(confusion, class_names=class_names)
+    num_correct, actual = np.diag(confusion), confusion.sum(1)
+    recalls = num_correct[actual > 0] / actual[actual > 0]
     low, high = wilson_interval(int(is_correct.sum()), len(labels))
     metrics: dict[str, float] = {
         "loss": loss_function(loss)(logits, torch.from_numpy(np.asarray(labels))).item(),
         "accuracy": float(is_correct.mean()),
         "accuracy_low": low,
         "accuracy_high": high,
-        "macro_f1": float(np.mean([row["f1"] for row in per_class])),
+        "balanced_accuracy": float(recalls.mean()),
+        "macro_f1": float(_f1_scores(confusion).mean()),
     }
     if len(class_names) > top_k:
         ranks = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
@@ -76,12 +81,17 @@ def evaluate(
     return Evaluation(metrics=metrics, per_class=per_class, predictions=predictions, confusion=confusion)
 
 
+def _f1_scores(confusion: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    """Return the F1 score of each class: (num_classes,) float64."""
+    return f1_scores(num_correct=np.diag(confusion), actual=confusion.sum(1), predicted=confusion.sum(0))
+
+
 def _per_class(confusion: npt.NDArray[np.int64], *, class_names: Sequence[str]) -> list[Row]:
     """Return precision, recall and F1 of each class; a value whose divisor is 0 is 0."""
     num_correct, actual, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     precision = num_correct / np.maximum(predicted, 1)
     recall = num_correct / np.maximum(actual, 1)
-    f1 = 2 * num_correct / np.maximum(actual + predicted, 1)
+    f1 = _f1_scores(confusion)
     return [
         {
             "class": name,

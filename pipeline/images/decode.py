@@ -19,6 +19,8 @@ from pipeline.params import Channels, Resize
 
 MAX_PIXELS = 2**27  # 134 megapixels, 0.5 GB as RGB; a small file can claim to have more
 MAX_FILE_BYTES = 2**30
+# a JPEG file is decoded at reduced size, but not below this many times the size of the arrays (benchmarks/decode.py)
+DRAFT_FACTOR = 2
 # Pillow runs Ghostscript, another program, for EPS; it recognizes the others but cannot decode them
 _REFUSED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # only the main picture of a HEIC file is decoded, by one thread, as there is a decoding process for each core
@@ -45,6 +47,7 @@ _SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|RIFF....WEBP|....ftyp(avif|avis|heic|heix|hevc|hevx|mif1|msf1)",
     re.DOTALL,
 )
+_LONG_QUOTE = re.compile(r"""b?'[^']{9,}'|b?"[^"]{9,}\"""")  # in an error of Pillow: may be metadata of the file
 _RESAMPLE = Image.Resampling.BICUBIC
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # plugins log problems of a file, which decode() reports anyway
@@ -80,11 +83,56 @@ def decode(content: bytes, *, image_size: int, channels: Channels, resize: Resiz
 
     A truncated file is unreadable; wrong bytes inside JPEG data cannot always be detected.
     """
+    with _reporting_unreadable(content):
+        image = _to_channels(_open(content, draft_size=DRAFT_FACTOR * image_size), channels=channels)
+        return _pixels(to_size(image, image_size=image_size, resize=resize))
+
+
+def to_png(content: bytes) -> bytes:
+    """Decode the first frame of an image file as `decode` does and return it as a PNG file; raises UnreadableImage.
+
+    It is upright, gray or RGB with 8 bits, as `decode` has it before it resizes, so that `decode` returns the same.
+    """
+    with _reporting_unreadable(content):
+        image = _open(content)
+        image = _to_channels(image, channels=1 if image.mode in ("1", "L", "F", *_SIXTEEN_BIT) else 3)
+        stream = BytesIO()
+        # a copy of the pixels, without the information that Pillow would write
+        Image.fromarray(np.asarray(image)).save(stream, "PNG", compress_level=1)
+        return stream.getvalue()
+
+
+def read_orientation(content: bytes) -> int:
+    """Return the orientation, 1 to 8, to which `decode` turns an image; 1, unchanged, where none can be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = _to_channels(_open(content, image_size=image_size), channels=channels)
-            return _pixels(to_size(image, image_size=image_size, resize=resize))
+            orientation = Image.open(BytesIO(content), formats=_FORMATS).getexif().get(0x0112, 1)
+            return int(orientation) if orientation in range(2, 9) else 1
+    except MemoryError:
+        raise
+    # Pillow raises nearly anything on damaged EXIF data, which `decode` ignores
+    except Exception:
+        return 1
+
+
+def can_open(content: bytes) -> bool:
+    """Return whether the header of an image file can be read; the pixels are not decoded."""
+    try:
+        with _reporting_unreadable(content):
+            Image.open(BytesIO(content), formats=_FORMATS)
+    except UnreadableImage:
+        return False
+    return True
+
+
+@contextmanager
+def _reporting_unreadable(content: bytes) -> Iterator[None]:
+    """Turn every error of the block, which decodes the content, into UnreadableImage with the reason."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except UnreadableImage:
         raise
     except Image.DecompressionBombError:
@@ -123,13 +171,17 @@ def resize_pixels(pixels: npt.NDArray[np.uint8], *, image_size: int, channels: C
     return _pixels(to_size(image, image_size=image_size, resize="stretch"))
 
 
-def _open(content: bytes, *, image_size: int) -> Image.Image:
-    """Load the first frame and turn it upright; raises UnreadableImage before decoding where it has too many pixels."""
+def _open(content: bytes, *, draft_size: int | None = None) -> Image.Image:
+    """Load the first frame and turn it upright; raises UnreadableImage before decoding where it has too many pixels.
+
+    A JPEG file is decoded at reduced size, with both sides at least `draft_size`, where it is given and allows that.
+    """
     image: Image.Image = Image.open(BytesIO(content), formats=_FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise UnreadableImage(f"{width} x {height} pixels; allowed: {MAX_PIXELS:,} in all")
-    image.draft(None, (2 * image_size, 2 * image_size))
+    if draft_size is not None:
+        image.draft(None, (draft_size, draft_size))
     with _quiet_stderr() if image.format == "TIFF" else nullcontext():
         image.load()
     _turn_upright(image)
@@ -214,6 +266,6 @@ def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 
 def _describe_error(error: Exception) -> str:
-    """Return in one line why Pillow could not decode an image."""
-    reason = escape_control_chars(" ".join(str(error).split()))
+    """Return in one line why Pillow could not decode an image, without quoting more than a name from the file."""
+    reason = _LONG_QUOTE.sub("…", escape_control_chars(" ".join(str(error).split())))
     return reason if isinstance(error, OSError) and reason else f"damaged ({type(error).__name__}: {reason})"

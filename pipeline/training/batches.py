@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pipeline.arrays import Split, normalize_pixels
-from pipeline.params import TrainParams
+from pipeline.params import Sampler, TrainParams
 from pipeline.training import distributed
+from pipeline.training.sampling import draw_order
 
 BLOCK_BYTES = 2**20  # how much is read from a file at once; a disk takes little longer for it than for one image
 DROPOUT_STREAM = 1  # the `stream` of `generator` for dropout
@@ -74,8 +75,9 @@ class _Window:
 class TrainingBatches:
     """An epoch's shuffled batches of exactly `batch_size`: images (B, C, H, W) float32 and labels (B,) int64.
 
-    Images that do not fill a batch are left out; which ones differs from epoch to epoch. `position` is the index of the
-    next batch. With several `processes`, each `rank` gets its slice of every batch; all slices have the same length.
+    With the sampler "balanced" an image can be in several batches or in none: see `draw_order`. Images that do not fill
+    a batch are left out; which ones differs from epoch to epoch. `position` is the index of the next batch. With
+    several `processes`, each `rank` gets its slice of every batch; all slices have the same length.
 
     A split whose images are not on the device is shuffled in two steps: its blocks of neighboring images are drawn in
     random order, and as many of them as `split.window_bytes` can hold are read and shuffled together.
@@ -89,12 +91,16 @@ class TrainingBatches:
         seed: int,
         epoch: int,
         augmentation: Augmentation,
+        sampler: Sampler = "shuffle",
         position: int = 0,
         rank: int = 0,
         processes: int = 1,
     ) -> None:
         self._split, self._batch_size, self._augmentation = split, batch_size, augmentation
         self._seed, self._epoch = seed, epoch
+        self._sampler: Sampler = sampler
+        self._labels = split.labels.cpu()
+        self._class_counts = self._labels.bincount()
         self._slice_length, self._rank = batch_size // processes, rank
         self._blocks, self._block_length = self._draw_blocks()
         blocks_per_batch = max(1, batch_size // self._block_length)
@@ -152,7 +158,8 @@ class TrainingBatches:
         blocks = self._blocks[index * self._blocks_per_window : (index + 1) * self._blocks_per_window]
         random = generator(self._seed, epoch=self._epoch, stream=FIRST_WINDOW_STREAM + index)
         indices = torch.cat([torch.arange(start, stop) for start, stop in blocks])
-        order = torch.randperm(len(indices), generator=random)
+        labels = self._labels[indices]
+        order = draw_order(labels, sampler=self._sampler, class_counts=self._class_counts, random=random)
         height, width = split.images.shape[1:3]
         bounds = [(-padding, padding + 1), (-padding, padding + 1), (0, height), (0, width)]
         drawn = (torch.randint(*bound, (len(order), 1), generator=random) for bound in bounds)
@@ -161,7 +168,7 @@ class TrainingBatches:
         return _Window(
             images=_read_blocks(split, blocks),
             order=order.to(device),
-            labels=split.labels[indices[order].to(device)],
+            labels=labels[order].to(device),
             mirrored=(self._mirrored_in_even_epochs[indices[order]] ^ bool(self._epoch % 2)).unsqueeze(1).to(device),
             shifts=(down, right),
             cutout_centers=(row, column),
@@ -176,6 +183,7 @@ def epoch_batches(split: Split, *, params: TrainParams, epoch: int, position: in
         seed=params.seed,
         epoch=epoch,
         augmentation=Augmentation(params.flip, params.crop_padding, params.cutout_size),
+        sampler=params.sampler,
         position=position,
         rank=distributed.rank(),
         processes=distributed.world_size(),

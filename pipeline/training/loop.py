@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from pipeline.arrays import Split
 from pipeline.core.progress import progress
+from pipeline.evaluation.scores import f1_scores
 from pipeline.models.build import Classifier
 from pipeline.models.inference import logits_of
-from pipeline.models.losses import loss_function
+from pipeline.models.losses import balanced_class_weights, loss_function
 from pipeline.params import TrainParams
 from pipeline.training import distributed
 from pipeline.training.batches import epoch_batches, seed_dropout_of_rank
@@ -27,7 +28,7 @@ from pipeline.training.optimizer import set_learning_rate
 from pipeline.training.saving import CheckpointSaver
 from pipeline.training.schedule import learning_rate
 from pipeline.training.selection import SelectedEpoch, is_finished, select_epoch
-from pipeline.training.state import Epoch, TrainingState, copy_weights
+from pipeline.training.state import Epoch, TrainingState, Validation, copy_weights
 
 VALIDATION_BATCH_SIZE = 500
 
@@ -68,7 +69,7 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
     if params.compile:
         classifier.compile()
     network = distributed.average_gradients(classifier)
-    criterion = loss_function(params.loss, label_smoothing=params.label_smoothing)
+    criterion = training_loss(params, train_split)
     steps_per_epoch, num_validation = len(train_split) // params.batch_size, len(validation_split)
     state = TrainingState(classifier, params=params)
     if start is not None:
@@ -127,23 +128,29 @@ def train(  # noqa: C901, PLR0915  # the whole algorithm on one page
             images_per_second = num_train_images / (time.perf_counter() - state.epoch_start)
             distributed.broadcast_buffers(classifier)
             with autocast(params.mixed_precision, device=state.device):
-                validation_loss, validation_accuracy = validate(classifier, validation_split, loss=params.loss)
-            check_validation_loss(validation_loss, epoch=epoch, params=params)
+                validation = validate(classifier, validation_split, loss=params.loss)
+            check_validation_loss(validation.loss, epoch=epoch, params=params)
             # keep the weights if this epoch is the selected one so far
             with saver.whole_step():
-                state.finish_epoch(validation_loss, validation_accuracy, num_train_images=num_train_images)
-                selected = select_epoch(state.history, selection=params.selection, num_images=num_validation)
+                state.finish_epoch(validation, num_train_images=num_train_images)
+                selected = select_epoch(state.history, params=params, num_images=num_validation)
                 if selected.epoch == epoch:
                     state.best = copy_weights(classifier)
                 on_epoch(state.history[-1], images_per_second)
             # write a checkpoint after the epoch
             saver.save_after_epoch()
-    selected = select_epoch(state.history, selection=params.selection, num_images=num_validation)
+    selected = select_epoch(state.history, params=params, num_images=num_validation)
     return TrainingResult(state.best, copy_weights(classifier), state.history, selected)
 
 
-def validate(classifier: Classifier, split: Split, *, loss: str) -> tuple[float, float]:
-    """Return the mean loss, without label smoothing, and the accuracy on a whole split.
+def training_loss(params: TrainParams, train_split: Split) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss function that the training minimizes, with label smoothing and the weights of the classes."""
+    weights = balanced_class_weights(train_split.labels) if params.class_weights == "balanced" else None
+    return loss_function(params.loss, label_smoothing=params.label_smoothing, class_weights=weights)
+
+
+def validate(classifier: Classifier, split: Split, *, loss: str) -> Validation:
+    """Return loss, accuracy and macro F1 of a whole split; the loss is without label smoothing and class weights.
 
     With several processes, each computes its slice of the split, and all return the same values.
     """
@@ -151,7 +158,11 @@ def validate(classifier: Classifier, split: Split, *, loss: str) -> tuple[float,
     start, stop = len(split) * rank // num_ranks, len(split) * (rank + 1) // num_ranks
     logits = logits_of(classifier, split, batch_size=VALIDATION_BATCH_SIZE, between=(start, stop))
     labels = split.labels[start:stop]
-    mean_loss, num_correct = loss_function(loss)(logits, labels), (logits.argmax(1) == labels).sum()
-    sums = torch.tensor([mean_loss.item() * (stop - start), num_correct.item()], dtype=torch.float64)
-    sums = distributed.sum_over_ranks(sums.cuda() if logits.is_cuda else sums)
-    return sums[0].item() / len(split), sums[1].item() / len(split)
+    loss_sum = loss_function(loss)(logits, labels).item() * (stop - start)
+    actual, predicted = labels.cpu(), logits.argmax(1).cpu()
+    counts = [found.bincount(minlength=logits.shape[1]) for found in (actual[actual == predicted], actual, predicted)]
+    sums = torch.cat([torch.tensor([loss_sum], dtype=torch.float64), *counts])
+    sums = distributed.sum_over_ranks(sums.cuda() if logits.is_cuda else sums).cpu()
+    num_correct, num_actual, num_predicted = sums[1:].view(3, -1).long().numpy()
+    f1 = f1_scores(num_correct=num_correct, actual=num_actual, predicted=num_predicted)
+    return Validation(sums[0].item() / len(split), num_correct.sum().item() / len(split), f1.mean().item())

@@ -18,8 +18,21 @@ from pipeline.training.optimizer import make_optimizers
 
 
 @dataclass(frozen=True)
+class Validation:
+    """The result of a validation: the mean loss of the images, their accuracy, and the mean F1 score of the classes."""
+
+    loss: float
+    accuracy: float
+    macro_f1: float
+
+
+@dataclass(frozen=True)
 class Epoch:
-    """One row of the history: losses and accuracies are sums over images divided by images."""
+    """One row of the history: losses and accuracies are sums over images divided by images.
+
+    The train loss is the one that is minimized, with label smoothing and class weights; the validation loss is without
+    them, so that trainings can be compared.
+    """
 
     epoch: int
     learning_rate: float
@@ -27,6 +40,7 @@ class Epoch:
     train_accuracy: float
     validation_loss: float
     validation_accuracy: float
+    validation_macro_f1: float
 
 
 class TrainingState:
@@ -59,7 +73,7 @@ class TrainingState:
         self.num_correct.zero_()
         self.epoch_start = time.perf_counter()
 
-    def finish_epoch(self, validation_loss: float, validation_accuracy: float, *, num_train_images: int) -> None:
+    def finish_epoch(self, validation: Validation, *, num_train_images: int) -> None:
         """Append the current epoch, which trained on `num_train_images` images, to the history."""
         train_loss, train_accuracy = self.loss_sum.item() / num_train_images, self.num_correct.item() / num_train_images
         self.history.append(
@@ -68,8 +82,9 @@ class TrainingState:
                 learning_rate=self.learning_rate,
                 train_loss=train_loss,
                 train_accuracy=train_accuracy,
-                validation_loss=validation_loss,
-                validation_accuracy=validation_accuracy,
+                validation_loss=validation.loss,
+                validation_accuracy=validation.accuracy,
+                validation_macro_f1=validation.macro_f1,
             )
         )
         self.position = 0
