@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from torch import nn
 
 from pipeline.arrays import Split
@@ -68,7 +68,7 @@ def divided(model: str, *, classes: int = 3, size: int = 32, **changes: Any) -> 
 
 def timm_classifier(name: str) -> Classifier:
     """Return a network of timm with 3 classes and a marked head."""
-    size = {"depth": 2, "embed_dim": 24, "num_heads": 2} if name.startswith("vit") else {}
+    size: dict[str, Any] = {"depth": 2, "embed_dim": 24, "num_heads": 2} if name.startswith("vit") else {}
     network, other = (timm.create_model(name, num_classes=number, **size) for number in (3, 4))
     classifier, shapes = Classifier(network, network_channels=3, input_size=None), other.state_dict()
     tensors = network.state_dict()
@@ -266,7 +266,7 @@ def test_the_learning_rates_of_a_transformer_are_those_of_timm() -> None:
 
 
 def test_the_biases_of_batch_normalization_keep_their_rule() -> None:
-    changes = {"layer_decay": 0.5, "bias_learning_rate_factor": 4.0, "weight_decay": 0.1}
+    changes: dict[str, Any] = {"layer_decay": 0.5, "bias_learning_rate_factor": 4.0, "weight_decay": 0.1}
     classifier, params = divided("resnet18", **changes)
     [optimizer] = make_optimizers(classifier, params=params)
     bias = classifier.network.get_parameter("layer4.1.bn1.bias")
@@ -306,7 +306,8 @@ def test_a_frozen_training_stopped_in_the_middle_of_an_epoch_has_the_same_result
 ) -> None:
     def run(*, stop_after: int | None = None, start: Checkpoint | None = None) -> TrainingResult | Checkpoint:
         classifier, params = divided(model, **changes, log_every_steps=1, learning_rate=0.01)
-        trained, data, saved = select_trained(classifier, split_of(2, seed=0), params=params), splits(), []
+        trained, data = select_trained(classifier, split_of(2, seed=0), params=params), splits()
+        saved: list[Checkpoint] = []
 
         def on_step(step: int, _loss: float, _rate: float) -> None:
             if step == stop_after:
