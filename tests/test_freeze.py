@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from timm.optim import param_groups_layer_decay
+from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]
 from torch import nn
 
 from pipeline.arrays import Split
@@ -306,7 +306,8 @@ def test_a_frozen_training_stopped_in_the_middle_of_an_epoch_has_the_same_result
 ) -> None:
     def run(*, stop_after: int | None = None, start: Checkpoint | None = None) -> TrainingResult | Checkpoint:
         classifier, params = divided(model, **changes, log_every_steps=1, learning_rate=0.01)
-        trained, data, saved = select_trained(classifier, split_of(2, seed=0), params=params), splits(), []
+        trained, data = select_trained(classifier, split_of(2, seed=0), params=params), splits()
+        saved: list[Checkpoint] = []
 
         def on_step(step: int, _loss: float, _rate: float) -> None:
             if step == stop_after:

@@ -10,6 +10,7 @@ import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -115,17 +116,17 @@ def kept_features(classifier: Classifier, head: nn.Module, split: Split, *, name
     and the features stay in memory.
     """
     folder = cache_folder("features")
-    path = _find(folder, name=name, key=key)
-    if path is None:
+    found = _read(folder, name=name, key=key, window_bytes=split.window_bytes)
+    if found is None:
         try:
             path = _write(compute_features(classifier, head, split, name=name), folder, name=name, key=key, split=split)
+            found = _load(path, window_bytes=split.window_bytes)
         except OSError as error:
             print(f"warning: {error.filename}: {error.strerror}; the features of {name} are not kept", flush=True)
-            blocks = compute_features(classifier, head, split, name=name)
-            return with_features(split, np.concatenate(list(blocks)))
-        print(f"features of {name}: computed for {len(split):,} images, kept in {folder}", flush=True)
-    fits = path.stat().st_size <= split.window_bytes
-    return with_features(split, np.load(path, mmap_mode=None if fits else "c"))
+            found = np.concatenate(list(compute_features(classifier, head, split, name=name)))
+        else:
+            print(f"features of {name}: computed for {len(split):,} images, kept in {folder}", flush=True)
+    return with_features(split, found)
 
 
 def with_features(split: Split, features: Features) -> Split:
@@ -157,16 +158,25 @@ def feature_key(classifier: Classifier, *, params: TrainParams, determinants: Ma
     )
 
 
-def _find(folder: Path, *, name: str, key: str) -> Path | None:
-    """Return the undamaged file with this key, or None; print a warning for a damaged one, and delete it."""
+def _read(folder: Path, *, name: str, key: str, window_bytes: int) -> Features | None:
+    """Return the content of the file with this key, or None; print a warning for a damaged file, and delete it."""
     for path in folder.glob(f"{name}-{key}-*.npy"):
-        if file_md5(path) == path.stem.rpartition("-")[2]:
-            os.utime(path)  # the time of the last use, by which `_remove_unused` chooses
-            print(f"features of {name}: read from {path}", flush=True)
-            return path
-        print(f"warning: {path}: damaged (its MD5 is not the one in its name); it is computed again", flush=True)
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the file may be deleted at any time
+            if file_md5(path) == path.stem.rpartition("-")[2]:
+                os.utime(path)  # the time of the last use, by which `_remove_unused` chooses
+                found = _load(path, window_bytes=window_bytes)
+                print(f"features of {name}: read from {path}", flush=True)
+                return found
+            print(f"warning: {path}: damaged (its MD5 is not the one in its name); it is computed again", flush=True)
+            path.unlink()
     return None
+
+
+def _load(path: Path, *, window_bytes: int) -> Features:
+    """Return the features (N, D) of a file: in memory, or memory-mapped if they are larger than `window_bytes`."""
+    fits = path.stat().st_size <= window_bytes
+    found: Features = np.load(path, mmap_mode=None if fits else "c")
+    return found
 
 
 def _write(blocks: Iterator[Features], folder: Path, *, name: str, key: str, split: Split) -> Path:
