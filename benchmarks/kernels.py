@@ -1,7 +1,7 @@
 """Measure how much longer an epoch takes with portable kernels, which give the same bits on every CPU.
 
 `python -m benchmarks.kernels [ROUNDS]` trains in turn with native and portable kernels, and prints medians and their
-median ratio for the recipes digits and cifar10_lenet, and for three steps of my_images. Each training is a process of
+median ratio for the recipes digits and cifar10_lenet, and for three steps of my_images_finetune. Each training is a process of
 its own, since PyTorch chooses its kernels once in a process. Imports and a first epoch, on a tenth of the images, are
 not measured. The images are random pixels.
 """
@@ -25,7 +25,9 @@ from pipeline.training.device import prepare_torch
 from pipeline.training.loop import train
 
 # by recipe: epochs, training images, pixels a side, channels
-RECIPES = {"digits": (5, 1_078, 32, 1), "cifar10_lenet": (1, 45_000, 32, 3), "my_images": (1, 96, 128, 3)}
+RECIPES = {"digits": (5, 1_078, 32, 1), "cifar10_lenet": (1, 45_000, 32, 3), "my_images_finetune": (1, 96, 256, 3)}
+# random weights: the time does not depend on them
+FROM_NOTHING = {"train.weights": None, "train.layer_decay": 1.0, "train.head_learning_rate_factor": 1.0}
 KERNELS = ("native", "portable")
 
 
@@ -40,8 +42,8 @@ def random_split(recipe: str, *, num_images: int) -> Split:
 def seconds_of_epochs(recipe: str, *, kernels: str) -> float:
     """Return the seconds of the recipe's epochs on the CPU, validation included."""
     epochs, num_images, size, channels = RECIPES[recipe]
-    changes = {"train.cpu_kernels": kernels, "train.epochs": epochs, "train.device": "cpu", "train.weights": None}
-    params = check_params(compose(recipe, changes), origin="benchmark").train
+    changes = {"train.cpu_kernels": kernels, "train.epochs": epochs, "train.device": "cpu"}
+    params = check_params(compose(recipe, FROM_NOTHING | changes), origin="benchmark").train
     prepare_torch(params)
     train_split, validation_split = (random_split(recipe, num_images=n) for n in (num_images, num_images // 10))
     mean, std = (0.5,) * channels, (0.25,) * channels

@@ -1,13 +1,13 @@
 """Load pretrained weights into a network: its default ones, or those in a file."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.artifacts import check_weights
 from pipeline.core.errors import TemporaryError, UserError, first_line
@@ -40,7 +40,21 @@ def load_pretrained(classifier: Classifier, *, config: ModelConfig, md5: str | N
         name: tensor for name, tensor in weights.items() if name in target and tensor.shape == target[name].shape
     }
     classifier.network.load_state_dict(fitting, strict=False)
-    return [name for name in target if name not in fitting and not name.endswith(COUNTER)]
+    newly_drawn = [name for name in target if name not in fitting and not name.endswith(COUNTER)]
+    if config.model.startswith(TIMM_PREFIX):
+        _draw_linear_layers(classifier, newly_drawn)
+    return newly_drawn
+
+
+def _draw_linear_layers(classifier: Classifier, names: Iterable[str]) -> None:
+    """Draw the weights of the linear layers that own these tensors by PyTorch's rule for linear layers.
+
+    timm's EfficientNets draw weights of up to 1 / sqrt(num_classes): features of a pretrained network then give such
+    large logits that the first epochs only shrink them.
+    """
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        if isinstance(layer := classifier.network.get_submodule(name), nn.Linear):
+            layer.reset_parameters()
 
 
 def head_tensors(config: ModelConfig) -> set[str]:

@@ -7,7 +7,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage:
-    """A copy of a `classifier` whose weights are the exponential moving average of those of a classifier that is trained.
+    """A copy of a classifier whose weights are the exponential moving average of those of the one that is trained.
 
     Step n (from 1) keeps the fraction `decay` of the average, or less in the first steps: (1 + n) / (10 + n), as
     TensorFlow's ExponentialMovingAverage does with `num_updates`. The average then spans about the last tenth of the
