@@ -1,9 +1,9 @@
 """Measure how much longer an epoch takes with portable kernels, which give the same bits on every CPU.
 
 `python -m benchmarks.kernels [ROUNDS]` trains in turn with native and portable kernels, and prints medians and their
-median ratio for the recipes digits and cifar10_lenet, and for three steps of my_images_finetune. Each training is a process
-of its own, since PyTorch chooses its kernels once in a process. Imports and a first epoch, on a tenth of the images, are
-not measured. The images are random pixels.
+median ratio for the recipes digits and cifar10_lenet, and for three steps of my_images_finetune. Each training is a
+process of its own, since PyTorch chooses its kernels once in a process. Imports and a first epoch, on a tenth of the
+images, are not measured. The images are random pixels.
 """
 
 import sys
