@@ -175,7 +175,7 @@ def _read(folder: Path, *, name: str, key: str, window_bytes: int) -> Features |
 def _load(path: Path, *, window_bytes: int) -> Features:
     """Return the features (N, D) of a file: in memory, or memory-mapped if they are larger than `window_bytes`."""
     fits = path.stat().st_size <= window_bytes
-    found: Features = np.load(path, mmap_mode=None if fits else "c")
+    found: Features = np.load(path, mmap_mode=None if fits else "c", allow_pickle=False)
     return found
 
 
