@@ -199,6 +199,7 @@ def test_weights_and_sampler_together_are_refused() -> None:
         train_params(class_weights="balanced", sampler="balanced")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [*BALANCED, {"class_weights": "balanced", "loss": "mse"}])
 def test_a_resumed_training_ends_with_the_same_bits(changes: dict[str, str]) -> None:
     values = {"log_every_steps": 1, "learning_rate": 0.01, "select_by": "macro_f1"}
@@ -206,6 +207,7 @@ def test_a_resumed_training_ends_with_the_same_bits(changes: dict[str, str]) -> 
     assert_same(stopped(params, 2, 5, 7), run(params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", BALANCED)
 def test_balancing_changes_what_a_training_learns(changes: dict[str, str]) -> None:
     split = split_of(60, seed=1)

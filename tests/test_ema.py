@@ -65,6 +65,7 @@ def test_the_average_does_not_change_the_training() -> None:
     assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in averaged.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "changes"), [("lenet", {}), ("airbench", {"average_every_steps": 3, "schedule": "linear"})]
 )

@@ -95,7 +95,7 @@ def test_a_transformer_of_timm_is_frozen_with_its_class_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "freeze", "trained"),
+    ("model", "freeze", "expected"),
     [
         ("resnet18", "backbone", {"fc"}),
         ("resnet18", "until=layer3", {"layer4", "fc"}),
@@ -105,8 +105,8 @@ def test_a_transformer_of_timm_is_frozen_with_its_class_token() -> None:
         ("mobilenet_v3_small", "until=features.5", {"features", "classifier"}),
     ],
 )
-def test_freeze_selects_what_is_trained(model: str, freeze: str, trained: set[str]) -> None:
-    assert trained_names(divided(model, freeze=freeze)[0]) == trained
+def test_freeze_selects_what_is_trained(model: str, freeze: str, expected: set[str]) -> None:
+    assert trained_names(divided(model, freeze=freeze)[0]) == expected
 
 
 def test_only_the_later_children_of_a_container_are_trained() -> None:
@@ -353,6 +353,7 @@ def feature_files() -> list[Path]:
     return sorted(Path(".cache/features").iterdir())
 
 
+@pytest.mark.slow
 def test_kept_features_save_time_only(frozen: Callable[..., Project], monkeypatch: pytest.MonkeyPatch) -> None:
     project = frozen(**FROZEN)
     output = project.finish()
@@ -378,6 +379,7 @@ def test_kept_features_save_time_only(frozen: Callable[..., Project], monkeypatc
     assert feature_files() == [train_file, validation_file]
 
 
+@pytest.mark.slow
 def test_features_that_cannot_be_kept_stay_in_memory(frozen: Callable[..., Project]) -> None:
     project = frozen(**FROZEN)
     project.finish()
@@ -391,6 +393,7 @@ def test_features_that_cannot_be_kept_stay_in_memory(frozen: Callable[..., Proje
     assert outputs() == expected
 
 
+@pytest.mark.slow
 def test_other_images_weights_or_sizes_have_other_features(frozen: Callable[..., Project]) -> None:
     project = frozen(**FROZEN)
     project.finish()
@@ -404,6 +407,7 @@ def test_other_images_weights_or_sizes_have_other_features(frozen: Callable[...,
     assert set(before) < set(feature_files())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [FROZEN, FLIPPED, UNTIL], ids=["features", "flip", "until"])
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
 def test_a_frozen_training_resumes_with_the_same_bits(

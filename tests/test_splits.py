@@ -139,6 +139,7 @@ def test_the_order_of_images_does_not_matter(items: list[Item], order: Any) -> N
     assert draw([items[number] for number in shuffled]).splits == [splits[number] for number in shuffled]
 
 
+@pytest.mark.slow
 def test_an_image_keeps_its_split_when_others_are_added() -> None:
     first, others = all_classes(40), [item for item in all_classes(60) if item not in all_classes(40)]
     named = [Item(number, number % 3, f"p{number // 8}") for number in range(64)]
@@ -152,6 +153,7 @@ def test_an_image_keeps_its_split_when_others_are_added() -> None:
     assert draw(wider).splits[: len(before.splits)] == before.splits  # each group gets one more image
 
 
+@pytest.mark.slow
 def test_only_where_a_split_would_lack_a_class_an_image_changes_its_split() -> None:
     by_rule = dict(zip(all_classes(200), draw(all_classes(200)).splits, strict=True))
     num_moved = 0
@@ -166,6 +168,7 @@ def test_only_where_a_split_would_lack_a_class_an_image_changes_its_split() -> N
     assert num_moved
 
 
+@pytest.mark.slow
 def test_a_new_near_duplicate_moves_its_group_only_as_a_whole() -> None:
     items = all_classes(30)
     before, moved = draw(items).splits, 0

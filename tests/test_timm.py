@@ -92,6 +92,7 @@ def test_an_unknown_name_is_refused_with_the_one_that_was_meant(name: str, meant
             check(name)
 
 
+@pytest.mark.slow
 def test_a_tag_of_weights_is_part_of_the_name_and_an_unknown_one_is_refused() -> None:
     check_network_name("timm/resnet18.a1_in1k")
     assert build(config("timm/resnet18.a1_in1k", classes=2))(torch.zeros(2, 3, 32, 32)).shape == (2, 2)
@@ -112,6 +113,7 @@ def test_a_size_that_a_network_cannot_take_is_reported() -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_network_of_timm_trains_and_is_loaded_with_the_same_logits(tmp_path: Path) -> None:
     info = dataset()
     chosen = configured(SMALL, weights=None, info=info)
@@ -177,6 +179,7 @@ def test_the_packaged_weights_give_known_logits(pretrained: tuple[Classifier, Mo
     assert logits.topk(3).values.tolist() == pytest.approx(GOLDEN_LOGITS, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_head_of_the_packaged_weights_is_replaced_for_other_classes() -> None:
     chosen = configured(PACKAGED_NETWORK, weights="DEFAULT", info=dataset(), input_size=None)
     assert load_pretrained(build(chosen), config=chosen, md5=None) == ["classifier.weight", "classifier.bias"]
@@ -290,6 +293,7 @@ def read_from_hub(address: str, cache: Path, *reads: tuple[str, str | None]) -> 
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_weights_from_the_hub_are_trusted_by_their_md5_only(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file(timm.create_model("test_resnet").state_dict(), file)
