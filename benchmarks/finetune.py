@@ -38,7 +38,9 @@ def speed_of_timm(script: Path, images: Path, *, output: Path) -> float:
     """Train with timm's script; return the mean images per second of the epoch."""
     classes = len([each for each in (images / "train").iterdir() if each.is_dir()])
     folders = ("--data-dir", str(images), "--output", str(output), "--num-classes", str(classes))
-    _, text = timed(sys.executable, str(script), *folders, *TIMM_OPTIONS, cwd=output)
+    # `env`: two threads, as the pipeline has by train.cpu_threads
+    command = ("env", "OMP_NUM_THREADS=2", sys.executable, str(script), *folders, *TIMM_OPTIONS)
+    _, text = timed(*command, cwd=output)
     return _last_number(r"Train: .*\(\s*[\d.]+s,\s*([\d.]+)/s\)", text)
 
 

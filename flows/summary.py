@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from flows.dvc_protocol import Outcome
-from pipeline.artifacts import EVALUATE, TRAIN, read_json
+from pipeline.artifacts import EVALUATE, NORMALIZE, TRAIN, read_json
 from pipeline.core.errors import redact_url
+from pipeline.params import PARAMS_FILE, Params, load_params
 
 SUGGESTED_RECIPE = "cifar10_lenet"
-OWN_IMAGES_RECIPES = ("my_images", "my_images_finetune")
 MAX_CLASSES_PRINTED = 20
-UNEQUAL_CLASSES = 3.0  # images of the largest class / those of the smallest one from which weights are suggested
+UNEQUAL_CLASSES = 3.0  # train images of the largest class / those of the smallest one from which weights are suggested
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,15 @@ class ClassResult:
     """The result for one class on the test split; precision and recall are fractions."""
 
     name: str
-    images: int
+    train_images: int
+    test_images: int
     precision: float
     recall: float
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a flow run, which took `seconds`."""
+    """The result of a flow run, which took `seconds`; `params` are the parameters of the run."""
 
     experiment: str
     steps: Sequence[Step]
@@ -50,6 +51,7 @@ class Summary:
     metrics: Mapping[str, float]
     classes: Sequence[ClassResult]
     mlflow_run_id: str | None
+    params: Params
 
 
 def read_summary(
@@ -58,11 +60,19 @@ def read_summary(
     """Return the summary with the metrics that `evaluate` wrote below `folder`, a checkout or a clone."""
     metrics = read_json(folder / EVALUATE / "metrics.json")
     with (folder / EVALUATE / "per_class.csv").open(encoding="utf-8", newline="") as file:
-        classes = [
-            ClassResult(row["class"], int(row["images"]), float(row["precision"]), float(row["recall"]))
-            for row in csv.DictReader(file)
-        ]
-    return Summary(experiment, steps, seconds, metrics, classes, mlflow_run_id)
+        rows = list(csv.DictReader(file))
+    train_images = read_json(folder / NORMALIZE / "dataset.json")["counts"]["train"]
+    classes = [
+        ClassResult(
+            row["class"],
+            train_images=train_images[row["class"]],
+            test_images=int(row["images"]),
+            precision=float(row["precision"]),
+            recall=float(row["recall"]),
+        )
+        for row in rows
+    ]
+    return Summary(experiment, steps, seconds, metrics, classes, mlflow_run_id, load_params(folder / PARAMS_FILE))
 
 
 def as_text(summary: Summary, *, recipe: str, images: str | None = None) -> str:
@@ -80,7 +90,7 @@ def as_text(summary: Summary, *, recipe: str, images: str | None = None) -> str:
     lines = ["", *_aligned(rows)]
     if recipe == "digits":
         commands.append((f"make run RECIPE={SUGGESTED_RECIPE}", "train on CIFAR-10 (downloads 170 MB)"))
-    elif recipe in OWN_IMAGES_RECIPES:
+    elif summary.params.download.dataset == "imagefolder":
         commands[1:1] = [(".venv/bin/python -m pipeline.predict photo.jpg", "then classify other images")]
         commands += _suggestions(summary, recipe=recipe, images=images)
         lines += ["", *_class_table(summary)]
@@ -97,7 +107,8 @@ def _class_table(summary: Summary) -> list[str]:
     width = max(len("class"), *(len(each.name) for each in classes))
     lines = [f"{'class':<{width}}  test images   recall  precision"]
     lines += [
-        f"{each.name:<{width}}  {each.images:>11,}  {each.recall:>7.1%}  {each.precision:>9.1%}" for each in classes
+        f"{each.name:<{width}}  {each.test_images:>11,}  {each.recall:>7.1%}  {each.precision:>9.1%}"
+        for each in classes
     ]
     return (
         [*lines, f"{more} more classes, of higher recall, are in artifacts/evaluate/per_class.csv"] if more else lines
@@ -107,12 +118,13 @@ def _class_table(summary: Summary) -> list[str]:
 def _suggestions(summary: Summary, *, recipe: str, images: str | None) -> list[tuple[str, str]]:
     """Return what to try next on the user's own images, as commands and what they do."""
     folder = f" IMAGES={shlex.quote(images)}" if images else ""
-    counts = [each.images for each in summary.classes]
+    counts = [each.train_images for each in summary.classes]
+    train = summary.params.train
     suggestions = []
     if recipe == "my_images":
         command = f"make run RECIPE=my_images_finetune{folder}"
         suggestions.append((command, "train the whole network (a GPU helps): docs/own-images.md"))
-    if max(counts) >= UNEQUAL_CLASSES * min(counts):
+    if (train.class_weights, train.sampler) == ("none", "shuffle") and max(counts) >= UNEQUAL_CLASSES * min(counts):
         command = f'make run RECIPE={recipe}{folder} SET="train.class_weights=balanced"'
         suggestions.append((command, "give rare classes more weight"))
     return suggestions

@@ -1,5 +1,6 @@
 """Read the parameters in `params.yaml` into frozen, typed models; a missing key is an error, and an unknown one."""
 
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -366,3 +367,7 @@ def check_params(values: Mapping[str, Any], *, origin: str, overridden: Collecti
 
 
 SECTIONS: Mapping[str, type[Section]] = Params.__annotations__
+
+
+if __name__ == "__main__":
+    sys.exit("error: python -m pipeline.params: this command is now `python -m pipeline.recipes`; run that")

@@ -126,7 +126,9 @@ def test_groups_reach_the_blocks() -> None:
     table(*(f"{row},{group}" for row, group in zip(ROWS, groups, strict=True)), header="image,label,group")
     download(labeled())
     assert [list(block.groups) for block in blocks()] == [groups]
-    assert read_csv(OUT / "groups.csv")[0] == {"image": MEMBERS[0], "group": "p1"}
+    first = read_csv(OUT / "groups.csv")[0]
+    assert first["image"] == MEMBERS[0]
+    assert len(first["group"]) == 16  # a hash, since the names of groups may be those of patients
     assert source()["num_groups"] == 2
 
 

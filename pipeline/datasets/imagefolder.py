@@ -33,10 +33,11 @@ from pipeline.datasets.source import (
 from pipeline.images.blocks import SPLITS, Block, block_length, hash_content
 from pipeline.images.decode import MAX_FILE_BYTES, UnreadableImage, decode
 from pipeline.images.metadata import remove_metadata
+from pipeline.images.spool import hash_group
 from pipeline.params import Channels, DownloadParams, NormalizeParams, Resize
 
 ARCHIVE = "images.tar"
-GROUPS = "groups.csv"  # the groups that a table of labels gives, if any
+GROUPS = "groups.csv"  # the groups that a table of labels gives, if any: hashes, as names may be those of patients
 # a smaller archive is decoded in this process, as starting others takes longer (about a second)
 MIN_BYTES_FOR_POOL = 2**24
 
@@ -50,7 +51,10 @@ def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:
     unreadable = pack(found, folder / ARCHIVE)
     _report(found, unreadable, size=(folder / ARCHIVE).stat().st_size)
     if found.groups:
-        write_csv(folder / GROUPS, [{"image": name, "group": group} for name, group in found.groups.items()])
+        write_csv(
+            folder / GROUPS,
+            [{"image": name, "group": f"{hash_group(group):016x}"} for name, group in found.groups.items()],
+        )
     # systems create and remove hidden files, and `source.json` must not change with them
     not_used = {reason: number for reason, number in found.not_used.items() if reason != HIDDEN}
     return {

@@ -240,7 +240,7 @@ def _read_blocks(split: Split, blocks: Sequence[tuple[int, int]]) -> Tensor:
     if len(blocks) == 1:
         return split.pixels(*blocks[0])
     num_images = sum(stop - start for start, stop in blocks)
-    images = torch.empty((num_images, *split.images.shape[1:]), dtype=torch.uint8, device=split.labels.device)
+    images = torch.empty((num_images, *split.images.shape[1:]), dtype=split.images.dtype, device=split.labels.device)
     position = 0
     for start, stop in blocks:
         images[position : position + stop - start] = split.pixels(start, stop)

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 
 from pipeline.arrays import Split, evaluation_batches
 from pipeline.artifacts import bytes_md5, cache_folder, file_md5, write_array
+from pipeline.core.errors import UserError
 from pipeline.core.progress import progress
 from pipeline.models.build import Classifier
 from pipeline.models.freezing import head_modules
 from pipeline.params import TrainParams
+from pipeline.training.augmentation import Augmentation
 from pipeline.training.checkpoints import fingerprint
 
 BATCH_SIZE = 64  # another size may round sums differently, so it is not a parameter
@@ -53,17 +55,7 @@ def select_trained(classifier: Classifier, split: Split, *, params: TrainParams)
 
 def changes_pixels(params: TrainParams) -> bool:
     """Return whether augmentation changes the pixels of an image from epoch to epoch."""
-    return bool(
-        params.flip
-        or params.crop_padding
-        or params.cutout_size
-        or params.random_resized_crop
-        or params.color_jitter
-        or params.auto_augment != "none"
-        or params.random_erasing
-        or params.mixup_alpha
-        or params.cutmix_alpha
-    )
+    return replace(Augmentation.of(params), input_size=None) != Augmentation()
 
 
 @torch.no_grad()
@@ -124,6 +116,11 @@ def kept_features(classifier: Classifier, head: nn.Module, split: Split, *, name
         except OSError as error:
             print(f"warning: {error.filename}: {error.strerror}; the features of {name} are not kept", flush=True)
             found = np.concatenate(list(compute_features(classifier, head, split, name=name)))
+            if found.nbytes > split.window_bytes:  # in memory they would be shuffled otherwise than in a file
+                raise UserError(
+                    f"the features of {name} have {found.nbytes:,} bytes, more than train.window_megabytes allows in "
+                    f"memory, and {folder} cannot be written ({error.strerror}); free space there"
+                ) from None
         else:
             print(f"features of {name}: computed for {len(split):,} images, kept in {folder}", flush=True)
     return with_features(split, found)
