@@ -51,10 +51,8 @@ def download(folder: Path, *, params: DownloadParams) -> Mapping[str, Any]:
     unreadable = pack(found, folder / ARCHIVE)
     _report(found, unreadable, size=(folder / ARCHIVE).stat().st_size)
     if found.groups:
-        write_csv(
-            folder / GROUPS,
-            [{"image": name, "group": f"{hash_group(group):016x}"} for name, group in found.groups.items()],
-        )
+        rows = [{"image": name, "group": f"{hash_group(group):016x}"} for name, group in found.groups.items()]
+        write_csv(folder / GROUPS, rows)
     # systems create and remove hidden files, and `source.json` must not change with them
     not_used = {reason: number for reason, number in found.not_used.items() if reason != HIDDEN}
     return {
