@@ -19,7 +19,7 @@ from benchmarks.table import header, medians
 from pipeline.arrays import Split
 from pipeline.core.errors import report_errors
 from pipeline.models.build import Classifier, build, memory_format
-from pipeline.models.freezing import divide
+from pipeline.models.freezing import apply_freezing
 from pipeline.params import check_params
 from pipeline.recipes import compose
 from pipeline.training.device import prepare_torch
@@ -50,7 +50,7 @@ def frozen_classifier() -> Classifier:
     """Return the network with random weights, of which only the head is trained."""
     config = image_config(PARAMS, class_names=("a", "b"), mean=(0.5,) * 3, std=(0.25,) * 3, image_size=SIZE)
     classifier = build(config).to(memory_format=memory_format(PARAMS))
-    divide(classifier, config=config, params=PARAMS)
+    apply_freezing(classifier, config=config, params=PARAMS)
     return classifier
 
 

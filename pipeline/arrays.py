@@ -180,7 +180,8 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the batches of a split in its order: normalized images (B, C, H, W) float32 and labels (B,) int64.
 
-    `between` limits them to the images from its first index up to its second.
+    A split of features has batches (B, D) float32 instead of images. `between` limits the batches to the images from
+    its first index up to its second.
     """
     first, end = between or (0, len(split))
     for start in range(first, end, batch_size):
@@ -189,10 +190,10 @@ def evaluation_batches(
 
 
 def normalize_pixels(pixels: Tensor, *, split: Split) -> Tensor:
-    """Return (B, H, W, C) uint8 pixels as (B, C, H, W) float32 of mean 0 and deviation 1, channels last in memory.
+    """Return (B, H, W, C) uint8 pixels as (B, C, H, W) float32, normalized with the split's scale and shift.
 
-    Height and width may differ from those of the split. Features (B, 1, 1, D) float32 are returned as (B, D), with the
-    same values.
+    The result is channels last in memory. Height and width may differ from those of the split. Features (B, 1, 1, D)
+    float32 are returned as (B, D), with the same values.
     """
     if pixels.is_floating_point():
         return pixels.flatten(1)

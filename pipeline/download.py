@@ -1,6 +1,8 @@
 """Download, the first step: write the raw data of `download.dataset` into `artifacts/download/`.
 
-The files have the same bytes on every machine. Photographs come without their metadata, such as positions.
+Photographs come without their metadata, such as positions. The files have the same bytes on every machine, except for
+images that are written again as PNG to remove the metadata (TIFF, GIF, BMP, JPEG 2000, image sequences and damaged
+files): their bytes depend on the versions of Pillow, zlib and the decoder.
 """
 
 from pathlib import Path

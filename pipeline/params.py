@@ -141,7 +141,8 @@ class TrainParams(Section):
         description="MD5 of the file in weights, or of that which DEFAULT downloads for a network of timm; else null"
     )
     input_size: Annotated[Count, Field(ge=16, le=1024)] | None = Field(
-        description="height and width in pixels to which images are enlarged on the device; null: not enlarged"
+        description="height and width in pixels to which the device resizes images and, with pretrained weights, crops "
+        "them as the weights expect; null, or equal to image_size: unchanged"
     )
     freeze: Annotated[str, Field(pattern=r"^(none|backbone|until=[\w.]+)$")] = Field(
         description="which part of a pretrained network is not trained: none; backbone: all but the last layer; "
@@ -154,7 +155,7 @@ class TrainParams(Section):
     )
     sampler: Sampler = Field(
         description="shuffle: each image once an epoch; balanced: images are drawn with replacement, each class "
-        "equally often"
+        "equally often if the split fits into window_megabytes"
     )
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "muon"] = Field(
         description="sgd without momentum is the bare rule: weight - learning_rate * gradient; muon makes the updates "

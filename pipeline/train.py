@@ -34,7 +34,7 @@ from pipeline.models.build import Classifier, build, memory_format, try_training
 from pipeline.models.config import ModelConfig, configure
 from pipeline.models.cpu_kernels import cpu_kernels_in_use
 from pipeline.models.files import save_config, save_weights
-from pipeline.models.freezing import divide
+from pipeline.models.freezing import apply_freezing
 from pipeline.models.names import TIMM_PREFIX
 from pipeline.models.pretrained import load_pretrained
 from pipeline.params import Params, TrainParams, load_params
@@ -105,7 +105,7 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
             _report_start(run, start=start, params=params)
             describe_holder(gpus, f"MLflow run {run.run_id}")
             distributed.broadcast_bytes(start.to_bytes() if start else b"")
-            trained, train_split, validation_split = _select_parts(classifier, params, info)
+            trained, train_split, validation_split = _select_module_and_splits(classifier, params, info)
             result = train(
                 trained,
                 params=params,
@@ -124,7 +124,7 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
 def _train_as_other_rank(classifier: Classifier, params: TrainParams, info: DatasetInfo) -> None:
     """Train as one of several processes; rank 0 writes the result."""
     content = distributed.broadcast_bytes()
-    trained, train_split, validation_split = _select_parts(classifier, params, info)
+    trained, train_split, validation_split = _select_module_and_splits(classifier, params, info)
     train(
         trained,
         params=params,
@@ -134,7 +134,9 @@ def _train_as_other_rank(classifier: Classifier, params: TrainParams, info: Data
     )
 
 
-def _select_parts(classifier: Classifier, params: TrainParams, info: DatasetInfo) -> tuple[nn.Module, Split, Split]:
+def _select_module_and_splits(
+    classifier: Classifier, params: TrainParams, info: DatasetInfo
+) -> tuple[nn.Module, Split, Split]:
     """Return what to train with its train and validation split: the classifier on images, or its head on features."""
     device = next(classifier.parameters()).device
     splits = {name: _read_split(name, params, info, device=device) for name in ("train", "validation")}
@@ -206,7 +208,7 @@ def _make_classifier(params: TrainParams, info: DatasetInfo, *, device: torch.de
     config = configure(params, info)
     classifier = build(config)
     newly_drawn = load_pretrained(classifier, config=config, md5=params.weights_md5)
-    divide(classifier, config=config, params=params)
+    apply_freezing(classifier, config=config, params=params)
     if config.weights is None and isinstance(classifier.network, Airbench):
         initialize_from_images(classifier, _read_split("train", params, info, device=device), seed=params.seed)
     try_training(classifier, config=config, batch_size=params.batch_size)

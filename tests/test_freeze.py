@@ -22,7 +22,7 @@ from pipeline.artifacts import file_md5
 from pipeline.core.errors import UserError
 from pipeline.models import freezing
 from pipeline.models.build import Classifier, build
-from pipeline.models.freezing import blocks, divide, rate_factors
+from pipeline.models.freezing import apply_freezing, blocks, rate_factors
 from pipeline.params import TrainParams
 from pipeline.training import features
 from pipeline.training.batches import epoch_batches
@@ -62,7 +62,7 @@ def divided(model: str, *, classes: int = 3, size: int = 32, **changes: Any) -> 
     configuration = config(model, classes=classes, image_size=size)
     torch.manual_seed(0)
     classifier = build(configuration)
-    divide(classifier, config=configuration, params=params)
+    apply_freezing(classifier, config=configuration, params=params)
     return classifier, params
 
 

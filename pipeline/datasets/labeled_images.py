@@ -1,6 +1,7 @@
 """Find the images of a folder and their labels, from the names of class folders or from a table.
 
-The functions for a table are in this module; `folder_scan.py` has those for class folders.
+This module matches the rows of a table with the files; `labels_table.py` reads the table, and `folder_scan.py` finds
+the images of class folders.
 """
 
 import difflib

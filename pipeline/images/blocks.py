@@ -32,6 +32,8 @@ def block_length(image_bytes: int) -> int:
 def hash_content(content: bytes) -> int:
     """Return the 64-bit BLAKE2b of what the source has of an image: the bytes of its file, or its original pixels.
 
-    Unlike the decoded pixels, these depend on neither the size of the arrays nor the version of a decoder.
+    Unlike the decoded pixels, these do not depend on the size of the arrays and, except for images that `download`
+    writes again as PNG, not on the version of a decoder. The bytes of such a PNG file depend on the versions of Pillow,
+    zlib and the decoder.
     """
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

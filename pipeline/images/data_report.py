@@ -24,7 +24,7 @@ def report(description: Mapping[str, Any]) -> str:
 
 
 def _findings(description: Mapping[str, Any]) -> list[str]:
-    """Return lines of text with the numbers of unreadable files and duplicates."""
+    """Return lines of text with the numbers of unreadable files, duplicates and groups."""
     exact, near = description["exact_duplicates"], description["near_duplicates"]
     unreadable, ignored = description["unreadable_files"], description["ignored_files"]
     first = f" (first: {unreadable[0]['file']}: {unreadable[0]['reason']})" if unreadable else ""

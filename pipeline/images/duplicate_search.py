@@ -48,9 +48,9 @@ def find_duplicates(spool: Spool, *, params: NormalizeParams) -> Duplicates:
     splits = {split: spool.images_of(split) for split in SPLITS}
     sets = DisjointSets(len(spool.labels))
     sets.join_equal(group_identical(spool.digests), np.arange(len(spool.labels)))
-    given = splits["test"] if len(splits["test"]) else splits["validation"]
-    others = np.setdiff1d(np.arange(len(spool.labels)), given)
-    near = most_similar(_join_each(sets, _compare(spool, given, others, params=params)))
+    source_split = splits["test"] if len(splits["test"]) else splits["validation"]
+    others = np.setdiff1d(np.arange(len(spool.labels)), source_split)
+    near = most_similar(_join_each(sets, _compare(spool, source_split, others, params=params)))
     if not all(map(len, splits.values())):
         for _ in _join_each(sets, _compare(spool, splits["train"], None, params=params)):
             pass

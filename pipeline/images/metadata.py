@@ -1,8 +1,9 @@
 """Remove from image files what is not the picture: positions, times, cameras, comments, thumbnails, second pictures.
 
-JPEG, PNG and WebP files are copied segment by segment, without those that `decode` does not need. Every other file is
-decoded and written again as PNG, and so is one whose segments are not exactly as its format says. In both cases
-`decode` returns the same pixels as before; only of the latter, a large JPEG file is no longer decoded at reduced size.
+JPEG, PNG and WebP files are copied segment by segment, without those that `decode` does not need. HEIC and AVIF files
+are copied too, with zeros in place of what is not the picture (`heif_metadata.py`). Every other file is decoded and
+written again as PNG, and so is one whose structure is not exactly as its format says. `decode` returns the same pixels
+as before, except for a large JPEG file that was written again, which is no longer decoded at reduced size.
 """
 
 import re

@@ -44,12 +44,14 @@ def draw_splits(
         _check_number_of_images(labels[pool], tuple(edges), class_names=class_names)
         units = _units(spool, groups, pool=pool, num_classes=len(class_names), seed=params.seed)
         draw = _Draw(units, edges, num_classes=len(class_names))
-        if lack := draw.cover_classes():
-            split, class_name = list(edges)[lack[0]], class_names[lack[1]]
+        if missing := draw.cover_classes():
+            split, class_name = list(edges)[missing[0]], class_names[missing[1]]
             raise UserError(
-                _describe_lack(units, label=lack[1], class_name=class_name, split=split, needed=edges, params=params)
+                _describe_missing(
+                    units, label=missing[1], class_name=class_name, split=split, needed=edges, params=params
+                )
             )
-        splits |= {split: pool[draw.places[units.of_image] == place] for place, split in enumerate(edges)}
+        splits |= {split: pool[draw.split_indices[units.of_image] == index] for index, split in enumerate(edges)}
     _check_splits(splits, labels=labels, class_names=class_names)
     return splits
 
@@ -63,7 +65,7 @@ def touches_other_splits(groups: Indices, splits: Mapping[str, Indices]) -> npt.
 
 
 def _edges(splits: Mapping[str, Indices], *, params: NormalizeParams) -> dict[str, float]:
-    """Return the upper ends of the ranges of hashes, of the missing splits and then of train."""
+    """Return the upper bound of each split's hash range, missing splits first, train last."""
     edges, end = dict[str, float](), 0.0
     for split, fraction in (("test", params.test_fraction), ("validation", params.validation_fraction)):
         if not len(splits[split]):
@@ -130,7 +132,7 @@ def _positions(keys: Hashes, *, seed: int) -> npt.NDArray[np.float64]:
 
 
 class _Draw:
-    """The split of each group while splits are drawn; splits are numbered in the order of `edges`."""
+    """The split of each group while splits are drawn; a split's index is its position in `edges`."""
 
     def __init__(self, units: _Units, edges: Mapping[str, float], *, num_classes: int) -> None:
         self.units = units
@@ -139,29 +141,29 @@ class _Draw:
         # (splits, G): whether a group has more than twice the images that are expected in the split; train takes any
         self.too_large = np.stack([units.larger_than(2 * width) for width in self.ends - self.starts])
         self.too_large[-1] = False
-        # (G,): the number of the split of each group
-        self.places = np.searchsorted(self.ends, units.hashes, side="right")
-        too_large = self.too_large[self.places, np.arange(len(self.places))]
-        self.places[too_large | ~units.movable] = len(edges) - 1
+        # (G,): the index of the split of each group
+        self.split_indices = np.searchsorted(self.ends, units.hashes, side="right")
+        too_large = self.too_large[self.split_indices, np.arange(len(self.split_indices))]
+        self.split_indices[too_large | ~units.movable] = len(edges) - 1
         # (splits, classes): the number of groups of each class in each split
-        cells = self.places[units.group_of_pair] * num_classes + units.class_of_pair
+        cells = self.split_indices[units.group_of_pair] * num_classes + units.class_of_pair
         self.counts = np.bincount(cells, minlength=len(edges) * num_classes).reshape(len(edges), num_classes)
         self._movable = units.movable.copy()
 
     def cover_classes(self) -> tuple[int, int] | None:
         """Move groups, each at most once, so that every split has every class.
 
-        Returns None or, where no group may be moved any more, the numbers of a split and of a class that it lacks.
+        Returns None or, where no group may be moved any more, the indices of a split and of a class missing in it.
         """
         while not self.counts.all():
-            place, label = np.argwhere(self.counts == 0)[0].tolist()
-            group = self._nearest(place, label)
+            split_index, label = np.argwhere(self.counts == 0)[0].tolist()
+            group = self._nearest(split_index, label)
             if group is None:
-                return place, label
-            self._move(group, place)
+                return split_index, label
+            self._move(group, split_index)
         return None
 
-    def _nearest(self, place: int, label: int) -> int | None:
+    def _nearest(self, split_index: int, label: int) -> int | None:
         """Return the group of a class whose hash is nearest to the range of a split; None where no group may be moved.
 
         A group that is too large comes after those that are not; one that its split needs for a class comes last.
@@ -169,19 +171,21 @@ class _Draw:
         groups = self.units.group_of_pair[self.units.class_of_pair == label]
         groups = groups[self._movable[groups]]
         hashes = self.units.hashes[groups]
-        distances = np.maximum(self.starts[place] - hashes, hashes - self.ends[place])
-        ordered: list[int] = groups[np.lexsort((hashes, distances, self.too_large[place, groups]))].tolist()
-        spare = (group for group in ordered if (self.counts[self.places[group], self.units.classes(group)] > 1).all())
+        distances = np.maximum(self.starts[split_index] - hashes, hashes - self.ends[split_index])
+        ordered: list[int] = groups[np.lexsort((hashes, distances, self.too_large[split_index, groups]))].tolist()
+        spare = (
+            group for group in ordered if (self.counts[self.split_indices[group], self.units.classes(group)] > 1).all()
+        )
         return next(spare, ordered[0] if ordered else None)
 
-    def _move(self, group: int, place: int) -> None:
+    def _move(self, group: int, split_index: int) -> None:
         classes = self.units.classes(group)
-        self.counts[self.places[group], classes] -= 1
-        self.counts[place, classes] += 1
-        self.places[group], self._movable[group] = place, False
+        self.counts[self.split_indices[group], classes] -= 1
+        self.counts[split_index, classes] += 1
+        self.split_indices[group], self._movable[group] = split_index, False
 
 
-def _describe_lack(
+def _describe_missing(
     units: _Units, *, label: int, class_name: str, split: str, needed: Iterable[str], params: NormalizeParams
 ) -> str:
     """Return the message for a class that has too few groups, or too few that may leave train."""

@@ -18,7 +18,7 @@ from pipeline.params import TrainParams
 MAX_BLOCKS_IN_MESSAGE = 12
 
 
-def divide(classifier: Classifier, *, config: ModelConfig, params: TrainParams) -> None:
+def apply_freezing(classifier: Classifier, *, config: ModelConfig, params: TrainParams) -> None:
     """Freeze what `train.freeze` selects, and set `classifier.head`, if a parameter of the training depends on it.
 
     Frozen parameters need no gradient, and frozen modules stay in evaluation mode. Raises UserError where the network
@@ -111,7 +111,7 @@ def rate_factors(trained: nn.Module, *, params: TrainParams) -> Mapping[int, flo
         return {}
     if not isinstance(trained, Classifier):  # the head alone, trained on features
         return {id(parameter): params.head_learning_rate_factor for parameter in trained.parameters()}
-    assert trained.head, "`divide` must be called first"
+    assert trained.head, "`apply_freezing` must be called first"
     depths, head_depth = _depths(trained)
     return {
         id(parameter): params.head_learning_rate_factor

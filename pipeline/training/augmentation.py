@@ -48,7 +48,7 @@ def pixel_transform(augmentation: Augmentation, *, image_size: int) -> Transform
     """
     transforms: list[Transform] = []
     if augmentation.random_resized_crop is not None:
-        # bilinear with antialiasing, as the network resizes the images that it validates on
+        # bilinear also for a network that resizes by bicubic interpolation; antialiased, as the network does
         scale, size = (augmentation.random_resized_crop, 1.0), augmentation.input_size or image_size
         transforms.append(_v2().RandomResizedCrop(size, scale=scale, antialias=True))
     if augmentation.auto_augment != "none":

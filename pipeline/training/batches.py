@@ -1,8 +1,8 @@
-"""Make batches for the network on its device: normalized, augmented floats from arrays of uint8.
+"""Make batches for the network on its device: normalized, augmented float32 images, or features of a frozen network.
 
-Pixels stay uint8 until a batch is requested. All random numbers are a function of (seed, epoch). They are drawn on the
-CPU, so that every device gets the same order, crops and flips, and for many batches together, so that no step waits;
-only the transforms of `augmentation` draw for one image at a time.
+Pixels stay uint8 until a batch is requested; features are float32 and stay as they are. All random numbers are a
+function of (seed, epoch). They are drawn on the CPU, so that every device gets the same order, crops and flips, and for
+many batches together, so that no step waits; only the transforms of `augmentation` draw for one image at a time.
 """
 
 from collections.abc import Sequence
@@ -62,9 +62,9 @@ def seed_dropout_of_rank(seed: int, *, epoch: int, step: int) -> None:
 class _Window:
     """The images that are on the device together, and the random numbers drawn for each of them.
 
-    `images` (M, H, W, C) uint8 are in the order of the split. `order` (M,) int64 holds their indices in the order of
-    the epoch; all other fields are in that order: `labels` (M,) int64, `mirrored` (M, 1) bool, `shifts` down and right
-    in pixels and `cutout_centers` (row and column), (M, 1) int64 each.
+    `images` (M, H, W, C) uint8, or features (M, 1, 1, D) float32, are in the order of the split. `order` (M,) int64
+    holds their indices in the order of the epoch; all other fields are in that order: `labels` (M,) int64, `mirrored`
+    (M, 1) bool, `shifts` down and right in pixels and `cutout_centers` (row and column), (M, 1) int64 each.
     """
 
     images: Tensor
@@ -78,7 +78,9 @@ class _Window:
 class TrainingBatches:
     """An epoch's shuffled batches of exactly `batch_size`: images (B, C, H, W) float32 and labels (B,) int64.
 
-    With MixUp or CutMix, the labels are the shares of the classes in each image: (B, num_classes) float32.
+    A split of features has batches of features (B, D) float32 instead of images. With MixUp or CutMix, the labels are
+    the shares of the classes in each image: (B, num_classes) float32.
+
     With the sampler "balanced" an image can be in several batches or in none: see `draw_order`. Images that do not fill
     a batch are left out; which ones differs from epoch to epoch. `position` is the index of the next batch. With
     several `processes`, each `rank` gets its slice of every batch; all slices have the same length.
@@ -145,7 +147,7 @@ class TrainingBatches:
         return images, labels
 
     def _augmented_pixels(self, window: _Window, batch: slice) -> Tensor:
-        """Return the images of a batch after all augmentation of pixels: (B, H, W, C) uint8."""
+        """Return a batch after all augmentation of pixels: (B, H, W, C) uint8, or features (B, 1, 1, D) float32."""
         pixels = _shifted_images(window, batch, augmentation=self._augmentation)
         if not self._pixel_transform:
             return pixels
@@ -236,7 +238,7 @@ def _block_length(limit: int, *, batch_size: int) -> int:
 
 
 def _read_blocks(split: Split, blocks: Sequence[tuple[int, int]]) -> Tensor:
-    """Return the images of the blocks on the device: (M, H, W, C) uint8."""
+    """Return the images of the blocks on the device: (M, H, W, C) uint8, or features (M, 1, 1, D) float32."""
     if len(blocks) == 1:
         return split.pixels(*blocks[0])
     num_images = sum(stop - start for start, stop in blocks)
@@ -251,7 +253,8 @@ def _read_blocks(split: Split, blocks: Sequence[tuple[int, int]]) -> Tensor:
 def _shifted_images(window: _Window, batch: slice, *, augmentation: Augmentation) -> Tensor:
     """Return the images of a batch, shifted and mirrored as drawn: (B, H, W, C) uint8.
 
-    One gather does all of it: each pixel of the result is copied from its place in the window.
+    Features (B, 1, 1, D) float32 are only put in order. One gather does all of it: each pixel of the result is copied
+    from its place in the window.
     """
     index, (height, width, channels) = window.order[batch], window.images.shape[1:]
     if not augmentation.flip and not augmentation.crop_padding:

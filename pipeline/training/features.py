@@ -187,7 +187,10 @@ def _write(blocks: Iterator[Features], folder: Path, *, name: str, key: str, spl
 
 
 def _remove_unused(folder: Path) -> None:
-    """Remove the least recently used files beyond MAX_KEPT_BYTES, and what a killed process was writing."""
+    """Remove the least recently used files beyond MAX_KEPT_BYTES, but none used in the last MIN_SECONDS_KEPT.
+
+    A file that a killed process was writing is treated like any other.
+    """
     found = sorted(((path.stat(), path) for path in folder.iterdir()), key=lambda each: -each[0].st_mtime)
     size = 0
     for status, path in found:

@@ -23,7 +23,7 @@ from pipeline.core.yaml import read_yaml
 from pipeline.evaluation.metrics import evaluate
 from pipeline.models.airbench import Airbench
 from pipeline.models.build import Classifier, build, memory_format
-from pipeline.models.freezing import divide
+from pipeline.models.freezing import apply_freezing
 from pipeline.models.inference import logits_of
 from pipeline.params import TrainParams, check_params
 from pipeline.training.device import prepare_torch
@@ -69,7 +69,7 @@ def bits(network: str, *, kernels: str, threads: int) -> Bits:
     other_split = _random_split(NUM_EVALUATED, seed=1)
     config = image_config(params, class_names=CLASS_NAMES, mean=MEAN, std=STD)
     classifier = build(config)
-    divide(classifier, config=config, params=params)
+    apply_freezing(classifier, config=config, params=params)
     if isinstance(classifier.network, Airbench):
         initialize_from_images(classifier, train_split, seed=params.seed)
     classifier.to(memory_format=memory_format(params))
