@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def main(flow: TrainClassifier) -> None:
         with temporary_settings(_server_settings(ensure_server())):
             values = Overrides.model_validate(overrides)
             state: State[Summary] = flow(arguments.recipe, values, arguments.keep_workspace, return_state=True)
-        status = report(state, recipe=arguments.recipe, images=arguments.images)
+        status = report(state, recipe=arguments.recipe, images=arguments.images, overrides=arguments.overrides)
         kept_clone = KEPT_CLONES / str(state.state_details.flow_run_id)
         if kept_clone.is_dir():
             print(f"kept the clone: {kept_clone}", file=sys.stderr)
@@ -122,10 +123,10 @@ def _server_settings(server: PrefectServer) -> dict[Any, Any]:
     return settings
 
 
-def report(state: State[Any], *, recipe: str, images: str | None = None) -> int:
+def report(state: State[Any], *, recipe: str, images: str | None = None, overrides: Sequence[str] = ()) -> int:
     """Print the summary, or the reason for the failure in one line, and return the exit status."""
     if state.is_completed():
-        print(as_text(state.result(), recipe=recipe, images=images))
+        print(as_text(state.result(), recipe=recipe, images=images, overrides=overrides))
         return 0
     if state.is_cancelled():
         print(

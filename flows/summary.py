@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.dvc_protocol import Outcome
-from pipeline.artifacts import EVALUATE, NORMALIZE, TRAIN, read_json
+from pipeline.artifacts import EVALUATE, HISTORY, NORMALIZE, SELECTED_COLUMN, TRAIN, read_csv, read_json
 from pipeline.core.errors import redact_url
 from pipeline.params import PARAMS_FILE, Params, load_params
 
@@ -43,7 +43,10 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a flow run, which took `seconds`; `params` are the parameters of the run."""
+    """The result of a flow run, which took `seconds`; `params` are the parameters of the run.
+
+    `validation_accuracy` is that of the epoch whose weights are selected, `selected_epoch`.
+    """
 
     experiment: str
     steps: Sequence[Step]
@@ -52,6 +55,8 @@ class Summary:
     classes: Sequence[ClassResult]
     mlflow_run_id: str | None
     params: Params
+    validation_accuracy: float
+    selected_epoch: int
 
 
 def read_summary(
@@ -72,13 +77,24 @@ def read_summary(
         )
         for row in rows
     ]
-    return Summary(experiment, steps, seconds, metrics, classes, mlflow_run_id, load_params(folder / PARAMS_FILE))
+    selected = next(row for row in read_csv(folder / TRAIN / HISTORY) if row[SELECTED_COLUMN])
+    return Summary(
+        experiment,
+        steps,
+        seconds,
+        metrics,
+        classes,
+        mlflow_run_id,
+        params=load_params(folder / PARAMS_FILE),
+        validation_accuracy=float(selected["validation_accuracy"]),
+        selected_epoch=int(selected["epoch"]),
+    )
 
 
-def as_text(summary: Summary, *, recipe: str, images: str | None = None) -> str:
+def as_text(summary: Summary, *, recipe: str, images: str | None = None, overrides: Sequence[str] = ()) -> str:
     """Return the table at the end of `make run`, followed by suggested next commands.
 
-    `images` is the folder of the user's own images, if the command named one.
+    `images` is the folder of the user's own images, if the command named one, and `overrides` are its values of SET.
     """
     rows = [*_results(summary), ("steps", ", ".join(map(str, summary.steps))), ("took", f"{summary.seconds:.1f} s")]
     rows += [("MLflow run", summary.mlflow_run_id + _cached_model_hint(summary.steps))] if summary.mlflow_run_id else []
@@ -92,7 +108,7 @@ def as_text(summary: Summary, *, recipe: str, images: str | None = None) -> str:
         commands.append((f"make run RECIPE={SUGGESTED_RECIPE}", "train on CIFAR-10 (downloads 170 MB)"))
     elif summary.params.download.dataset == "imagefolder":
         commands[1:1] = [(".venv/bin/python -m pipeline.predict photo.jpg", "then classify other images")]
-        commands += _suggestions(summary, recipe=recipe, images=images)
+        commands += _suggestions(summary, recipe=recipe, images=images, overrides=overrides)
         lines += ["", *_class_table(summary)]
     else:
         commands.append(("make experiments", "list the experiments since the last commit, with metrics and parameters"))
@@ -115,18 +131,23 @@ def _class_table(summary: Summary) -> list[str]:
     )
 
 
-def _suggestions(summary: Summary, *, recipe: str, images: str | None) -> list[tuple[str, str]]:
+def _suggestions(
+    summary: Summary, *, recipe: str, images: str | None, overrides: Sequence[str]
+) -> list[tuple[str, str]]:
     """Return what to try next on the user's own images, as commands and what they do."""
+
+    def command(recipe: str, *more: str) -> str:
+        values = " ".join([*overrides, *more])
+        return f"make run RECIPE={recipe}{folder}" + (f' SET="{values}"' if values else "")
+
     folder = f" IMAGES={shlex.quote(images)}" if images else ""
     counts = [each.train_images for each in summary.classes]
     train = summary.params.train
     suggestions = []
     if recipe == "my_images":
-        command = f"make run RECIPE=my_images_finetune{folder}"
-        suggestions.append((command, "train the whole network (a GPU helps): docs/own-images.md"))
+        suggestions.append((command("my_images_finetune"), "train the whole network (a GPU helps): docs/own-images.md"))
     if (train.class_weights, train.sampler) == ("none", "shuffle") and max(counts) >= UNEQUAL_CLASSES * min(counts):
-        command = f'make run RECIPE={recipe}{folder} SET="train.class_weights=balanced"'
-        suggestions.append((command, "give rare classes more weight"))
+        suggestions.append((command(recipe, "train.class_weights=balanced"), "give rare classes more weight"))
     return suggestions
 
 
@@ -176,7 +197,9 @@ def _results(summary: Summary) -> list[tuple[str, str]]:
     if worst.recall == best.recall:
         range_of_recalls = f"{worst.recall:.2%} in every class"
     interval = f"(95% interval {metrics['accuracy_low']:.2%} to {metrics['accuracy_high']:.2%})"
+    validation = f"{summary.validation_accuracy:.2%} in epoch {summary.selected_epoch}, whose weights are selected"
     return [
+        ("validation", validation),
         ("test accuracy", f"{metrics['accuracy']:.2%} {interval}"),
         ("recall", range_of_recalls),
         ("test loss", f"{metrics['loss']:.4f}"),

@@ -171,7 +171,9 @@ def check_params_fit_data(params: TrainParams, info: DatasetInfo) -> None:
     }
     for field, (value, maximum, reason) in limits.items():
         if value > maximum:
-            raise UserError(f"train.{field} is {value}, but {reason}; allowed: up to {maximum}; lower it")
+            raise UserError(
+                f"train.{field} is {value}, but {reason}; allowed: up to {maximum}; set train.{field}={maximum}"
+            )
     if (params.mixup_alpha or params.cutmix_alpha) and params.batch_size < 2 * params.processes:
         field = "mixup_alpha" if params.mixup_alpha else "cutmix_alpha"
         raise UserError(

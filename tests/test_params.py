@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.core.yaml import dump_yaml
+from pipeline.core.yaml import dump_yaml, read_yaml
 from pipeline.params import (
     SECTIONS,
     check_params,
@@ -15,6 +15,16 @@ from tests.conftest import DEFAULTS, PROJECT, params
 
 def test_the_committed_parameters_are_complete() -> None:
     assert load_params(PROJECT / "params.yaml").download.dataset == "digits"
+
+
+def test_the_recipes_for_own_images_set_the_same_parameters() -> None:
+    """Otherwise an applied run of one recipe would change what the other one does."""
+    frozen, finetuned = (
+        read_yaml(PROJECT / "recipes" / f"{name}.yaml") for name in ("my_images", "my_images_finetune")
+    )
+    assert {name: set(fields) for name, fields in frozen.items()} == {
+        name: set(fields) for name, fields in finetuned.items()
+    }
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (PROJECT / "recipes").glob("*.yaml")))

@@ -22,7 +22,17 @@ def summary(*train_images: int, recipe: str = "my_images", **changes: str) -> Su
     ]
     overrides = {f"train.{name}": value for name, value in changes.items()}
     params = check_params(compose(recipe, overrides), origin=recipe)
-    return Summary("own-xyz", [Step("train", "ran", 1.0)], 2.0, METRICS, classes, mlflow_run_id="abc", params=params)
+    return Summary(
+        "own-xyz",
+        [Step("train", "ran", 1.0)],
+        2.0,
+        METRICS,
+        classes,
+        "abc",
+        params,
+        validation_accuracy=0.8,
+        selected_epoch=7,
+    )
 
 
 def test_the_classes_are_listed_with_their_test_images() -> None:
@@ -39,8 +49,8 @@ def test_of_many_classes_those_of_the_lowest_recall_are_listed() -> None:
 
 
 def test_the_next_commands_have_the_folder_of_the_images() -> None:
-    text = as_text(summary(5, 5), recipe="my_images", images="/my photos")
-    assert "make run RECIPE=my_images_finetune IMAGES='/my photos' " in text
+    text = as_text(summary(5, 5), recipe="my_images", images="/my photos", overrides=["train.batch_size=4"])
+    assert """make run RECIPE=my_images_finetune IMAGES='/my photos' SET="train.batch_size=4" """ in text
     assert "class_weights" not in text
     finetuned = summary(5, 5, recipe="my_images_finetune")
     assert "RECIPE=my_images_finetune" not in as_text(finetuned, recipe="my_images_finetune")

@@ -120,7 +120,7 @@ def _match(table: Table, root: Path, files: Mapping[str, _File]) -> tuple[dict[s
     """Return the row of each listed file by its name in the folder, the problems, and the number of repeated rows."""
     used: dict[str, Row] = {}
     problems, repeated = list[Problem](), 0
-    finder = _Finder(table.path.parent.relative_to(root), root, files)
+    finder = _Finder(table.path.parent.relative_to(root), files)
     for row in table.rows:
         name = finder.find(row)
         if isinstance(name, Problem):
@@ -147,9 +147,9 @@ def _contradiction(row: Row, other: Row) -> Problem:
 class _Finder:
     """A search for the files that a table names."""
 
-    def __init__(self, base: Path, root: Path, files: Mapping[str, _File]) -> None:
-        """Take the table's folder relative to `root`, and all files below `root` by their relative names."""
-        self._base, self._root, self._files = base.as_posix(), root.resolve(), files
+    def __init__(self, base: Path, files: Mapping[str, _File]) -> None:
+        """Take the folder of the table, relative to that of the images, and all files in the latter by name."""
+        self._base, self._files = base.as_posix(), files
         self._by_file_name: dict[str, list[str]] = defaultdict(list)
         for name in files:
             self._by_file_name[name.rpartition("/")[2]].append(name)
@@ -167,11 +167,9 @@ class _Finder:
                 return self._problem(row, found, "write the path of one of them")
         if not candidates:
             return Problem(row.line, "image", lambda: self._explain_missing(row))
-        path, kind = self._files[candidates[0]]
+        _, kind = self._files[candidates[0]]
         if kind not in (IMAGE, UNDECODABLE, COMPANION):
             return self._problem(row, f"a file that is no image ({kind})", "correct it, or remove the line")
-        if path.is_symlink() and not path.resolve().is_relative_to(self._root):
-            return self._problem(row, "a link to a file outside the folder", "replace the link by a copy")
         return candidates[0]
 
     @staticmethod

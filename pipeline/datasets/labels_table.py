@@ -16,6 +16,7 @@ from pipeline.datasets.source import check_class_names
 from pipeline.images.blocks import SPLITS
 
 REQUIRED_COLUMNS, OPTIONAL_COLUMNS = ("image", "label"), ("split", "group")
+KNOWN_COLUMNS = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS)
 DELIMITERS = ",;\t"
 MAX_PROBLEMS_SHOWN = 3
 _ALLOWED_COLUMNS = "the columns image and label and, if wanted, split and group, in a first line with these names"
@@ -80,9 +81,8 @@ def read_table(path: Path) -> Table:
         else:
             rows.append(row)
     rows, of_splits = _with_splits(rows)
-    known = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS)
     problems += [*of_splits, *_similar_labels(rows), *_divided_groups(rows)]
-    return Table(path, rows, [name for name in header if name not in known], problems)
+    return Table(path, rows, [name for name in header if name not in KNOWN_COLUMNS], problems)
 
 
 def check(table: Table, more: Sequence[Problem] = ()) -> None:
@@ -120,7 +120,7 @@ def _reader(path: Path) -> Iterator[tuple[int, list[str]]]:
     except csv.Error as error:
         raise UserError(
             f"{path}: line {line}, all columns: found {error}; allowed: fields with both quotes, or none; "
-            "correct the line"
+            "add the quote that is missing in this line or before it"
         ) from None
     if not num_lines:
         raise UserError(f"{path}: found an empty file; allowed: {_ALLOWED_COLUMNS}; fill it, or set download.labels")
@@ -142,9 +142,14 @@ def _text(path: Path) -> str:
 
 
 def _delimiter(text: str) -> str:
-    """Return the delimiter that splits the first line into most fields; a comma where there is only one."""
+    """Return the delimiter that splits the first line into the most columns that are known; a comma where none does."""
     first = next((line for line in text.splitlines() if line.strip()), "")
-    return max(DELIMITERS, key=first.count)
+
+    def num_known(delimiter: str) -> int:
+        fields = next(csv.reader([first], delimiter=delimiter), [])
+        return sum(_clean(field).casefold() in KNOWN_COLUMNS for field in fields)
+
+    return max(DELIMITERS, key=num_known)
 
 
 def _clean(field: str) -> str:
@@ -154,9 +159,8 @@ def _clean(field: str) -> str:
 
 def _check_header(path: Path, header: list[str]) -> None:
     """Raise UserError where a column is missing or occurs twice."""
-    known = (*REQUIRED_COLUMNS, *OPTIONAL_COLUMNS)
     missing = [name for name in REQUIRED_COLUMNS if name not in header]
-    twice = [name for name in known if header.count(name) > 1]
+    twice = [name for name in KNOWN_COLUMNS if header.count(name) > 1]
     if missing or twice:
         what = f"no column {' and no column '.join(missing)}" if missing else f"two columns {twice[0]}"
         raise UserError(

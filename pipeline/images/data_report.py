@@ -50,8 +50,13 @@ def _groups(groups: Mapping[str, Any]) -> list[str]:
     if groups["drawn_splits"]:
         lines.append(
             f"drawn: {', '.join(groups['drawn_splits'])}; images kept together: {groups['joined_images']:,} of "
-            f"{groups['images']:,}, in {groups['joined_groups']:,} groups, the largest of {groups['largest']:,}; "
-            f"because of duplicates or near-duplicates: {groups['joined_duplicates']:,}"
+            f"{groups['images']:,}"
+            + (
+                f", in {groups['joined_groups']:,} groups, the largest of {groups['largest']:,}; because of "
+                f"duplicates or near-duplicates: {groups['joined_duplicates']:,}"
+                if groups["joined_images"]
+                else ""
+            )
         )
         if groups["joined_duplicates"] > MAX_JOINED_FRACTION * groups["images"]:
             lines.append(

@@ -21,6 +21,8 @@ _HUFFMAN_TABLES, _END_OF_IMAGE, _START_OF_SCAN, _QUANTIZATION_TABLES = 0xC4, 0xD
 _FRAMES = frozenset({0xC0, 0xC1, 0xC2})  # sequential and progressive; others are rare, and are written again
 _NUMBERS = frozenset({0xDC, 0xDD})  # of lines, and of blocks between restarts
 _APPLICATION_DATA, _COMMENT = frozenset(range(0xE0, 0xF0)), 0xFE
+# the most that these chunks can hold of a picture
+_PNG_MAX_BYTES = {b"IHDR": 13, b"PLTE": 768, b"tRNS": 256, b"IEND": 0}
 _PNG_PICTURE = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
 _PNG_ORIENTATION = re.compile(rb"XML:com\.adobe\.xmp\0|Raw profile type exif\0")  # starts of text that Pillow reads
 _WEBP_PICTURE = frozenset({b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"})
@@ -135,6 +137,8 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
         end = position + 12 + length
         chunk = content[position:end]
         if kind in _PNG_PICTURE and (len(chunk) < 12 or chunk[-4:] != _png_checksum(chunk[4:-4])):
+            raise StructureError
+        if length > _PNG_MAX_BYTES.get(kind, length):
             raise StructureError
         yield kind, chunk[8:-4], chunk
         position = end

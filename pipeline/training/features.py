@@ -122,6 +122,7 @@ def kept_features(classifier: Classifier, head: nn.Module, split: Split, *, name
                     f"memory, and {folder} cannot be written ({error.strerror}); free space there"
                 ) from None
         else:
+            _remove_unused(folder)
             print(f"features of {name}: computed for {len(split):,} images, kept in {folder}", flush=True)
     return with_features(split, found)
 
@@ -181,9 +182,7 @@ def _write(blocks: Iterator[Features], folder: Path, *, name: str, key: str, spl
     first = next(blocks)
     unnamed = folder / f"{name}-{key}.{os.getpid()}.npy"
     md5 = write_array(unnamed, itertools.chain([first], blocks), shape=(len(split), first.shape[1]), dtype=np.float32)
-    path = unnamed.replace(folder / f"{name}-{key}-{md5}.npy")
-    _remove_unused(folder)
-    return path
+    return unnamed.replace(folder / f"{name}-{key}-{md5}.npy")
 
 
 def _remove_unused(folder: Path) -> None:
@@ -191,7 +190,11 @@ def _remove_unused(folder: Path) -> None:
 
     A file that a killed process was writing is treated like any other.
     """
-    found = sorted(((path.stat(), path) for path in folder.iterdir()), key=lambda each: -each[0].st_mtime)
+    found = []
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another training may rename or remove it at the same time
+            found.append((path.stat(), path))
+    found.sort(key=lambda each: -each[0].st_mtime)
     size = 0
     for status, path in found:
         size += status.st_size

@@ -5,6 +5,7 @@ checkpoint is written), `non_finite` (losses that are not finite), `distributed`
 `selection` (which epoch is selected, and when the training ends).
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ from pipeline.training.schedule import learning_rate
 from pipeline.training.selection import SelectedEpoch, is_finished, select_epoch
 from pipeline.training.state import Epoch, TrainingState, Validation, copy_weights
 
-VALIDATION_BATCH_SIZE = 500
+# by the largest height of the network's input in pixels; EfficientNet-Lite0 needs 13 MB for an image of 224 pixels
+VALIDATION_BATCH_SIZES = {64: 500, math.inf: 64}
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,13 @@ def training_loss(params: TrainParams, train_split: Split) -> Callable[[Tensor, 
     return loss_function(params.loss, label_smoothing=params.label_smoothing, class_weights=weights)
 
 
+def validation_batch_size(classifier: nn.Module, split: Split) -> int:
+    """Return how many images of a split are validated at a time, by the size of the network's input."""
+    input_size = classifier.input_size if isinstance(classifier, Classifier) else None
+    size = input_size or split.images.shape[1]
+    return next(number for limit, number in VALIDATION_BATCH_SIZES.items() if size <= limit)
+
+
 def validate(classifier: nn.Module, split: Split, *, loss: str) -> Validation:
     """Return loss, accuracy and macro F1 of a whole split; the loss is without label smoothing and class weights.
 
@@ -165,7 +174,7 @@ def validate(classifier: nn.Module, split: Split, *, loss: str) -> Validation:
     """
     rank, num_ranks = distributed.rank(), distributed.world_size()
     start, stop = len(split) * rank // num_ranks, len(split) * (rank + 1) // num_ranks
-    logits = logits_of(classifier, split, batch_size=VALIDATION_BATCH_SIZE, between=(start, stop))
+    logits = logits_of(classifier, split, batch_size=validation_batch_size(classifier, split), between=(start, stop))
     labels = split.labels[start:stop]
     loss_sum = loss_function(loss)(logits, labels).item() * (stop - start)
     actual, predicted = labels.cpu(), logits.argmax(1).cpu()
