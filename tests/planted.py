@@ -2,7 +2,6 @@
 
 import io
 import struct
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -167,10 +166,6 @@ def turned_by_xmp(make: Callable[..., bytes], orientation: int) -> bytes:
     info = PngImagePlugin.PngInfo()
     info.add_itxt("XML:com.adobe.xmp", xmp.decode())
     return encoded(picture(), pnginfo=info)
-
-
-def png_chunk(kind: bytes, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", zlib.crc32(kind + payload))
 
 
 ALL: dict[str, Callable[[int], bytes]] = {
