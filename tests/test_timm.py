@@ -8,16 +8,18 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
 
 from flows.checks import check_inputs
 from pipeline.arrays import Split
 from pipeline.artifacts import file_md5
 from pipeline.core.errors import UserError
+from pipeline.images.decode import decode
 from pipeline.models import packaged
 from pipeline.models.build import Classifier, build
 from pipeline.models.config import ModelConfig
 from pipeline.models.files import load_model, save_config, save_weights
-from pipeline.models.inference import logits_of
+from pipeline.models.inference import class_probabilities, logits_of
 from pipeline.models.names import check_network_name, timm_network_names
 from pipeline.models.packaged import PACKAGED_NETWORK, packaged_weights_file
 from pipeline.models.pretrained import load_pretrained
@@ -27,6 +29,7 @@ from pipeline.tracking.models import _requirements
 from pipeline.training.loop import train
 from tests.conftest import colored_images, train_params
 from tests.pretrained import SMALL, configured, dataset
+from tests.raw_folders import encoded
 from tests.test_model import config
 
 # the largest logits of EfficientNet-Lite0 for `drawing(256)`
@@ -143,6 +146,18 @@ def test_the_packaged_weights_give_known_logits(pretrained: tuple[Classifier, Mo
     logits = logits_of(classifier, split, batch_size=1)[0]
     assert logits.topk(3).indices.tolist() == GOLDEN_CLASSES
     assert logits.topk(3).values.tolist() == pytest.approx(GOLDEN_LOGITS, abs=1e-3)
+
+
+@pytest.mark.parametrize(("photograph", "expected"), [("flower", 985), ("china", 698)])  # daisy, palace
+def test_the_packaged_weights_know_what_a_photograph_shows(
+    pretrained: tuple[Classifier, ModelConfig], photograph: str, expected: int
+) -> None:
+    classifier, chosen = pretrained
+    content = encoded(load_sample_image(f"{photograph}.jpg"))
+    pixels = decode(content, image_size=256, channels=3, resize="crop")
+    probabilities = class_probabilities(classifier, pixels[None].copy(), config=chosen)[0]
+    assert probabilities.argmax() == expected
+    assert probabilities[expected] > 0.2
 
 
 @pytest.mark.slow
