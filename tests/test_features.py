@@ -1,5 +1,6 @@
 """Training on kept features has the same bits, also when it resumes and in several processes."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ from pipeline.artifacts import file_md5
 from pipeline.training import features
 from pipeline.training.batches import epoch_batches
 from pipeline.training.features import find_separable_head, kept_features, select_trained, with_features
-from tests.conftest import PROJECT, read_until, start_step, train_params
+from tests.conftest import PROJECT, read_until, start_step, train_params, write_normalized
 from tests.frozen import (
     FLIPPED,
     FROZEN,
@@ -35,6 +36,23 @@ from tests.frozen import (
 )
 from tests.test_resume import EVERY_STEP, Project, one_thread  # noqa: F401  # a fixture
 from tests.test_train import QUICK, split_of
+
+KILLS = [signal.SIGTERM, signal.SIGKILL]
+ALL_LAYERS = {"weights": WEIGHTS, "crop_padding": 0, "ema_decay": 0.9}
+RESUMED: dict[str, dict[str, Any]] = {
+    "features": FROZEN,
+    "flip": FLIPPED,
+    "until": UNTIL,
+    "average": ALL_LAYERS,
+    "all layers": {
+        **ALL_LAYERS,
+        "layer_decay": 0.8,
+        "random_resized_crop": 0.5,
+        "color_jitter": 0.2,
+        "mixup_alpha": 0.2,
+        "cutmix_alpha": 1.0,
+    },
+}
 
 
 @pytest.mark.parametrize(
@@ -155,25 +173,37 @@ def test_features_that_cannot_be_kept_stay_in_memory(frozen: Callable[..., Proje
 
 @pytest.mark.slow
 def test_other_images_weights_or_sizes_have_other_features(frozen: Callable[..., Project]) -> None:
-    project = frozen(**FROZEN)
+    project = frozen(**FROZEN, epochs=1)
     project.finish()
-    before = feature_files()
-    other = load_file(WEIGHTS)
-    other["0.weight"][0, 0, 0, 0] += 1
-    save_file(other, WEIGHTS)
-    project.set(**FROZEN, weights_md5=file_md5(Path(WEIGHTS)))
-    assert "computed for 320 images" in project.finish()
-    assert len(feature_files()) == 4
-    assert set(before) < set(feature_files())
+    kept = set(feature_files())
+    # the train split alone has other images
+    write_normalized(project.folder, train=304)
+    output = project.finish()
+    assert "features of train: computed for 304 images" in output
+    assert "features of validation: read from" in output
+    weights = load_file(WEIGHTS)
+    weights["0.weight"][0, 0, 0, 0] += 1
+    save_file(weights, WEIGHTS)
+    md5 = file_md5(Path(WEIGHTS))
+    # LeNet has the same weights for images of 32 and 34 pixels
+    for changes in ({"weights_md5": md5}, {"weights_md5": md5, "input_size": 34}):
+        project.set(**FROZEN, epochs=1, **changes)
+        output = project.finish()
+        assert "features of train: computed for 304 images" in output
+        assert "features of validation: computed for 24 images" in output
+    assert kept < set(feature_files())
+    assert len(feature_files()) == 7
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [FROZEN, FLIPPED, UNTIL], ids=["features", "flip", "until"])
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
-def test_a_frozen_training_resumes_with_the_same_bits(
-    frozen: Callable[..., Project], changes: dict[str, Any], sent: signal.Signals
+@pytest.mark.parametrize(
+    ("name", "sent"),
+    [*itertools.product(["features", "flip", "until", "all layers"], KILLS), ("average", signal.SIGKILL)],
+)
+def test_a_training_with_pretrained_weights_resumes_with_the_same_bits(
+    frozen: Callable[..., Project], name: str, sent: signal.Signals
 ) -> None:
-    project = frozen(**changes, **EVERY_STEP)
+    project = frozen(**RESUMED[name], **EVERY_STEP)
     project.finish()
     expected = outputs()
     process = project.start_until("epoch 2/4")
