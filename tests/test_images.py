@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.images import decode as module
 from pipeline.images.decode import IMAGE_SUFFIXES, MAX_PIXELS, UnreadableImage, decode, resize_pixels
 from tests.raw_folders import encoded, noise
 
@@ -172,10 +173,19 @@ def test_fine_detail_is_averaged_not_sampled() -> None:
     assert np.abs(read(encoded(stripes), channels=1)[2:-2, 2:-2].astype(int) - 127).max() <= 2
 
 
-def test_a_large_jpeg_decoded_at_reduced_size_is_nearly_the_same() -> None:
+def test_a_large_jpeg_is_decoded_at_reduced_size_with_nearly_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded_sizes = []
+
+    def to_size(image: Image.Image, **options: Any) -> Image.Image:
+        decoded_sizes.append(image.size)
+        return resize(image, **options)
+
+    resize = module.to_size
+    monkeypatch.setattr(module, "to_size", to_size)
     large = noise(3).repeat(16, axis=0).repeat(16, axis=1)
     reduced = read(encoded(large, "JPEG", quality=95), image_size=32)
     whole = read(encoded(large), image_size=32)
+    assert decoded_sizes == [(64, 64), (512, 512)]
     assert np.abs(reduced.astype(int) - whole).mean() < 4
 
 

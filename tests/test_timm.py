@@ -1,71 +1,40 @@
-"""Networks of timm: names, pretrained weights from a package, a file or the hub, and the preparation of their input."""
+"""Networks of timm: their names, and pretrained weights from a package or a file."""
 
-import hashlib
-import http.server
-import json
-import os
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
 
 from flows.checks import check_inputs
-from pipeline.arrays import DatasetInfo, Split
-from pipeline.artifacts import file_md5, read_csv, read_json
+from pipeline.arrays import Split
+from pipeline.artifacts import file_md5
 from pipeline.core.errors import UserError
-from pipeline.core.yaml import dump_yaml
+from pipeline.images.decode import decode
 from pipeline.models import packaged
 from pipeline.models.build import Classifier, build
-from pipeline.models.config import ModelConfig, configure
+from pipeline.models.config import ModelConfig
 from pipeline.models.files import load_model, save_config, save_weights
 from pipeline.models.inference import class_probabilities, logits_of
 from pipeline.models.names import check_network_name, timm_network_names
 from pipeline.models.packaged import PACKAGED_NETWORK, packaged_weights_file
-from pipeline.models.preparation import fit_to_size
 from pipeline.models.pretrained import load_pretrained
 from pipeline.models.timm import read_timm_weights
-from pipeline.params import Channels
 from pipeline.recipes import compose
 from pipeline.tracking.models import _requirements
 from pipeline.training.loop import train
-from tests.conftest import DEFAULTS, PROJECT, colored_images, run_step, train_params, write_normalized
+from tests.conftest import colored_images, train_params
+from tests.pretrained import SMALL, configured, dataset
+from tests.raw_folders import encoded
 from tests.test_model import config
 
-SMALL = "timm/test_resnet"  # 0.4 million parameters
 # the largest logits of EfficientNet-Lite0 for `drawing(256)`
 GOLDEN_CLASSES = [906, 885, 772]
 GOLDEN_LOGITS = [7.2566, 5.7437, 5.5112]
-
-
-def dataset(*, classes: int = 3, size: int = 32, channels: Channels = 3) -> DatasetInfo:
-    return DatasetInfo.model_validate(
-        {
-            "dataset": "imagefolder",
-            "class_names": tuple(map(str, range(classes))),
-            "image_size": size,
-            "channels": channels,
-            "resize": "crop",
-            "mean": (0.4,) * channels,
-            "std": (0.2,) * channels,
-            "counts": {"train": {}, "validation": {}, "test": {}},
-            "test_duplicates": (),
-            "md5": "",
-        }
-    )
-
-
-def configured(model: str, *, weights: str | None, info: DatasetInfo, input_size: int | None = None) -> ModelConfig:
-    return configure(train_params(model=model, weights=weights, input_size=input_size), info)
 
 
 # names
@@ -179,6 +148,18 @@ def test_the_packaged_weights_give_known_logits(pretrained: tuple[Classifier, Mo
     assert logits.topk(3).values.tolist() == pytest.approx(GOLDEN_LOGITS, abs=1e-3)
 
 
+@pytest.mark.parametrize(("photograph", "expected"), [("flower", 985), ("china", 698)])  # daisy, palace
+def test_the_packaged_weights_know_what_a_photograph_shows(
+    pretrained: tuple[Classifier, ModelConfig], photograph: str, expected: int
+) -> None:
+    classifier, chosen = pretrained
+    content = encoded(load_sample_image(f"{photograph}.jpg"))
+    pixels = decode(content, image_size=256, channels=3, resize="crop")
+    probabilities = class_probabilities(classifier, pixels[None].copy(), config=chosen)[0]
+    assert probabilities.argmax() == expected
+    assert probabilities[expected] > 0.2
+
+
 @pytest.mark.slow
 def test_the_head_of_the_packaged_weights_is_replaced_for_other_classes() -> None:
     chosen = configured(PACKAGED_NETWORK, weights="DEFAULT", info=dataset(), input_size=None)
@@ -219,207 +200,3 @@ def test_a_file_of_weights_is_loaded_and_the_head_replaced(tmp_path: Path, suffi
     classifier = build(chosen)
     assert load_pretrained(classifier, config=chosen, md5=file_md5(path)) == ["fc.weight", "fc.bias"]
     assert torch.equal(classifier.network.state_dict()["conv1.0.weight"], donor["conv1.0.weight"])
-
-
-# weights from the hub
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """A server that answers as the Hugging Face hub does for one file; other files and private ones do not exist."""
-
-    protocol_version = "HTTP/1.1"
-    content = b""
-    requests: list[tuple[str, str, Mapping[str, str]]]
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
-
-    def answer(self, *, with_body: bool) -> None:
-        self.requests.append((self.command, self.path, dict(self.headers)))
-        is_known = self.path == "/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"
-        self.send_response(200 if is_known else 401)
-        if not is_known:
-            self.send_header("X-Error-Code", "RepoNotFound")
-        self.send_header("ETag", '"0123456789abcdef"')
-        self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
-        self.send_header("X-Linked-Size", str(len(self.content)))
-        self.send_header("Content-Length", str(len(self.content) if is_known else 0))
-        self.end_headers()
-        if with_body and is_known:
-            self.wfile.write(self.content)
-
-
-@contextmanager
-def served(content: bytes) -> Iterator[tuple[str, list[tuple[str, str, Mapping[str, str]]]]]:
-    """Serve the content as a hub does; yield the address and the list of requests."""
-    handler = type("Handler", (Hub,), {"content": content, "requests": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", handler.requests  # type: ignore[attr-defined]
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-READ_WEIGHTS = """
-import json, sys
-from pipeline.models.timm import read_timm_weights
-for name, md5 in json.loads(sys.argv[1]):
-    try:
-        print(len(read_timm_weights(name, md5=md5)))
-    except Exception as error:
-        print(type(error).__name__, error)
-"""
-
-
-def read_from_hub(address: str, cache: Path, *reads: tuple[str, str | None]) -> list[str]:
-    """Read the default weights of networks in a process of their own; return a line for each."""
-    done = subprocess.run(
-        [sys.executable, "-c", READ_WEIGHTS, json.dumps(reads)],
-        cwd=PROJECT,
-        env={**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(cache), "HF_TOKEN": "secret", "NO_PROXY": "*"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert not done.stderr
-    return done.stdout.splitlines()
-
-
-@pytest.mark.slow
-def test_weights_from_the_hub_are_trusted_by_their_md5_only(tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    save_file(timm.create_model("test_resnet").state_dict(), file)
-    md5 = file_md5(file)
-    with served(file.read_bytes()) as (address, requests):
-        reads = [(SMALL, None), (SMALL, "0" * 32), (SMALL, md5), ("timm/test_vit", None)]
-        unknown, wrong, right, private = read_from_hub(address, tmp_path / "cache", *reads)
-    assert unknown.startswith("UserError train.weights_md5 is null, but ")
-    assert unknown.endswith(f"model.safetensors has {md5}; set it to that if you trust the file")
-    assert wrong.startswith(f"UserError train.weights_md5 is {'0' * 32}, but ")
-    assert right == str(len(timm.create_model("test_resnet").state_dict()))
-    assert private.startswith(f"UserError train.weights DEFAULT: {address}/timm/test_vit.r160_in1k/resolve/main/")
-    # one download, and neither the token nor the versions of packages are sent
-    assert [path for method, path, _ in requests if method == "GET"] == [
-        "/timm/test_resnet.r160_in1k/resolve/main/model.safetensors"
-    ]
-    assert not [headers for _, _, headers in requests if "secret" in str(headers) or "torch/" in str(headers)]
-    # another file with a trusted MD5
-    md5_of_page = hashlib.md5(b"<html>", usedforsecurity=False).hexdigest()
-    with served(b"<html>") as (address, _):
-        (page,) = read_from_hub(address, tmp_path / "another cache", (SMALL, md5_of_page))
-    assert "model.safetensors is not readable as .safetensors (" in page
-    # a file that was downloaded needs no connection; without it, the remedy is a local file
-    right, absent = read_from_hub(address, tmp_path / "cache", (SMALL, md5), ("timm/test_vit", None))
-    assert right.isdigit()
-    assert absent.startswith(f"TemporaryError train.weights DEFAULT: {address}/timm/test_vit.r160_in1k/")
-    assert absent.endswith("without internet, copy that file here and name it in train.weights")
-
-
-@pytest.mark.parametrize(("model", "is_allowed"), [(SMALL, True), ("resnet18", False)])
-def test_default_weights_have_an_md5_only_where_timm_downloads_them(model: str, is_allowed: bool) -> None:
-    values = {"model": model, "weights": "DEFAULT", "weights_md5": "0" * 32}
-    if is_allowed:
-        assert train_params(**values).weights_md5 == "0" * 32
-    else:
-        with pytest.raises(UserError, match="weights_md5 is set, but weights is DEFAULT"):
-            train_params(**values)
-
-
-# preparation of the input
-
-
-@pytest.mark.parametrize(
-    ("model", "weights", "expected"),
-    [
-        (PACKAGED_NETWORK, "DEFAULT", (127 / 255, 128 / 255, "bicubic", 0.875)),
-        (PACKAGED_NETWORK, "x.safetensors", (0.5, 0.5, "bicubic", 0.875)),
-        (SMALL, "DEFAULT", (0.5, 0.5, "bilinear", 0.95)),
-        ("resnet18", "DEFAULT", (0.485, 0.229, "bilinear", 224 / 256)),
-        ("resnet18", "x.pth", (0.485, 0.229, "bilinear", 224 / 256)),
-        ("resnet18", None, (0.4, 0.2, "bilinear", 1.0)),
-        (SMALL, None, (0.4, 0.2, "bilinear", 1.0)),
-        ("lenet", "x.pth", (0.4, 0.2, "bilinear", 1.0)),
-    ],
-)
-def test_pretrained_weights_decide_how_the_input_is_prepared(
-    model: str, weights: str | None, expected: tuple[float, float, str, float]
-) -> None:
-    chosen = configured(model, weights=weights, info=dataset())
-    assert (chosen.mean[0], chosen.std[0], chosen.interpolation, chosen.crop_fraction) == pytest.approx(expected)
-
-
-def test_gray_images_are_prepared_with_the_mean_of_the_colors() -> None:
-    chosen = configured("resnet18", weights="DEFAULT", info=dataset(channels=1))
-    assert chosen.mean == pytest.approx([(0.485 + 0.456 + 0.406) / 3])
-    assert chosen.std == pytest.approx([(0.229 + 0.224 + 0.225) / 3])
-
-
-def test_images_of_the_size_before_the_crop_are_only_cropped() -> None:
-    images = torch.rand(2, 3, 256, 256)
-    fitted = fit_to_size(images, size=224, interpolation="bicubic", crop_fraction=0.875)
-    assert torch.equal(fitted, images[:, :, 16:240, 16:240])
-
-
-def test_images_of_the_size_of_the_network_are_unchanged() -> None:
-    images = torch.rand(2, 3, 224, 224)
-    assert fit_to_size(images, size=224, interpolation="bicubic", crop_fraction=0.875) is images
-
-
-def test_other_images_are_resized_with_the_interpolation_of_the_network_and_cropped() -> None:
-    images = torch.rand(2, 3, 100, 100)
-    resized = torch.nn.functional.interpolate(images, size=(64, 64), mode="bicubic", antialias=True)
-    fitted = fit_to_size(images, size=56, interpolation="bicubic", crop_fraction=0.875)
-    assert torch.equal(fitted, resized[:, :, 4:60, 4:60])
-
-
-def test_a_model_file_from_before_these_fields_has_no_crop(tmp_path: Path) -> None:
-    save_config(config(), tmp_path)
-    values = read_json(tmp_path / "model.json")
-    old: Mapping[str, Any] = {k: v for k, v in values.items() if k not in ("interpolation", "crop_fraction")}
-    (tmp_path / "model.json").write_text(json.dumps(old))
-    save_weights(build(config()), tmp_path / "best.safetensors")
-    read = load_model(tmp_path)[1]
-    assert (read.interpolation, read.crop_fraction) == ("bilinear", 1.0)
-
-
-def test_a_split_for_evaluation_is_normalized_as_predict_does_it(tmp_path: Path) -> None:
-    folder = write_normalized(tmp_path, size=64)
-    info = DatasetInfo.read(folder)
-    chosen = configured(SMALL, weights="x.pth", info=info, input_size=32)
-    classifier = build(chosen).eval()
-    split = Split.read("test", info=info, mean=chosen.mean, std=chosen.std, folder=folder)
-    expected = logits_of(classifier, split, batch_size=30).softmax(1).numpy()
-    assert np.array_equal(class_probabilities(classifier, split.images.numpy(), config=chosen), expected)
-    of_dataset = Split.read("test", info=info, folder=folder)
-    assert not np.array_equal(logits_of(classifier, of_dataset, batch_size=30).softmax(1).numpy(), expected)
-
-
-@pytest.mark.slow
-def test_evaluate_predict_and_the_recorded_model_agree_for_a_pretrained_network(workspace: Path) -> None:
-    images = np.load(write_normalized(workspace, size=64) / "test_images.npy")
-    save_file(timm.create_model("test_resnet").state_dict(), "weights.safetensors")
-    values: dict[str, Any] = json.loads(json.dumps(DEFAULTS))
-    chosen = {"model": SMALL, "weights": "weights.safetensors", "weights_md5": file_md5(Path("weights.safetensors"))}
-    values["train"] |= {**chosen, "input_size": 48, "epochs": 1, "batch_size": 16, "learning_rate": 0.003}
-    Path("params.yaml").write_text(dump_yaml(values))
-    for step in ("train", "evaluate"):
-        done = run_step(step)
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    folder = Path("artifacts/train")
-    classifier, saved = load_model(folder)
-    assert (saved.mean, saved.interpolation, saved.crop_fraction) == ((0.5,) * 3, "bilinear", 0.95)
-    probabilities = class_probabilities(classifier, images, config=saved)
-    (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
-    recorded = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model").predict(images)
-    np.testing.assert_allclose(recorded.iloc[:, 1:], probabilities, atol=1e-5)
-    rows = read_csv(Path("artifacts/evaluate/predictions.csv"))
-    assert [row["predicted"] for row in rows] == [saved.class_names[index] for index in probabilities.argmax(1)]
-    assert [float(row["probability"]) for row in rows] == pytest.approx(probabilities.max(1), abs=1e-5)

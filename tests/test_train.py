@@ -343,15 +343,18 @@ def runs() -> list[mlflow.entities.Run]:
     [
         (
             {"batch_size": 500},
-            "error: train.batch_size is 500, but the train split has 96 images; allowed: up to 96; set train.batch_size=96",
+            "error: train.batch_size is 500, but the train split has 96 images; allowed: up to 96; "
+            "set train.batch_size=96",
         ),
         (
             {"crop_padding": 32},
-            "error: train.crop_padding is 32, but the images have 32 pixels a side; allowed: up to 31; set train.crop_padding=31",
+            "error: train.crop_padding is 32, but the images have 32 pixels a side; allowed: up to 31; "
+            "set train.crop_padding=31",
         ),
         (
             {"cutout_size": 99},
-            "error: train.cutout_size is 99, but the images have 32 pixels a side; allowed: up to 31; set train.cutout_size=31",
+            "error: train.cutout_size is 99, but the images have 32 pixels a side; allowed: up to 31; "
+            "set train.cutout_size=31",
         ),
         ({"model": "lent"}, "error: train.model is 'lent'; allowed: lenet, airbench"),
         ({"weights": "gone.pth"}, "error: train.weights: no such file gone.pth"),
