@@ -44,7 +44,7 @@ SELECT_BY: tuple[Metric, ...] = ("accuracy", "macro_f1")
 OVERRIDES = {
     "download.dataset": "imagefolder",
     "normalize.validation_fraction": 0.2,
-    "train.epochs": 20,
+    "train.epochs": 40,
     "train.batch_size": 32,
     # an image of the rarest class has 100 times the weight of one of the largest: without this, some trainings diverge
     "train.gradient_clip_norm": 1.0,
