@@ -1,6 +1,7 @@
 """The input is prepared as pretrained weights expect it, by evaluate, predict and the recorded model alike."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,7 @@ def test_evaluate_predict_and_the_recorded_model_agree_for_a_pretrained_network(
     classifier, saved = load_model(folder)
     assert (saved.mean, saved.interpolation, saved.crop_fraction) == ((0.5,) * 3, "bilinear", 0.95)
     probabilities = class_probabilities(classifier, images, config=saved)
+    mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])  # another test may have set another one
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
     recorded = mlflow.pyfunc.load_model(f"runs:/{run.info.run_id}/model").predict(images)
     np.testing.assert_allclose(recorded.iloc[:, 1:], probabilities, atol=1e-5)
