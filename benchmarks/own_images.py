@@ -24,15 +24,15 @@ FROM_NOTHING = (
     "train.layer_decay=1.0",
     "train.head_learning_rate_factor=1.0",
     "train.epochs=12",
-    "normalize.image_size=128",
-    "train.input_size=128",
+    "normalize.image_size=64",
+    "train.input_size=64",
 )
 # by name: the recipe and its overrides
 WAYS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "frozen (my_images)": ("my_images", ()),
     "fine-tuned (my_images_finetune)": ("my_images_finetune", ()),
-    "from nothing, same network, 12 epochs at 128 pixels": ("my_images_finetune", FROM_NOTHING),
-    "from nothing, ResNet-18, 12 epochs at 128 pixels": (
+    "from nothing, same network, 12 epochs at 64 pixels": ("my_images_finetune", FROM_NOTHING),
+    "from nothing, ResNet-18, 12 epochs at 64 pixels": (
         "my_images_finetune",
         (*FROM_NOTHING, "train.model=resnet18", "train.learning_rate=0.0003", "train.weight_decay=0.01"),
     ),
