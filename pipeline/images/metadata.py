@@ -82,7 +82,7 @@ def _jpeg_segment(marker: int, payload: bytes) -> bytes:
 
 
 def _kept_of_segment(marker: int, payload: bytes) -> bytes:
-    """Return what is kept of a JPEG segment; of application data, what tells the decoder the color space."""
+    """Return what is kept of a JPEG segment; of application data, what states the color space."""
     if marker == 0xE0 and payload.startswith(b"JFIF\0") and len(payload) >= 14:
         return _jpeg_segment(marker, payload[:12] + b"\0\0")  # 0 x 0 pixels of thumbnail
     if marker == 0xEE and payload.startswith(b"Adobe") and len(payload) >= 12:
