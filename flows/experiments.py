@@ -17,8 +17,8 @@ from datetime import datetime
 from typing import Any
 
 from flows import PROJECT
-from flows.summary import changed_params
 from pipeline.core.errors import UserError, report_errors
+from pipeline.tracking.run_title import differences
 
 METRICS = ("accuracy", "macro_f1", "loss")
 HEADER = ("experiment", "created", *METRICS, "parameters that differ from its commit's")
@@ -81,7 +81,7 @@ def _row(name: str, data: Mapping[str, Any], *, baseline: Mapping[str, Any], sta
         created=f"{datetime.fromisoformat(created):%Y-%m-%d %H:%M}" if created else "",
         state=state,
         metrics=next((values for values in metrics if values), {}),
-        changed=changed_params(_params(baseline), _params(data)),
+        changed=differences(_params(baseline), _params(data)),
     )
 
 

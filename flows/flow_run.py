@@ -20,7 +20,7 @@ from flows import PROJECT
 from flows.doctor import fix_leftovers, register_process
 from flows.dvc_client import StepError
 from flows.git import experiment_name, untracked_files
-from flows.summary import Step, Summary, as_markdown, changed_params, read_summary
+from flows.summary import Step, Summary, as_markdown, read_summary
 from flows.ui import mlflow_page
 from flows.workspace import Keep, Workspace, open_workspace
 from pipeline.artifacts import BEST_WEIGHTS, TRAIN, file_md5
@@ -29,6 +29,7 @@ from pipeline.core.processes import call_at_parent_end
 from pipeline.core.yaml import dump_yaml, read_yaml
 from pipeline.params import PARAMS_FILE
 from pipeline.recipes import compose
+from pipeline.tracking.run_title import differences
 
 # errors that a user can act on: the flow run fails with the error's one line as its message
 EXPECTED_ERRORS = (UserError, TemporaryError, StepError, OSError)
@@ -153,7 +154,7 @@ def summarize(workspace: Workspace, steps: Sequence[Step], *, mlflow_run_id: str
     committed, params = (read_yaml(path) for path in (workspace.committed_params, workspace.folder / PARAMS_FILE))
     text = as_markdown(
         summary,
-        changes=changed_params(committed, params),
+        changes=differences(committed, params),
         flow_run_id=str(runtime.flow_run.id),
         mlflow_link=mlflow_page(mlflow_run_id) if mlflow_run_id else None,
     )

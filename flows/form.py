@@ -10,8 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_serialize
 from pydantic.fields import FieldInfo
 
 from flows import PROJECT
-from pipeline.params import SECTIONS
-from pipeline.recipes import RECIPES_FOLDER
+from pipeline.params import RECIPES_FOLDER, SECTIONS
 
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from flows.dvc_protocol import Outcome
 from pipeline.artifacts import EVALUATE, HISTORY, NORMALIZE, SELECTED_COLUMN, TRAIN, read_csv, read_json
-from pipeline.core.errors import redact_url
 from pipeline.params import PARAMS_FILE, Params, load_params
 
 SUGGESTED_RECIPE = "cifar10_lenet"
@@ -164,26 +163,6 @@ def as_markdown(
         _table(["what", "name or command"], _places(summary, flow_run_id, mlflow_link)),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def changed_params(committed: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the parameters of `params` that differ from those committed in git: `{"train.epochs": (20, 3)}`.
-
-    Each has its committed value (None if there is none) and its new value, without passwords and tokens in URLs.
-    """
-    pairs = {
-        f"{section}.{field}": (committed.get(section, {}).get(field), value)
-        for section, fields in params.items()
-        for field, value in fields.items()
-    }
-    return {name: (_without_secrets(old), _without_secrets(new)) for name, (old, new) in pairs.items() if old != new}
-
-
-def _without_secrets(value: Any) -> Any:
-    """Return the value without passwords and tokens in URLs."""
-    if isinstance(value, list):
-        return [_without_secrets(part) for part in value]
-    return redact_url(value) if isinstance(value, str) else value
 
 
 def _results(summary: Summary) -> list[tuple[str, str]]:

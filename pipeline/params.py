@@ -12,6 +12,7 @@ from pipeline.core.validation import explain
 from pipeline.core.yaml import read_yaml
 
 PARAMS_FILE = Path("params.yaml")
+RECIPES_FOLDER = Path("recipes")
 ALLOWED_LAYOUTS = (
     "<class>/… or <split>/<class>/… with at least two classes, split being train (training), validation (val, valid, "
     "dev) or test (testing, holdout, eval), with words before or after it as in seg_train; or a table labels.csv"

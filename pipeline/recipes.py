@@ -15,9 +15,7 @@ from pipeline.artifacts import write_text
 from pipeline.core.errors import UserError, redact_url, report_errors
 from pipeline.core.validation import describe_value, list_choices
 from pipeline.core.yaml import dump_yaml, read_yaml
-from pipeline.params import PARAMS_FILE, SECTIONS, check_params
-
-RECIPES_FOLDER = Path("recipes")
+from pipeline.params import PARAMS_FILE, RECIPES_FOLDER, SECTIONS, check_params
 
 
 def compose(recipe: str | None, overrides: Mapping[str, Any]) -> Any:

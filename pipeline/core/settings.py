@@ -34,6 +34,8 @@ class Settings:
     flow_run_link: str
     # the name of the current DVC experiment: PIPELINE_EXPERIMENT if it is set, even to an empty text, else DVC_EXP_NAME
     experiment: str
+    # PIPELINE_RECIPE: the recipe of the flow run; if it is empty, it is found by the parameters
+    recipe: str
     # PIPELINE_REPRODUCES: the id of the MLflow run that this training reproduces, or None
     reproduces: str | None
     # PIPELINE_RESULT_FILE: the file for a step's result; if it is empty, the step writes none
@@ -96,6 +98,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         flow_run_name=text("PIPELINE_FLOW_RUN_NAME"),
         flow_run_link=text("PIPELINE_FLOW_RUN_LINK"),
         experiment=environment.get("PIPELINE_EXPERIMENT", text("DVC_EXP_NAME")),
+        recipe=text("PIPELINE_RECIPE"),
         reproduces=text("PIPELINE_REPRODUCES") or None,
         result_file=text("PIPELINE_RESULT_FILE"),
         own_prefect_api_url=text("PIPELINE_OWN_PREFECT_API_URL"),

@@ -15,16 +15,23 @@ from pipeline.core.errors import UserError
 def read_yaml(path: Path) -> Any:
     """Return the YAML mapping in a file, with its comments; raises UserError where the file is missing or has none."""
     try:
-        values = YAML().load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run this in the project's folder") from None
-    except OSError:
-        raise
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid YAML: {error}; correct that line") from None
+    return parse_yaml(text, origin=str(path))
+
+
+def parse_yaml(text: str, *, origin: str) -> Any:
+    """Return the YAML mapping in a text, with its comments; raises UserError, naming `origin`, where it has none."""
+    try:
+        values = YAML().load(text)
     # besides YAMLError, ruamel's constructors raise nearly anything on odd values: ValueError, KeyError, IndexError, …
     except Exception as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}; correct that line") from None
+        raise UserError(f"{origin}: not valid YAML: {' '.join(str(error).split())}; correct that line") from None
     if not isinstance(values, Mapping):
-        raise UserError(f"{path}: found no YAML mapping; allowed: `name: value` lines; `git diff` shows what changed")
+        raise UserError(f"{origin}: found no YAML mapping; allowed: `name: value` lines; `git diff` shows what changed")
     return values
 
 
