@@ -48,8 +48,8 @@ class RunSetup:
 def read_setup(folder: Path = Path(), *, recipe: str | None = None) -> RunSetup:
     """Return the setup of the run in a checkout or a clone, by the parameters of its `params.yaml`.
 
-    `recipe` is by default the one that PIPELINE_RECIPE names. Without one, it is the recipe for the same data
-    set from which the fewest parameters differ. The values that a recipe does not set are those of the committed `params.yaml`.
+    `recipe` is by default the one that PIPELINE_RECIPE names. Without one, it is the recipe for the same data set from
+    which the fewest parameters differ. The values that a recipe does not set are those of the committed `params.yaml`.
     """
     params = read_yaml(folder / PARAMS_FILE)
     try:
