@@ -138,7 +138,7 @@ def test_files_that_a_step_does_not_read_may_be_missing() -> None:
         path.unlink()
     (NORMALIZE / ".DS_Store").touch()
     verify_splits("train", "validation")
-    with pytest.raises(UserError, match=r"test_images\.npy: no such file, but .*checksums\.md5 lists it"):
+    with pytest.raises(UserError, match=r"test_files\.parquet: no such file, but .*checksums\.md5 lists it"):
         verify(NORMALIZE)
 
 

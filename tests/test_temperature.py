@@ -51,7 +51,7 @@ def test_the_number_of_images_in_memory_at_a_time_does_not_matter(monkeypatch: p
 
 @pytest.mark.parametrize("scale", [30.0, 300.0])
 def test_where_all_are_correct_the_mean_probability_is_the_expected_accuracy(scale: float) -> None:
-    logits = scale * drawn(1.0, number=98)[0] / 3
+    logits = np.float32(scale / 3) * drawn(1.0, number=98)[0]
     temperature = fit_temperature(logits, logits.argmax(1))
     confidences = probabilities_of(torch.from_numpy(logits), temperature=temperature).max(1)
     assert confidences.mean() == pytest.approx(99 / 100, abs=1e-4)

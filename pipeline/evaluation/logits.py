@@ -39,5 +39,8 @@ def predictions_of(
 
 def _probabilities(logits: torch.Tensor, *, temperature: float | None) -> Probabilities:
     """Return the probabilities (N, num_classes) rounded to float32."""
-    blocks = (probabilities_of(block, temperature=temperature) for block in logits.split(ROWS_PER_BLOCK))
-    return np.concatenate([block.astype(np.float32) for block in blocks])
+    rows = np.empty(logits.shape, np.float32)
+    for start in range(0, len(rows), ROWS_PER_BLOCK):
+        block = slice(start, start + ROWS_PER_BLOCK)
+        rows[block] = probabilities_of(logits[block], temperature=temperature)
+    return rows

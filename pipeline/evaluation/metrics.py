@@ -122,7 +122,7 @@ def _with_interval(
     *,
     value: float | None = None,
     interval: Callable[[int, int], Interval] = wilson_interval,
-) -> Row:
+) -> dict[str, Any]:
     """Return a value, by default the fraction of correct images, with its interval; empty where there is no image."""
     names = (name, f"{name}_low", f"{name}_high")
     if not number:

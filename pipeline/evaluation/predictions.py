@@ -42,7 +42,7 @@ class Predictions:
     @property
     def is_correct(self) -> npt.NDArray[np.bool_]:
         """Return for each image (N,) whether the predicted class is the actual one."""
-        return self.predicted == self.actual
+        return np.equal(self.predicted, self.actual)
 
     @property
     def best_probabilities(self) -> Probabilities:
