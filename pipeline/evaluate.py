@@ -1,6 +1,6 @@
 """Evaluate, the last step: compute the metrics of the model on the test split, which no other step reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -20,6 +20,7 @@ from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.store import store_errors
 from pipeline.training.device import choose_device
 
+TEST_METRICS = "test/"  # the group of metrics in MLflow
 FILES = ("confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv")
 
 
@@ -57,7 +58,10 @@ def main() -> None:
         _write_files(result, class_names=info.class_names)
         _print_summary(result)
         # the MLflow run is the one of these weights, whichever checkpoint is evaluated
-        _log_to_mlflow(result, model_md5=md5[BEST_WEIGHTS], experiment=info.dataset)
+        is_recorded_model = md5[f"{params.checkpoint}.safetensors"] == md5[BEST_WEIGHTS]
+        _log_to_mlflow(
+            result, model_md5=md5[BEST_WEIGHTS], experiment=info.dataset, is_recorded_model=is_recorded_model
+        )
 
 
 def _write_files(result: Evaluation, *, class_names: Sequence[str]) -> None:
@@ -80,10 +84,11 @@ def _print_summary(result: Evaluation) -> None:
         )
 
 
-def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str) -> None:
+def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_recorded_model: bool) -> None:
     """Log metrics, tags and plots to the MLflow run that made the model, which is found by the model's MD5.
 
-    Raises TemporaryError where MLflow does not answer.
+    The metrics are linked to the run's model if that one was evaluated, and not the weights of the last epoch. Raises
+    TemporaryError where MLflow does not answer.
     """
     run, created = find_or_create_run(model_md5, experiment=experiment)
     if created:
@@ -93,14 +98,29 @@ def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str) -> No
         )
     print(f"MLflow run {run.run_id}", flush=True)
     write_result(StepResult(mlflow_run_id=run.run_id))
-    run.log({f"test_{name.removeprefix('test_')}": value for name, value in result.metrics.items()}, step=0)
+    run.log(charted(result.metrics), step=0)
     with store_errors():
         if not run.flush():
             raise TemporaryError("MLflow does not answer: the evaluation was not logged; run the same command again")
+        if is_recorded_model:
+            run.link_to_model(TEST_METRICS, step=0)
         # the tags of the first evaluation stay, as a later one may have other parameters
         run.set_tags(output_tags(EVALUATE, names=FILES), overwrite=False)
-        for name in ("confusion_matrix.png", "per_class.csv"):
+        for name in ("confusion_matrix.png", "per_class.csv", "metrics.json"):
             run.log_file(EVALUATE / name, folder="plots" if name.endswith("png") else "evaluate")
+
+
+def charted(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that compare models, under their names in MLflow, which draws a chart of each.
+
+    The ends of the interval and the numbers of images are in `metrics.json` only: they follow from the accuracy and the
+    data set.
+    """
+    return {
+        f"{TEST_METRICS}{name}": value
+        for name, value in metrics.items()
+        if isinstance(value, float) and not name.endswith(("_low", "_high"))
+    }
 
 
 if __name__ == "__main__":

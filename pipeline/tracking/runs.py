@@ -64,7 +64,7 @@ def training_run(
     status = "FAILED"
     try:
         with store_errors():
-            mlflow.start_run(run_id=run.run_id, log_system_metrics=True)
+            mlflow.start_run(run_id=run.run_id, log_system_metrics=False)  # `start_system_metrics` starts it later
             run.log_params(params)
             _log_dataset(dataset)
             if run.resumed:
