@@ -24,6 +24,8 @@ from pipeline.tracking.store import connect
 
 # A served model imports these packages; its requirements name the versions with which it was trained.
 SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "ruamel.yaml", "safetensors", "mlflow")
+# MLflow links all metrics of a model's step to it: at step 0 those of the untrained network and the use of the CPU
+NO_STEP = -1
 
 
 def log_model(folder: Path) -> None:
@@ -42,6 +44,7 @@ def log_model(folder: Path) -> None:
         warnings.simplefilter("ignore", UserWarning)
         mlflow.pyfunc.log_model(
             name="model",
+            step=NO_STEP,
             python_model=str(code.entry),
             artifacts={
                 "weights": str(folder / BEST_WEIGHTS),
