@@ -45,7 +45,7 @@ def logged_epoch(splits: Splits, *, number: int) -> tuple[float, float]:
         seconds = train_epoch(
             classifier,
             splits,
-            on_step=lambda step, loss, rate: run.log({"batch/loss": loss, "batch/learning_rate": rate}, step=step),
+            on_step=lambda step, loss, rate: run.log({"step/loss": loss, "step/learning_rate": rate}, step=step),
             on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=PARAMS.train, run=run),
         )
         with replace_folder(Path(folder) / "train") as target:

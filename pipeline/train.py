@@ -116,7 +116,7 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
                 params=params,
                 train_split=train_split,
                 validation_split=validation_split,
-                on_step=lambda step, loss, rate: run.log({"batch/loss": loss, "batch/learning_rate": rate}, step=step),
+                on_step=lambda step, loss, rate: run.log({"step/loss": loss, "step/learning_rate": rate}, step=step),
                 on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=params, run=run),
                 start=start,
                 save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
@@ -307,7 +307,7 @@ def report_selected(result: TrainingResult, *, run: RunLogger) -> None:
     """Log the number of the selected epoch and its validation accuracy to MLflow."""
     epoch = result.history[result.selected.epoch - 1]
     figures = {"selected/validation_accuracy": epoch.validation_accuracy, "selected/epoch": epoch.epoch}
-    run.log(figures, step=epoch.epoch)
+    run.log(figures, step=0)  # MLflow draws a metric with another step as a curve
 
 
 def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams, run: RunLogger) -> None:
