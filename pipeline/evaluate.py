@@ -111,14 +111,14 @@ def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_re
 
 
 def charted(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics that compare models, under their names in MLflow, which draws a chart of each.
+    """Return the metrics that compare models, accuracy first, under their names in MLflow, which draws charts of them.
 
     The ends of the interval and the numbers of images are in `metrics.json` only: they follow from the accuracy and the
     data set.
     """
     return {
         f"{TEST_METRICS}{name}": value
-        for name, value in metrics.items()
+        for name, value in sorted(metrics.items(), key=lambda item: item[0] != "accuracy")
         if isinstance(value, float) and not name.endswith(("_low", "_high"))
     }
 

@@ -36,6 +36,7 @@ from pipeline.tracking.provenance import (
 from pipeline.tracking.search import find_running, find_runs, find_runs_of_model, mark_killed
 from pipeline.tracking.store import connect, shorten_timeout, store_errors, warn_on_failure
 from pipeline.tracking.store_uri import check_recording
+from pipeline.tracking.views import ensure_results_view
 
 TRAINING = "training"  # tag with the fingerprint of the training
 
@@ -61,6 +62,7 @@ def training_run(
     with store_errors():
         run = _resume_run(training, checkpointed=checkpointed) or create_run(experiment, training=training)
         _mark_dead_runs(except_id=run.run_id)
+        ensure_results_view(run.run_id)
     status = "FAILED"
     try:
         with store_errors():
