@@ -41,10 +41,11 @@ def logged_epoch(splits: Splits, *, number: int) -> tuple[float, float]:
     """Return the seconds of an epoch that is logged to MLflow, and those of the upload of the model."""
     classifier = new_classifier()
     with mlflow_run(number=number) as run, tempfile.TemporaryDirectory() as folder:
+        run.start_system_metrics()
         seconds = train_epoch(
             classifier,
             splits,
-            on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
+            on_step=lambda step, loss, rate: run.log({"step/loss": loss, "step/learning_rate": rate}, step=step),
             on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=PARAMS.train, run=run),
         )
         with replace_folder(Path(folder) / "train") as target:

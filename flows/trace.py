@@ -23,6 +23,9 @@ from pipeline.params import PARAMS_FILE
 # in its clone, a flow run writes its parameters, and DVC the hashes of the stages that ran before the training
 WRITTEN_BY_A_FLOW_RUN = ({PARAMS_FILE.name}, {PARAMS_FILE.name, "dvc.lock"})
 
+# with a `_` instead of a `/` in the metrics of earlier versions
+SHOWN_METRICS = ("selected/", "selected_", "test/", "test_", "validation/", "validation_")
+
 
 def as_text(found: Trace) -> str:
     """Return a trace as a table: one topic a row, of one line or more."""
@@ -71,7 +74,7 @@ def _run_lines(found: Trace) -> Iterator[str]:
         yield f"{run.run_id} ({run.name}) {run.status}, {started:%Y-%m-%d %H:%M:%S %z}"
         if found.run_link:
             yield found.run_link if found.run_link_served else f"no server runs: `make ui`, then {found.run_link}"
-        metrics = {name: value for name, value in run.metrics.items() if name.startswith(("test_", "validation_"))}
+        metrics = {name: value for name, value in run.metrics.items() if name.startswith(SHOWN_METRICS)}
         yield from (f"{name} {value:.6g}" for name, value in sorted(metrics.items()))
         yield from (f"reproduced by {run_id}: {result}" for run_id, result in found.reproductions)
 

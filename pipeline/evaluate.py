@@ -1,5 +1,6 @@
 """Evaluate, the last step: compute the metrics of the model on the test split, which no other step reads."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -33,6 +34,7 @@ FILES = (
     "predictions.csv",
     "predictions.parquet",
 )
+TEST_METRICS = "test/"  # the group of metrics in MLflow
 
 
 def main() -> None:
@@ -74,7 +76,10 @@ def main() -> None:
         _write_files(result, predictions, temperature=config.temperature)
         _print_summary(result)
         # the MLflow run is the one of these weights, whichever checkpoint is evaluated
-        _log_to_mlflow(result, model_md5=md5[BEST_WEIGHTS], experiment=info.dataset)
+        is_recorded_model = md5[f"{params.checkpoint}.safetensors"] == md5[BEST_WEIGHTS]
+        _log_to_mlflow(
+            result, model_md5=md5[BEST_WEIGHTS], experiment=info.dataset, is_recorded_model=is_recorded_model
+        )
 
 
 def _write_files(result: Evaluation, predictions: Predictions, *, temperature: float | None) -> None:
@@ -102,10 +107,11 @@ def _print_summary(result: Evaluation) -> None:
         )
 
 
-def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str) -> None:
+def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_recorded_model: bool) -> None:
     """Log metrics, tags and plots to the MLflow run that made the model, which is found by the model's MD5.
 
-    Raises TemporaryError where MLflow does not answer.
+    The metrics are linked to the run's model if that one was evaluated, and not the weights of the last epoch. Raises
+    TemporaryError where MLflow does not answer.
     """
     run, created = find_or_create_run(model_md5, experiment=experiment)
     if created:
@@ -115,14 +121,29 @@ def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str) -> No
         )
     print(f"MLflow run {run.run_id}", flush=True)
     write_result(StepResult(mlflow_run_id=run.run_id))
-    run.log({f"test_{name.removeprefix('test_')}": value for name, value in result.metrics.items()}, step=0)
+    run.log(charted(result.metrics), step=0)
     with store_errors():
         if not run.flush():
             raise TemporaryError("MLflow does not answer: the evaluation was not logged; run the same command again")
+        if is_recorded_model:
+            run.link_to_model(TEST_METRICS, step=0)
         # the tags of the first evaluation stay, as a later one may have other parameters
         run.set_tags(output_tags(EVALUATE, names=FILES), overwrite=False)
-        for name in ("confusion_matrix.png", "per_class.csv"):
+        for name in ("confusion_matrix.png", "per_class.csv", "metrics.json"):
             run.log_file(EVALUATE / name, folder="plots" if name.endswith("png") else "evaluate")
+
+
+def charted(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that compare models, accuracy first, under their names in MLflow, which draws charts of them.
+
+    The ends of the interval and the numbers of images are in `metrics.json` only: they follow from the accuracy and the
+    data set.
+    """
+    return {
+        f"{TEST_METRICS}{name}": value
+        for name, value in sorted(metrics.items(), key=lambda item: item[0] != "accuracy")
+        if isinstance(value, float) and not name.endswith(("_low", "_high"))
+    }
 
 
 if __name__ == "__main__":

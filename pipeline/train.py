@@ -5,7 +5,7 @@ The algorithm is in `pipeline/training/loop.py`; `pipeline/training/selection.py
 
 import importlib.metadata
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,10 +48,12 @@ from pipeline.training.device import choose_device, gpu_uuids, prepare_torch
 from pipeline.training.features import feature_key, kept_features, select_trained
 from pipeline.training.gpu_lock import describe_holder, exclusive_gpus
 from pipeline.training.initialize import initialize_from_images
-from pipeline.training.loop import TrainingResult, train, validation_batch_size
+from pipeline.training.loop import TrainingResult, train, validate_before_training, validation_batch_size
 from pipeline.training.memory import explain_memory_errors
-from pipeline.training.state import Epoch
+from pipeline.training.state import Epoch, Validation
 from pipeline.training.temperature import fit_temperature
+
+FIRST_METRIC = "validation/accuracy"  # MLflow's compare page opens on the metric that was logged first
 
 
 def main() -> None:
@@ -108,17 +110,20 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
             describe_holder(gpus, f"MLflow run {run.run_id}")
             distributed.broadcast_bytes(start.to_bytes() if start else b"")
             trained, train_split, validation_split = _select_module_and_splits(classifier, params, info)
+            if start is None:
+                report_before_training(validate_before_training(trained, validation_split, params=params), run=run)
+            run.start_system_metrics()
             result = train(
                 trained,
                 params=params,
                 train_split=train_split,
                 validation_split=validation_split,
-                on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
+                on_step=lambda step, loss, rate: run.log({"step/loss": loss, "step/learning_rate": rate}, step=step),
                 on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=params, run=run),
                 start=start,
                 save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
             )
-            run.log({"selected_epoch": result.selected.epoch}, step=result.selected.epoch)
+            report_selected(result, run=run)
             _write(
                 result,
                 classifier,
@@ -134,6 +139,8 @@ def _train_as_other_rank(classifier: Classifier, params: TrainParams, info: Data
     """Train as one of several processes; rank 0 writes the result."""
     content = distributed.broadcast_bytes()
     trained, train_split, validation_split = _select_module_and_splits(classifier, params, info)
+    if not content:
+        validate_before_training(trained, validation_split, params=params)  # rank 0 logs the result
     train(
         trained,
         params=params,
@@ -289,14 +296,32 @@ def _print_network(
         print(f"weights from {config.weights}{drawn}", flush=True)
 
 
+def report_before_training(validation: Validation, *, run: RunLogger) -> None:
+    """Log the validation of the untrained or pretrained network to MLflow, as epoch 0."""
+    run.log(_first_metric_first({f"validation/{name}": value for name, value in vars(validation).items()}), step=0)
+
+
 def _metrics(epoch: Epoch) -> dict[str, float]:
-    """Return the metrics that are logged once an epoch."""
-    return {name: value for name, value in vars(epoch).items() if name not in ("epoch", "learning_rate")}
+    """Return the metrics that are logged once an epoch, in the groups `validation/` and `train/`."""
+    values = {name: value for name, value in vars(epoch).items() if name not in ("epoch", "learning_rate")}
+    return _first_metric_first({name.replace("_", "/", 1): value for name, value in values.items()})
+
+
+def _first_metric_first(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics with FIRST_METRIC before the others."""
+    return {FIRST_METRIC: metrics[FIRST_METRIC], **metrics}
+
+
+def report_selected(result: TrainingResult, *, run: RunLogger) -> None:
+    """Log the number of the selected epoch and its validation accuracy to MLflow."""
+    epoch = result.history[result.selected.epoch - 1]
+    figures = {"selected/validation_accuracy": epoch.validation_accuracy, "selected/epoch": epoch.epoch}
+    run.log(figures, step=0)  # MLflow draws a metric with another step as a curve
 
 
 def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams, run: RunLogger) -> None:
     """Log a finished epoch to MLflow, and print it as one line."""
-    run.log({**_metrics(epoch), "images_per_second": images_per_second}, step=epoch.epoch)
+    run.log({**_metrics(epoch), "speed/images_per_second": images_per_second}, step=epoch.epoch)
     bars = 10 * epoch.epoch // params.epochs
     macro_f1 = f" macro F1 {epoch.validation_macro_f1:.1%}" if params.select_by == "macro_f1" else ""
     print(

@@ -48,6 +48,7 @@ ONLY_IN = {
             "search",
             "served_model",
             "store",
+            "views",
         )
     },
     "matplotlib": {"pipeline/figures.py", "pipeline/training/curves.py", "pipeline/evaluation/plots.py"},

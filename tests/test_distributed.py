@@ -35,7 +35,7 @@ def losses(folder: Path) -> list[list[float]]:
     assert [run.info.status for run in runs] == ["FINISHED"] * len(runs)
     found = []
     for run in runs:
-        history = client.get_metric_history(run.info.run_id, "loss")
+        history = client.get_metric_history(run.info.run_id, "step/loss")
         assert [point.step for point in history] == list(range(1, 25))
         found.append([point.value for point in history])
     return found

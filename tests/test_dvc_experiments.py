@@ -85,7 +85,7 @@ def test_queued_experiments_are_recorded_in_the_project_under_their_names(projec
     assert {run.name for run in runs} == {run.tags["dvc.experiment"] for run in runs} == names
     assert {(run.status, run.params["train.seed"]) for run in runs} == {("FINISHED", "1"), ("FINISHED", "2")}
     for run in runs:
-        assert "test_accuracy" in run.metrics
+        assert "test/accuracy" in run.metrics
         assert recorded_model_md5(run.run_id) == run.tags["model.md5"]
         assert run.tags["mlflow.source.git.commit"] == command("git", "rev-parse", "HEAD", folder=project).strip()
     assert [path.name for path in (project / ".dvc/tmp/exps").iterdir() if path.name.startswith("tmp")] == []

@@ -84,7 +84,7 @@ def test_metrics_stay_queued_for_a_server_that_stays_down(mlflow_server: Server,
     assert done.returncode == 0, done.stderr
     assert "what was queued for it is sent" in done.stdout
     model, steps = outcome()
-    assert (model, {name: found for name, found in steps.items() if not name.startswith("test_")}) == uninterrupted
+    assert (model, {name: found for name, found in steps.items() if not name.startswith("test/")}) == uninterrupted
     [run] = mlflow.MlflowClient(mlflow_server.uri).search_runs(["1"])
     assert run.outputs
     assert len(run.outputs.model_outputs) == 1

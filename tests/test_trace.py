@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import mlflow
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -15,6 +16,8 @@ from flows.lineage import Trace, trace
 from flows.trace import as_json, as_text
 from pipeline.core.errors import UserError
 from pipeline.core.settings import get_settings
+from pipeline.tracking.search import find_run
+from pipeline.tracking.store import connect
 from tests.conftest import flow_run
 
 
@@ -105,7 +108,7 @@ def test_a_trace_has_code_data_parameters_and_files(only_trace: Trace) -> None:
     assert only_trace.run
     text = as_text(only_trace)
     assert f"dvc exp apply {own.experiment}" in text
-    assert f"test_accuracy {only_trace.run.metrics['test_accuracy']:.6g}" in text
+    assert f"test/accuracy {only_trace.run.metrics['test/accuracy']:.6g}" in text
     assert json.loads(as_json([only_trace], []))["traces"][0]["run"]["tags"]["model.md5"] == only_trace.model_md5
 
 
@@ -172,3 +175,14 @@ def test_an_unknown_id_ends_with_status_2(project: Path) -> None:
     command = [sys.executable, "-m", "flows.trace", "nonsense"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+
+
+def test_the_metrics_of_a_run_of_an_earlier_version_are_printed(workspace: Path) -> None:
+    connect()
+    client = mlflow.MlflowClient()
+    run_id = client.create_run("0").info.run_id
+    for name, value in {"loss": 0.9, "validation_accuracy": 0.75, "test_accuracy": 0.5, "selected_epoch": 2.0}.items():
+        client.log_metric(run_id, name, value)
+    lines = [line.strip() for line in as_text(Trace(run=find_run(run_id))).splitlines()]
+    assert {"validation_accuracy 0.75", "test_accuracy 0.5", "selected_epoch 2"} <= set(lines)
+    assert "loss 0.9" not in lines

@@ -14,10 +14,11 @@ import pytest
 import requests
 
 from pipeline.arrays import DatasetInfo
-from pipeline.artifacts import file_md5, read_csv, verify, write_csv
+from pipeline.artifacts import file_md5, read_csv, read_json, verify, write_csv
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.models.files import load_model
 from pipeline.tracking import model_code
+from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.models import SERVED_PACKAGES, fetch_model, log_model
 from pipeline.tracking.provenance import selected_epoch_tags
 from pipeline.tracking.runs import find_or_create_run
@@ -70,21 +71,37 @@ def test_a_run_has_parameters_losses_and_test_metrics(store: Path) -> None:
     assert run.info.status == "FINISHED"
     assert (run.data.params["train.epochs"], run.data.params["download.dataset"]) == ("2", "digits")
     wanted = {
-        "loss",
-        "learning_rate",
-        "train_loss",
-        "validation_accuracy",
-        "images_per_second",
-        "test_accuracy",
-        "test_loss",
+        "step/loss",
+        "step/learning_rate",
+        "train/loss",
+        "train/accuracy",
+        "validation/accuracy",
+        "validation/loss",
+        "validation/macro_f1",
+        "selected/epoch",
+        "selected/validation_accuracy",
+        "speed/images_per_second",
+        "test/accuracy",
+        "test/accuracy_without_duplicates",
+        "test/balanced_accuracy",
+        "test/loss",
+        "test/macro_f1",
     }
-    assert wanted <= set(run.data.metrics)
+    assert {name for name in run.data.metrics if not name.startswith("system/")} == wanted
+
+
+def test_the_first_metric_is_the_accuracy_before_the_training(store: Path) -> None:
+    run = only_run()
+    assert next(iter(run.data.metrics)) == "validation/accuracy"
+    accuracies = mlflow.MlflowClient().get_metric_history(run.info.run_id, "validation/accuracy")
+    assert min(accuracies, key=lambda point: point.step).step == 0
+    assert [row["epoch"] for row in read_csv(Path("artifacts/train/history.csv"))] == ["1", "2"]
 
 
 def test_losses_are_recorded_by_step_and_by_epoch(store: Path) -> None:
     client, run_id = mlflow.MlflowClient(), only_run().info.run_id
-    assert [point.step for point in client.get_metric_history(run_id, "loss")] == [2, 4, 6]
-    assert [point.step for point in client.get_metric_history(run_id, "validation_loss")] == [1, 2]
+    assert [point.step for point in client.get_metric_history(run_id, "step/loss")] == [2, 4, 6]
+    assert [point.step for point in client.get_metric_history(run_id, "validation/loss")] == [0, 1, 2]
 
 
 def test_the_tags_of_a_run_name_code_data_experiment_and_flow_run(store: Path) -> None:
@@ -109,6 +126,13 @@ def test_the_data_set_is_recorded_with_its_digest(store: Path) -> None:
     assert (dataset_input.dataset.name, dataset_input.dataset.digest) == ("imagefolder", DatasetInfo.read().md5)
 
 
+def test_the_table_of_runs_has_a_view_with_columns_of_metrics(store: Path) -> None:
+    experiment = mlflow.MlflowClient().get_experiment(only_run().info.experiment_id)
+    columns = json.loads(experiment.tags["mlflow.sharedViewState.results"])["selectedColumns"]
+    assert columns[:2] == ["metrics.`selected/validation_accuracy`", "metrics.`test/accuracy`"]
+    assert {column.split("`")[1] for column in columns} <= set(only_run().data.metrics)
+
+
 def test_plots_are_stored_with_the_run(store: Path) -> None:
     names = {file.path for file in mlflow.MlflowClient().list_artifacts(only_run().info.run_id, "plots")}
     assert names == {"plots/curves.png", "plots/confusion_matrix.png"}
@@ -123,7 +147,44 @@ def test_history_and_run_name_the_selected_epoch_and_the_reason(store: Path) -> 
     assert float(marked["epoch"]) == best[2]
     run = only_run()
     assert (run.data.tags["selected.epoch"], run.data.tags["selected.reason"]) == (marked["epoch"], marked["selected"])
-    assert run.data.metrics["selected_epoch"] == best[2]
+    assert run.data.metrics["selected/epoch"] == best[2]
+    assert run.data.metrics["selected/validation_accuracy"] == best[0]
+
+
+def recorded_metrics(run_id: str) -> list[mlflow.entities.Metric]:
+    """Return the metrics of the run's models, in the order of the columns on MLflow's Models page."""
+    client = mlflow.MlflowClient()
+    experiment = client.get_run(run_id).info.experiment_id
+    models = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'")
+    return [metric for model in models for metric in model.metrics or []]
+
+
+def test_validation_and_test_of_the_selected_epoch_are_linked_to_the_model(store: Path) -> None:
+    run, digest = only_run(), DatasetInfo.read().md5
+    [selected] = [row for row in read_csv(Path("artifacts/train/history.csv")) if row["selected"]]
+    found = {metric.key: metric for metric in recorded_metrics(run.info.run_id)}
+    assert next(iter(found)) == "validation/accuracy"
+    assert list(found)[3] == "test/accuracy"
+    assert found["validation/accuracy"].value == float(selected["validation_accuracy"])
+    assert found["test/accuracy"].value == read_json(Path("artifacts/evaluate/metrics.json"))["accuracy"]
+    assert {(metric.dataset_name, metric.dataset_digest) for metric in found.values()} == {("imagefolder", digest)}
+    assert {metric.run_id for metric in found.values()} == {run.info.run_id}
+
+
+def test_a_training_that_is_recorded_again_links_nothing_twice(store: Path) -> None:
+    run = only_run()
+    before, client = recorded_metrics(run.info.run_id), mlflow.MlflowClient()
+    RunLogger(run.info.run_id).log_training(Path("artifacts/train"))
+    assert recorded_metrics(run.info.run_id) == before
+    assert len(client.get_metric_history(run.info.run_id, "validation/accuracy")) == 3
+
+
+def test_metrics_are_linked_to_no_model_where_the_run_has_none(workspace: Path) -> None:
+    run, _ = find_or_create_run("0" * 32, experiment="digits")
+    run.log({"test/accuracy": 0.5}, step=0)
+    assert run.flush()
+    run.link_to_model("test/", step=0)
+    assert recorded_metrics(run.run_id) == []
 
 
 def test_the_history_of_an_earlier_version_gives_no_tags_of_the_selected_epoch(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline.train import main
 from pipeline.training import device, non_finite
 from pipeline.training import state as state_module
 from pipeline.training.lookahead import Lookahead
-from pipeline.training.loop import TrainingResult, train
+from pipeline.training.loop import TrainingResult, train, validate_before_training
 from pipeline.training.optimizer import make_optimizers, set_learning_rate
 from pipeline.training.schedule import learning_rate
 from pipeline.training.state import TrainingState, copy_weights
@@ -96,6 +96,31 @@ def test_another_seed_gives_another_model() -> None:
 def test_dropout_depends_only_on_the_seed() -> None:
     params = train_params(**QUICK | {"epochs": 1}, model="mobilenet_v3_small")
     assert run(params).history == run(params).history
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ("mobilenet_v3_small", {}),  # with batch normalization and dropout
+        ("lenet", {"ema_decay": 0.9, "mixed_precision": "bfloat16"}),
+        ("airbench", {"average_every_steps": 2}),
+    ],
+)
+def test_a_validation_before_the_training_changes_no_bit_of_it(model: str, changes: dict[str, Any]) -> None:
+    params, validation_split = train_params(**QUICK, model=model, **changes), split_of(24, seed=2)
+    results = []
+    for with_validation in (False, True):
+        torch.manual_seed(params.seed)
+        classifier = build(config(model, classes=3))
+        weights, random_state = copy_weights(classifier), torch.get_rng_state()
+        if with_validation:
+            assert 0 < validate_before_training(classifier, validation_split, params=params).loss < 10
+        assert torch.equal(torch.get_rng_state(), random_state)
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in classifier.state_dict().items())
+        train_split = split_of(48, seed=1)
+        results.append(train(classifier, params=params, train_split=train_split, validation_split=validation_split))
+    assert results[0].history == results[1].history
+    assert all(torch.equal(results[0].last[name], results[1].last[name]) for name in results[0].last)
 
 
 def test_losses_equal_the_recorded_ones() -> None:

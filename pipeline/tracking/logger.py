@@ -10,16 +10,19 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.tracking.fluent import run_id_to_system_metrics_monitor
 
 from pipeline.artifacts import BEST_WEIGHTS, file_md5
-from pipeline.tracking.models import has_model, log_model
+from pipeline.tracking.models import delete_incomplete_models, find_model, log_model
 from pipeline.tracking.provenance import output_tags, selected_epoch_tags
-from pipeline.tracking.store import error_reason
+from pipeline.tracking.store import error_reason, warn_on_failure
 
 FLUSH_SECONDS = 1.0  # between two requests
 MAX_FLUSH_SECONDS = 60.0  # between two requests while MLflow does not answer
 MAX_METRICS_PER_REQUEST = 500
 MAX_STOP_SECONDS = 2  # how long the end of `sending` waits for the thread
+MAX_REQUEST_SECONDS = 60  # more than a request takes, including its second try, until it fails
 
 
 class RunLogger:
@@ -52,9 +55,12 @@ class RunLogger:
         with self._lock:
             self._pending += new
 
-    def flush(self) -> bool:
-        """Send the queued metrics; return False where MLflow does not answer, or another thread is still sending."""
-        if not self._sending.acquire(timeout=1):
+    def flush(self, *, timeout: float = 1) -> bool:
+        """Send the queued metrics; return False where MLflow does not answer, or another thread is still sending.
+
+        Waits for another thread for at most `timeout` seconds.
+        """
+        if not self._sending.acquire(timeout=timeout):
             return False
         try:
             while batch := self._pending[:MAX_METRICS_PER_REQUEST]:
@@ -95,6 +101,17 @@ class RunLogger:
         finally:
             stop.set()
             thread.join(timeout=MAX_STOP_SECONDS)
+
+    def start_system_metrics(self) -> None:
+        """Record the use of CPU, memory, disk, network and GPU until the active run ends.
+
+        The queued metrics are sent first: MLflow's compare page opens on the metric that a run received first.
+        """
+        self.flush()
+        with warn_on_failure("the use of CPU and memory is not recorded"):
+            monitor = SystemMetricsMonitor(self.run_id, resume_logging=True)  # type: ignore[no-untyped-call]
+            run_id_to_system_metrics_monitor[self.run_id] = monitor  # `mlflow.end_run` stops it
+            monitor.start()  # type: ignore[no-untyped-call]
 
     def state(self) -> dict[str, Any]:
         """Return what is needed to resume the run: its id, and the metrics that MLflow does not have yet.
@@ -139,7 +156,7 @@ class RunLogger:
         self._client.log_artifact(self.run_id, str(path), folder)
 
     def log_training(self, folder: Path) -> None:
-        """Record the finished training in `folder`: hashes, curves and model. It can be called again.
+        """Record the finished training in `folder`: hashes, curves, model and its validation. It can be called again.
 
         Where MLflow does not answer, this sets `unrecorded` to the folder and prints a warning.
         """
@@ -152,11 +169,39 @@ class RunLogger:
                 }
             )
             self.log_file(folder / "curves.png", folder="plots")
-            if not has_model(self.run_id):
+            delete_incomplete_models(self.run_id)
+            if not find_model(self.run_id):
                 log_model(folder)
+            if not self.flush(timeout=MAX_REQUEST_SECONDS):
+                raise TimeoutError("the metrics of the model are not sent yet")
+            self.link_validation()
         except (MlflowException, OSError) as error:
             self._warn_unreachable(error)
             self.unrecorded = folder
+
+    def link_validation(self) -> None:
+        """Link the validation of the selected epoch to the run's model, so that MLflow compares models by it."""
+        epoch = self._client.get_run(self.run_id).data.metrics.get("selected/epoch")
+        if epoch is not None:  # an earlier version named it otherwise
+            self.link_to_model("validation/", step=int(epoch))
+
+    def link_to_model(self, prefix: str, *, step: int) -> None:
+        """Link the run's metrics of a step whose name starts with `prefix` to its model and its data set.
+
+        MLflow's Models page then shows them. The metrics must have been sent; those of the run do not change. Does
+        nothing where the run has no model.
+        """
+        run, model_id = self._client.get_run(self.run_id), find_model(self.run_id)
+        if model_id is None:
+            return
+        datasets = [found.dataset for found in run.inputs.dataset_inputs] if run.inputs else []
+        of = {"dataset_name": datasets[0].name, "dataset_digest": datasets[0].digest} if datasets else {}
+        names = [name for name in run.data.metrics if name.startswith(prefix)]
+        points = [point for name in names for point in self._client.get_metric_history(self.run_id, name)]
+        # the newest of each name; MLflow does not store an equal point of a run twice
+        found = {one.key: one for one in sorted(points, key=lambda one: one.timestamp) if one.step == step}
+        linked = [Metric(one.key, one.value, one.timestamp, step, model_id, **of) for one in found.values()]
+        self._client.log_batch(self.run_id, metrics=linked)
 
 
 def pending_metrics(state: Mapping[str, Any]) -> list[Metric]:

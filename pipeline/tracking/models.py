@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModelStatus
+from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, Schema
@@ -24,6 +24,8 @@ from pipeline.tracking.store import connect
 
 # A served model imports these packages; its requirements name the versions with which it was trained.
 SERVED_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "pydantic", "ruamel.yaml", "safetensors", "mlflow")
+# MLflow links all metrics of a model's step to it: at step 0 those of the untrained network and the use of the CPU
+NO_STEP = -1
 
 
 def log_model(folder: Path) -> None:
@@ -42,6 +44,7 @@ def log_model(folder: Path) -> None:
         warnings.simplefilter("ignore", UserWarning)
         mlflow.pyfunc.log_model(
             name="model",
+            step=NO_STEP,
             python_model=str(code.entry),
             artifacts={
                 "weights": str(folder / BEST_WEIGHTS),
@@ -75,15 +78,23 @@ def _without_list_of_modules() -> Iterator[None]:
         requirements_utils._MODULES_TO_PACKAGES = before
 
 
-def has_model(run_id: str) -> bool:
-    """Return whether the run has a complete model; delete incomplete ones, which a killed process left."""
+def find_model(run_id: str) -> str | None:
+    """Return the id of the run's complete model, or None where the run has none."""
+    return next((model.model_id for model in _models(run_id) if model.status == LoggedModelStatus.READY), None)
+
+
+def delete_incomplete_models(run_id: str) -> None:
+    """Delete the models of the run whose upload a killed process did not finish."""
+    for model in _models(run_id):
+        if model.status != LoggedModelStatus.READY:
+            MlflowClient().delete_logged_model(model.model_id)
+
+
+def _models(run_id: str) -> list[LoggedModel]:
+    """Return the models of the run, complete or not."""
     client = MlflowClient()
     experiment = client.get_run(run_id).info.experiment_id
-    models = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'")
-    for model in models:
-        if model.status != LoggedModelStatus.READY:
-            client.delete_logged_model(model.model_id)
-    return any(model.status == LoggedModelStatus.READY for model in models)
+    return list(client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'"))
 
 
 def fetch_model(uri: str) -> Path:

@@ -36,6 +36,7 @@ from pipeline.tracking.provenance import (
 from pipeline.tracking.search import find_running, find_runs, find_runs_of_model, mark_killed
 from pipeline.tracking.store import connect, shorten_timeout, store_errors, warn_on_failure
 from pipeline.tracking.store_uri import check_recording
+from pipeline.tracking.views import ensure_results_view
 
 TRAINING = "training"  # tag with the fingerprint of the training
 
@@ -61,10 +62,11 @@ def training_run(
     with store_errors():
         run = _resume_run(training, checkpointed=checkpointed) or create_run(experiment, training=training)
         _mark_dead_runs(except_id=run.run_id)
+        ensure_results_view(run.run_id)
     status = "FAILED"
     try:
         with store_errors():
-            mlflow.start_run(run_id=run.run_id, log_system_metrics=True)
+            mlflow.start_run(run_id=run.run_id, log_system_metrics=False)  # `start_system_metrics` starts it later
             run.log_params(params)
             _log_dataset(dataset)
             if run.resumed:

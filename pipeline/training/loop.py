@@ -167,6 +167,16 @@ def validation_batch_size(classifier: nn.Module, split: Split) -> int:
     return next(number for limit, number in VALIDATION_BATCH_SIZES.items() if size <= limit)
 
 
+def validate_before_training(classifier: nn.Module, split: Split, *, params: TrainParams) -> Validation:
+    """Return the validation of a network that is not trained yet; call it before `train`, in all processes.
+
+    It changes neither weights and buffers nor random states. `train` compiles the network only afterwards, so that the
+    first batch that is compiled is the same as without this call.
+    """
+    with autocast(params.mixed_precision, device=next(classifier.parameters()).device):
+        return validate(classifier, split, loss=params.loss)
+
+
 def validate(classifier: nn.Module, split: Split, *, loss: str) -> Validation:
     """Return loss, accuracy and macro F1 of a whole split; the loss is without label smoothing and class weights.
 

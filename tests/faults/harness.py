@@ -134,7 +134,7 @@ def _history(client: MlflowClient, run: Run) -> dict[str, Any]:
     for name in run.data.metrics:
         if not name.startswith("system/"):
             points = sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, name))
-            history[name] = [step for step, _ in points] if name == "images_per_second" else points
+            history[name] = [step for step, _ in points] if name == "speed/images_per_second" else points
     models = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}'")
     history["models"] = sum(model.status == LoggedModelStatus.READY for model in models)
     history["hashes"] = (run.data.tags.get("model.md5"), run.data.tags.get("outputs.train"))

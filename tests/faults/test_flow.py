@@ -69,11 +69,11 @@ def training_below(pid: int) -> psutil.Process:
 
 
 def only_run(project: Path) -> Any:
-    """Return the only run of the project, which must be finished and have one validation loss per epoch."""
+    """Return the only run of the project, which must be finished and have a validation loss of each epoch, from 0."""
     client = mlflow.MlflowClient(f"sqlite:///{project}/mlflow.db")
     [run] = client.search_runs([found.experiment_id for found in client.search_experiments()])
-    history = client.get_metric_history(run.info.run_id, "validation_loss")
-    assert [point.step for point in history] == list(range(1, EPOCHS + 1))
+    history = client.get_metric_history(run.info.run_id, "validation/loss")
+    assert [point.step for point in history] == list(range(EPOCHS + 1))
     assert run.info.status == "FINISHED"
     return run
 

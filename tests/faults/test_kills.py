@@ -53,8 +53,8 @@ def test_a_training_killed_at_any_point_has_the_result_of_an_uninterrupted_one(
 def test_an_uninterrupted_training_has_one_finished_run_with_one_model(uninterrupted: tuple[Result, int]) -> None:
     [(status, history)] = uninterrupted[0].runs
     assert (status, history["models"]) == ("FINISHED", 1)
-    assert [step for step, _ in history["loss"]] == list(range(1, 25))
-    assert [step for step, _ in history["validation_loss"]] == [1, 2, 3, 4]
+    assert [step for step, _ in history["step/loss"]] == list(range(1, 25))
+    assert [step for step, _ in history["validation/loss"]] == [0, 1, 2, 3, 4]
 
 
 def test_a_file_that_differs_is_reported(uninterrupted: tuple[Result, int], tmp_path: Path) -> None:
