@@ -29,6 +29,7 @@ from pipeline.core.processes import cpu_name
 from pipeline.core.results import StepResult, write_result
 from pipeline.core.settings import get_settings
 from pipeline.core.stage_code import code_md5
+from pipeline.core.step_progress import reporter
 from pipeline.models.airbench import Airbench
 from pipeline.models.build import Classifier, build, memory_format, try_training
 from pipeline.models.config import ModelConfig, configure
@@ -40,6 +41,7 @@ from pipeline.models.pretrained import load_pretrained
 from pipeline.params import Params, TrainParams, load_params
 from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.runs import describe_dataset, training_run
+from pipeline.tracking.training_progress import announce_epoch, announce_training
 from pipeline.training import distributed
 from pipeline.training.checkpoints import Checkpoint, Checkpoints, checkpoints_of, fingerprint
 from pipeline.training.curves import curves
@@ -106,12 +108,13 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
             describe_holder(gpus, f"MLflow run {run.run_id}")
             distributed.broadcast_bytes(start.to_bytes() if start else b"")
             trained, train_split, validation_split = _select_module_and_splits(classifier, params, info)
+            announce_training(start, params=params, num_train_images=len(train_split))
             result = train(
                 trained,
                 params=params,
                 train_split=train_split,
                 validation_split=validation_split,
-                on_step=lambda step, loss, rate: run.log({"loss": loss, "learning_rate": rate}, step=step),
+                on_step=lambda step, loss, rate: report_step(step, loss, rate, run=run),
                 on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=params, run=run),
                 start=start,
                 save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
@@ -285,9 +288,16 @@ def _metrics(epoch: Epoch) -> dict[str, float]:
     return {name: value for name, value in vars(epoch).items() if name not in ("epoch", "learning_rate")}
 
 
+def report_step(step: int, loss: float, learning_rate: float, *, run: RunLogger) -> None:
+    """Log loss and learning rate of a step to MLflow, and report the loss to the flow run."""
+    run.log({"loss": loss, "learning_rate": learning_rate}, step=step)
+    reporter().log_step(loss)
+
+
 def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams, run: RunLogger) -> None:
     """Log a finished epoch to MLflow, and print it as one line."""
     run.log({**_metrics(epoch), "images_per_second": images_per_second}, step=epoch.epoch)
+    announce_epoch(epoch, images_per_second)
     bars = 10 * epoch.epoch // params.epochs
     macro_f1 = f" macro F1 {epoch.validation_macro_f1:.1%}" if params.select_by == "macro_f1" else ""
     print(
