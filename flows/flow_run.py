@@ -100,12 +100,7 @@ def open_flow_run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> I
     )
     with (
         open_clone as workspace,
-        LiveProgress(
-            workspace.progress_file,
-            key=artifact_key(recipe),
-            flow_run_id=run_id,
-            description=f"{run_name}: progress (reload the page for newer values)",
-        ) as workspace.live,
+        LiveProgress(workspace.progress_file, key=artifact_key(recipe), flow_run_id=run_id) as workspace.live,
     ):
         yield workspace
 

@@ -26,7 +26,7 @@ from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.dvc_protocol import Outcome
-from flows.progress_page import DONE, RESTORED, UP_TO_DATE, WAITING, Page, RunState, StageState, as_markdown
+from flows.progress_page import DONE, RESTORED, UP_TO_DATE, WAITING, Page, RunState, StageState, as_line, as_markdown
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN
 from pipeline.core.errors import first_line
 from pipeline.core.step_progress import read_progress
@@ -61,8 +61,8 @@ class LiveProgress:
     As a context manager it starts the thread, and publishes how the flow run ended: finished, failed or interrupted.
     """
 
-    def __init__(self, path: Path, *, key: str, flow_run_id: str, description: str) -> None:
-        self._path, self._key, self._description = path, key, description
+    def __init__(self, path: Path, *, key: str, flow_run_id: str) -> None:
+        self._path, self._key = path, key
         self._flow_run_id = UUID(flow_run_id)
         self._artifact_id: UUID | None = None
         self._page = Page("running", [StageState(name) for name in STAGES])
@@ -95,7 +95,7 @@ class LiveProgress:
     def stage(self, name: str) -> Iterator[ShownStage]:
         """Show a stage as running in the block, and how it ended after it; only an `Exception` is a failure."""
         self._path.unlink(missing_ok=True)  # that of the stage before, or of an earlier attempt
-        self._show(StageState(name, "running"))
+        self._show(StageState(name, f"running since {_now()}"))
         start, shown, state = time.monotonic(), ShownStage(), "interrupted"
         try:
             yield shown
@@ -137,16 +137,16 @@ class LiveProgress:
 
     def _publish(self, page: Page, client: SyncPrefectClient) -> bool:
         """Create or update the artifact, and return whether the server accepted it."""
-        text = as_markdown(page, updated=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
+        description, text = as_line(page), as_markdown(page, updated=_now())
         try:
             self._artifact_id = self._artifact_id or self._find_artifact(client)
             if self._artifact_id:
-                client.update_artifact(self._artifact_id, ArtifactUpdate(data=text))
+                client.update_artifact(self._artifact_id, ArtifactUpdate(data=text, description=description))
             else:
                 artifact = ArtifactCreate(
                     key=self._key,
                     type="markdown",
-                    description=self._description,
+                    description=description,
                     data=text,
                     flow_run_id=self._flow_run_id,
                 )
@@ -164,6 +164,11 @@ class LiveProgress:
             limit=1,
         )
         return found[0].id if found else None
+
+
+def _now() -> str:
+    """Return the time as text."""
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def seconds_between_updates(run_time: float) -> float:

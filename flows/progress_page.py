@@ -39,6 +39,18 @@ class Page:
     seconds: float | None = None
 
 
+def as_line(page: Page) -> str:
+    """Return the page in one line, the most important first: the page of a flow run shows its first 40 characters."""
+    if page.state != "running":
+        return _headline(page)
+    parts = [_current_step(page)]
+    if page.progress:
+        parts += [*_percentage(page.progress), *_time_left(page.progress)]
+    if page.training and page.training.last:
+        parts.append(f"validation {page.training.last.validation_accuracy:.2%}")
+    return " · ".join(parts)
+
+
 def as_markdown(page: Page, *, updated: str) -> str:
     """Return the page as Markdown; `updated` is the time of the update as text."""
     parts = [f"## {_headline(page)}"]
@@ -48,58 +60,63 @@ def as_markdown(page: Page, *, updated: str) -> str:
         parts.append(_bar(page.progress))
     if page.training:
         parts.append(_training_table(page.training))
-    parts += [_stage_table(page.stages), f"Last update: {updated}"]
+    parts.append(_stage_table(page.stages))
+    hint = "; reload the page for newer values" if page.state == "running" else ""
+    parts.append(f"As of {updated}{hint}")
     return "\n\n".join(parts) + "\n"
 
 
 def _headline(page: Page) -> str:
-    """Return the state of the run in one line."""
-    stage = next((stage for stage in page.stages if stage.state not in (DONE, RESTORED, UP_TO_DATE)), None)
-    where = _where(stage.name, page) if stage else "save the experiment"
+    """Return the state of the run as text."""
     took = f" after {format_seconds(page.seconds)}" if page.seconds is not None else ""
     if page.state == "running":
-        return f"Running: {where}"
-    return f"Finished{took}" if page.state == "finished" else f"{page.state.capitalize()}{took}, in {where}"
+        return f"Running: {_current_step(page)}"
+    return (
+        f"Finished{took}" if page.state == "finished" else f"{page.state.capitalize()}{took} in {_current_step(page)}"
+    )
 
 
-def _where(stage: str, page: Page) -> str:
-    """Return what the stage does at the moment."""
-    progress = page.progress
-    if progress and (training := progress.training):
+def _current_step(page: Page) -> str:
+    """Return the first step that is not done and, as far as known, where in it the run is."""
+    stage = next((stage.name for stage in page.stages if stage.state not in (DONE, RESTORED, UP_TO_DATE)), None)
+    if stage is None:
+        return "save the experiment"
+    if page.progress is None:
+        return stage
+    if training := page.progress.training:
         return f"{stage}, epoch {min(training.epochs_done + 1, training.epochs)} of {training.epochs}"
-    if progress and progress.title not in ("", stage):
-        return f"{stage}, {progress.title}"
-    return stage
+    return stage if page.progress.title == stage else f"{stage}, {page.progress.title}"
 
 
 def _bar(progress: StepProgress) -> str:
-    """Return a text bar with percentage, count and time left; without a known total, only the count."""
+    """Return a text bar with percentage and times, and the count below it; without a known total, only the count."""
     count = _count(progress.done, progress.unit)
     if progress.total is None:
         return f"{progress.title}: {count}"
-    fraction = _fraction(progress)
-    full = int(BAR_LENGTH * fraction)
-    bar = f"`{'█' * full}{'░' * (BAR_LENGTH - full)}` **{int(100 * fraction)}%**"
-    of_total = f"{progress.title}: {count} of {_count(progress.total, progress.unit)}"
-    return f"{bar} · {_time_left(progress)}\n\n{of_total} · {format_seconds(progress.seconds_elapsed)} so far"
+    of_total = _count(progress.total, progress.unit)
+    if progress.unit != "B":
+        count = f"{progress.done:,}"
+    full = int(BAR_LENGTH * (progress.fraction or 0.0))
+    bar = f"`{'█' * full}{'░' * (BAR_LENGTH - full)}`"
+    elapsed = f"{format_seconds(progress.seconds_elapsed)} so far"
+    parts = [*(f"**{text}**" for text in _percentage(progress)), *(_time_left(progress) or ["time left not known yet"])]
+    speed = progress.training.last.images_per_second if progress.training and progress.training.last else None
+    parts += [elapsed, *([] if speed is None else [f"{speed:,.0f} images/s"])]
+    return f"{bar} {' · '.join(parts)}\n\n{progress.title}: {count} of {of_total}"
 
 
-def _fraction(progress: StepProgress) -> float:
-    """Return the finished fraction of the bar or, in a training, of all its epochs."""
-    done = min(1.0, progress.done / max(1, progress.total or 0))
-    if training := progress.training:
-        # the bar of a finished epoch stays until the next one begins
-        is_counted = progress.title == f"epoch {training.epochs_done}"
-        return min(1.0, (training.epochs_done + (0.0 if is_counted else done)) / training.epochs)
-    return done
+def _percentage(progress: StepProgress) -> list[str]:
+    """Return the finished percentage as text, if it is known."""
+    return [] if progress.fraction is None else [f"{int(100 * progress.fraction)}%"]
 
 
-def _time_left(progress: StepProgress) -> str:
-    """Return the estimated time left as text."""
+def _time_left(progress: StepProgress) -> list[str]:
+    """Return the estimated time left as text, if it is known."""
     if progress.seconds_left is None:
-        return "time left: not known yet"
-    at_most = "at most " if progress.training and progress.training.may_end_early else "about "
-    return f"{at_most}{format_seconds(progress.seconds_left)} left"
+        return []
+    seconds = progress.seconds_left if progress.seconds_left < 60 else 10 * round(progress.seconds_left / 10)
+    at_most = "at most " if progress.training and progress.training.may_end_early else ""
+    return [f"{at_most}{format_seconds(seconds)} left"]
 
 
 def _count(count: int, unit: str) -> str:
@@ -109,18 +126,17 @@ def _count(count: int, unit: str) -> str:
 
 def _training_table(training: TrainingProgress) -> str:
     """Return a table of the last finished epoch; before that, of the last logged loss."""
-    last = training.last
-    if last is None:
+    header = ["", "loss", "accuracy"]
+    last, best = training.last, training.best_validation_accuracy
+    if last is None or best is None:
         loss = "not known yet" if training.step_loss is None else f"{training.step_loss:.4f}"
-        return _table(["training", "loss", "accuracy"], [("last logged step", loss, "after the first epoch")])
-    best = training.best_validation_accuracy
+        return _table(header, [("last logged step", loss, "known after epoch 1")])
     rows = [
         (f"train, epoch {last.epoch}", f"{last.train_loss:.4f}", f"{last.train_accuracy:.2%}"),
         (f"validation, epoch {last.epoch}", f"{last.validation_loss:.4f}", f"**{last.validation_accuracy:.2%}**"),
-        ("best validation so far", "", f"{best:.2%}" if best is not None else ""),
+        ("best validation so far", "", f"{best:.2%}"),
     ]
-    table = _table(["training", "loss", "accuracy"], rows)
-    return table if last.images_per_second is None else f"{table}\n\nSpeed: {last.images_per_second:,.0f} images/s"
+    return _table(header, rows)
 
 
 def _stage_table(stages: Sequence[StageState]) -> str:
@@ -142,5 +158,6 @@ def format_seconds(seconds: float) -> str:
     if total < 60:
         return f"{total} s"
     if total < 3600:
-        return f"{total // 60} min {total % 60} s"
-    return f"{total // 3600} h {total % 3600 // 60} min"
+        return f"{total // 60} min" + (f" {total % 60} s" if total % 60 else "")
+    hours, minutes = total // 3600, total % 3600 // 60
+    return f"{hours} h" + (f" {minutes} min" if minutes else "")

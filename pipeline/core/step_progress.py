@@ -54,16 +54,18 @@ class TrainingProgress:
 class StepProgress:
     """The progress of a step: its current bar, as in `normalize: 12,000 of 50,000 images`, and its training, if any.
 
-    `seconds_elapsed` is the time since this process began the bar or, in a training, began or resumed the training;
-    `seconds_left` is the estimated time to the end of the same, or None while it is unknown.
+    `fraction` is the finished fraction of the bar or, in a training, of all its epochs. `seconds_elapsed` is the time
+    since this process began the bar or, in a training, began or resumed the training; `seconds_left` is the estimated
+    time to the end of the same. `fraction` and `seconds_left` are None while they are unknown.
     """
 
     title: str
     done: int
     total: int | None
     unit: str
-    seconds_elapsed: float
-    seconds_left: float | None
+    fraction: float | None = None
+    seconds_elapsed: float = 0.0
+    seconds_left: float | None = None
     training: TrainingProgress | None = None
 
 
@@ -83,6 +85,10 @@ class Pace:
         self._done += count
         if self._first is None:
             self._first = (time.monotonic(), self._done)
+
+    def fraction(self) -> float | None:
+        """Return the finished fraction, or None without a total."""
+        return min(1.0, self._done / self._total) if self._total else None
 
     def seconds_elapsed(self) -> float:
         """Return the seconds since the count began in this process."""
@@ -104,7 +110,7 @@ class ProgressReporter:
     def __init__(self) -> None:
         self._last_write = -SECONDS_BETWEEN_WRITES
         self._training: TrainingProgress | None = None
-        self._bar = StepProgress("", done=0, total=None, unit="", seconds_elapsed=0.0, seconds_left=None)
+        self._bar = StepProgress("", done=0, total=None, unit="")
         self._pace = Pace(done=0, total=None)
 
     def begin_bar(self, title: str, *, done: int, total: int | None, unit: str) -> None:
@@ -136,10 +142,12 @@ class ProgressReporter:
             self._training = replace(self._training, step_loss=loss)
 
     def end_epoch(self, epoch: EpochProgress) -> None:
-        """Write the result of an epoch of the training."""
+        """Write the result of an epoch of the training; the bar then is that of the next epoch, if there is one."""
         if self._training:
             best = max(self._training.best_validation_accuracy or 0.0, epoch.validation_accuracy)
             self._training = replace(self._training, epochs_done=epoch.epoch, last=epoch, best_validation_accuracy=best)
+            if epoch.epoch < self._training.epochs:
+                self._bar = replace(self._bar, title=f"epoch {epoch.epoch + 1}", done=0)
             self._write()
 
     def _write_if_due(self) -> None:
@@ -149,9 +157,15 @@ class ProgressReporter:
     def _write(self) -> None:
         self._last_write = time.monotonic()
         if name := get_settings().progress_file:
-            elapsed, left = self._pace.seconds_elapsed(), self._pace.seconds_left()
-            state = replace(self._bar, seconds_elapsed=elapsed, seconds_left=left, training=self._training)
-            write_json_file(name, asdict(state))
+            pace = self._pace
+            progress = replace(
+                self._bar,
+                fraction=pace.fraction(),
+                seconds_elapsed=pace.seconds_elapsed(),
+                seconds_left=pace.seconds_left(),
+                training=self._training,
+            )
+            write_json_file(name, asdict(progress))
 
 
 @functools.cache
