@@ -58,9 +58,7 @@ def as_markdown(page: Page, *, updated: str) -> str:
         parts.append(f"```text\n{page.reason.replace('`', chr(39))}\n```")
     if page.state == "running" and page.progress:
         parts.append(_bar(page.progress))
-    if page.training:
-        parts.append(_training_table(page.training))
-    parts.append(_stage_table(page.stages))
+    parts += [*_training_table(page.training), _stage_table(page.stages)]
     hint = "; reload the page for newer values" if page.state == "running" else ""
     parts.append(f"As of {updated}{hint}")
     return "\n\n".join(parts) + "\n"
@@ -124,19 +122,21 @@ def _count(count: int, unit: str) -> str:
     return format_bytes(count) if unit == "B" else f"{count:,} {unit}"
 
 
-def _training_table(training: TrainingProgress) -> str:
-    """Return a table of the last finished epoch; before that, of the last logged loss."""
+def _training_table(training: TrainingProgress | None) -> list[str]:
+    """Return a table of the last finished epoch; before that, of the last logged loss, if there is one."""
+    if training is None:
+        return []
     header = ["", "loss", "accuracy"]
     last, best = training.last, training.best_validation_accuracy
     if last is None or best is None:
-        loss = "not known yet" if training.step_loss is None else f"{training.step_loss:.4f}"
-        return _table(header, [("last logged step", loss, "known after epoch 1")])
+        loss = training.step_loss
+        return [] if loss is None else [_table(header, [("last logged step", f"{loss:.4f}", "known after epoch 1")])]
     rows = [
         (f"train, epoch {last.epoch}", f"{last.train_loss:.4f}", f"{last.train_accuracy:.2%}"),
         (f"validation, epoch {last.epoch}", f"{last.validation_loss:.4f}", f"**{last.validation_accuracy:.2%}**"),
         ("best validation so far", "", f"{best:.2%}"),
     ]
-    return _table(header, rows)
+    return [_table(header, rows)]
 
 
 def _stage_table(stages: Sequence[StageState]) -> str:
