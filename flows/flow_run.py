@@ -20,6 +20,7 @@ from flows import PROJECT
 from flows.doctor import fix_leftovers, register_process
 from flows.dvc_client import StepError
 from flows.git import experiment_name, untracked_files
+from flows.live_progress import LiveProgress, artifact_key
 from flows.summary import Step, Summary, as_markdown, read_summary
 from flows.ui import mlflow_page
 from flows.workspace import Keep, Workspace, open_workspace
@@ -64,7 +65,9 @@ def is_temporary_failure(_task: Task[..., Any], _run: TaskRun, state: State[Any]
 def reproduce(stage: str, workspace: Workspace) -> State[Step]:
     """Bring a DVC stage up to date, and return the task's state: Completed, or Cached if its command did not run."""
     start = time.monotonic()
-    outcome = workspace.reproduce(stage, on_line=log)
+    assert workspace.live
+    with workspace.live.stage(stage) as shown:
+        shown.outcome = outcome = workspace.reproduce(stage, on_line=log)
     step = Step(stage, outcome, time.monotonic() - start)
     if outcome == "ran":
         return Completed(data=step)
@@ -86,7 +89,7 @@ def open_flow_run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> I
         log(line)
     _warn_of_untracked_files()
     link = redact_url(url_for("flow-run", obj_id=run_id) or "")
-    with open_workspace(
+    open_clone = open_workspace(
         PROJECT,
         params=params,
         params_text=dump_yaml(params),
@@ -94,7 +97,11 @@ def open_flow_run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> I
         flow_run_id=run_id,
         variables={"PIPELINE_FLOW_RUN_NAME": run_name, "PIPELINE_FLOW_RUN_LINK": link},
         keep=keep,
-    ) as workspace:
+    )
+    with (
+        open_clone as workspace,
+        LiveProgress(workspace.progress_file, key=artifact_key(recipe), flow_run_id=run_id) as workspace.live,
+    ):
         yield workspace
 
 

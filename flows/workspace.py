@@ -15,6 +15,7 @@ from typing import Any, Literal
 from flows.dvc_client import DvcClient, OnLine, StepError, describe_exit, start_dvc
 from flows.dvc_protocol import Outcome
 from flows.git import apply_difference, find_repository, git_identity, take_snapshot
+from flows.live_progress import LiveProgress
 from flows.workspace_folders import make_folder
 from pipeline.artifacts import ARTIFACTS
 from pipeline.core.errors import UserError
@@ -23,6 +24,7 @@ from pipeline.core.git import git, read_committed
 from pipeline.core.project import pipeline_cache_folder
 from pipeline.core.results import RESULT_FILE, read_result
 from pipeline.core.sqlite import sqlite_path
+from pipeline.core.step_progress import PROGRESS_FILE
 from pipeline.core.yaml import read_yaml
 from pipeline.params import PARAMS_FILE, check_is_folder
 from pipeline.tracking.store_uri import tracking_uri
@@ -31,6 +33,7 @@ KEPT_CLONES = Path(".dvc/tmp/kept")  # folder of the clones that the user asked 
 EXPERIMENT_LABEL = "dvc.experiment"  # a label of the flow run in Prefect
 COMMITTED_PARAMS = "committed_params.yaml"
 RESULT = "result.json"
+PROGRESS = "progress.json"
 
 Keep = Literal["never", "failed", "always"]  # when a clone is moved to KEPT_CLONES instead of removed
 
@@ -39,7 +42,8 @@ class Workspace:
     """An open clone of the checkout, whose files are in `folder` until `open_workspace` ends.
 
     `committed_params` is the path of a copy of the committed params.yaml. `mlflow_run_id` is the MLflow run into which
-    the stages have recorded: None where none has run yet, or their code is too old to report the id.
+    the stages have recorded: None where none has run yet, or their code is too old to report the id. `live` publishes
+    the progress of a flow run; it is None where no flow run reproduces the stages.
     """
 
     def __init__(self, clone: Path, *, folder: Path, experiment: str, dvc: DvcClient) -> None:
@@ -47,6 +51,8 @@ class Workspace:
         self.committed_params = folder / COMMITTED_PARAMS
         self.experiment = experiment
         self.mlflow_run_id: str | None = None
+        self.progress_file = folder / PROGRESS
+        self.live: LiveProgress | None = None
         self._result = folder / RESULT
         self._dvc = dvc
 
@@ -264,6 +270,7 @@ def stage_environment(project: Path, folder: Path, *, variables: Mapping[str, st
         "MLFLOW_TRACKING_URI": tracking_uri(project),
         **_index_folder(folder),
         RESULT_FILE: str(folder / RESULT),
+        PROGRESS_FILE: str(folder / PROGRESS),
         "PIPELINE_PROJECT": str(project),
         "PIPELINE_CACHE_DIR": str(pipeline_cache_folder(project)),
         **variables,

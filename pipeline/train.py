@@ -29,6 +29,7 @@ from pipeline.core.processes import cpu_name
 from pipeline.core.results import StepResult, write_result
 from pipeline.core.settings import get_settings
 from pipeline.core.stage_code import code_md5
+from pipeline.core.step_progress import reporter
 from pipeline.models.airbench import Airbench
 from pipeline.models.build import Classifier, build, memory_format, try_training
 from pipeline.models.config import ModelConfig, configure
@@ -41,6 +42,7 @@ from pipeline.models.pretrained import load_pretrained
 from pipeline.params import Params, TrainParams, load_params
 from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.runs import describe_dataset, training_run
+from pipeline.tracking.training_progress import announce_epoch, announce_training
 from pipeline.training import distributed
 from pipeline.training.checkpoints import Checkpoint, Checkpoints, checkpoints_of, fingerprint
 from pipeline.training.curves import curves
@@ -113,12 +115,13 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
             if start is None:
                 report_before_training(validate_before_training(trained, validation_split, params=params), run=run)
             run.start_system_metrics()
+            announce_training(start, params=params, num_train_images=len(train_split))
             result = train(
                 trained,
                 params=params,
                 train_split=train_split,
                 validation_split=validation_split,
-                on_step=lambda step, loss, rate: run.log({"step/loss": loss, "step/learning_rate": rate}, step=step),
+                on_step=lambda step, loss, rate: report_step(step, loss, rate, run=run),
                 on_epoch=lambda epoch, speed: report_epoch(epoch, speed, params=params, run=run),
                 start=start,
                 save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
@@ -319,9 +322,16 @@ def report_selected(result: TrainingResult, *, run: RunLogger) -> None:
     run.log(figures, step=0)  # MLflow draws a metric with another step as a curve
 
 
+def report_step(step: int, loss: float, learning_rate: float, *, run: RunLogger) -> None:
+    """Log loss and learning rate of a step to MLflow, and report the loss to the flow run."""
+    run.log({"step/loss": loss, "step/learning_rate": learning_rate}, step=step)
+    reporter().log_step(loss)
+
+
 def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams, run: RunLogger) -> None:
     """Log a finished epoch to MLflow, and print it as one line."""
     run.log({**_metrics(epoch), "speed/images_per_second": images_per_second}, step=epoch.epoch)
+    announce_epoch(epoch, images_per_second)
     bars = 10 * epoch.epoch // params.epochs
     macro_f1 = f" macro F1 {epoch.validation_macro_f1:.1%}" if params.select_by == "macro_f1" else ""
     print(

@@ -42,6 +42,7 @@ FIXTURE_OF_FILE = {
     "test_trace": "recorded",
     "test_flows": "api_url",
     "test_doctor": "api_url",
+    "test_live_progress": "api_url",
 }
 
 

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from pipeline.core.step_progress import reporter
+
 SECONDS_BETWEEN_LINES = 10.0
 BAR_DELAY_SECONDS = 0.5  # a step that is done earlier shows no bar
 
@@ -17,8 +19,28 @@ def progress(
 ) -> Iterator[Callable[[int], object]]:
     """Show the progress of the block; yields the function by which the block reports a number of finished units.
 
-    `done` units are finished at the start. With `leave=False` the bar is removed at the end.
+    `done` units are finished at the start. With `leave=False` the bar is removed at the end. A flow run that runs the
+    step displays the progress as well (`step_progress`).
     """
+    report = reporter()
+    report.begin_bar(description, done=done, total=total, unit=unit)
+    with _displayed(description, total=total, unit=unit, done=done, leave=leave) as display:
+
+        def advance(count: int) -> None:
+            display(count)
+            report.advance(count)
+
+        try:
+            yield advance
+        finally:
+            report.end_bar()
+
+
+@contextmanager
+def _displayed(
+    description: str, *, total: int | None, unit: str, done: int, leave: bool
+) -> Iterator[Callable[[int], object]]:
+    """Show the bar or the lines, and yield the function that advances them."""
     if sys.stderr.isatty():
         scale = unit == "B"
         with tqdm(

@@ -5,9 +5,11 @@ error: steps of older commits do not write it, and a step may be killed before i
 """
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.core.settings import get_settings
 
@@ -27,10 +29,15 @@ def write_result(result: StepResult) -> None:
     A failure to write is ignored: the reader then finds no result.
     """
     if name := get_settings().result_file:
-        with suppress(OSError):
-            temporary = Path(f"{name}.tmp")
-            temporary.write_text(json.dumps(asdict(result)), encoding="utf-8")
-            temporary.replace(name)
+        write_json_file(name, asdict(result))
+
+
+def write_json_file(name: str, values: Mapping[str, Any]) -> None:
+    """Replace the file atomically by one with the values as JSON; a failure to write is ignored."""
+    with suppress(OSError):
+        temporary = Path(f"{name}.tmp")
+        temporary.write_text(json.dumps(values), encoding="utf-8")
+        temporary.replace(name)
 
 
 def read_result(path: Path) -> StepResult:

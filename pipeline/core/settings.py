@@ -40,6 +40,8 @@ class Settings:
     reproduces: str | None
     # PIPELINE_RESULT_FILE: the file for a step's result; if it is empty, the step writes none
     result_file: str
+    # PIPELINE_PROGRESS_FILE: the file for a step's progress; it is empty also in the ranks of a training other than 0
+    progress_file: str
     # PIPELINE_OWN_PREFECT_API_URL: the address that `make prefect-env` printed for the project's own server
     own_prefect_api_url: str
 
@@ -101,6 +103,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         recipe=text("PIPELINE_RECIPE"),
         reproduces=text("PIPELINE_REPRODUCES") or None,
         result_file=text("PIPELINE_RESULT_FILE"),
+        progress_file="" if text("RANK") not in ("", "0") else text("PIPELINE_PROGRESS_FILE"),
         own_prefect_api_url=text("PIPELINE_OWN_PREFECT_API_URL"),
         dvc_root=text("DVC_ROOT"),
         in_dvc_stage="DVC_STAGE" in environment,

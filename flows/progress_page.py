@@ -1,0 +1,163 @@
+"""The Markdown text of the live progress of a flow run: a bar, the last epoch, and the state of each step."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.core.progress import format_bytes
+from pipeline.core.step_progress import StepProgress, TrainingProgress
+
+BAR_LENGTH = 30
+WAITING = "waiting"
+DONE, RESTORED, UP_TO_DATE = "done", "restored from DVC's cache", "up to date"
+
+RunState = Literal["running", "finished", "failed", "interrupted"]
+
+
+@dataclass(frozen=True)
+class StageState:
+    """A stage of a flow run: its state as text, such as `waiting` or `running`, and its seconds once it has ended."""
+
+    name: str
+    state: str = WAITING
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the page of a flow run's progress displays.
+
+    `progress` is that of the stage that runs or ran last, `training` that of the training, also after it. `reason` is
+    the error of a flow run that failed, `seconds` the time that an ended flow run took.
+    """
+
+    state: RunState
+    stages: Sequence[StageState]
+    progress: StepProgress | None = None
+    training: TrainingProgress | None = None
+    reason: str = ""
+    seconds: float | None = None
+
+
+def as_line(page: Page) -> str:
+    """Return the page in one line, the most important first: the page of a flow run shows its first 40 characters."""
+    if page.state != "running":
+        return _headline(page)
+    parts = [_current_step(page)]
+    if page.progress:
+        parts += [*_percentage(page.progress), *_time_left(page.progress)]
+    if page.training and page.training.last:
+        parts.append(f"validation {page.training.last.validation_accuracy:.2%}")
+    return " · ".join(parts)
+
+
+def as_markdown(page: Page, *, updated: str) -> str:
+    """Return the page as Markdown; `updated` is the time of the update as text."""
+    parts = [f"## {_headline(page)}"]
+    if page.reason:
+        parts.append(f"```text\n{page.reason.replace('`', chr(39))}\n```")
+    if page.state == "running" and page.progress:
+        parts.append(_bar(page.progress))
+    parts += [*_training_table(page.training), _stage_table(page.stages)]
+    hint = "; reload the page for newer values" if page.state == "running" else ""
+    parts.append(f"As of {updated}{hint}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _headline(page: Page) -> str:
+    """Return the state of the run as text."""
+    took = f" after {format_seconds(page.seconds)}" if page.seconds is not None else ""
+    if page.state == "running":
+        return f"Running: {_current_step(page)}"
+    return (
+        f"Finished{took}" if page.state == "finished" else f"{page.state.capitalize()}{took} in {_current_step(page)}"
+    )
+
+
+def _current_step(page: Page) -> str:
+    """Return the first step that is not done and, as far as known, where in it the run is."""
+    stage = next((stage.name for stage in page.stages if stage.state not in (DONE, RESTORED, UP_TO_DATE)), None)
+    if stage is None:
+        return "save the experiment"
+    if page.progress is None:
+        return stage
+    if training := page.progress.training:
+        return f"{stage}, epoch {min(training.epochs_done + 1, training.epochs)} of {training.epochs}"
+    return stage if page.progress.title == stage else f"{stage}, {page.progress.title}"
+
+
+def _bar(progress: StepProgress) -> str:
+    """Return a text bar with percentage and times, and the count below it; without a known total, only the count."""
+    count = _count(progress.done, progress.unit)
+    if progress.total is None:
+        return f"{progress.title}: {count}"
+    of_total = _count(progress.total, progress.unit)
+    if progress.unit != "B":
+        count = f"{progress.done:,}"
+    full = int(BAR_LENGTH * (progress.fraction or 0.0))
+    bar = f"`{'█' * full}{'░' * (BAR_LENGTH - full)}`"
+    elapsed = f"{format_seconds(progress.seconds_elapsed)} so far"
+    parts = [*(f"**{text}**" for text in _percentage(progress)), *(_time_left(progress) or ["time left not known yet"])]
+    speed = progress.training.last.images_per_second if progress.training and progress.training.last else None
+    parts += [elapsed, *([] if speed is None else [f"{speed:,.0f} images/s"])]
+    return f"{bar} {' · '.join(parts)}\n\n{progress.title}: {count} of {of_total}"
+
+
+def _percentage(progress: StepProgress) -> list[str]:
+    """Return the finished percentage as text, if it is known."""
+    return [] if progress.fraction is None else [f"{int(100 * progress.fraction)}%"]
+
+
+def _time_left(progress: StepProgress) -> list[str]:
+    """Return the estimated time left as text, if it is known."""
+    if progress.seconds_left is None:
+        return []
+    seconds = progress.seconds_left if progress.seconds_left < 60 else 10 * round(progress.seconds_left / 10)
+    at_most = "at most " if progress.training and progress.training.may_end_early else ""
+    return [f"{at_most}{format_seconds(seconds)} left"]
+
+
+def _count(count: int, unit: str) -> str:
+    """Return a count with its unit."""
+    return format_bytes(count) if unit == "B" else f"{count:,} {unit}"
+
+
+def _training_table(training: TrainingProgress | None) -> list[str]:
+    """Return a table of the last finished epoch; before that, of the last logged loss, if there is one."""
+    if training is None:
+        return []
+    header = ["", "loss", "accuracy"]
+    last, best = training.last, training.best_validation_accuracy
+    if last is None or best is None:
+        loss = training.step_loss
+        return [] if loss is None else [_table(header, [("last logged step", f"{loss:.4f}", "known after epoch 1")])]
+    rows = [
+        (f"train, epoch {last.epoch}", f"{last.train_loss:.4f}", f"{last.train_accuracy:.2%}"),
+        (f"validation, epoch {last.epoch}", f"{last.validation_loss:.4f}", f"**{last.validation_accuracy:.2%}**"),
+        ("best validation so far", "", f"{best:.2%}"),
+    ]
+    return [_table(header, rows)]
+
+
+def _stage_table(stages: Sequence[StageState]) -> str:
+    """Return a table of the stages with state and time."""
+    rows = [
+        (stage.name, stage.state, "" if stage.seconds is None else format_seconds(stage.seconds)) for stage in stages
+    ]
+    return _table(["step", "state", "time"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; the cells must be free of `|`."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as text with at most two units, such as `45 s`, `2 min 10 s` or `3 h 5 min`."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min" + (f" {total % 60} s" if total % 60 else "")
+    hours, minutes = total // 3600, total % 3600 // 60
+    return f"{hours} h" + (f" {minutes} min" if minutes else "")
