@@ -1,6 +1,6 @@
 """Find all that belongs to a model from any one id: code, data, parameters, MLflow run, experiments, flow runs, files.
 
-Most of it is in the tags of MLflow runs. Experiments come from git's refs, states of flow runs from Prefect.
+Most of it is in the tags and in `provenance.json` of MLflow runs. Experiments come from git's refs, states of flow runs from Prefect.
 """
 
 import json
@@ -32,17 +32,26 @@ from flows.ui import is_mlflow_served, mlflow_page
 from flows.workspace import EXPERIMENT_LABEL, existing_store
 from pipeline.artifacts import BEST_WEIGHTS, DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.core.errors import TemporaryError, UserError, first_line, redact_url
-from pipeline.core.git import UNKNOWN, find_commit, git, read_committed
+from pipeline.core.git import EXCLUDE_OUTPUTS, UNKNOWN, find_commit, git, has_code, read_committed
 from pipeline.core.sqlite import sqlite_path
-from pipeline.tracking.provenance import COMMIT, FLOW_RUN, REPRODUCES
-from pipeline.tracking.search import Run, find_run, find_runs, find_runs_by_prefix, find_runs_of_model, read_file
+from pipeline.tracking.provenance import COMMIT, FLOW_RUN, REPRODUCES, TRAIN_OUTPUTS
+from pipeline.tracking.provenance_file import with_provenance
+from pipeline.tracking.search import (
+    Run,
+    find_run,
+    find_runs,
+    find_runs_by_name,
+    find_runs_by_prefix,
+    find_runs_of_model,
+    read_file,
+)
 from pipeline.tracking.store import connect
 from pipeline.tracking.store_uri import tracking_uri
 
 NAME_TAGS = ("dvc.experiment", "prefect.flow_run_id", "prefect.flow_run_name", COMMIT)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _SHORT_ID = re.compile(r"[0-9a-f]{7,31}|[0-9a-f]{33,39}")  # 32 digits are an MLflow run or an MD5, 40 are a commit
-_QUERYABLE = re.compile(r"[\w .:/+%-]{1,250}")  # text without characters that end a string in a query to MLflow
+_QUERYABLE = re.compile(r"[^'`\\]{1,250}")  # text without characters that end a string in a query to MLflow
 
 
 @dataclass(frozen=True)
@@ -79,8 +88,8 @@ class Trace:
     """All that belongs to one training; what is not known is None or empty."""
 
     commit: str | None = None
-    dirty: bool | None = None
-    uncommitted: tuple[str, ...] = ()  # files
+    dirty: bool | None = None  # whether code has uncommitted changes; parameters are no code
+    uncommitted: tuple[str, ...] = ()  # files, parameters included
     data_set: str | None = None
     data_md5: str | None = None
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # parameter: (committed value, value here)
@@ -138,6 +147,10 @@ class Sources:
     def runs(self, tag: str, value: str) -> list[Run]:
         """Return the MLflow runs with this tag; `%` in the value stands for any text."""
         return find_runs({tag: value}) if self.has_mlflow and _QUERYABLE.fullmatch(tag + value) else []
+
+    def runs_of_name(self, name: str) -> list[Run]:
+        """Return the MLflow runs of this name."""
+        return find_runs_by_name(name) if self.has_mlflow and _QUERYABLE.fullmatch(name) else []
 
     def runs_of_model(self, model_md5: str | None) -> list[Run]:
         """Return the MLflow runs that made the model of this hash, without reproductions."""
@@ -261,11 +274,12 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
     names = {wanted, commit or wanted, *(run.run_id for run in flow_runs)}
     runs = [run for name in sorted(names) for tag in NAME_TAGS for run in sources.runs(tag, name)]
     runs += [run for name in sorted(names) for run in sources.runs(f"{FLOW_RUN}{name}", "%")]
+    runs += sources.runs_of_name(wanted)
     model = sources.model_of(commit) if commit else None
     if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", wanted):  # the MD5 of the folder artifacts/train, or of the model
         model = sources.listing(f"{wanted.removesuffix('.dir')}.dir").get(BEST_WEIGHTS, wanted)
     if model:
-        runs += sources.runs("outputs.train", f"%{model}%") or sources.runs_of_model(model)
+        runs += sources.runs(TRAIN_OUTPUTS, f"%{model}%") or sources.runs_of_model(model)
     runs = [run for run in runs if REPRODUCES not in run.tags]
     if sources.has_mlflow and _QUERYABLE.fullmatch(wanted) and (run := find_run(wanted)):
         runs.append(run)
@@ -288,23 +302,27 @@ def _runs_of(sources: Sources, experiment: Experiment) -> list[Run]:
 
 def _trace_run(sources: Sources, run: Run) -> Trace:
     """Return the trace of an MLflow run."""
+    with sources.warn_on_error(f"MLflow run {run.run_id}: only its tags were read"):
+        run = with_provenance(run)
     tags = run.tags
     commit = _known(tags.get(COMMIT))
     dirty = _known(tags.get("git.dirty")) if commit else None  # without a commit, older versions recorded "false"
     difference = read_file(run, "uncommitted.diff") or b""
-    changed_files = re.findall(rb'^diff --git "?a/(.*?)"? "?b/', difference, re.MULTILINE)
+    found = re.findall(rb'^diff --git "?a/(.*?)"? "?b/', difference, re.MULTILINE)
+    changed_files = tuple(name.decode(errors="replace") for name in found)
     copies = sources.runs(REPRODUCES, run.run_id)
     experiments = tuple(_experiments_of(sources, run))
     files = _recorded_outputs(sources, run) or sources.outputs(experiments[0].commit if experiments else None)
     return Trace(
         commit=commit,
-        dirty=dirty == "true" if dirty else None,
-        uncommitted=tuple(name.decode(errors="replace") for name in changed_files),
+        # older versions also recorded "true" where parameters alone differed
+        dirty=dirty == "true" and (has_code(changed_files) or not changed_files) if dirty else None,
+        uncommitted=changed_files,
         data_set=run.params.get("download.dataset"),
         data_md5=tags.get("data.md5"),
         changed=_changed(sources.params(commit), run.params),
         run=run,
-        run_link=mlflow_page(run.run_id, project=sources.project),
+        run_link=mlflow_page(run.run_id, experiment_id=run.experiment_id, project=sources.project),
         run_link_served=is_mlflow_served(sources.project),
         reproductions=tuple((copy.run_id, copy.tags.get("reproduction.result", copy.status)) for copy in copies),
         experiments=experiments,
@@ -319,10 +337,12 @@ def _trace_experiment(sources: Sources, experiment: Experiment) -> Trace:
     baseline, commit, hashes = experiment.baseline or "", experiment.commit, sources.outputs(experiment.commit)
     params, changed_files = sources.params(commit), None
     if find_commit(sources.project, baseline):
-        changed_files = git(sources.project, "diff", "--name-only", baseline, str(commit)).splitlines()
+        changed_files = git(
+            sources.project, "diff", "--name-only", baseline, str(commit), "--", ".", EXCLUDE_OUTPUTS
+        ).splitlines()
     return Trace(
         commit=baseline,
-        dirty=None if changed_files is None else bool(changed_files),
+        dirty=None if changed_files is None else has_code(changed_files),
         uncommitted=tuple(changed_files or ()),
         data_set=params.get("download.dataset"),
         data_md5=sources.listing(hashes.get(str(NORMALIZE), "")).get("dataset.json"),
@@ -348,7 +368,7 @@ def _experiments_of(sources: Sources, run: Run) -> Iterator[Experiment]:
     """Yield the run's own experiment first, then those that took its model from the cache."""
     model, by_name = run.tags.get("model.md5"), {found.name: found for found in sources.experiments}
     same_model = [name for name, found in by_name.items() if model and sources.model_of(found.commit) == model]
-    users = [name for name in same_model if run in _runs_of(sources, by_name[name])]
+    users = [name for name in same_model if run.run_id in {one.run_id for one in _runs_of(sources, by_name[name])}]
     names = [run.tags.get("dvc.experiment"), *_cache_users(run).values(), *users]
     yield from (by_name.get(name) or Experiment(name, None) for name in dict.fromkeys(names) if name)
 
@@ -363,9 +383,9 @@ def _flow_runs_of(sources: Sources, run: Run) -> Iterator[FlowRun]:
 
 
 def _recorded_outputs(sources: Sources, run: Run) -> dict[str, str]:
-    """Return path and hash of the run's outputs by its tags; empty where an older version did not record them."""
+    """Return path and hash of the run's outputs; empty where an older version did not record them."""
     files: dict[str, str] = {}
-    with sources.warn_on_error(f"MLflow run {run.run_id}: its tags outputs.… cannot be read"):
+    with sources.warn_on_error(f"MLflow run {run.run_id}: its hashes of outputs cannot be read"):
         for folder in (TRAIN, EVALUATE):
             hashes = json.loads(run.tags.get(f"outputs.{folder.name}", "{}"))
             files |= {f"{folder}/{name}": md5 for name, md5 in hashes.items()}

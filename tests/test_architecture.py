@@ -42,6 +42,7 @@ ONLY_IN = {
             "logger",
             "models",
             "outbox",
+            "provenance_file",
             "retention",
             "runs",
             "search",

@@ -18,7 +18,7 @@ from pipeline.core.settings import get_settings
 from pipeline.download import download
 from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.relocation import LOCATIONS, relocate
-from pipeline.tracking.runs import create_run, find_or_create_run
+from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.search import find_run, read_file
 from pipeline.tracking.store import connect
 from pipeline.tracking.store_uri import tracking_uri
@@ -79,13 +79,6 @@ def test_a_temporary_folder_of_dvc_belongs_to_the_project(temporary: Path, proje
         f"sqlite:///{project}/mlflow.db",
     )
     assert cache_folder("checkpoints") == project / ".cache/checkpoints"
-
-
-def test_a_training_in_a_temporary_folder_has_the_name_of_the_experiment(temporary: Path) -> None:
-    connect()
-    run = find_run(create_run("digits", training="t").run_id)
-    assert run
-    assert run.name == "bold-name"
 
 
 def test_relative_paths_in_settings_start_in_the_project(
