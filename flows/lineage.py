@@ -1,13 +1,13 @@
 """Find all that belongs to a model from any one id: code, data, parameters, MLflow run, experiments, flow runs, files.
 
-Most of it is in the tags and in `provenance.json` of MLflow runs. Experiments come from git's refs, states of flow runs from Prefect.
+Most of it is in the tags and in `provenance.json` of MLflow runs. Experiments come from git's refs, states of flow runs
+from Prefect.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from flows.dvc_state import (
     outputs,
     split_experiment_ref,
 )
+from flows.lineage_records import Experiment, File, FlowRun, Trace
 from flows.prefect_server import MAX_RECORDS_PER_REQUEST, current_server, prefect_client
 from flows.ui import is_mlflow_served, mlflow_page
 from flows.workspace import EXPERIMENT_LABEL, existing_store
@@ -52,55 +53,6 @@ NAME_TAGS = ("dvc.experiment", "prefect.flow_run_id", "prefect.flow_run_name", C
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _SHORT_ID = re.compile(r"[0-9a-f]{7,31}|[0-9a-f]{33,39}")  # 32 digits are an MLflow run or an MD5, 40 are a commit
 _QUERYABLE = re.compile(r"[^'`\\]{1,250}")  # text without characters that end a string in a query to MLflow
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A DVC experiment; `commit` is None where this repository no longer has it."""
-
-    name: str
-    commit: str | None
-    baseline: str | None = None
-
-
-@dataclass(frozen=True)
-class FlowRun:
-    """A Prefect flow run; without a Prefect server, only its id and usually its name are known."""
-
-    run_id: str
-    name: str | None = None
-    state: str | None = None
-    link: str | None = None
-    experiment: str | None = None
-
-
-@dataclass(frozen=True)
-class File:
-    """An output of the run with its MD5; `cached` is its path in DVC's cache, None where the cache does not have it."""
-
-    path: str
-    md5: str
-    cached: str | None
-
-
-@dataclass(frozen=True)
-class Trace:
-    """All that belongs to one training; what is not known is None or empty."""
-
-    commit: str | None = None
-    dirty: bool | None = None  # whether code has uncommitted changes; parameters are no code
-    uncommitted: tuple[str, ...] = ()  # files, parameters included
-    data_set: str | None = None
-    data_md5: str | None = None
-    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # parameter: (committed value, value here)
-    run: Run | None = None
-    run_link: str | None = None
-    run_link_served: bool = False  # whether a server is running there
-    reproductions: tuple[tuple[str, str], ...] = ()  # MLflow run and result of each
-    experiments: tuple[Experiment, ...] = ()
-    flow_runs: tuple[FlowRun, ...] = ()
-    model_md5: str | None = None
-    files: tuple[File, ...] = ()
 
 
 class Sources:
@@ -147,10 +99,6 @@ class Sources:
     def runs(self, tag: str, value: str) -> list[Run]:
         """Return the MLflow runs with this tag; `%` in the value stands for any text."""
         return find_runs({tag: value}) if self.has_mlflow and _QUERYABLE.fullmatch(tag + value) else []
-
-    def runs_of_name(self, name: str) -> list[Run]:
-        """Return the MLflow runs of this name."""
-        return find_runs_by_name(name) if self.has_mlflow and _QUERYABLE.fullmatch(name) else []
 
     def runs_of_model(self, model_md5: str | None) -> list[Run]:
         """Return the MLflow runs that made the model of this hash, without reproductions."""
@@ -274,15 +222,14 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
     names = {wanted, commit or wanted, *(run.run_id for run in flow_runs)}
     runs = [run for name in sorted(names) for tag in NAME_TAGS for run in sources.runs(tag, name)]
     runs += [run for name in sorted(names) for run in sources.runs(f"{FLOW_RUN}{name}", "%")]
-    runs += sources.runs_of_name(wanted)
     model = sources.model_of(commit) if commit else None
     if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", wanted):  # the MD5 of the folder artifacts/train, or of the model
         model = sources.listing(f"{wanted.removesuffix('.dir')}.dir").get(BEST_WEIGHTS, wanted)
     if model:
         runs += sources.runs(TRAIN_OUTPUTS, f"%{model}%") or sources.runs_of_model(model)
     runs = [run for run in runs if REPRODUCES not in run.tags]
-    if sources.has_mlflow and _QUERYABLE.fullmatch(wanted) and (run := find_run(wanted)):
-        runs.append(run)
+    if sources.has_mlflow and _QUERYABLE.fullmatch(wanted):
+        runs += [*find_runs_by_name(wanted), *filter(None, [find_run(wanted)])]
     names |= {run.experiment for run in flow_runs if run.experiment}
     experiments = [
         found

@@ -15,7 +15,8 @@ from datetime import datetime
 from pathlib import Path
 
 from flows import PROJECT
-from flows.lineage import Experiment, Trace, trace
+from flows.lineage import trace
+from flows.lineage_records import Experiment, Trace
 from pipeline.artifacts import BEST_WEIGHTS
 from pipeline.core.errors import report_errors
 
@@ -51,7 +52,7 @@ def _experiment_hint(experiment: Experiment) -> str:
 def _code_lines(found: Trace) -> Iterator[str]:
     """Yield the commit and what differed from it."""
     commit = f"commit {found.commit or 'not known'}"
-    if found.dirty is False and found.changed:
+    if found.dirty is False and found.changed and found.uncommitted:
         yield f"{commit}, parameters overridden (below), no other uncommitted changes"
         return
     changes = {None: "uncommitted changes not known", True: "with uncommitted changes", False: "no uncommitted changes"}

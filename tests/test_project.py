@@ -18,7 +18,7 @@ from pipeline.core.settings import get_settings
 from pipeline.download import download
 from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.relocation import LOCATIONS, relocate
-from pipeline.tracking.runs import find_or_create_run
+from pipeline.tracking.runs import create_run, find_or_create_run
 from pipeline.tracking.search import find_run, read_file
 from pipeline.tracking.store import connect
 from pipeline.tracking.store_uri import tracking_uri
