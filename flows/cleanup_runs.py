@@ -11,6 +11,7 @@ from flows.workspace import existing_store
 from pipeline.artifacts import BEST_WEIGHTS, TRAIN
 from pipeline.core.git import read_committed
 from pipeline.tracking.provenance import COMMIT, EXPERIMENT
+from pipeline.tracking.provenance_file import with_provenance
 from pipeline.tracking.retention import (
     KEEP,
     StoredRun,
@@ -54,7 +55,7 @@ def read_records(project: Path, *, experiments: Collection[str]) -> Records:
     connect(uri)
     versions = registered_versions()
     registered = [find_run(run_id) for run_id in {one.run_id for one in versions if one.use}]
-    in_use = [*find_runs({KEEP: "%"}), *filter(None, registered)]
+    in_use = [with_provenance(run) for run in (*find_runs({KEEP: "%"}), *filter(None, registered))]
     return Records(experiments, versions, find_runs({EXPERIMENT: "%"}, with_deleted=True), in_use)
 
 

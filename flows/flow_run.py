@@ -139,14 +139,16 @@ def save(workspace: Workspace) -> str | None:
     ) as lookup:
         try:
             workspace.save(on_line=log)
-            run_id, problem = lookup.communicate("saved\n")
+            ids, problem = lookup.communicate("saved\n")
         except BaseException:
             lookup.kill()
             raise
     if lookup.returncode or "warning: " in problem:
         reason = problem.strip() or f"the look-up ended with exit status {lookup.returncode}"
         get_run_logger().warning("the MLflow run that made the model is unknown or not tagged: %s", reason)
-    return run_id.strip() or None
+    run_id, _, experiment_id = ids.strip().partition(" ")
+    workspace.mlflow_experiment_id = experiment_id or None
+    return run_id or None
 
 
 def summarize(workspace: Workspace, steps: Sequence[Step], *, mlflow_run_id: str | None, start: float) -> Summary:
@@ -163,7 +165,7 @@ def summarize(workspace: Workspace, steps: Sequence[Step], *, mlflow_run_id: str
         summary,
         changes=differences(committed, params),
         flow_run_id=str(runtime.flow_run.id),
-        mlflow_link=mlflow_page(mlflow_run_id) if mlflow_run_id else None,
+        mlflow_link=mlflow_page(mlflow_run_id, experiment_id=workspace.mlflow_experiment_id) if mlflow_run_id else None,
     )
     create_markdown_artifact(text, key="summary", description=workspace.experiment)
     return summary

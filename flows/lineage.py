@@ -1,13 +1,13 @@
 """Find all that belongs to a model from any one id: code, data, parameters, MLflow run, experiments, flow runs, files.
 
-Most of it is in the tags of MLflow runs. Experiments come from git's refs, states of flow runs from Prefect.
+Most of it is in the tags and in `provenance.json` of MLflow runs. Experiments come from git's refs, states of flow runs
+from Prefect.
 """
 
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,71 +27,32 @@ from flows.dvc_state import (
     outputs,
     split_experiment_ref,
 )
+from flows.lineage_records import Experiment, File, FlowRun, Trace
 from flows.prefect_server import MAX_RECORDS_PER_REQUEST, current_server, prefect_client
 from flows.ui import is_mlflow_served, mlflow_page
 from flows.workspace import EXPERIMENT_LABEL, existing_store
 from pipeline.artifacts import BEST_WEIGHTS, DOWNLOAD, EVALUATE, NORMALIZE, TRAIN, file_md5
 from pipeline.core.errors import TemporaryError, UserError, first_line, redact_url
-from pipeline.core.git import UNKNOWN, find_commit, git, read_committed
+from pipeline.core.git import EXCLUDE_OUTPUTS, UNKNOWN, find_commit, git, has_code, read_committed
 from pipeline.core.sqlite import sqlite_path
-from pipeline.tracking.provenance import COMMIT, FLOW_RUN, REPRODUCES
-from pipeline.tracking.search import Run, find_run, find_runs, find_runs_by_prefix, find_runs_of_model, read_file
+from pipeline.tracking.provenance import COMMIT, FLOW_RUN, REPRODUCES, TRAIN_OUTPUTS
+from pipeline.tracking.provenance_file import with_provenance
+from pipeline.tracking.search import (
+    Run,
+    find_run,
+    find_runs,
+    find_runs_by_name,
+    find_runs_by_prefix,
+    find_runs_of_model,
+    read_file,
+)
 from pipeline.tracking.store import connect
 from pipeline.tracking.store_uri import tracking_uri
 
 NAME_TAGS = ("dvc.experiment", "prefect.flow_run_id", "prefect.flow_run_name", COMMIT)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _SHORT_ID = re.compile(r"[0-9a-f]{7,31}|[0-9a-f]{33,39}")  # 32 digits are an MLflow run or an MD5, 40 are a commit
-_QUERYABLE = re.compile(r"[\w .:/+%-]{1,250}")  # text without characters that end a string in a query to MLflow
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A DVC experiment; `commit` is None where this repository no longer has it."""
-
-    name: str
-    commit: str | None
-    baseline: str | None = None
-
-
-@dataclass(frozen=True)
-class FlowRun:
-    """A Prefect flow run; without a Prefect server, only its id and usually its name are known."""
-
-    run_id: str
-    name: str | None = None
-    state: str | None = None
-    link: str | None = None
-    experiment: str | None = None
-
-
-@dataclass(frozen=True)
-class File:
-    """An output of the run with its MD5; `cached` is its path in DVC's cache, None where the cache does not have it."""
-
-    path: str
-    md5: str
-    cached: str | None
-
-
-@dataclass(frozen=True)
-class Trace:
-    """All that belongs to one training; what is not known is None or empty."""
-
-    commit: str | None = None
-    dirty: bool | None = None
-    uncommitted: tuple[str, ...] = ()  # files
-    data_set: str | None = None
-    data_md5: str | None = None
-    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # parameter: (committed value, value here)
-    run: Run | None = None
-    run_link: str | None = None
-    run_link_served: bool = False  # whether a server is running there
-    reproductions: tuple[tuple[str, str], ...] = ()  # MLflow run and result of each
-    experiments: tuple[Experiment, ...] = ()
-    flow_runs: tuple[FlowRun, ...] = ()
-    model_md5: str | None = None
-    files: tuple[File, ...] = ()
+_QUERYABLE = re.compile(r"[^'`\\]{1,250}")  # text without characters that end a string in a query to MLflow
 
 
 class Sources:
@@ -265,10 +226,10 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
     if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", wanted):  # the MD5 of the folder artifacts/train, or of the model
         model = sources.listing(f"{wanted.removesuffix('.dir')}.dir").get(BEST_WEIGHTS, wanted)
     if model:
-        runs += sources.runs("outputs.train", f"%{model}%") or sources.runs_of_model(model)
+        runs += sources.runs(TRAIN_OUTPUTS, f"%{model}%") or sources.runs_of_model(model)
     runs = [run for run in runs if REPRODUCES not in run.tags]
-    if sources.has_mlflow and _QUERYABLE.fullmatch(wanted) and (run := find_run(wanted)):
-        runs.append(run)
+    if sources.has_mlflow and _QUERYABLE.fullmatch(wanted):
+        runs += [*find_runs_by_name(wanted), *filter(None, [find_run(wanted)])]
     names |= {run.experiment for run in flow_runs if run.experiment}
     experiments = [
         found
@@ -288,23 +249,27 @@ def _runs_of(sources: Sources, experiment: Experiment) -> list[Run]:
 
 def _trace_run(sources: Sources, run: Run) -> Trace:
     """Return the trace of an MLflow run."""
+    with sources.warn_on_error(f"MLflow run {run.run_id}: only its tags were read"):
+        run = with_provenance(run)
     tags = run.tags
     commit = _known(tags.get(COMMIT))
     dirty = _known(tags.get("git.dirty")) if commit else None  # without a commit, older versions recorded "false"
     difference = read_file(run, "uncommitted.diff") or b""
-    changed_files = re.findall(rb'^diff --git "?a/(.*?)"? "?b/', difference, re.MULTILINE)
+    found = re.findall(rb'^diff --git "?a/(.*?)"? "?b/', difference, re.MULTILINE)
+    changed_files = tuple(name.decode(errors="replace") for name in found)
     copies = sources.runs(REPRODUCES, run.run_id)
     experiments = tuple(_experiments_of(sources, run))
     files = _recorded_outputs(sources, run) or sources.outputs(experiments[0].commit if experiments else None)
     return Trace(
         commit=commit,
-        dirty=dirty == "true" if dirty else None,
-        uncommitted=tuple(name.decode(errors="replace") for name in changed_files),
+        # older versions also recorded "true" where parameters alone differed
+        dirty=dirty == "true" and (has_code(changed_files) or not changed_files) if dirty else None,
+        uncommitted=changed_files,
         data_set=run.params.get("download.dataset"),
         data_md5=tags.get("data.md5"),
         changed=_changed(sources.params(commit), run.params),
         run=run,
-        run_link=mlflow_page(run.run_id, project=sources.project),
+        run_link=mlflow_page(run.run_id, experiment_id=run.experiment_id, project=sources.project),
         run_link_served=is_mlflow_served(sources.project),
         reproductions=tuple((copy.run_id, copy.tags.get("reproduction.result", copy.status)) for copy in copies),
         experiments=experiments,
@@ -319,10 +284,12 @@ def _trace_experiment(sources: Sources, experiment: Experiment) -> Trace:
     baseline, commit, hashes = experiment.baseline or "", experiment.commit, sources.outputs(experiment.commit)
     params, changed_files = sources.params(commit), None
     if find_commit(sources.project, baseline):
-        changed_files = git(sources.project, "diff", "--name-only", baseline, str(commit)).splitlines()
+        changed_files = git(
+            sources.project, "diff", "--name-only", baseline, str(commit), "--", ".", EXCLUDE_OUTPUTS
+        ).splitlines()
     return Trace(
         commit=baseline,
-        dirty=None if changed_files is None else bool(changed_files),
+        dirty=None if changed_files is None else has_code(changed_files),
         uncommitted=tuple(changed_files or ()),
         data_set=params.get("download.dataset"),
         data_md5=sources.listing(hashes.get(str(NORMALIZE), "")).get("dataset.json"),
@@ -348,7 +315,7 @@ def _experiments_of(sources: Sources, run: Run) -> Iterator[Experiment]:
     """Yield the run's own experiment first, then those that took its model from the cache."""
     model, by_name = run.tags.get("model.md5"), {found.name: found for found in sources.experiments}
     same_model = [name for name, found in by_name.items() if model and sources.model_of(found.commit) == model]
-    users = [name for name in same_model if run in _runs_of(sources, by_name[name])]
+    users = [name for name in same_model if run.run_id in {one.run_id for one in _runs_of(sources, by_name[name])}]
     names = [run.tags.get("dvc.experiment"), *_cache_users(run).values(), *users]
     yield from (by_name.get(name) or Experiment(name, None) for name in dict.fromkeys(names) if name)
 
@@ -363,9 +330,9 @@ def _flow_runs_of(sources: Sources, run: Run) -> Iterator[FlowRun]:
 
 
 def _recorded_outputs(sources: Sources, run: Run) -> dict[str, str]:
-    """Return path and hash of the run's outputs by its tags; empty where an older version did not record them."""
+    """Return path and hash of the run's outputs; empty where an older version did not record them."""
     files: dict[str, str] = {}
-    with sources.warn_on_error(f"MLflow run {run.run_id}: its tags outputs.… cannot be read"):
+    with sources.warn_on_error(f"MLflow run {run.run_id}: its hashes of outputs cannot be read"):
         for folder in (TRAIN, EVALUATE):
             hashes = json.loads(run.tags.get(f"outputs.{folder.name}", "{}"))
             files |= {f"{folder}/{name}": md5 for name, md5 in hashes.items()}

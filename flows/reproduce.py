@@ -29,7 +29,8 @@ from pipeline.core.yaml import read_yaml
 from pipeline.params import PARAMS_FILE, check_is_folder
 from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.models import recorded_model_md5
-from pipeline.tracking.provenance import COMMIT, HARDWARE, REPRODUCES
+from pipeline.tracking.provenance import CHANGED_FILES, COMMIT, HARDWARE, REPRODUCES
+from pipeline.tracking.provenance_file import with_provenance
 from pipeline.tracking.search import Run, find_run, find_runs, read_file
 from pipeline.tracking.store import connect, warn_on_failure
 from pipeline.tracking.store_uri import tracking_uri
@@ -85,6 +86,7 @@ def find(project: Path, wanted: str) -> Run:
         run = find_run(wanted)
     if run is None:
         return _find_locked(project, wanted)
+    run = with_provenance(run)
     if "model.md5" not in run.tags:
         raise UserError(f"MLflow run {wanted}: status {run.status}, without a model to compare with; name another run")
     commit = run.tags.get(COMMIT, UNKNOWN)
@@ -132,12 +134,13 @@ def _find_locked(project: Path, wanted: str) -> Run:
 
 def reproduce(project: Path, run: Run, *, from_cache: bool, keep: bool) -> Reproduction:
     """Run the stages again and compare; raises UserError where the clone cannot be made, StepError if a stage fails."""
-    dirty = run.tags.get("git.dirty") == "true"
-    difference = (read_file(run, "uncommitted.diff") if dirty else None) or b""
-    if dirty and not difference:
+    # an earlier version had no list of changed files, and recorded changed parameters as "true"
+    differs_from_commit = run.tags.get("git.dirty") == "true" or CHANGED_FILES in run.tags
+    difference = (read_file(run, "uncommitted.diff") if differs_from_commit else None) or b""
+    if differs_from_commit and not difference:
         raise UserError(
-            f"MLflow run {run.run_id}: its artifact uncommitted.diff is missing in MLflow, so its code is not known; "
-            "restore it, or name another run"
+            f"MLflow run {run.run_id}: its artifact uncommitted.diff is missing in MLflow, so its code and parameters "
+            "are not known; restore it, or name another run"
         )
     _connect(project)
     damaged = tuple(_damaged_copies(project, run))  # before the stages run: DVC replaces a damaged copy
@@ -209,9 +212,11 @@ def _find_new_run(run: Run, *, reported_id: str | None, model: Path, since: int)
     Code that is too old to report the id has tagged the run as a reproduction; still older code, with the model's hash.
     """
     if reported_id:
-        return find_run(reported_id)
+        reported = find_run(reported_id)
+        return with_provenance(reported) if reported else None
     found = find_runs({REPRODUCES: run.run_id}) + find_runs({"model.md5": file_md5(model)})
-    return next((one for one in found if one.started >= since and one.run_id != run.run_id), None)
+    new = (one for one in found if one.started >= since and one.run_id != run.run_id)
+    return next(map(with_provenance, new), None)
 
 
 def actual_hashes(clone: Path, folder: Path) -> Hashes:

@@ -1,8 +1,8 @@
 """Print all that belongs to a model, from any one id of it.
 
-`python -m flows.trace ID [--json]`. ID: a git commit, a DVC experiment, an MLflow run id, a Prefect flow run's id or
-name, the MD5 of a model, or the path of one. Of commits and MLflow runs, the first 7 digits or more are enough. Exit
-status: 0 found, 2 not found.
+`python -m flows.trace ID [--json]`. ID: a git commit, a DVC experiment, id or name of an MLflow run or of a Prefect
+flow run, the MD5 of a model, or the path of one. Of commits and MLflow runs, the first 7 digits or more are enough. Of
+a name that several runs have, all are printed. Exit status: 0 found, 2 not found.
 """
 
 import argparse
@@ -15,13 +15,10 @@ from datetime import datetime
 from pathlib import Path
 
 from flows import PROJECT
-from flows.lineage import Experiment, Trace, trace
+from flows.lineage import trace
+from flows.lineage_records import Experiment, Trace
 from pipeline.artifacts import BEST_WEIGHTS
 from pipeline.core.errors import report_errors
-from pipeline.params import PARAMS_FILE
-
-# in its clone, a flow run writes its parameters, and DVC the hashes of the stages that ran before the training
-WRITTEN_BY_A_FLOW_RUN = ({PARAMS_FILE.name}, {PARAMS_FILE.name, "dvc.lock"})
 
 # with a `_` instead of a `/` in the metrics of earlier versions
 SHOWN_METRICS = ("selected/", "selected_", "test/", "test_", "validation/", "validation_")
@@ -58,12 +55,12 @@ def _experiment_hint(experiment: Experiment) -> str:
 def _code_lines(found: Trace) -> Iterator[str]:
     """Yield the commit and what differed from it."""
     commit = f"commit {found.commit or 'not known'}"
-    if found.changed and {Path(name).name for name in found.uncommitted} in WRITTEN_BY_A_FLOW_RUN:
+    if found.dirty is False and found.changed and found.uncommitted:
         yield f"{commit}, parameters overridden (below), no other uncommitted changes"
         return
     changes = {None: "uncommitted changes not known", True: "with uncommitted changes", False: "no uncommitted changes"}
     yield f"{commit}, {changes[found.dirty]}"
-    if found.uncommitted:
+    if found.dirty and found.uncommitted:
         yield f"not committed: {', '.join(found.uncommitted)}"
 
 
@@ -98,8 +95,8 @@ def main() -> None:
     parser.add_argument(
         "id",
         metavar="ID",
-        help="git commit, DVC experiment, MLflow run, Prefect flow run, MD5 or path of a model; of commits and MLflow "
-        "runs, 7 digits are enough",
+        help="git commit, DVC experiment, id or name of an MLflow run or a Prefect flow run, MD5 or path of a model; "
+        "of commits and MLflow runs, 7 digits are enough",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     arguments = parser.parse_args()

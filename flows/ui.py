@@ -18,6 +18,7 @@ from pipeline.core.network import LOOPBACK, is_server
 from pipeline.core.processes import start_of
 from pipeline.core.project import artifact_folder
 from pipeline.core.sqlite import sqlite_path
+from pipeline.tracking.links import EXPERIMENTS_PAGE, run_page
 from pipeline.tracking.relocation import relocate
 from pipeline.tracking.sqlite_store import MLFLOW, is_current, without_percent
 from pipeline.tracking.store_uri import tracking_uri
@@ -46,14 +47,20 @@ MLFLOW_VARIABLES_NOT_PASSED_ON = (
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def mlflow_page(run_id: str, *, project: Path = PROJECT) -> str:
+def mlflow_page(run_id: str, *, experiment_id: str | None, project: Path = PROJECT) -> str:
     """Return the address of a run's page: on the server that MLFLOW_TRACKING_URI names, else on that of `make ui`."""
+    page = run_page(run_id, experiment_id=experiment_id)
     uri = tracking_uri(project)
     if is_server(uri):
-        return f"{redact_url(uri).rstrip('/')}/#/runs/{run_id}"
+        return _address(uri, page)
     found = server.read_record(mlflow_record_path(project))
     port = found.port if found else _named_port() or MLFLOW_PORT
-    return f"http://127.0.0.1:{port}/#/runs/{run_id}"
+    return _address(f"http://127.0.0.1:{port}", page)
+
+
+def _address(server_address: str, page: str) -> str:
+    """Return the address of a page of an MLflow server, without the password that the server's address may have."""
+    return f"{redact_url(server_address).rstrip('/')}/{page}"
 
 
 def is_mlflow_served(project: Path) -> bool:
@@ -80,7 +87,7 @@ def mlflow_server(project: Path, *, port: int | None = None) -> Iterator[str]:
     """
     uri = tracking_uri(project)
     if is_server(uri):
-        yield f"{redact_url(uri)} (yours, from MLFLOW_TRACKING_URI)"
+        yield redact_url(uri)
         return
     _check_host()
     _ensure_store(uri, project=project)
@@ -165,8 +172,10 @@ def main() -> None:
     for number in SIGNALS:
         signal.signal(number, _leave)
     with report_errors(), mlflow_server(PROJECT) as mlflow, prefect_server(PROJECT) as prefect:
+        page = _address(mlflow, EXPERIMENTS_PAGE)
+        owner = " (yours, from MLFLOW_TRACKING_URI)" if is_server(tracking_uri(PROJECT)) else ""
         print(
-            f"MLflow:  {mlflow}\nPrefect: {prefect}\nCtrl-C stops the servers that this command has started.",
+            f"MLflow:  {page}{owner}\nPrefect: {prefect}\nCtrl-C stops the servers that this command has started.",
             flush=True,
         )
         signal.pause()

@@ -42,8 +42,9 @@ class Workspace:
     """An open clone of the checkout, whose files are in `folder` until `open_workspace` ends.
 
     `committed_params` is the path of a copy of the committed params.yaml. `mlflow_run_id` is the MLflow run into which
-    the stages have recorded: None where none has run yet, or their code is too old to report the id. `live` publishes
-    the progress of a flow run; it is None where no flow run reproduces the stages.
+    the stages have recorded, and `mlflow_experiment_id` its experiment in MLflow: None where none has run yet, or their
+    code is too old to report the ids. `live` publishes the progress of a flow run; it is None where no flow run
+    reproduces the stages.
     """
 
     def __init__(self, clone: Path, *, folder: Path, experiment: str, dvc: DvcClient) -> None:
@@ -53,6 +54,7 @@ class Workspace:
         self.mlflow_run_id: str | None = None
         self.progress_file = folder / PROGRESS
         self.live: LiveProgress | None = None
+        self.mlflow_experiment_id: str | None = None
         self._result = folder / RESULT
         self._dvc = dvc
 
@@ -70,7 +72,8 @@ class Workspace:
             on_line(line)
 
         answer = self._dvc.ask("rerun" if again else "reproduce", stage, on_line=remember_error)
-        self.mlflow_run_id = read_result(self._result).mlflow_run_id
+        result = read_result(self._result)
+        self.mlflow_run_id, self.mlflow_experiment_id = result.mlflow_run_id, result.mlflow_experiment_id
         if answer.outcome:
             return answer.outcome
         assert answer.status is not None

@@ -21,7 +21,9 @@ from pipeline.models.inference import logits_of
 from pipeline.models.losses import loss_function
 from pipeline.params import load_params
 from pipeline.parquet import read_files
-from pipeline.tracking.provenance import output_tags
+from pipeline.tracking.experiments import experiment_name
+from pipeline.tracking.provenance import output_values, result_values
+from pipeline.tracking.run_title import read_setup
 from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.store import store_errors
 from pipeline.training.device import choose_device
@@ -40,7 +42,8 @@ TEST_METRICS = "test/"  # the group of metrics in MLflow
 def main() -> None:
     """Evaluate `artifacts/train/` on the test split; write `artifacts/evaluate/` and log to the model's MLflow run."""
     with report_errors():
-        params = load_params().evaluate
+        all_params = load_params()
+        params = all_params.evaluate
         verify_splits("test", with_files=True)
         md5 = verify(TRAIN, sorted({"model.json", BEST_WEIGHTS, f"{params.checkpoint}.safetensors"}))
         info = DatasetInfo.read()
@@ -77,9 +80,8 @@ def main() -> None:
         _print_summary(result)
         # the MLflow run is the one of these weights, whichever checkpoint is evaluated
         is_recorded_model = md5[f"{params.checkpoint}.safetensors"] == md5[BEST_WEIGHTS]
-        _log_to_mlflow(
-            result, model_md5=md5[BEST_WEIGHTS], experiment=info.dataset, is_recorded_model=is_recorded_model
-        )
+        experiment = experiment_name(info.dataset, folder=all_params.download.folder)
+        _log_to_mlflow(result, model_md5=md5[BEST_WEIGHTS], experiment=experiment, is_recorded_model=is_recorded_model)
 
 
 def _write_files(result: Evaluation, predictions: Predictions, *, temperature: float | None) -> None:
@@ -113,22 +115,23 @@ def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_re
     The metrics are linked to the run's model if that one was evaluated, and not the weights of the last epoch. Raises
     TemporaryError where MLflow does not answer.
     """
-    run, created = find_or_create_run(model_md5, experiment=experiment)
+    run, created = find_or_create_run(model_md5, experiment=experiment, setup=read_setup())
     if created:
         print(
             "the MLflow store has no run that made this model (it was pulled, or trained elsewhere): its evaluation is "
             "logged to a new run"
         )
     print(f"MLflow run {run.run_id}", flush=True)
-    write_result(StepResult(mlflow_run_id=run.run_id))
+    write_result(StepResult(run.run_id, run.experiment_id))
     run.log(charted(result.metrics), step=0)
     with store_errors():
         if not run.flush():
             raise TemporaryError("MLflow does not answer: the evaluation was not logged; run the same command again")
         if is_recorded_model:
             run.link_to_model(TEST_METRICS, step=0)
-        # the tags of the first evaluation stay, as a later one may have other parameters
-        run.set_tags(output_tags(EVALUATE, names=FILES), overwrite=False)
+        # the hashes of the first evaluation stay, as a later one may have other parameters
+        run.record(output_values(EVALUATE, names=FILES), overwrite=False)
+        run.record(result_values(result.metrics))
         for name in ("confusion_matrix.png", "per_class.csv", "metrics.json"):
             run.log_file(EVALUATE / name, folder="plots" if name.endswith("png") else "evaluate")
 

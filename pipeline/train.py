@@ -40,7 +40,9 @@ from pipeline.models.inference import logits_of
 from pipeline.models.names import TIMM_PREFIX
 from pipeline.models.pretrained import load_pretrained
 from pipeline.params import Params, TrainParams, load_params
+from pipeline.tracking.experiments import experiment_name
 from pipeline.tracking.logger import RunLogger
+from pipeline.tracking.run_title import read_setup
 from pipeline.tracking.runs import describe_dataset, training_run
 from pipeline.tracking.training_progress import announce_epoch, announce_training
 from pipeline.training import distributed
@@ -99,7 +101,8 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
         start = checkpoints.newest()
         with (
             training_run(
-                experiment=info.dataset,
+                experiment=experiment_name(info.dataset, folder=all_params.download.folder),
+                setup=read_setup(),
                 params=all_params.flat(),
                 dataset=describe_dataset(info.dataset, source=all_params.download.origin, digest=info.md5),
                 hardware=_hardware(params, device),
@@ -266,7 +269,7 @@ def _save(checkpoint: Checkpoint, checkpoints: Checkpoints, *, run: RunLogger) -
 def _report_start(run: RunLogger, *, start: Checkpoint | None, params: TrainParams) -> None:
     """Print the MLflow run and where the training resumes; log the earlier epochs to a run that does not have them."""
     print(f"MLflow run {run.run_id}", flush=True)
-    write_result(StepResult(mlflow_run_id=run.run_id))
+    write_result(StepResult(run.run_id, run.experiment_id))
     if start is None:
         return
     history = [Epoch(**row) for row in start.state["history"]]

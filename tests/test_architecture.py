@@ -43,6 +43,7 @@ ONLY_IN = {
             "logger",
             "models",
             "outbox",
+            "provenance_file",
             "retention",
             "runs",
             "search",

@@ -20,7 +20,9 @@ from flows.cleanup import clean_up
 from flows.dvc_history import list_experiments
 from flows.dvc_state import cache_folder, is_cached, missing_outputs, outputs
 from pipeline.core.errors import TemporaryError
+from pipeline.core.processes import HOST
 from pipeline.core.settings import get_settings
+from pipeline.tracking.provenance import PROJECT, tag_name
 from pipeline.tracking.search import Run, find_runs
 from pipeline.tracking.store import connect
 from tests import test_dvc_experiments
@@ -71,7 +73,7 @@ def copy_with_runs(template: Path, project: Path) -> None:
     """Copy the template as if the copy had made the runs in its store."""
     shutil.copytree(template, project, symlinks=True)
     with closing(open_sqlite(project / "mlflow.db")) as store:
-        store.execute("UPDATE tags SET value = ? WHERE key = 'process.project'", (str(project.resolve()),))
+        store.execute("UPDATE tags SET value = ? WHERE key = ?", (str(project.resolve()), tag_name(PROJECT)))
         store.commit()
 
 
@@ -88,7 +90,7 @@ def working_in(project: Path) -> Iterator[None]:
 
 
 def runs_by_name() -> dict[str, Run]:
-    return {run.name: run for run in find_runs({"dvc.experiment": "%"})}
+    return {run.tags["dvc.experiment"]: run for run in find_runs({"dvc.experiment": "%"})}
 
 
 def experiments(project: Path) -> set[str]:
@@ -184,12 +186,12 @@ def add_version_with_tag(run: Run) -> None:
 
 def set_running(run: Run) -> None:
     client = MlflowClient()
-    client.set_tag(run.run_id, "process.host", "another-host")
+    client.set_tag(run.run_id, tag_name(HOST), "another-host")
     client.update_run(run.run_id, status="RUNNING")
 
 
 def add_git_tag(run: Run) -> None:
-    [ref] = [one.ref for one in list_experiments(Path.cwd()) if one.name == run.name]
+    [ref] = [one.ref for one in list_experiments(Path.cwd()) if one.name == run.tags["dvc.experiment"]]
     command("git", "tag", "of-an-experiment", ref, folder=Path.cwd())
 
 
@@ -214,7 +216,7 @@ def test_a_run_without_project_in_a_store_outside_the_project_stays(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = runs_by_name()["first"]
-    MlflowClient().delete_tag(first.run_id, "process.project")
+    MlflowClient().delete_tag(first.run_id, tag_name(PROJECT))
     shutil.move(project / "mlflow.db", tmp_path / "shared.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/shared.db")
     get_settings.cache_clear()
@@ -226,10 +228,10 @@ def test_a_run_without_project_in_a_store_outside_the_project_stays(
 
 
 @pytest.mark.parametrize("experiment", ["first", "of another machine"])
-@pytest.mark.parametrize("tag", ["process.host", "process.project"])
+@pytest.mark.parametrize("tag", [HOST, PROJECT])
 def test_a_run_that_another_machine_or_project_recorded_here_stays(project: Path, tag: str, experiment: str) -> None:
     first = runs_by_name()["first"]
-    MlflowClient().set_tag(first.run_id, tag, "another")
+    MlflowClient().set_tag(first.run_id, tag_name(tag), "another")
     MlflowClient().set_tag(first.run_id, "dvc.experiment", experiment)
     clean_up(project, keep=1, dry_run=False)
     assert "first" not in experiments(project)
@@ -239,7 +241,7 @@ def test_a_run_that_another_machine_or_project_recorded_here_stays(project: Path
 
 def test_a_run_without_project_of_an_experiment_that_is_not_known_stays(project: Path) -> None:
     first = runs_by_name()["first"]
-    MlflowClient().delete_tag(first.run_id, "process.project")
+    MlflowClient().delete_tag(first.run_id, tag_name(PROJECT))
     MlflowClient().set_tag(first.run_id, "dvc.experiment", "unknown here")
     clean_up(project, keep=1, dry_run=False)
     assert mlflow_row(project, first)

@@ -73,7 +73,7 @@ def store(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_queued_experiments_are_recorded_in_the_project_under_their_names(project: Path, store: None) -> None:
+def test_queued_experiments_are_recorded_in_the_project_with_their_names(project: Path, store: None) -> None:
     command("dvc", "exp", "run", "--queue", "-S", "train.seed=range(1,3)", folder=project)
     command("dvc", "queue", "start", "-j", "2", folder=project)
     while "Running" in (listing := command("dvc", "queue", "status", folder=project)) or "Queued" in listing:
@@ -81,8 +81,10 @@ def test_queued_experiments_are_recorded_in_the_project_under_their_names(projec
     assert listing.count("Success") == 2, listing
     listed = json.loads(command("dvc", "exp", "show", "--json", folder=project).partition("\n")[0])
     names = {experiment["name"] for experiment in listed[1]["experiments"]}
-    runs = [run for run in find_runs({"dvc.experiment": "%"}) if run.name in names]
-    assert {run.name for run in runs} == {run.tags["dvc.experiment"] for run in runs} == names
+    runs = [run for run in find_runs({"dvc.experiment": "%"}) if run.tags["dvc.experiment"] in names]
+    assert {run.tags["dvc.experiment"] for run in runs} == names
+    assert all(run.name.startswith("digits ") and f"seed={run.params['train.seed']}" in run.name for run in runs)
+    assert {run.tags["git.dirty"] for run in runs} == {"false"}
     assert {(run.status, run.params["train.seed"]) for run in runs} == {("FINISHED", "1"), ("FINISHED", "2")}
     for run in runs:
         assert "test/accuracy" in run.metrics

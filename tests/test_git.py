@@ -90,6 +90,19 @@ def test_an_unreadable_difference_is_unknown_although_the_commit_is_known(projec
     assert (found.commit, found.dirty) == (git(project, "rev-parse", "HEAD"), UNKNOWN)
 
 
+def test_changed_parameters_are_a_difference_but_no_changed_code(project: Path) -> None:
+    (project / "params.yaml").write_text("train: {seed: 1}\n")
+    found = code_state(project, tracked="params.yaml")
+    assert (found.dirty, found.files) == ("false", ("params.yaml",))
+    assert found.difference
+    (project / "dvc.lock").write_text("schema: '2.0'\n")
+    git(project, "add", "-N", "dvc.lock")
+    assert code_state(project, tracked="params.yaml").dirty == "false"
+    (project / "pipeline/new.py").write_text("x = 1\n")
+    assert code_state(project, tracked="params.yaml").files == ("dvc.lock", "params.yaml", "pipeline/new.py")
+    assert code_state(project, tracked="params.yaml").dirty == "true"
+
+
 def test_changed_and_untracked_code_makes_a_patch_that_applies(project: Path, tmp_path: Path) -> None:
     assert code_state(project, tracked="params.yaml").dirty == "false"
     (project / "pipeline/notes.txt").write_text("no code")

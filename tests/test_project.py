@@ -81,13 +81,6 @@ def test_a_temporary_folder_of_dvc_belongs_to_the_project(temporary: Path, proje
     assert cache_folder("checkpoints") == project / ".cache/checkpoints"
 
 
-def test_a_training_in_a_temporary_folder_has_the_name_of_the_experiment(temporary: Path) -> None:
-    connect()
-    run = find_run(create_run("digits", training="t").run_id)
-    assert run
-    assert run.name == "bold-name"
-
-
 def test_relative_paths_in_settings_start_in_the_project(
     temporary: Path, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

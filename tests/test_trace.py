@@ -12,7 +12,8 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import lineage, server
-from flows.lineage import Trace, trace
+from flows.lineage import trace
+from flows.lineage_records import Trace
 from flows.trace import as_json, as_text
 from pipeline.core.errors import UserError
 from pipeline.core.settings import get_settings
@@ -47,6 +48,7 @@ def test_every_id_leads_to_the_same_trace(project: Path, only_trace: Trace) -> N
         only_trace.run.run_id,
         own.run_id,
         own.name,
+        only_trace.run.name,
         only_trace.model_md5,
     ]
     assert all(ids)
@@ -86,7 +88,7 @@ def test_only_overridden_parameters_are_no_uncommitted_changes(only_trace: Trace
     )
     locked = replace(only_trace, uncommitted=("dvc.lock", "params.yaml"))
     assert as_text(locked).splitlines()[0] == code
-    text = as_text(replace(only_trace, uncommitted=("params.yaml", "pipeline/train.py")))
+    text = as_text(replace(only_trace, dirty=True, uncommitted=("params.yaml", "pipeline/train.py")))
     assert "with uncommitted changes\n            not committed: params.yaml, pipeline/train.py" in text
 
 
@@ -96,7 +98,7 @@ def test_a_link_that_no_server_serves_says_how_to_open_it(only_trace: Trace) -> 
 
 
 def test_a_trace_has_code_data_parameters_and_files(only_trace: Trace) -> None:
-    assert (only_trace.dirty, only_trace.uncommitted) == (True, ("params.yaml",))
+    assert (only_trace.dirty, only_trace.uncommitted) == (False, ("params.yaml",))
     assert only_trace.changed == {"train.epochs": ("20", "1"), "evaluate.top_k": ("5", "3")}
     assert only_trace.data_set == "digits"
     paths = {file.path for file in only_trace.files if file.cached and Path(file.cached).is_file()}

@@ -20,7 +20,8 @@ from pipeline.models.files import load_model
 from pipeline.tracking import model_code
 from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.models import SERVED_PACKAGES, fetch_model, log_model
-from pipeline.tracking.provenance import selected_epoch_tags
+from pipeline.tracking.provenance import selected_epoch_values
+from pipeline.tracking.provenance_file import read_provenance
 from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.store import connect
 from tests.conftest import PROJECT, colored_images, free_port, run_step, start_repository, write_normalized
@@ -104,13 +105,32 @@ def test_losses_are_recorded_by_step_and_by_epoch(store: Path) -> None:
     assert [point.step for point in client.get_metric_history(run_id, "validation/loss")] == [0, 1, 2]
 
 
-def test_the_tags_of_a_run_name_code_data_experiment_and_flow_run(store: Path) -> None:
-    tags = only_run().data.tags
+def test_tags_and_provenance_name_code_data_experiment_and_flow_run(store: Path) -> None:
+    tags, values = only_run().data.tags, read_provenance(only_run().info.run_id)
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     assert (tags["mlflow.source.git.commit"], tags["git.dirty"]) == (head, "true")
     assert (tags["dvc.experiment"], tags["prefect.flow_run_id"]) == ("bold-name", "f-1")
-    assert tags["data.md5"] == DatasetInfo.read().md5
+    assert values["data.md5"] == DatasetInfo.read().md5
     assert tags["model.md5"] == file_md5(Path("artifacts/train/best.safetensors"))
+
+
+def test_a_finished_run_has_few_tags_and_a_description_with_its_result(store: Path) -> None:
+    run = only_run()
+    visible = [name for name in run.data.tags if not name.startswith("mlflow.")]
+    assert sorted(visible) == ["dvc.experiment", "git.dirty", "model.md5", "prefect.flow_run_id"]
+    accuracy = read_json(Path("artifacts/evaluate/metrics.json"))["accuracy"]
+    text = run.data.tags["mlflow.note.content"]
+    assert text.startswith(f"**Test accuracy {accuracy:.2%}** (95% interval ")
+    assert f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/report.html?workflowType=" in text
+    assert "`dvc exp apply bold-name`" in text
+
+
+def test_provenance_has_the_hashes_of_all_outputs_in_sections(store: Path) -> None:
+    content = json.loads(mlflow.artifacts.load_text(f"runs:/{only_run().info.run_id}/provenance.json"))
+    assert content["outputs"]["train"]["history.csv"] == file_md5(Path("artifacts/train/history.csv"))
+    assert content["outputs"]["evaluate"]["metrics.json"] == file_md5(Path("artifacts/evaluate/metrics.json"))
+    assert content["git"]["changed"] == ["notes.txt", "params.yaml"]
+    assert set(content["hardware"]) == {"cpu", "cpu_kernels", "gpu", "threads"}
 
 
 def test_uncommitted_changes_and_package_versions_are_stored_with_the_run(store: Path) -> None:
@@ -146,7 +166,8 @@ def test_history_and_run_name_the_selected_epoch_and_the_reason(store: Path) -> 
     best = max(results, key=lambda found: (found[0], -found[1], found[2]))
     assert float(marked["epoch"]) == best[2]
     run = only_run()
-    assert (run.data.tags["selected.epoch"], run.data.tags["selected.reason"]) == (marked["epoch"], marked["selected"])
+    values = read_provenance(run.info.run_id)
+    assert (values["selected.epoch"], values["selected.reason"]) == (marked["epoch"], marked["selected"])
     assert run.data.metrics["selected/epoch"] == best[2]
     assert run.data.metrics["selected/validation_accuracy"] == best[0]
 
@@ -187,9 +208,9 @@ def test_metrics_are_linked_to_no_model_where_the_run_has_none(workspace: Path) 
     assert recorded_metrics(run.run_id) == []
 
 
-def test_the_history_of_an_earlier_version_gives_no_tags_of_the_selected_epoch(tmp_path: Path) -> None:
+def test_the_history_of_an_earlier_version_gives_no_values_of_the_selected_epoch(tmp_path: Path) -> None:
     write_csv(tmp_path / "history.csv", [{"epoch": 1, "kept": ""}, {"epoch": 2, "kept": "highest validation accuracy"}])
-    assert selected_epoch_tags(tmp_path) == {}
+    assert selected_epoch_values(tmp_path) == {}
 
 
 def test_the_recorded_model_predicts_and_contains_no_pickle(store: Path) -> None:

@@ -20,6 +20,7 @@ from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.processes import start_of
 from tests.conftest import free_port
 
+PAGE = "/#/experiments/1/runs/a?workflowType=machine_learning"
 PROGRAM = "from pathlib import Path; from flows import ui; ui.PROJECT = Path.cwd(); ui.main()"
 REPOSITORY = str(Path(__file__).parents[1])
 
@@ -51,7 +52,7 @@ def test_both_servers_answer_and_ctrl_c_leaves_no_process(tmp_path: Path, stores
     with open_ui(tmp_path, mlflow_port=mlflow_port, prefect_port=prefect_port) as process:
         assert process.stdout
         lines = [process.stdout.readline() for _ in range(3)]
-        assert lines[0] == f"MLflow:  http://127.0.0.1:{mlflow_port}\n"
+        assert lines[0] == f"MLflow:  http://127.0.0.1:{mlflow_port}/#/experiments?workflowType=machine_learning\n"
         assert lines[1] == f"Prefect: http://127.0.0.1:{prefect_port}\n"
         assert server.answers(f"http://127.0.0.1:{mlflow_port}/")
         assert server.answers(f"http://127.0.0.1:{prefect_port}/")
@@ -66,11 +67,11 @@ def test_both_servers_answer_and_ctrl_c_leaves_no_process(tmp_path: Path, stores
 def test_links_use_the_port_of_mlflows_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_PORT", raising=False)
-    assert ui.mlflow_page("0", project=tmp_path) == "http://127.0.0.1:5000/#/runs/0"
+    assert ui.mlflow_page("a", experiment_id="1", project=tmp_path) == f"http://127.0.0.1:5000{PAGE}"
     (tmp_path / ".prefect").mkdir()
     record = {"pid": os.getpid(), "started": start_of(os.getpid()), "port": 5003}
     write_json(tmp_path / ".prefect" / "mlflow.json", record)
-    assert ui.mlflow_page("0", project=tmp_path) == "http://127.0.0.1:5003/#/runs/0"
+    assert ui.mlflow_page("a", experiment_id="1", project=tmp_path) == f"http://127.0.0.1:5003{PAGE}"
 
 
 def test_a_server_that_was_running_before_stays_and_the_line_says_so(

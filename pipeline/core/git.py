@@ -6,7 +6,7 @@ A command that fails raises UserError, so that no failure is mistaken for a resu
 import os
 import shlex
 import subprocess
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,8 @@ APPLICABLE_DIFF = (
     "--inter-hunk-context=0",
 )
 EXCLUDE_OUTPUTS = ":(exclude)artifacts"  # a pathspec that leaves out the outputs of the stages
+# a run has its own parameters, and DVC writes the hashes that follow from them: a change of these files is none of code
+PARAMETER_FILES = frozenset({"params.yaml", "dvc.lock"})
 CODE_FILES = "pipeline/*.py"  # untracked files of this pattern are uncommitted changes: a stage may import them
 _MISLEADING_VARIABLES = (
     *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_PREFIX"),
@@ -125,19 +127,25 @@ def setting(folder: Path, name: str) -> str | None:
 
 @dataclass(frozen=True)
 class CodeState:
-    """The code in a folder: its `commit`, and `difference`, a patch with the uncommitted changes.
+    """The code in a folder: its `commit`, and `difference`, a patch with the uncommitted changes to `files`.
 
     What git could not determine is None; `problem` then has the reason.
     """
 
     commit: str | None
     difference: bytes | None
+    files: tuple[str, ...] = ()
     problem: str = ""
 
     @property
     def dirty(self) -> str:
-        """Return whether there are uncommitted changes: `true`, `false` or `unknown`."""
-        return UNKNOWN if self.difference is None else str(bool(self.difference)).lower()
+        """Return whether code has uncommitted changes: `true`, `false` or `unknown`; parameters are no code."""
+        return UNKNOWN if self.difference is None else str(has_code(self.files)).lower()
+
+
+def has_code(files: Iterable[str]) -> bool:
+    """Return whether a file other than the parameters and the hashes that follow from them is among the files."""
+    return any(Path(name).name not in PARAMETER_FILES for name in files)
 
 
 def code_state(folder: Path, *, tracked: str) -> CodeState:
@@ -150,10 +158,13 @@ def code_state(folder: Path, *, tracked: str) -> CodeState:
     try:
         commit = check_committed(folder, tracked)
         _check_all_compared(folder)
-        difference = output(folder, *APPLICABLE_DIFF, "HEAD", "--", ".", EXCLUDE_OUTPUTS)
-        return CodeState(commit, difference + _untracked_code(folder))
+        paths = ("HEAD", "--", ".", EXCLUDE_OUTPUTS)
+        difference = output(folder, *APPLICABLE_DIFF, *paths)
+        untracked = _untracked_code(folder)
+        changed = _names(output(folder, "diff", "--name-only", "--relative", "-z", *paths)) if difference else []
+        return CodeState(commit, difference + _patches(folder, untracked), (*changed, *untracked))
     except UserError as error:
-        return CodeState(commit, None, str(error))
+        return CodeState(commit, None, problem=str(error))
 
 
 def _check_all_compared(folder: Path) -> None:
@@ -171,10 +182,18 @@ def _check_all_compared(folder: Path) -> None:
             )
 
 
-def _untracked_code(folder: Path) -> bytes:
-    """Return a patch that adds the code files that git neither tracks nor ignores."""
-    names = output(folder, "ls-files", "--others", "--exclude-standard", "-z", "--", CODE_FILES).decode().split("\0")
+def _names(listing: bytes) -> list[str]:
+    """Return the names in a listing that git separates by NUL."""
+    return [name for name in listing.decode("utf-8", "surrogateescape").split("\0") if name]
+
+
+def _untracked_code(folder: Path) -> list[str]:
+    """Return the code files that git neither tracks nor ignores."""
+    return _names(output(folder, "ls-files", "--others", "--exclude-standard", "-z", "--", CODE_FILES))
+
+
+def _patches(folder: Path, names: Iterable[str]) -> bytes:
+    """Return a patch that adds these files."""
     prefix = git(folder, "rev-parse", "--show-prefix")  # with --no-index, git names files relative to the folder
     diff = (*APPLICABLE_DIFF, f"--src-prefix=a/{prefix}", f"--dst-prefix=b/{prefix}", "--no-index", "--", os.devnull)
-    patches = (output(folder, *diff, name, allowed_statuses=(0, 1)) for name in names if name)
-    return b"".join(patches)
+    return b"".join(output(folder, *diff, name, allowed_statuses=(0, 1)) for name in names)

@@ -18,9 +18,10 @@ RESULT_FILE = "PIPELINE_RESULT_FILE"
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of a step: the id of the MLflow run that it logs to, or None where that is unknown."""
+    """The result of a step: the MLflow run that it logs to and the experiment of that run; None where unknown."""
 
     mlflow_run_id: str | None = None
+    mlflow_experiment_id: str | None = None
 
 
 def write_result(result: StepResult) -> None:
@@ -43,7 +44,8 @@ def write_json_file(name: str, values: Mapping[str, Any]) -> None:
 def read_result(path: Path) -> StepResult:
     """Read the result of a step; a missing or damaged file gives an empty result."""
     try:
-        run_id = json.loads(path.read_text(encoding="utf-8"))["mlflow_run_id"]
-    except (OSError, ValueError, KeyError, TypeError):
+        values = json.loads(path.read_text(encoding="utf-8"))
+        ids = [values.get(field) for field in ("mlflow_run_id", "mlflow_experiment_id")]
+    except (OSError, ValueError, AttributeError):
         return StepResult()
-    return StepResult(run_id if isinstance(run_id, str) else None)
+    return StepResult(*(value if isinstance(value, str) else None for value in ids))

@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import mlflow
 from mlflow import MlflowClient
@@ -12,10 +13,22 @@ from pipeline.core.errors import UserError, redact_url
 from pipeline.core.network import is_server
 from pipeline.core.project import artifact_folder, project_folder
 from pipeline.core.settings import get_settings
+from pipeline.params import Dataset
 from pipeline.tracking.relocation import base_folder
+from pipeline.tracking.run_title import images_name
 
 # MLflow's error codes for an id that does not exist, and for one that cannot exist
 NOT_FOUND_CODES = {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}
+
+
+def experiment_name(dataset: str, *, folder: str) -> str:
+    """Return the name of the experiment for a data set: that of the folder for the user's own images.
+
+    A folder that is named like a built-in data set gives a name such as `digits (images)`, and a folder without a name
+    gives that of the data set.
+    """
+    name = images_name(folder) if dataset == "imagefolder" else ""
+    return f"{name} (images)" if name in get_args(Dataset) else name or dataset
 
 
 def experiment_id(name: str) -> str:

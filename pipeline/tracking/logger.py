@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,19 @@ from mlflow.exceptions import MlflowException
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking.fluent import run_id_to_system_metrics_monitor
 
-from pipeline.artifacts import BEST_WEIGHTS, file_md5
+from pipeline.artifacts import BEST_WEIGHTS, bytes_md5, file_md5
+from pipeline.tracking.description import describe
 from pipeline.tracking.models import delete_incomplete_models, find_model, log_model
-from pipeline.tracking.provenance import output_tags, selected_epoch_tags
+from pipeline.tracking.provenance import (
+    NOTE,
+    NOTE_MD5,
+    Values,
+    output_values,
+    selected_epoch_values,
+    tag_name,
+    tags_of,
+)
+from pipeline.tracking.provenance_file import add_provenance
 from pipeline.tracking.store import error_reason, warn_on_failure
 
 FLUSH_SECONDS = 1.0  # between two requests
@@ -36,11 +46,12 @@ class RunLogger:
         self,
         run_id: str,
         *,
+        experiment_id: str | None = None,
         logged: Collection[tuple[str, int]] = (),
         pending: Sequence[Metric] = (),
         resumed: bool = False,
     ) -> None:
-        self.run_id = run_id
+        self.run_id, self.experiment_id = run_id, experiment_id
         self.resumed = resumed
         self.unrecorded: Path | None = None  # the folder of a finished training that could not be recorded
         self._client = MlflowClient()
@@ -122,25 +133,34 @@ class RunLogger:
             pending = [[metric.key, metric.value, metric.timestamp, metric.step] for metric in self._pending]
         return {"run_id": self.run_id, "waiting": pending}
 
-    def set_tags(self, tags: Mapping[str, str], *, overwrite: bool = True) -> None:
-        """Set the tags; without `overwrite`, a tag that the run already has is not changed."""
-        if not overwrite:
-            tags = {name: tags[name] for name in tags.keys() - self._tag_names()}
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set the tags."""
         self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
-    def delete_tags(self, names: Sequence[str]) -> None:
+    def delete_tags(self, names: Iterable[str]) -> None:
         """Delete these tags, if the run has them."""
-        for name in self._tag_names() & set(names):
+        for name in self._client.get_run(self.run_id).data.tags.keys() & set(names):
             self._client.delete_tag(self.run_id, name)
 
-    def _tag_names(self) -> set[str]:
-        """Return the names of the tags that the run has in MLflow."""
-        return set(self._client.get_run(self.run_id).data.tags)
+    def record(self, values: Values, *, overwrite: bool = True) -> None:
+        """Add values to the run's `provenance.json`, then set their tags and the description that follows from them.
 
-    def rename(self, name: str) -> None:
-        """Change the run's name; an empty name changes nothing."""
-        if name:
-            self._client.update_run(self.run_id, name=name)
+        Without `overwrite`, a value that the run already has, in the file or as a tag of an earlier version, is not
+        changed. A run that is found by a tag has the value in its file too, since the file is written first.
+        """
+        tags = () if overwrite else self._client.get_run(self.run_id).data.tags.keys()
+        values = {name: value for name, value in values.items() if name not in tags}
+        known = add_provenance(self.run_id, values, overwrite=overwrite)
+        self.describe(known)
+        self.set_tags(tags_of({name: known[name] for name in values}))
+
+    def describe(self, values: Values) -> None:
+        """Set the run's description for these values of its provenance, unless a user has edited the description."""
+        run = self._client.get_run(self.run_id)
+        written, found = run.data.tags.get(tag_name(NOTE_MD5)), run.data.tags.get(NOTE, "")
+        if (bytes_md5(found.encode()) if found else None) == written:
+            text = describe(values, run_id=self.run_id, experiment_id=run.info.experiment_id)
+            self.set_tags({NOTE: text, tag_name(NOTE_MD5): bytes_md5(text.encode())})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Set the parameters that the run does not have yet.
@@ -161,13 +181,8 @@ class RunLogger:
         Where MLflow does not answer, this sets `unrecorded` to the folder and prints a warning.
         """
         try:
-            self.set_tags(
-                {
-                    "model.md5": file_md5(folder / BEST_WEIGHTS),
-                    **output_tags(folder),
-                    **selected_epoch_tags(folder),
-                }
-            )
+            model = {"model.md5": file_md5(folder / BEST_WEIGHTS)}
+            self.record({**model, **output_values(folder), **selected_epoch_values(folder)})
             self.log_file(folder / "curves.png", folder="plots")
             delete_incomplete_models(self.run_id)
             if not find_model(self.run_id):

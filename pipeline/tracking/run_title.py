@@ -4,13 +4,15 @@ The title, as in `digits lr=0.03 epochs=6`, is the name of the run in MLflow and
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import UserError, redact_url
+from pipeline.core.errors import UserError, escape_control_chars, redact_url
 from pipeline.core.git import read_committed
+from pipeline.core.project import project_folder
 from pipeline.core.settings import get_settings
 from pipeline.core.yaml import parse_yaml, read_yaml
 from pipeline.params import PARAMS_FILE, RECIPES_FOLDER
@@ -68,8 +70,13 @@ def read_setup(folder: Path = Path(), *, recipe: str | None = None) -> RunSetup:
 def setup_of(params: Values, *, expected: Values, recipe: str) -> RunSetup:
     """Return the setup of a run with these parameters, where those of the recipe alone are `expected`."""
     is_own = params["download"]["dataset"] == "imagefolder"
-    images = Path(params["download"]["folder"]).name if is_own else ""
+    images = images_name(params["download"]["folder"]) if is_own else ""
     return RunSetup(recipe, images, differences(expected, params))
+
+
+def images_name(folder: str) -> str:
+    """Return the name of a folder of images, which may be relative to the project, as in `.` and `../birds/`."""
+    return escape_control_chars(Path(os.path.abspath(project_folder() / folder)).name).strip()  # noqa: PTH100  (a link keeps its name)
 
 
 def overlay(values: Values, changes: Values) -> Values:

@@ -20,25 +20,30 @@ from mlflow.data.meta_dataset import MetaDataset
 from mlflow.exceptions import MlflowException
 
 from pipeline.core.processes import this_process
+from pipeline.core.project import project_folder
 from pipeline.core.settings import get_settings
 from pipeline.tracking.experiments import experiment_id, has_artifact_folder
 from pipeline.tracking.logger import RunLogger, pending_metrics
 from pipeline.tracking.outbox import flush_outbox, queue_run
 from pipeline.tracking.provenance import (
+    PROJECT,
     TAGS_OF_ONE_PROCESS,
+    TRAINING,
     environment_files,
     find_code_state,
     flow_run_tags,
-    hardware_tags,
-    input_tags,
-    origin_tags,
+    hardware_values,
+    inputs,
+    origin,
+    source_tags,
+    tags_of,
 )
+from pipeline.tracking.provenance_file import start_provenance
+from pipeline.tracking.run_title import RunSetup
 from pipeline.tracking.search import find_running, find_runs, find_runs_of_model, mark_killed
 from pipeline.tracking.store import connect, shorten_timeout, store_errors, warn_on_failure
 from pipeline.tracking.store_uri import check_recording
 from pipeline.tracking.views import ensure_results_view
-
-TRAINING = "training"  # tag with the fingerprint of the training
 
 
 @contextmanager
@@ -48,19 +53,20 @@ def training_run(
     params: Mapping[str, Any],
     dataset: MetaDataset,
     training: str,
+    setup: RunSetup | None = None,
     hardware: Mapping[str, str] = {},
     checkpointed: Mapping[str, Any] | None = None,
 ) -> Iterator[RunLogger]:
     """Log a training to an MLflow run, with its parameters, data set, origin, hardware and system metrics.
 
     The run is resumed where `checkpointed`, the `RunLogger.state` in the training's checkpoint, names one, or where the
-    training with the fingerprint `training` has an unfinished one; else it is new. Raises UserError or TemporaryError
-    where the store cannot be reached.
+    training with the fingerprint `training` has an unfinished one; else it is new, and named after `setup`. Raises
+    UserError or TemporaryError where the store cannot be reached.
     """
     _connect_to_record()
     code = find_code_state()
     with store_errors():
-        run = _resume_run(training, checkpointed=checkpointed) or create_run(experiment, training=training)
+        run = _resume_run(training, checkpointed=checkpointed) or create_run(experiment, training=training, setup=setup)
         _mark_dead_runs(except_id=run.run_id)
         ensure_results_view(run.run_id)
     status = "FAILED"
@@ -69,11 +75,18 @@ def training_run(
             mlflow.start_run(run_id=run.run_id, log_system_metrics=False)  # `start_system_metrics` starts it later
             run.log_params(params)
             _log_dataset(dataset)
+            values = {
+                TRAINING: training,
+                **origin(code, setup=setup),
+                "data.md5": dataset.digest,
+                **inputs(params),
+                **hardware_values(hardware),
+            }
             if run.resumed:
-                run.delete_tags(TAGS_OF_ONE_PROCESS)
-                run.rename(get_settings().experiment)
-            inputs = {"data.md5": dataset.digest, **input_tags(params)}
-            run.set_tags({**origin_tags(code), **inputs, **hardware_tags(hardware)})
+                run.delete_tags({*TAGS_OF_ONE_PROCESS, *values})  # an earlier version had all values as tags
+            start_provenance(run.run_id, values)
+            run.set_tags(source_tags(code) | tags_of(values) | flow_run_tags())
+            run.describe(values)
             _log_environment(run, code.difference or b"")
         with run.sending():
             yield run
@@ -86,24 +99,27 @@ def training_run(
         _end_run(run, status)
 
 
-def find_or_create_run(model_md5: str, *, experiment: str) -> tuple[RunLogger, bool]:
+def find_or_create_run(model_md5: str, *, experiment: str, setup: RunSetup | None = None) -> tuple[RunLogger, bool]:
     """Return the newest run that made the model of this hash, and whether it was created because there was none.
 
-    A flow run that has a cache hit for the model adds its own id to the run as a tag. A reproduction finds only runs of
-    the same reproduction. Raises UserError or TemporaryError where the store cannot be reached.
+    A new run is named after `setup`. A flow run that has a cache hit for the model adds its own id to the run as a tag.
+    A reproduction finds only runs of the same reproduction. Raises UserError or TemporaryError where the store cannot
+    be reached.
     """
     _connect_to_record()
     found = find_runs_of_model(model_md5, reproduces=get_settings().reproduces)
     with store_errors():
         if found and has_artifact_folder(found[0].run_id):
-            run = RunLogger(found[0].run_id)
+            run = RunLogger(found[0].run_id, experiment_id=found[0].experiment_id)
             run.set_tags(flow_run_tags())
             return run, False
-        tags = origin_tags(find_code_state()) | {"model.md5": model_md5}
-        client = MlflowClient()
-        created = client.create_run(experiment_id(experiment), tags=tags)
-        client.set_terminated(created.info.run_id)
-        return RunLogger(created.info.run_id), True
+        code = find_code_state()
+        values = origin(code, setup=setup) | {"model.md5": model_md5}
+        tags = source_tags(code) | tags_of(values) | flow_run_tags()
+        run = _new_run(experiment, setup=setup, tags=tags)
+        MlflowClient().set_terminated(run.run_id)
+        run.record(values)
+        return run, True
 
 
 def describe_dataset(name: str, *, source: str | None, digest: str) -> MetaDataset:
@@ -134,16 +150,21 @@ def _resume_run(training: str, *, checkpointed: Mapping[str, Any] | None) -> Run
     names = [name for name in found[0].metrics if not name.startswith("system/")]
     logged = {(name, point.step) for name in names for point in client.get_metric_history(run_id, name)}
     pending = pending_metrics(checkpointed) if checkpointed else []
-    return RunLogger(run_id, logged=logged, pending=pending, resumed=True)
+    return RunLogger(run_id, experiment_id=found[0].experiment_id, logged=logged, pending=pending, resumed=True)
 
 
-def create_run(experiment: str, *, training: str) -> RunLogger:
+def create_run(experiment: str, *, training: str, setup: RunSetup | None = None) -> RunLogger:
     """Create the run of a training, with tags by which the next process finds it if this one is killed at once."""
-    settings = get_settings()
-    original = settings.reproduces
-    name = settings.experiment or (f"reproduces-{original[:8]}" if original else None)
-    tags = {TRAINING: training, **this_process()}
-    return RunLogger(MlflowClient().create_run(experiment_id(experiment), run_name=name, tags=tags).info.run_id)
+    tags = tags_of({TRAINING: training, PROJECT: str(project_folder()), **this_process()})
+    return _new_run(experiment, setup=setup, tags=tags)
+
+
+def _new_run(experiment: str, *, setup: RunSetup | None, tags: Mapping[str, str]) -> RunLogger:
+    """Create a run, named after the setup, or as the reproduction that it is; without both, MLflow invents a name."""
+    original = get_settings().reproduces
+    name = f"reproduces-{original[:8]}" if original else setup.title.strip() if setup else ""
+    info = MlflowClient().create_run(experiment_id(experiment), run_name=name or None, tags=dict(tags)).info
+    return RunLogger(info.run_id, experiment_id=info.experiment_id)
 
 
 def _mark_dead_runs(*, except_id: str) -> None:

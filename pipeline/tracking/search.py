@@ -13,13 +13,16 @@ from mlflow.exceptions import MlflowException
 
 from pipeline.core.processes import HOST, PID, ProcessState, process_state
 from pipeline.tracking.experiments import NOT_FOUND_CODES
-from pipeline.tracking.provenance import REPRODUCES
+from pipeline.tracking.provenance import HIDDEN, REPRODUCES, tag_name
 from pipeline.tracking.store import store_errors
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it is in MLflow; `started` is in milliseconds since 1970."""
+    """A run as it is in MLflow; `started` and `ended` are in milliseconds since 1970.
+
+    `tags` has hidden tags under the names that they have in `provenance.json`.
+    """
 
     run_id: str
     name: str
@@ -28,6 +31,8 @@ class Run:
     tags: Mapping[str, str]
     params: Mapping[str, str]
     metrics: Mapping[str, float]
+    experiment_id: str = ""
+    ended: int | None = None
 
     @property
     def process_state(self) -> ProcessState:
@@ -45,10 +50,19 @@ def find_runs(tags: Mapping[str, str], *, status: str | None = None, with_delete
 
     `with_deleted` includes the runs that are marked as deleted, which MLflow keeps until they are removed for good.
     """
-    conditions = [f"tags.`{name}` {'LIKE' if '%' in value else '='} '{value}'" for name, value in tags.items()]
-    if status:
-        conditions.append(f"attributes.status = '{status}'")
-    return _search(*conditions, with_deleted=with_deleted)
+    found: dict[str, Run] = {}
+    # an earlier version did not hide tags: its runs have them under other names
+    for named in {frozenset(tags.items()), frozenset((tag_name(name), value) for name, value in tags.items())}:
+        conditions = [f"tags.`{name}` {'LIKE' if '%' in value else '='} '{value}'" for name, value in named]
+        if status:
+            conditions.append(f"attributes.status = '{status}'")
+        found |= {run.run_id: run for run in _search(*conditions, with_deleted=with_deleted)}
+    return sorted(found.values(), key=lambda run: run.started, reverse=True)
+
+
+def find_runs_by_name(name: str) -> list[Run]:
+    """Return the runs of this name, newest first; the name must not have a `'`."""
+    return _search(f"attributes.run_name = '{name}'")
 
 
 def find_runs_by_prefix(prefix: str) -> list[Run]:
@@ -83,14 +97,17 @@ def find_run(run_id: str) -> Run | None:
 def _as_run(run: mlflow.entities.Run) -> Run:
     """Return the project's record of a run, made from the object that the MLflow client returns."""
     info, data = run.info, run.data
+    hidden = {name.removeprefix(HIDDEN): value for name, value in data.tags.items() if name.startswith(HIDDEN)}
     return Run(
         info.run_id,
         info.run_name,
         info.status,
         info.start_time,
-        dict(data.tags),
+        {name: value for name, value in data.tags.items() if not name.startswith(HIDDEN)} | hidden,
         dict(data.params),
         dict(data.metrics),
+        info.experiment_id,
+        info.end_time,
     )
 
 
@@ -124,8 +141,13 @@ def mark_killed(run: Run) -> bool:
 def read_file(run: Run, name: str) -> bytes | None:
     """Return the content of a file recorded with the run, or None where the run has no file of this name."""
     with store_errors():
-        folder, _, _ = name.rpartition("/")
-        if name not in {file.path for file in MlflowClient().list_artifacts(run.run_id, folder or None)}:
-            return None
-        with tempfile.TemporaryDirectory() as target:
-            return Path(mlflow.artifacts.download_artifacts(f"runs:/{run.run_id}/{name}", dst_path=target)).read_bytes()
+        return read_artifact(run.run_id, name)
+
+
+def read_artifact(run_id: str, name: str) -> bytes | None:
+    """Return the content of an artifact, or None where the run has none of this name; raises MLflow's errors."""
+    folder, _, _ = name.rpartition("/")
+    if name not in {file.path for file in MlflowClient().list_artifacts(run_id, folder or None)}:
+        return None
+    with tempfile.TemporaryDirectory() as target:
+        return Path(mlflow.artifacts.download_artifacts(f"runs:/{run_id}/{name}", dst_path=target)).read_bytes()

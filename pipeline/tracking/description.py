@@ -1,0 +1,80 @@
+"""Describe a run in a short Markdown text: its result, what differs from the recipe, where the rest is."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.tracking.links import run_page
+from pipeline.tracking.provenance import EXPERIMENT, REPRODUCES, Values
+
+REPORT = "report.html"  # an artifact of the run
+MAX_ROWS = 20  # of the table of parameters: MLflow cuts a description at 8000 characters
+MAX_VALUE_LENGTH = 60
+# all but letters, digits, `,`, `%`, `-`, spaces and the point of a number
+_PUNCTUATION = re.compile(r"(?!(?<=\d)\.(?=\d))[^\w ,%-]|_")
+
+
+def escape_markdown(text: str) -> str:
+    """Return the text with punctuation as HTML entities, so that Markdown shows it as it is and makes no link of it."""
+    return _PUNCTUATION.sub(lambda match: f"&#{ord(match[0])};", text)
+
+
+def describe(values: Values, *, run_id: str, experiment_id: str) -> str:
+    """Return the description of a run with the values of its provenance."""
+    report = f"[{REPORT}]({run_page(run_id, experiment_id=experiment_id, artifact=REPORT)})"
+    places = {
+        "Report": report if "result.accuracy" in values else "",
+        "Prefect": _link(values),
+        "DVC experiment": _code(f"dvc exp apply {values[EXPERIMENT]}") if EXPERIMENT in values else "",
+        "Reproduces": _code(values[REPRODUCES]) if REPRODUCES in values else "",
+    }
+    listed = "\n".join(f"- {name}: {place}" for name, place in places.items() if place)
+    return "\n\n".join(filter(None, [_result(values), "\n".join(_differences(values)), listed]))
+
+
+def _result(values: Values) -> str:
+    """Return test accuracy with its interval, and validation accuracy of the selected epoch, as far as known."""
+    parts = []
+    if "result.accuracy" in values:
+        low, high = (values.get(f"result.accuracy_{end}") for end in ("low", "high"))
+        interval = "" if low is None or high is None else f" (95% interval {low:.2%} to {high:.2%})"
+        parts.append(f"**Test accuracy {values['result.accuracy']:.2%}**{interval}")
+    if "selected.validation_accuracy" in values:
+        accuracy, epoch = float(values["selected.validation_accuracy"]), escape_markdown(str(values["selected.epoch"]))
+        parts.append(f"validation accuracy {accuracy:.2%} in epoch {epoch}, whose weights are selected")
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+def _differences(values: Values) -> Iterator[str]:
+    """Yield the lines of a table of the parameters that differ from the recipe; a run without a recipe has none."""
+    if "recipe" not in values:
+        return
+    recipe, differences = escape_markdown(values["recipe"]), values.get("parameters.different", {})
+    if not differences:
+        yield f"Parameters: those of the recipe {recipe}."
+        return
+    yield from (f"| parameter | recipe {recipe} | this run |", "| --- | --- | --- |")
+    for name, pair in list(differences.items())[:MAX_ROWS]:
+        yield f"| {escape_markdown(name)} | {' | '.join(map(_cell, pair))} |"
+    if len(differences) > MAX_ROWS:
+        yield f"| {len(differences) - MAX_ROWS} more | | |"
+
+
+def _cell(value: Any) -> str:
+    """Return a value of a parameter as in YAML, shortened and escaped."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return escape_markdown(text if len(text) <= MAX_VALUE_LENGTH else f"{text[: MAX_VALUE_LENGTH - 1]}…")
+
+
+def _link(values: Values) -> str:
+    """Return a link to the flow run, or its id where no link is known; empty where no flow run made the run."""
+    run_id, link = values.get("prefect.flow_run_id", ""), values.get("prefect.flow_run_link", "")
+    name = escape_markdown(values.get("prefect.flow_run_name") or run_id)
+    return f"[{name}]({link})" if re.fullmatch(r"https?://[^\s()<>\"'\\]+", link) else name
+
+
+def _code(text: str) -> str:
+    """Return a text in one line as code."""
+    return "`" + re.sub(r"[`\s]+", " ", text) + "`"

@@ -1,0 +1,135 @@
+"""Write and read `provenance.json`, the artifact of a run with all values by which its model is traced.
+
+Processes of one machine change the file one after the other, and replace it atomically where the store keeps artifacts
+in a local folder; an MLflow server receives it as a whole.
+"""
+
+import fcntl
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
+
+from pipeline.artifacts import write_json
+from pipeline.core.errors import UserError
+from pipeline.core.git import UNKNOWN
+from pipeline.core.network import is_server
+from pipeline.core.project import artifact_folder, project_folder
+from pipeline.tracking.links import run_page
+from pipeline.tracking.provenance import COMMIT, HARDWARE, RESULTS, Values, as_text, flat, nested
+from pipeline.tracking.search import Run, read_artifact
+from pipeline.tracking.store import store_errors
+
+FILE = "provenance.json"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is known about the run that made a model; texts that are not known are "unknown".
+
+    `seconds` is from the start to the end of the run, interruptions included, and None while it is running. `page` is
+    the address of the run's page, relative to that of an MLflow server.
+    """
+
+    run_id: str
+    name: str
+    commit: str
+    is_dirty: str  # `true`, `false` or `unknown`
+    seconds: float | None
+    hardware: Mapping[str, str]
+    page: str
+
+
+def provenance_of(run: Run) -> Provenance:
+    """Return the provenance of a run, which an earlier version may have recorded; raises as `with_provenance`."""
+    values = with_provenance(run).tags
+    return Provenance(
+        run.run_id,
+        run.name,
+        commit=values.get(COMMIT, UNKNOWN),
+        is_dirty=values.get("git.dirty", UNKNOWN),
+        seconds=(run.ended - run.started) / 1000 if run.ended else None,
+        hardware={name.removeprefix(HARDWARE): one for name, one in values.items() if name.startswith(HARDWARE)},
+        page=run_page(run.run_id, experiment_id=run.experiment_id),
+    )
+
+
+def with_provenance(run: Run) -> Run:
+    """Return the run with the values of its `provenance.json` among its tags, as text.
+
+    A run of an earlier version has no such file, and all values as tags of the same names. Raises TemporaryError or
+    UserError where the store cannot be read or the file is damaged.
+    """
+    with store_errors():
+        values = read_provenance(run.run_id)
+    return replace(run, tags={**run.tags, **{name: as_text(value) for name, value in values.items()}})
+
+
+def read_provenance(run_id: str) -> dict[str, Any]:
+    """Return the values in the run's `provenance.json`, empty where it has none; raises UserError if it is damaged."""
+    content = read_artifact(run_id, FILE)
+    try:
+        return flat(json.loads(content)) if content is not None else {}
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"MLflow run {run_id}: its artifact {FILE} is damaged ({error}); restore it from a backup, or delete it"
+        ) from None
+
+
+def start_provenance(run_id: str, values: Values) -> None:
+    """Write the values of a training that begins or is resumed; of an earlier process, only the results stay."""
+    with _exclusive():
+        kept = {name: one for name, one in _read_or_warn(run_id).items() if name.startswith(RESULTS)}
+        _write(run_id, kept | dict(values))
+
+
+def add_provenance(run_id: str, values: Values, *, overwrite: bool = True) -> dict[str, Any]:
+    """Add values to the run's `provenance.json`, and return all of its values.
+
+    Without `overwrite`, a value that the file already has is not changed.
+    """
+    with _exclusive():
+        known = _read_or_warn(run_id)
+        merged = known | dict(values) if overwrite else dict(values) | known
+        if merged != known:
+            _write(run_id, merged)
+    return merged
+
+
+def _read_or_warn(run_id: str) -> dict[str, Any]:
+    """Return the values in the run's file; print a warning where it is damaged, since it is then written anew."""
+    try:
+        return read_provenance(run_id)
+    except UserError as error:
+        print(f"warning: {error}", flush=True)
+        return {}
+
+
+def _write(run_id: str, values: Values) -> None:
+    """Replace the run's file."""
+    location = MlflowClient().get_run(run_id).info.artifact_uri
+    if location.startswith(("file:", "/")) and not is_server(mlflow.get_tracking_uri()):
+        folder = Path(local_file_uri_to_path(location))  # type: ignore[no-untyped-call]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FILE, nested(values))
+        return
+    with tempfile.TemporaryDirectory() as folder_name:
+        write_json(Path(folder_name, FILE), nested(values))
+        MlflowClient().log_artifact(run_id, str(Path(folder_name, FILE)))
+
+
+@contextmanager
+def _exclusive() -> Iterator[None]:
+    """Let one process of this project at a time change such a file."""
+    folder = artifact_folder(project_folder())
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
