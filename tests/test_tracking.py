@@ -12,10 +12,12 @@ import mlflow
 import numpy as np
 import pytest
 import requests
+from safetensors.torch import load_file, save_file
 
 from pipeline.arrays import DatasetInfo
-from pipeline.artifacts import file_md5, read_csv, read_json, verify, write_csv
+from pipeline.artifacts import file_md5, read_csv, read_json, replace_folder, verify, write_csv
 from pipeline.core.errors import TemporaryError, UserError
+from pipeline.core.yaml import dump_yaml
 from pipeline.models.files import load_model
 from pipeline.tracking import model_code
 from pipeline.tracking.logger import RunLogger
@@ -24,7 +26,7 @@ from pipeline.tracking.provenance import selected_epoch_values
 from pipeline.tracking.provenance_file import read_provenance
 from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.store import connect
-from tests.conftest import PROJECT, colored_images, free_port, run_step, start_repository, write_normalized
+from tests.conftest import DEFAULTS, PROJECT, colored_images, free_port, run_step, start_repository, write_normalized
 from tests.test_architecture import MODULES, imports, reached
 
 
@@ -198,6 +200,24 @@ def test_a_training_that_is_recorded_again_links_nothing_twice(store: Path) -> N
     RunLogger(run.info.run_id).log_training(Path("artifacts/train"))
     assert recorded_metrics(run.info.run_id) == before
     assert len(client.get_metric_history(run.info.run_id, "validation/accuracy")) == 3
+
+
+def test_the_metrics_of_other_weights_are_not_linked_to_the_recorded_model(workspace: Path) -> None:
+    write_normalized(workspace)
+    changes = {"train": {"epochs": 1}, "evaluate": {"checkpoint": "last"}}
+    values = DEFAULTS | {section: DEFAULTS[section] | changed for section, changed in changes.items()}
+    (workspace / "params.yaml").write_text(dump_yaml(values))
+    assert run_step("train").returncode == 0
+    files = {path.name: path.read_bytes() for path in (workspace / "artifacts/train").iterdir()}
+    with replace_folder(workspace / "artifacts/train") as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        weights = load_file(folder / "last.safetensors")
+        save_file({name: tensor * 2 for name, tensor in weights.items()}, folder / "last.safetensors")
+    done = run_step("evaluate")
+    assert done.returncode == 0, done.stderr
+    assert "test/accuracy" in only_run().data.metrics
+    assert not [found for found in recorded_metrics(only_run().info.run_id) if found.key.startswith("test/")]
 
 
 def test_metrics_are_linked_to_no_model_where_the_run_has_none(workspace: Path) -> None:
