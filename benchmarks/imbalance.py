@@ -23,6 +23,7 @@ from benchmarks.ways import CIFAR10_IMAGES, RECIPE
 from pipeline.arrays import Split
 from pipeline.core.errors import report_errors
 from pipeline.download import download
+from pipeline.evaluation.logits import predictions_of
 from pipeline.evaluation.metrics import evaluate
 from pipeline.models.build import Classifier
 from pipeline.models.inference import logits_of
@@ -112,9 +113,8 @@ def test(classifier: Classifier, split: Split) -> Result:
     """Evaluate a network on the test split."""
     logits = logits_of(classifier, split, batch_size=BATCH_SIZE)
     names = tuple(CLASSES)
-    found = evaluate(
-        logits, split.labels.numpy(), loss="cross_entropy", class_names=names, top_k=len(names), duplicates=()
-    )
+    predictions = predictions_of(logits, split.labels.numpy(), class_names=names)
+    found = evaluate(predictions, top_k=len(names), duplicates=())
     recalls = {row["class"]: row["recall"] for row in found.per_class}
     return Result(recalls, found.metrics["accuracy"], found.metrics["macro_f1"])
 

@@ -30,12 +30,15 @@ class Step:
 
 @dataclass(frozen=True)
 class ClassResult:
-    """The result for one class on the test split; precision and recall are fractions."""
+    """The result for one class on the test split; precision and recall are fractions.
+
+    The precision of a class that is never predicted is undefined: None.
+    """
 
     name: str
     train_images: int
     test_images: int
-    precision: float
+    precision: float | None
     recall: float
 
 
@@ -68,8 +71,8 @@ def read_summary(
             row["class"],
             train_images=train_images[row["class"]],
             test_images=int(row["images"]),
-            precision=float(row["precision"]),
-            recall=float(row["recall"]),
+            precision=float(row["precision"]) if row["precision"] else None,
+            recall=float(row["recall"]),  # each class has test images
         )
         for row in read_csv(folder / EVALUATE / "per_class.csv")
     ]
@@ -119,7 +122,8 @@ def _class_table(summary: Summary) -> list[str]:
     width = max(len("class"), *(len(each.name) for each in classes))
     lines = [f"{'class':<{width}}  test images   recall  precision"]
     lines += [
-        f"{each.name:<{width}}  {each.test_images:>11,}  {each.recall:>7.1%}  {each.precision:>9.1%}"
+        f"{each.name:<{width}}  {each.test_images:>11,}  {each.recall:>7.1%}  "
+        + ("undefined" if each.precision is None else f"{each.precision:>9.1%}")
         for each in classes
     ]
     return (

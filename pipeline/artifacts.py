@@ -1,8 +1,8 @@
 """Paths, atomic writing, reading and checksums of the files that one step writes and another reads.
 
 The folder `artifacts/<step>/` holds the output of a step. Arrays are `.npy` files, which are memory-mapped; all other
-files are JSON, CSV or safetensors. `checksums.md5`, in each folder that another step reads, lists the MD5 of its files.
-`verify` compares them, and so does the command `md5sum -c`.
+files are JSON, CSV, safetensors, PNG or Parquet. `checksums.md5`, in each folder that another step reads, lists the MD5
+of its files. `verify` compares them, and so does the command `md5sum -c`.
 """
 
 import csv
@@ -264,10 +264,13 @@ def verify(folder: Path, names: Iterable[str] | None = None, *, allow_unlisted: 
     return listed
 
 
-def verify_splits(*splits: str) -> None:
-    """Verify the files of `normalize` that later steps read: `dataset.json` and the arrays of these splits."""
-    arrays = (f"{split}_{kind}.npy" for split in splits for kind in ("images", "labels"))
-    verify(NORMALIZE, ["dataset.json", *arrays])
+def verify_splits(*splits: str, with_files: bool = False) -> None:
+    """Verify the files of `normalize` that later steps read: `dataset.json` and the arrays of these splits.
+
+    With `with_files` also the names and content hashes of their images are verified.
+    """
+    kinds = ("images.npy", "labels.npy", *(["files.parquet"] if with_files else []))
+    verify(NORMALIZE, ["dataset.json", *(f"{split}_{kind}" for split in splits for kind in kinds)])
 
 
 def _files(folder: Path) -> list[str]:

@@ -1,6 +1,6 @@
 """Evaluate, the last step: compute the metrics of the model on the test split, which no other step reads."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -10,24 +10,36 @@ from pipeline.core.errors import TemporaryError, UserError, report_errors
 from pipeline.core.processes import num_cores
 from pipeline.core.results import StepResult, write_result
 from pipeline.evaluation import plots
-from pipeline.evaluation.metrics import Evaluation, evaluate
+from pipeline.evaluation.calibration import NUM_BINS
+from pipeline.evaluation.logits import predictions_of
+from pipeline.evaluation.metrics import Evaluation, evaluate, prediction_rows
+from pipeline.evaluation.predictions import Predictions, write_predictions
 from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.models.files import load_model
 from pipeline.models.inference import logits_of
+from pipeline.models.losses import loss_function
 from pipeline.params import load_params
+from pipeline.parquet import read_files
 from pipeline.tracking.provenance import output_tags
 from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.store import store_errors
 from pipeline.training.device import choose_device
 
-FILES = ("confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv")
+FILES = (
+    "calibration.json",
+    "confusion_matrix.png",
+    "metrics.json",
+    "per_class.csv",
+    "predictions.csv",
+    "predictions.parquet",
+)
 
 
 def main() -> None:
     """Evaluate `artifacts/train/` on the test split; write `artifacts/evaluate/` and log to the model's MLflow run."""
     with report_errors():
         params = load_params().evaluate
-        verify_splits("test")
+        verify_splits("test", with_files=True)
         md5 = verify(TRAIN, sorted({"model.json", BEST_WEIGHTS, f"{params.checkpoint}.safetensors"}))
         info = DatasetInfo.read()
         device = choose_device(params.device, field="evaluate.device")
@@ -46,24 +58,34 @@ def main() -> None:
         split = Split.read("test", info=info, mean=config.mean, std=config.std, device=device)
         views = params.test_time_augmentation
         logits = logits_of(classifier.to(device), split, batch_size=params.batch_size, views=views).cpu()
-        result = evaluate(
+        labels = split.labels.cpu()
+        names, content_hashes = read_files("test")
+        predictions = predictions_of(
             logits,
-            split.labels.cpu().numpy(),
-            loss=config.loss,
+            labels.numpy(),
             class_names=info.class_names,
-            top_k=params.top_k,
-            duplicates=info.test_duplicates,
+            names=names,
+            content_hashes=content_hashes,
+            temperature=config.temperature,
         )
-        _write_files(result, class_names=info.class_names)
+        result = evaluate(predictions, top_k=params.top_k, duplicates=info.test_duplicates)
+        metrics = {"loss": loss_function(config.loss)(logits, labels).item(), **result.metrics}
+        result = replace(result, metrics=metrics)
+        _write_files(result, predictions, temperature=config.temperature)
         _print_summary(result)
         # the MLflow run is the one of these weights, whichever checkpoint is evaluated
         _log_to_mlflow(result, model_md5=md5[BEST_WEIGHTS], experiment=info.dataset)
 
 
-def _write_files(result: Evaluation, *, class_names: Sequence[str]) -> None:
+def _write_files(result: Evaluation, predictions: Predictions, *, temperature: float | None) -> None:
+    """Write the files of `artifacts/evaluate/`, whose bytes depend on the model, the data and the parameters only."""
+    calibration = {"temperature": temperature, "num_bins": NUM_BINS, "raw": result.raw, "calibrated": result.calibrated}
+    picture = plots.confusion_matrix(result.confusion, class_names=predictions.class_names)
+    write_predictions(EVALUATE / "predictions.parquet", predictions)
+    write_csv(EVALUATE / "predictions.csv", list(prediction_rows(predictions)))
     write_csv(EVALUATE / "per_class.csv", result.per_class)
-    write_csv(EVALUATE / "predictions.csv", result.predictions)
-    write_bytes(EVALUATE / "confusion_matrix.png", plots.confusion_matrix(result.confusion, class_names=class_names))
+    write_json(EVALUATE / "calibration.json", calibration)
+    write_bytes(EVALUATE / "confusion_matrix.png", picture)
     write_json(EVALUATE / "metrics.json", result.metrics)
 
 

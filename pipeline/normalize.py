@@ -4,7 +4,7 @@ The decoded images are kept in temporary files beside the result, which need as 
 60 bytes for each image are held in memory, and up to 200 while the splits are drawn.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,15 @@ from pipeline.images.splits import draw_splits
 from pipeline.images.spool import Spool
 from pipeline.images.statistics import mean_and_deviation
 from pipeline.params import NormalizeParams, load_params
+from pipeline.parquet import files_path, write_files
+
+ROWS_PER_GROUP = 2**16  # of the Parquet files with the names of images
 
 
 def normalize(raw: Path, result: Path, *, params: NormalizeParams) -> dict[str, Any]:
     """Write the arrays and `dataset.json` of the raw data in `raw` to the folder `result`; return the description.
 
+    `<split>_files.parquet` has the name and the content hash of each image, in the order of the arrays.
     The new files replace an old `result` when they are complete; on failure the old one stays as it was. Raises
     UserError as `open_source`, `check_unreadable` and `draw_splits` do.
     """
@@ -46,6 +50,8 @@ def normalize(raw: Path, result: Path, *, params: NormalizeParams) -> dict[str, 
             **_write_arrays(folder, spool, splits),
             **describe_duplicates(duplicates, spool, splits, params=params),
         }
+        for split, indices in splits.items():
+            write_files(files_path(split, folder=folder), _names_and_hashes(spool, indices))
         md5 |= description["md5"]
         write_json(folder / "dataset.json", description)
     return description
@@ -93,6 +99,14 @@ def _write_arrays(folder: Path, spool: Spool, splits: Mapping[str, Indices]) -> 
         md5[targets] = write_array(folder / targets, [labels[indices]], shape=shape[:1], dtype=np.int64)
     mean, deviation = mean_and_deviation(spool.pixel_blocks(splits["train"]))
     return {"md5": md5, "mean": mean, "std": deviation}
+
+
+def _names_and_hashes(spool: Spool, indices: Indices) -> Iterator[tuple[list[str], list[int]]]:
+    """Yield names and content hashes of the images with these indices, in blocks."""
+    hashes = spool.content_hashes
+    for start in range(0, len(indices), ROWS_PER_GROUP):
+        block = indices[start : start + ROWS_PER_GROUP]
+        yield [spool.name(index) for index in block], hashes[block].tolist()
 
 
 def _class_counts(labels: Labels, class_names: tuple[str, ...]) -> dict[str, int]:

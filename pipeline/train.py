@@ -35,6 +35,7 @@ from pipeline.models.config import ModelConfig, configure
 from pipeline.models.cpu_kernels import cpu_kernels_in_use
 from pipeline.models.files import save_config, save_weights
 from pipeline.models.freezing import apply_freezing
+from pipeline.models.inference import logits_of
 from pipeline.models.names import TIMM_PREFIX
 from pipeline.models.pretrained import load_pretrained
 from pipeline.params import Params, TrainParams, load_params
@@ -47,9 +48,10 @@ from pipeline.training.device import choose_device, gpu_uuids, prepare_torch
 from pipeline.training.features import feature_key, kept_features, select_trained
 from pipeline.training.gpu_lock import describe_holder, exclusive_gpus
 from pipeline.training.initialize import initialize_from_images
-from pipeline.training.loop import TrainingResult, train
+from pipeline.training.loop import TrainingResult, train, validation_batch_size
 from pipeline.training.memory import explain_memory_errors
 from pipeline.training.state import Epoch
+from pipeline.training.temperature import fit_temperature
 
 
 def main() -> None:
@@ -117,7 +119,14 @@ def _train_and_record(classifier: Classifier, all_params: Params, info: DatasetI
                 save=lambda checkpoint: _save(checkpoint, checkpoints, run=run),
             )
             run.log({"selected_epoch": result.selected.epoch}, step=result.selected.epoch)
-            _write(result, classifier, trained=trained, params=params, config=configure(params, info))
+            _write(
+                result,
+                classifier,
+                trained=trained,
+                params=params,
+                config=configure(params, info),
+                validation_split=validation_split,
+            )
             run.log_training(TRAIN)
 
 
@@ -300,17 +309,26 @@ def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams,
 
 
 def _write(
-    result: TrainingResult, classifier: Classifier, *, trained: nn.Module, params: TrainParams, config: ModelConfig
+    result: TrainingResult,
+    classifier: Classifier,
+    *,
+    trained: nn.Module,
+    params: TrainParams,
+    config: ModelConfig,
+    validation_split: Split,
 ) -> None:
     """Write weights, configuration, history and curves to `artifacts/train/`, all or nothing.
 
-    `trained` is the classifier or its head, to which the weights of the result belong.
+    `trained` is the classifier or its head, to which the weights of the result belong. The temperature in the
+    configuration is that of the best weights on the validation split.
     """
     with replace_folder(TRAIN) as folder:
-        for name, weights in (("best", result.best), ("last", result.last)):
+        for name, weights in (("last", result.last), ("best", result.best)):
             trained.load_state_dict(weights)
             save_weights(classifier, folder / f"{name}.safetensors")
-        save_config(config, folder)
+        logits = logits_of(trained, validation_split, batch_size=validation_batch_size(trained, validation_split))
+        temperature = fit_temperature(logits.cpu().numpy(), validation_split.labels.cpu().numpy())
+        save_config(config.model_copy(update={"temperature": temperature}), folder)
         selected = result.selected
         reasons = {selected.epoch: selected.reason}
         rows = [{**vars(epoch), SELECTED_COLUMN: reasons.get(epoch.epoch, "")} for epoch in result.history]

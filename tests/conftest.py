@@ -23,6 +23,7 @@ from pipeline.core.settings import get_settings
 from pipeline.core.yaml import read_yaml
 from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.params import Params, TrainParams, check_params
+from pipeline.parquet import files_path, write_files
 from tests.forked import Process
 
 server.START_SECONDS = 1200  # a start takes long on a busy machine; pytest's timeout ends a test that hangs
@@ -119,6 +120,7 @@ def _write_normalized(target: Path, *, classes: int, size: int, channels: int, t
         images, labels = colored_images(number, classes=classes, size=size, channels=channels, seed=seed)
         np.save(target / f"{split}_images.npy", images)
         np.save(target / f"{split}_labels.npy", labels)
+        write_files(files_path(split, folder=target), [([f"{split}/{i}.png" for i in range(number)], range(number))])
         counts[split] = {f"class {index}": int((labels == index).sum()) for index in range(classes)}
     info = {
         "dataset": "imagefolder",

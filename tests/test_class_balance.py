@@ -17,6 +17,7 @@ from pipeline.arrays import Split
 from pipeline.artifacts import write_checksums
 from pipeline.core.errors import UserError
 from pipeline.core.yaml import dump_yaml
+from pipeline.evaluation.logits import predictions_of
 from pipeline.evaluation.metrics import evaluate
 from pipeline.models.build import build
 from pipeline.models.losses import balanced_class_weights, loss_function
@@ -247,7 +248,7 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> Validation:
 def test_macro_f1_and_balanced_accuracy_equal_those_of_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = predictions()
     names = [str(number) for number in range(5)]
-    metrics = evaluate(logits, labels.numpy(), loss="mse", class_names=names, top_k=9, duplicates=()).metrics
+    metrics = evaluate(predictions_of(logits, labels.numpy(), class_names=names), top_k=9, duplicates=()).metrics
     predicted = logits.argmax(1)
     expected = f1_score(labels, predicted, labels=range(5), average="macro", zero_division=0)
     assert metrics["macro_f1"] == pytest.approx(expected, abs=1e-12)

@@ -6,9 +6,13 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from pipeline.artifacts import replace_folder
-from pipeline.evaluation.intervals import wilson_interval
+from pipeline.artifacts import file_md5, read_csv, read_json, replace_folder
+from pipeline.evaluate import FILES
+from pipeline.evaluation.calibration import calibration
+from pipeline.evaluation.intervals import f1_interval, wilson_interval
+from pipeline.evaluation.logits import predictions_of
 from pipeline.evaluation.metrics import Evaluation, evaluate
+from pipeline.evaluation.predictions import Predictions, read_predictions
 from pipeline.models.build import build
 from pipeline.models.files import save_config, save_weights
 from tests.conftest import run_step, write_normalized
@@ -23,10 +27,8 @@ def example(
     logits = generator.normal(size=(number, classes)).astype(np.float32)
     logits[np.arange(number), labels] += 1
     names = [f"c{index}" for index in range(classes)]
-    result = evaluate(
-        torch.from_numpy(logits), labels, loss="cross_entropy", class_names=names, top_k=top_k, duplicates=duplicates
-    )
-    return result, logits, labels
+    predictions = predictions_of(torch.from_numpy(logits), labels, class_names=names, temperature=0.5)
+    return evaluate(predictions, top_k=top_k, duplicates=duplicates), logits, labels
 
 
 def test_metrics_per_class_equal_those_of_scikit_learn() -> None:
@@ -37,12 +39,10 @@ def test_metrics_per_class_equal_those_of_scikit_learn() -> None:
     np.testing.assert_array_equal(result.confusion, confusion_matrix(labels, logits.argmax(1)))
 
 
-def test_loss_and_top_k_accuracy_equal_those_of_pytorch() -> None:
+def test_top_k_accuracy_equals_that_of_pytorch() -> None:
     result, logits, labels = example()
-    tensors = torch.from_numpy(logits), torch.from_numpy(labels)
-    top_3_accuracy = (tensors[0].topk(3).indices == tensors[1][:, None]).any(1).double().mean().item()
-    assert result.metrics["top_3_accuracy"] == pytest.approx(top_3_accuracy)
-    assert result.metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(*tensors).item())
+    top_3 = torch.from_numpy(logits).topk(3).indices.numpy()
+    assert result.metrics["top_3_accuracy"] == pytest.approx((top_3 == labels[:, None]).any(1).mean())
 
 
 def test_top_k_accuracy_is_left_out_for_too_few_classes() -> None:
@@ -56,10 +56,22 @@ def test_accuracy_is_reported_with_and_without_duplicates() -> None:
     assert result.metrics["accuracy_without_duplicates"] == pytest.approx(is_correct[5:].mean())
 
 
-def test_a_class_that_is_never_predicted_counts_as_zero() -> None:
-    logits = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    result = evaluate(logits, np.array([0, 1]), loss="mse", class_names=["a", "b"], top_k=5, duplicates=())
-    assert result.per_class[1] == {"class": "b", "images": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0}
+def test_what_is_undefined_for_a_class_is_empty() -> None:
+    logits = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    predictions = predictions_of(logits, np.array([0, 1]), class_names=["a", "never predicted", "absent"])
+    _, never_predicted, absent = evaluate(predictions, top_k=5, duplicates=()).per_class
+    assert [never_predicted[name] for name in ("precision", "precision_high", "recall", "f1")] == ["", "", 0, 0]
+    assert [absent[name] for name in ("images", "predicted_images", "recall", "f1", "f1_low")] == [0, 0, "", "", ""]
+
+
+def test_the_intervals_of_a_class_are_those_of_its_counts() -> None:
+    row = example()[0].per_class[2]
+    assert (row["recall_low"], row["recall_high"]) == pytest.approx(
+        wilson_interval(row["num_correct"], row["images"]), abs=1e-6
+    )
+    involved = row["images"] + row["predicted_images"] - row["num_correct"]
+    assert (row["f1_low"], row["f1_high"]) == pytest.approx(f1_interval(row["num_correct"], involved), abs=1e-6)
+    assert row["f1_low"] < row["f1"] < row["f1_high"]
 
 
 @pytest.mark.parametrize(
@@ -74,25 +86,73 @@ def test_the_interval_is_the_wilson_interval(num_correct: int, trials: int, low:
     assert wilson_interval(num_correct, trials) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_the_interval_of_f1_is_the_indirect_wilson_interval() -> None:
+    """TP 81, FP 90, FN 92: Newcombe's interval of 81/263, 0.2553 to 0.3662, carried over to F1 by hand."""
+    low, high = f1_interval(81, 263)
+    assert (low, high) == pytest.approx((2 * 0.2553 / 1.2553, 2 * 0.3662 / 1.3662), abs=1e-4)
+    precision, recall = 81 / 171, 81 / 173
+    assert low < 2 * precision * recall / (precision + recall) < high
+
+
+@pytest.mark.parametrize(("num_correct", "involved"), [(0, 7), (7, 7)])
+def test_the_interval_of_f1_stays_within_0_and_1(num_correct: int, involved: int) -> None:
+    low, high = f1_interval(num_correct, involved)
+    assert 0 <= low < high <= 1
+    assert (low == 0) == (num_correct == 0)
+    assert (high == 1) == (num_correct == involved)
+
+
 def test_the_interval_contains_the_accuracy_at_both_ends() -> None:
     for trials in range(1, 2001):
         assert wilson_interval(0, trials)[0] == 0
         assert wilson_interval(trials, trials)[1] == 1
 
 
+def test_the_calibration_error_is_that_of_guo_et_al() -> None:
+    """In (0.6, 2/3] two images, one correct: |0.5 - 0.64|; in (14/15, 1] three correct ones: |1 - 0.98|."""
+    confidences = np.array([0.62, 0.66, 0.97, 0.98, 0.99])
+    probabilities = np.stack([confidences, 1 - confidences], 1).astype(np.float32)
+    predictions = Predictions(
+        ("a", "b"), ["x"] * 5, ["0" * 16] * 5, np.array([0, 1, 0, 0, 0]), np.zeros(5, np.int64), probabilities, None
+    )
+    found = calibration(predictions, probabilities)
+    assert found["expected_calibration_error"] == pytest.approx((2 * 0.14 + 3 * 0.02) / 5, abs=1e-6)
+    assert [each["images"] for each in found["bins"]] == [0] * 9 + [2] + [0] * 4 + [3]
+    assert found["bins"][9]["accuracy"] == 0.5
+    assert found["bins"][9]["mean_confidence"] == pytest.approx(0.64)
+    assert found["bins"][0]["accuracy"] is None
+
+
+def test_the_calibration_error_after_the_temperature_is_of_the_calibrated_probabilities() -> None:
+    result, logits, labels = example()
+    halved = predictions_of(torch.from_numpy(logits * 2), labels, class_names=[f"c{index}" for index in range(6)])
+    expected = evaluate(halved, top_k=3, duplicates=()).metrics
+    assert "expected_calibration_error_calibrated" not in expected  # the temperature is unknown
+    found = result.metrics["expected_calibration_error_calibrated"]
+    assert found == pytest.approx(expected["expected_calibration_error"], abs=1e-6)
+
+
 @pytest.mark.slow
-def test_the_step_writes_metrics_tables_and_matrix(workspace: Path) -> None:
+def test_the_step_writes_the_same_bytes_each_time(workspace: Path) -> None:
     write_normalized(workspace)
     names = tuple(f"class {index}" for index in range(3))
     torch.manual_seed(0)
-    chosen = config(classes=3, class_names=names)
+    chosen = config(classes=3, class_names=names, temperature=1.5)
     with replace_folder(workspace / "artifacts" / "train") as folder:
         save_weights(build(chosen), folder / "best.safetensors")
         save_config(chosen, folder)
-    done = run_step("evaluate")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "the MLflow store has no run that made this model" in done.stdout
-    metrics = json.loads((workspace / "artifacts" / "evaluate" / "metrics.json").read_text())
+    target, written = workspace / "artifacts" / "evaluate", []
+    for _ in range(2):
+        done = run_step("evaluate")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "MLflow" in done.stdout
+        written.append({path.name: file_md5(path) for path in target.iterdir()})
+    assert written[0] == written[1]
+    assert tuple(sorted(written[0])) == FILES
+    metrics = json.loads((target / "metrics.json").read_text())
     assert (metrics["test_images"], metrics["test_duplicates"]) == (30, 2)
-    written = sorted(path.name for path in (workspace / "artifacts" / "evaluate").iterdir())
-    assert written == ["confusion_matrix.png", "metrics.json", "per_class.csv", "predictions.csv"]
+    predictions = read_predictions(target / "predictions.parquet")
+    assert predictions.names[:2] == ["test/0.png", "test/1.png"]
+    assert evaluate(predictions, top_k=5, duplicates=[0, 3]).metrics.items() <= metrics.items()
+    assert read_json(target / "calibration.json")["temperature"] == 1.5
+    assert read_csv(target / "predictions.csv")[1]["name"] == "test/1.png"

@@ -54,7 +54,10 @@ folder.mkdir(parents=True, exist_ok=True)
 if stage == "evaluate":
     metrics = {"accuracy": 0.983, "accuracy_low": 0.964, "accuracy_high": 0.993, "loss": 0.06}
     (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "per_class.csv").write_text("class,images,precision,recall,f1\\nzero,36,1,1,1\\none,35,1,0.9,1\\n")
+    columns = [f"{name}{end}" for name in ("precision", "recall", "f1") for end in ("", "_low", "_high")]
+    lines = ["class,images,predicted_images,num_correct," + ",".join(columns)]
+    lines += ["zero,36,36,36,1,0.9,1,1,0.9,1,1,0.95,1", "one,35,31,31,1,0.89,1,0.9,0.74,0.96,0.94,0.84,0.98"]
+    (folder / "per_class.csv").write_text("\\n".join(lines) + "\\n")
 else:
     (folder / "out.txt").write_text(Path("params.yaml").read_text())
 if stage == "normalize":

@@ -25,7 +25,7 @@ INPUTS = {
         NORMALIZE: ["dataset.json", *(f"{s}_{k}.npy" for s in ("train", "validation") for k in ("images", "labels"))]
     },
     "evaluate": {
-        NORMALIZE: ["dataset.json", "test_images.npy", "test_labels.npy"],
+        NORMALIZE: ["dataset.json", "test_files.parquet", "test_images.npy", "test_labels.npy"],
         TRAIN: ["best.safetensors", "model.json"],
     },
     "predict": {TRAIN: ["best.safetensors", "model.json"]},
@@ -146,7 +146,7 @@ def test_md5sum_accepts_the_list() -> None:
     if shutil.which("md5sum") is None:
         pytest.skip("no md5sum here")
     done = subprocess.run(["md5sum", "--check", "--strict", CHECKSUMS], cwd=NORMALIZE, capture_output=True, check=False)
-    assert (done.returncode, done.stdout.count(b": OK\n")) == (0, 7)
+    assert (done.returncode, done.stdout.count(b": OK\n")) == (0, 10)
 
 
 def test_files_of_subfolders_are_listed_too(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The step normalize turns raw images into arrays, splits and a report on the data."""
 
+import io
 import json
 import subprocess
 import sys
@@ -17,9 +18,11 @@ from pipeline.core.errors import UserError
 from pipeline.datasets import decoding_pool, imagefolder
 from pipeline.images import blocks as blocks_module
 from pipeline.images import duplicate_search
+from pipeline.images.blocks import hash_content
 from pipeline.images.data_report import report
 from pipeline.images.statistics import mean_and_deviation
 from pipeline.normalize import normalize
+from pipeline.parquet import files_path, read_files, write_files
 from tests.raw_folders import (
     NAMES,
     cifar_folder,
@@ -209,6 +212,24 @@ def test_the_output_does_not_depend_on_the_number_of_processes(tmp_path: Path, o
     assert contents(out) == first
 
 
+def test_each_image_has_its_name_and_the_hash_of_its_file(tmp_path: Path, out: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(step, "ROWS_PER_GROUP", 4)
+    files = plain_files(per_class=20)
+    normalize_files(tmp_path, out, files)
+    for split, images in arrays(out).items():
+        names, hashes = read_files(split, folder=out)
+        assert hashes == [f"{hash_content(files[name]):016x}" for name in names]
+        originals = [np.asarray(Image.open(io.BytesIO(files[name]))) for name in names]
+        np.testing.assert_array_equal(np.stack(originals), images)
+
+
+def test_a_name_that_is_no_text_is_written_with_question_marks(tmp_path: Path) -> None:
+    write_files(files_path("test", folder=tmp_path), [(["a\udcff.png", "b\ud800", "日本.png"], [0, 1, 2**64 - 1])])
+    names, hashes = read_files("test", folder=tmp_path)
+    assert names == ["a?.png", "b?", "日本.png"]
+    assert hashes == ["0" * 16, "0" * 15 + "1", "f" * 16]
+
+
 def test_the_recorded_checksums_are_those_of_the_files(tmp_path: Path, out: Path) -> None:
     md5 = normalize_files(tmp_path, out, plain_files(per_class=5))["md5"]
     assert md5 == {path.name: file_md5(path) for path in out.glob("*.npy")}
@@ -267,7 +288,7 @@ def test_the_step_prints_a_report_and_writes_its_files(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[3].split() == ["all", "14", "2", "4"]
     assert set(contents(tmp_path / "artifacts" / "normalize")) == {"checksums.md5", "dataset.json"} | {
-        f"{split}_{kind}.npy" for split in SPLITS for kind in ("images", "labels")
+        f"{split}_{kind}" for split in SPLITS for kind in ("images.npy", "labels.npy", "files.parquet")
     }
 
 

@@ -25,6 +25,8 @@ from tests.conftest import DEFAULTS, run_step, write_normalized
 from tests.pretrained import SMALL, configured, dataset
 from tests.test_model import config
 
+NEW_FIELDS = ("interpolation", "crop_fraction", "temperature")
+
 
 @pytest.mark.parametrize(
     ("model", "weights", "expected"),
@@ -70,14 +72,14 @@ def test_other_images_are_resized_with_the_interpolation_of_the_network_and_crop
     assert torch.equal(fitted, resized[:, :, 4:60, 4:60])
 
 
-def test_a_model_file_from_before_these_fields_has_no_crop(tmp_path: Path) -> None:
+def test_a_model_file_from_before_these_fields_has_no_crop_and_no_temperature(tmp_path: Path) -> None:
     save_config(config(), tmp_path)
     values = read_json(tmp_path / "model.json")
-    old: Mapping[str, Any] = {k: v for k, v in values.items() if k not in ("interpolation", "crop_fraction")}
+    old: Mapping[str, Any] = {k: v for k, v in values.items() if k not in NEW_FIELDS}
     (tmp_path / "model.json").write_text(json.dumps(old))
     save_weights(build(config()), tmp_path / "best.safetensors")
     read = load_model(tmp_path)[1]
-    assert (read.interpolation, read.crop_fraction) == ("bilinear", 1.0)
+    assert (read.interpolation, read.crop_fraction, read.temperature) == ("bilinear", 1.0, None)
 
 
 def test_a_split_for_evaluation_is_normalized_as_predict_does_it(tmp_path: Path) -> None:
@@ -86,10 +88,10 @@ def test_a_split_for_evaluation_is_normalized_as_predict_does_it(tmp_path: Path)
     chosen = configured(SMALL, weights="x.pth", info=info, input_size=32)
     classifier = build(chosen).eval()
     split = Split.read("test", info=info, mean=chosen.mean, std=chosen.std, folder=folder)
-    expected = logits_of(classifier, split, batch_size=30).softmax(1).numpy()
+    expected = logits_of(classifier, split, batch_size=30).double().softmax(1).numpy()
     assert np.array_equal(class_probabilities(classifier, split.images.numpy(), config=chosen), expected)
     of_dataset = Split.read("test", info=info, folder=folder)
-    assert not np.array_equal(logits_of(classifier, of_dataset, batch_size=30).softmax(1).numpy(), expected)
+    assert not np.array_equal(logits_of(classifier, of_dataset, batch_size=30).double().softmax(1).numpy(), expected)
 
 
 @pytest.mark.slow
@@ -106,6 +108,7 @@ def test_evaluate_predict_and_the_recorded_model_agree_for_a_pretrained_network(
     folder = Path("artifacts/train")
     classifier, saved = load_model(folder)
     assert (saved.mean, saved.interpolation, saved.crop_fraction) == ((0.5,) * 3, "bilinear", 0.95)
+    assert saved.temperature is not None
     probabilities = class_probabilities(classifier, images, config=saved)
     mlflow.set_tracking_uri(os.environ["MLFLOW_TRACKING_URI"])  # another test may have set another one
     (run,) = mlflow.search_runs(search_all_experiments=True, output_format="list")

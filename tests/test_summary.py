@@ -1,5 +1,7 @@
 """The text at the end of `make run` on a user's own images: a table of the classes, and what to try next."""
 
+from dataclasses import replace
+
 import pytest
 
 from flows.summary import ClassResult, Step, Summary, as_text
@@ -39,6 +41,12 @@ def test_the_classes_are_listed_with_their_test_images() -> None:
     text = as_text(summary(12, 20), recipe="my_images")
     assert "class    test images   recall  precision\nclass 0            5     0.0%      50.0%\n" in text
     assert "test images" not in as_text(summary(12, 20, recipe="digits"), recipe="digits")
+
+
+def test_the_precision_of_a_class_that_is_never_predicted_is_undefined() -> None:
+    found = summary(12, 20)
+    changed = replace(found, classes=[replace(found.classes[0], precision=None), found.classes[1]])
+    assert "class 0            5     0.0%  undefined\n" in as_text(changed, recipe="my_images")
 
 
 def test_of_many_classes_those_of_the_lowest_recall_are_listed() -> None:

@@ -8,6 +8,8 @@ from pipeline.arrays import DatasetInfo
 from pipeline.models.preparation import Interpolation, Preparation, pretrained_preparation
 from pipeline.params import Channels, CpuKernels, Resize, TrainParams
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+
 
 class ModelConfig(BaseModel):
     """The content of `model.json`: all that is needed to build the network and to prepare its input."""
@@ -30,6 +32,8 @@ class ModelConfig(BaseModel):
     # images of network_size pixels are not cropped
     crop_fraction: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
     cpu_kernels: CpuKernels = "native"
+    # the logits are divided by it before the softmax; None is unknown: the probabilities are not calibrated
+    temperature: Annotated[FiniteFloat, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] | None = None
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
@@ -49,7 +53,7 @@ def configure(params: TrainParams, info: DatasetInfo) -> ModelConfig:
     """Return the configuration of a network with these parameters for this data set.
 
     With pretrained weights, mean and deviation of the pixels are those that the weights expect, else those of the data
-    set. Raises UserError for an unknown network of timm.
+    set. The temperature is unknown until the network is trained. Raises UserError for an unknown network of timm.
     """
     pretrained = pretrained_preparation(params.model, weights=params.weights, channels=info.channels)
     preparation = pretrained or Preparation(info.mean, info.std)

@@ -1,4 +1,4 @@
-"""Run a network over images: logits and class probabilities."""
+"""Run a network over images: logits and class probabilities, calibrated by the temperature of the model."""
 
 import numpy as np
 import numpy.typing as npt
@@ -55,8 +55,20 @@ def _views(images: Tensor, views: Views) -> list[tuple[float, Tensor]]:
     ]
 
 
-def class_probabilities(classifier: nn.Module, images: Images, *, config: ModelConfig) -> npt.NDArray[np.float32]:
-    """Return the probabilities (N, num_classes) float32 of images (N, H, W, C) uint8, computed on the CPU."""
+def probabilities_of(logits: Tensor, *, temperature: float | None) -> npt.NDArray[np.float64]:
+    """Return the class probabilities (N, num_classes) float64: the softmax of the logits divided by the temperature.
+
+    Without a temperature, the logits are not divided. In float64, close logits keep their order at every temperature:
+    the most probable class is that of the highest logit.
+    """
+    return (logits.cpu().double() / (temperature or 1.0)).softmax(1).numpy()
+
+
+def class_probabilities(classifier: nn.Module, images: Images, *, config: ModelConfig) -> npt.NDArray[np.float64]:
+    """Return the probabilities (N, num_classes) float64 of images (N, H, W, C) uint8, computed on the CPU.
+
+    They are calibrated where the model has a temperature.
+    """
     labels = np.zeros(len(images), dtype=np.int64)
     split = Split.of(images, labels, mean=config.mean, std=config.std, device=torch.device("cpu"))
-    return logits_of(classifier, split, batch_size=256).softmax(1).numpy()
+    return probabilities_of(logits_of(classifier, split, batch_size=256), temperature=config.temperature)

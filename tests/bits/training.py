@@ -20,7 +20,8 @@ from benchmarks.recipe import image_config
 from pipeline.arrays import Split
 from pipeline.artifacts import bytes_md5
 from pipeline.core.yaml import read_yaml
-from pipeline.evaluation.metrics import evaluate
+from pipeline.evaluation.logits import predictions_of
+from pipeline.evaluation.metrics import evaluate, prediction_rows
 from pipeline.models.airbench import Airbench
 from pipeline.models.build import Classifier, build, memory_format
 from pipeline.models.freezing import apply_freezing
@@ -30,6 +31,7 @@ from pipeline.training.device import prepare_torch
 from pipeline.training.features import compute_features, select_trained, with_features
 from pipeline.training.initialize import initialize_from_images
 from pipeline.training.loop import train
+from pipeline.training.temperature import fit_temperature
 
 DEFAULTS = read_yaml(Path(__file__).parents[2] / "params.yaml")
 CLASS_NAMES = tuple("abcdefghij")
@@ -57,7 +59,7 @@ class Bits:
     cpu: str
     capability: str
     weights: str  # MD5 of parameters and buffers as safetensors
-    evaluation: str  # MD5 of logits, metrics and predictions
+    evaluation: str  # MD5 of logits, metrics, predictions and temperature
 
 
 def bits(network: str, *, kernels: str, threads: int) -> Bits:
@@ -78,10 +80,12 @@ def bits(network: str, *, kernels: str, threads: int) -> Bits:
         splits = [_features(classifier, trained, split) for split in splits]
     train(trained, params=params, train_split=splits[0], validation_split=splits[1])
     logits = logits_of(classifier, other_split, batch_size=len(other_split))
-    evaluation = evaluate(
-        logits, other_split.labels.numpy(), loss=params.loss, class_names=CLASS_NAMES, top_k=5, duplicates=()
-    )
-    text = json.dumps([evaluation.metrics, evaluation.per_class, evaluation.predictions])
+    labels = other_split.labels.numpy()
+    temperature = fit_temperature(logits.numpy(), labels)
+    predictions = predictions_of(logits, labels, class_names=CLASS_NAMES, temperature=temperature)
+    evaluation = evaluate(predictions, top_k=5, duplicates=())
+    rows = list(prediction_rows(predictions))
+    text = json.dumps([evaluation.metrics, evaluation.per_class, rows, temperature])
     return Bits(
         network,
         threads,

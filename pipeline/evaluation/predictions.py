@@ -1,0 +1,131 @@
+"""Write and read `predictions.parquet`, from which all figures of an evaluation except the loss can be computed."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from pipeline.artifacts import Labels
+from pipeline.parquet import parquet_reader, parquet_writer
+
+Probabilities = npt.NDArray[np.float32]  # (N, num_classes)
+
+CLASS_NAMES_KEY = b"class_names"  # in the metadata of the schema: the class names in their order, as JSON
+VALUES_PER_GROUP = 2**21  # probabilities in a row group, of which one is in memory at a time
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The predictions for the images of a split, in the order of its arrays.
+
+    `names` and `content_hashes` (16 hexadecimal digits) are those of the image files. `actual` and `predicted` (N,)
+    int64 are indices into `class_names`. `probabilities` (N, num_classes) float32 are the softmax of the logits;
+    `calibrated_probabilities` are those after the temperature, or None where the model has no known temperature.
+    """
+
+    class_names: tuple[str, ...]
+    names: Sequence[str]
+    content_hashes: Sequence[str]
+    actual: Labels
+    predicted: Labels
+    probabilities: Probabilities
+    calibrated_probabilities: Probabilities | None
+
+    def __len__(self) -> int:
+        return len(self.actual)
+
+    @property
+    def is_correct(self) -> npt.NDArray[np.bool_]:
+        """Return for each image (N,) whether the predicted class is the actual one."""
+        return self.predicted == self.actual
+
+    @property
+    def best_probabilities(self) -> Probabilities:
+        """Return the calibrated probabilities or, where the temperature is unknown, the raw ones."""
+        return self.probabilities if self.calibrated_probabilities is None else self.calibrated_probabilities
+
+    def confidences(self, probabilities: Probabilities) -> npt.NDArray[np.float32]:
+        """Return the probability of the predicted class of each image: (N,)."""
+        return probabilities[np.arange(len(self)), self.predicted]
+
+
+def write_predictions(path: Path, predictions: Predictions) -> None:
+    """Write one row for each image; the same predictions give the same bytes.
+
+    The columns are `content_hash`, `name`, `actual`, `predicted` (both as class names), `probabilities` and, with a
+    known temperature, `calibrated_probabilities` (both as lists of float32, one number for each class).
+    """
+    num_classes = len(predictions.class_names)
+    schema = _schema(predictions)
+    class_names = pa.array(predictions.class_names, pa.string())
+    rows = max(1, VALUES_PER_GROUP // num_classes)
+    with parquet_writer(path, schema) as writer:
+        for start in range(0, len(predictions), rows):
+            block = slice(start, start + rows)
+            columns = [
+                pa.array(predictions.content_hashes[block], pa.string()),
+                pa.array(predictions.names[block], pa.string()),
+                class_names.take(pa.array(predictions.actual[block])),
+                class_names.take(pa.array(predictions.predicted[block])),
+                _lists(predictions.probabilities[block]),
+            ]
+            if predictions.calibrated_probabilities is not None:
+                columns.append(_lists(predictions.calibrated_probabilities[block]))
+            writer.write_table(pa.table(columns, schema=schema))
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Read what `write_predictions` wrote; raises UserError where the file is missing or damaged."""
+    with parquet_reader(path) as file:
+        class_names = tuple(json.loads((file.schema_arrow.metadata or {})[CLASS_NAMES_KEY]))
+        shape = file.metadata.num_rows, len(class_names)
+        text = file.read(columns=["content_hash", "name", "actual", "predicted"])
+        is_calibrated = "calibrated_probabilities" in file.schema_arrow.names
+        return Predictions(
+            class_names=class_names,
+            names=text["name"].to_pylist(),
+            content_hashes=text["content_hash"].to_pylist(),
+            actual=_read_labels(text["actual"], class_names),
+            predicted=_read_labels(text["predicted"], class_names),
+            probabilities=_read_lists(file, "probabilities", shape=shape),
+            calibrated_probabilities=(
+                _read_lists(file, "calibrated_probabilities", shape=shape) if is_calibrated else None
+            ),
+        )
+
+
+def _schema(predictions: Predictions) -> pa.Schema:
+    text, lists = pa.string(), pa.list_(pa.float32(), len(predictions.class_names))
+    fields = {"content_hash": text, "name": text, "actual": text, "predicted": text, "probabilities": lists}
+    if predictions.calibrated_probabilities is not None:
+        fields["calibrated_probabilities"] = lists
+    return pa.schema(
+        [pa.field(name, kind, nullable=False) for name, kind in fields.items()],
+        metadata={CLASS_NAMES_KEY: json.dumps(predictions.class_names).encode()},
+    )
+
+
+def _lists(rows: Probabilities) -> pa.Array:
+    """Return rows (n, num_classes) as a column of lists."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(rows).reshape(-1)), rows.shape[1])
+
+
+def _read_labels(column: pa.ChunkedArray, class_names: Sequence[str]) -> Labels:
+    """Return a column of class names as indices (N,) int64; raises KeyError for a name that is no class."""
+    index = {name: position for position, name in enumerate(class_names)}
+    return np.array([index[name] for name in column.to_pylist()], np.int64)
+
+
+def _read_lists(file: Any, name: str, *, shape: tuple[int, int]) -> Probabilities:
+    """Return a column of lists as an array (N, num_classes) float32; one row group at a time is in memory besides."""
+    rows, start = np.empty(shape, np.float32), 0
+    for group in range(file.num_row_groups):
+        for chunk in file.read_row_group(group, columns=[name])[name].chunks:
+            rows[start : start + len(chunk)] = chunk.flatten().to_numpy(zero_copy_only=False).reshape(-1, shape[1])
+            start += len(chunk)
+    return rows
