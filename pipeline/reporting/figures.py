@@ -48,8 +48,10 @@ def curve(history: Sequence[Mapping[str, Any]], quantity: str, *, selected: int 
             axes.axvline(selected, color=INK, linewidth=1, linestyle=(0, (2, 3)), label=f"selected: epoch {selected}")
         axes.set(xlabel="epoch", ylabel=quantity)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if len(epochs) == 1:
+            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
         if quantity == "accuracy":
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.legend(frameon=False, loc="best", fontsize=8.5)
         return _to_svg(figure, name=quantity, text=_curve_text(history, quantity, selected=selected))
 

@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 from pipeline.core.errors import UserError
 from pipeline.core.network import is_server
 from pipeline.core.project import project_folder
+from pipeline.core.settings import get_settings
 from pipeline.core.sqlite import sqlite_path
 from pipeline.tracking.provenance import COMMIT, HARDWARE
 from pipeline.tracking.search import Run, find_runs_of_model
@@ -43,7 +44,7 @@ def find_recorded_run(model_md5: str) -> RecordedRun | None:
     if path is not None and not path.exists():
         raise UserError(f"{path}: no such file")
     connect(uri)
-    runs = find_runs_of_model(model_md5)
+    runs = find_runs_of_model(model_md5, reproduces=get_settings().reproduces)
     if not runs:
         return None
     run = runs[0]
