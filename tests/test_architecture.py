@@ -54,7 +54,12 @@ ONLY_IN = {
         )
     },
     "jinja2": {"pipeline/reporting/page.py"},
-    "matplotlib": {"pipeline/reporting/figures.py", "pipeline/figures.py", "pipeline/training/curves.py", "pipeline/evaluation/plots.py"},
+    "matplotlib": {
+        "pipeline/reporting/figures.py",
+        "pipeline/figures.py",
+        "pipeline/training/curves.py",
+        "pipeline/evaluation/plots.py",
+    },
     "ruamel": {"pipeline/core/yaml.py", "pipeline/recipes.py"},
     "PIL": {"pipeline/images/decode.py", "pipeline/reporting/gallery.py"},
     "pillow_heif": {"pipeline/images/decode.py"},
