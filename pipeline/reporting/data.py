@@ -118,7 +118,9 @@ def _read_table(path: Path, *, text: Sequence[str]) -> list[Row]:
     """
     try:
         rows = read_csv(path)
-        table = [{name: value if name in text else _number(value) for name, value in row.items()} for row in rows]
+        table: list[Row] = [
+            {name: value if name in text else _number(value) for name, value in row.items()} for row in rows
+        ]
     except FileNotFoundError:
         raise UserError(missing_file_message(path)) from None
     except (ValueError, TypeError, csv.Error):

@@ -19,7 +19,7 @@ COLORS = {"#010101": "ink", "#020202": "muted", "#030303": "accent", "#040404": 
 INK, MUTED, ACCENT, LINE = COLORS
 ACCENT_RGB = (47, 111, 208)  # of the heat map, whose pixels cannot use variables; readable on light and dark
 SIZE = (4.4, 2.9)  # inches: wide enough for half of a page, or for the whole width of a phone
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: it uses the fonts of the page, and can be selected
     "svg.hashsalt": "report",
     "text.color": INK,

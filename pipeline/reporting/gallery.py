@@ -53,7 +53,7 @@ def encode(image: npt.NDArray[np.uint8]) -> str:
 
 def is_lossless(image: npt.NDArray[np.uint8]) -> bool:
     """Return whether an image (H, W, C) is small enough to be stored with all its pixels."""
-    return max(image.shape[:2]) <= MAX_LOSSLESS_SIZE
+    return bool(max(image.shape[:2]) <= MAX_LOSSLESS_SIZE)
 
 
 def mistakes(predictions: Predictions, images: Images) -> list[Picture]:
