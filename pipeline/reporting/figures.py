@@ -109,7 +109,7 @@ def heat_map(confusion: npt.NDArray[np.int64]) -> Markup:
     pixels[..., :3] = np.array(ACCENT_RGB) / 255
     pixels[..., 3] = np.sqrt(fractions)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(size=(6.4, 6.2))
+        figure, axes = _axes(size=(4.8, 4.6))
         axes.imshow(pixels, interpolation="none", extent=(0.5, number + 0.5, number + 0.5, 0.5))
         axes.set(xlabel="number of the predicted class", ylabel="number of the actual class")
         axes.grid(visible=False)
