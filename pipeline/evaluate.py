@@ -9,6 +9,7 @@ from pipeline.arrays import DatasetInfo, Split
 from pipeline.artifacts import BEST_WEIGHTS, EVALUATE, TRAIN, verify, verify_splits, write_bytes, write_csv, write_json
 from pipeline.core.errors import TemporaryError, UserError, report_errors
 from pipeline.core.processes import num_cores
+from pipeline.core.report_command import make_report
 from pipeline.core.results import StepResult, write_result
 from pipeline.evaluation import plots
 from pipeline.evaluation.calibration import NUM_BINS
@@ -82,6 +83,7 @@ def main() -> None:
         is_recorded_model = md5[f"{params.checkpoint}.safetensors"] == md5[BEST_WEIGHTS]
         experiment = experiment_name(info.dataset, folder=all_params.download.folder)
         _log_to_mlflow(result, model_md5=md5[BEST_WEIGHTS], experiment=experiment, is_recorded_model=is_recorded_model)
+        make_report()
 
 
 def _write_files(result: Evaluation, predictions: Predictions, *, temperature: float | None) -> None:

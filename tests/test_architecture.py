@@ -28,7 +28,9 @@ LAYERS = [
     "evaluation",
     "training",
     "tracking",
+    "reporting",
     *stage_names(),
+    "report",
     "predict",
 ]
 # Packages that do not affect the output of any stage, and therefore are in no stage's code.
@@ -44,6 +46,7 @@ ONLY_IN = {
             "models",
             "outbox",
             "provenance_file",
+            "report",
             "retention",
             "runs",
             "search",
@@ -52,9 +55,15 @@ ONLY_IN = {
             "views",
         )
     },
-    "matplotlib": {"pipeline/figures.py", "pipeline/training/curves.py", "pipeline/evaluation/plots.py"},
+    "jinja2": {"pipeline/reporting/page.py"},
+    "matplotlib": {
+        "pipeline/reporting/figures.py",
+        "pipeline/figures.py",
+        "pipeline/training/curves.py",
+        "pipeline/evaluation/plots.py",
+    },
     "ruamel": {"pipeline/core/yaml.py", "pipeline/recipes.py"},
-    "PIL": {"pipeline/images/decode.py"},
+    "PIL": {"pipeline/images/decode.py", "pipeline/reporting/gallery.py"},
     "pillow_heif": {"pipeline/images/decode.py"},
     "pyarrow": {"pipeline/parquet.py", "pipeline/evaluation/predictions.py"},
     "scipy": {"pipeline/training/temperature.py"},
@@ -176,6 +185,7 @@ MAY_LOAD = {stage: {"torch"} for stage in stage_names()} | {
     "train": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
     "evaluate": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
     "predict": {"torch"},
+    "report": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
 }
 
 

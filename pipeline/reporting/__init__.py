@@ -1,0 +1,1 @@
+"""Make the report: one self-contained HTML page about a model."""

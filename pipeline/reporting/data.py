@@ -1,0 +1,137 @@
+"""Read what the steps wrote, as the typed content of the report."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.arrays import DatasetInfo
+from pipeline.artifacts import (
+    DOWNLOAD,
+    EVALUATE,
+    HISTORY,
+    NORMALIZE,
+    SELECTED_COLUMN,
+    TRAIN,
+    Images,
+    Labels,
+    missing_file_message,
+    read_csv,
+    read_json,
+    read_split,
+)
+from pipeline.core.errors import UserError
+from pipeline.evaluation.metrics import confusion_matrix
+from pipeline.evaluation.predictions import Predictions, read_predictions
+from pipeline.parquet import read_files
+
+PREDICTIONS = EVALUATE / "predictions.parquet"
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the steps wrote: the description of the data, the arrays, the training's history and the evaluation."""
+
+    info: DatasetInfo
+    dataset: Row  # `dataset.json`
+    source: Row  # `source.json`; empty where the raw data are not here
+    history: Sequence[Row]
+    metrics: Row
+    per_class: Sequence[Row]
+    calibration: Row
+    predictions: Predictions
+    test_images: Images
+    train_images: Images
+    train_labels: Labels
+    train_names: Sequence[str]
+
+    @property
+    def selected(self) -> Row | None:
+        """Return the row of the selected epoch, or None for a history of an earlier version."""
+        return next((row for row in self.history if row.get(SELECTED_COLUMN)), None)
+
+    @cached_property
+    def confusion(self) -> npt.NDArray[np.int64]:
+        """Return the number of images by actual (row) and predicted class (column)."""
+        return confusion_matrix(self.predictions)
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """A frequent confusion: `images` of the `total` images of a class were predicted as another one."""
+
+    actual: str
+    predicted: str
+    images: int
+    total: int
+
+
+def read_content() -> Content:
+    """Read the files of all steps; raises UserError where one is missing, damaged or does not fit the others."""
+    info = DatasetInfo.read()
+    test_images, test_labels = read_split("test")
+    train_images, train_labels = read_split("train")
+    predictions = read_predictions(PREDICTIONS)
+    if predictions.class_names != info.class_names or not np.array_equal(predictions.actual, test_labels):
+        raise UserError(f"{PREDICTIONS}: not of the test images in {NORMALIZE}; run `dvc repro`")
+    source = DOWNLOAD / "source.json"
+    return Content(
+        info=info,
+        dataset=read_json(NORMALIZE / "dataset.json"),
+        source=read_json(source) if source.exists() else {},
+        history=_read_table(TRAIN / HISTORY, text=(SELECTED_COLUMN,)),
+        metrics=read_json(EVALUATE / "metrics.json"),
+        per_class=_read_table(EVALUATE / "per_class.csv", text=("class",)),
+        calibration=read_json(EVALUATE / "calibration.json"),
+        predictions=predictions,
+        test_images=test_images,
+        train_images=train_images,
+        train_labels=train_labels,
+        train_names=read_files("train")[0],
+    )
+
+
+def frequent_confusions(
+    confusion: npt.NDArray[np.int64], class_names: Sequence[str], *, number: int
+) -> list[Confusion]:
+    """Return the confusions of most images, at most `number` of them."""
+    wrong = confusion - np.diag(np.diag(confusion))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:number]
+    pairs = [divmod(int(index), len(class_names)) for index in order]
+    return [
+        Confusion(class_names[row], class_names[column], int(wrong[row, column]), int(confusion[row].sum()))
+        for row, column in pairs
+        if wrong[row, column]
+    ]
+
+
+def _read_table(path: Path, *, text: Sequence[str]) -> list[Row]:
+    """Return the rows of a table, with numbers but in the columns `text`; an empty value is None.
+
+    Raises UserError where the table is missing or damaged.
+    """
+    try:
+        rows = read_csv(path)
+        table: list[Row] = [
+            {name: value if name in text else _number(value) for name, value in row.items()} for row in rows
+        ]
+    except FileNotFoundError:
+        raise UserError(missing_file_message(path)) from None
+    except (ValueError, TypeError, csv.Error):
+        table = []
+    if not table:
+        raise UserError(f"{path}: damaged; remove it and run `dvc repro` to make it again")
+    return table
+
+
+def _number(value: str) -> float | int | None:
+    """Return the number that a text has, None for an empty one; raises ValueError."""
+    if not value:
+        return None
+    return int(value) if value.isdecimal() else float(value)

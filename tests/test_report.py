@@ -1,0 +1,379 @@
+"""The report: every figure is recomputed from the predictions, nothing is requested, no name injects anything."""
+
+import base64
+import io
+import itertools
+import json
+import re
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from sklearn.metrics import balanced_accuracy_score, log_loss, precision_recall_fscore_support
+
+from pipeline import report
+from pipeline.core import report_command
+from pipeline.core.errors import UserError
+from pipeline.core.git import CodeState
+from pipeline.core.settings import get_settings
+from pipeline.reporting.baseline import Baseline, compare, find_baseline
+from pipeline.reporting.facts import RunFacts
+from pipeline.reporting.gallery import encode
+from pipeline.reporting.page import Report, duration, percent, render
+from pipeline.tracking.report import RecordedRun
+from pipeline.tracking.run_title import RunSetup
+from tests.conftest import PROJECT, make_once, run_step
+from tests.report_page import HOSTILE_NAMES, Page, write_artifacts
+
+SIZES = {"few": {"classes": 3, "size": 32, "channels": 1}, "many": {"classes": 100, "size": 128, "channels": 3}}
+HOSTILE = "\"><script>alert('x')</script>{{ 7*7 }}"
+RUN = RecordedRun(
+    HOSTILE,
+    name=HOSTILE,
+    commit=HOSTILE,
+    is_dirty="false",
+    seconds=7200.0,
+    hardware={"gpu": HOSTILE, "cpu": HOSTILE},
+    link="javascript:alert(1)",
+)
+SETUP = RunSetup(HOSTILE, HOSTILE, {"train.model": (HOSTILE, HOSTILE)})
+
+
+def make_folder(folder: Path, *, classes: int, size: int, channels: int, store: Path) -> None:
+    (folder / "mlflow.db").write_bytes((store / "mlflow.db").read_bytes())
+    (folder / "params.yaml").write_text((PROJECT / "params.yaml").read_text())
+    write_artifacts(folder, classes=classes, size=size, channels=channels)
+    uri = f"sqlite:///{folder}/mlflow.db"
+    environment = {"MLFLOW_TRACKING_URI": uri, "PIPELINE_FLOW_RUN_ID": "", "PATH": "/usr/bin:/bin"}
+    done = run_step("evaluate", folder=folder, environment=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Path:
+    """Return a folder with the files of all steps, for few and for many classes with awkward names."""
+    sizes = SIZES[request.param]
+    return make_once(
+        f"report_{request.param}",
+        lambda target: make_folder(target, **sizes, store=mlflow_store),
+        factory=tmp_path_factory,
+    )
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path) -> Report:
+    """Return the content of a report with hostile facts about the run."""
+    link = 'https://x.example/"><script>'
+    facts = RunFacts(RUN, HOSTILE, SETUP, CodeState(HOSTILE, b""), HOSTILE, HOSTILE, link, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/missing.db")
+        get_settings.cache_clear()
+        content = report.make_report(seconds={})
+    return replace(content, facts=facts)
+
+
+@pytest.fixture(scope="module")
+def page(made: Report) -> Page:
+    return Page(render(made))
+
+
+def wilson(successes: float, number: float) -> tuple[float, float]:
+    """Solve (s / n - p)^2 = z^2 p (1 - p) / n for p."""
+    z, fraction = 1.959963984540054, successes / number
+    low, high = sorted(np.roots([1 + z * z / number, -2 * fraction - z * z / number, fraction**2]).real)
+    return low, high
+
+
+def with_interval(name: str, suffix: str, value: float, interval: tuple[float, float]) -> dict[str, float]:
+    return {f"{name}{suffix}": value, f"{name}_low{suffix}": interval[0], f"{name}_high{suffix}": interval[1]}
+
+
+def class_figures(actual: Any, predicted: Any, names: list[str]) -> dict[str, float]:
+    """Return the figures of each class, by scikit-learn, with their intervals."""
+    labels, found = range(len(names)), dict[str, float]()
+    precision, recall, f1, images = precision_recall_fscore_support(actual, predicted, labels=labels, zero_division=0)
+    for index, name in enumerate(names):
+        correct = int(((actual == index) & (predicted == index)).sum())
+        involved = int(((actual == index) | (predicted == index)).sum())
+        low, high = wilson(correct, involved)
+        found[f"images/{name}"] = images[index]
+        found |= with_interval("recall", f"/{name}", recall[index], wilson(correct, images[index]))
+        found |= with_interval("f1", f"/{name}", f1[index], (2 * low / (1 + low), 2 * high / (1 + high)))
+        if number := int((predicted == index).sum()):
+            found |= with_interval("precision", f"/{name}", precision[index], wilson(correct, number))
+        for other, other_name in enumerate(names):
+            count = int(((actual == index) & (predicted == other)).sum())
+            found[f"confusion/{name}/{other_name}"] = count
+            found[f"confusion_fraction/{name}/{other_name}"] = count / images[index]
+    return found
+
+
+def calibration_error(probabilities: Any, actual: Any, predicted: Any) -> float:
+    """Return the error over 15 bins of equal width (low, high], bin by bin."""
+    confidence = probabilities[np.arange(len(actual)), predicted].astype(float)
+    edges, error = np.linspace(0, 1, 16), 0.0
+    for low, high in itertools.pairwise(edges):
+        inside = (confidence > low) & (confidence <= high)
+        if inside.any():
+            error += inside.mean() * abs((actual == predicted)[inside].mean() - confidence[inside].mean())
+    return error
+
+
+def expected_figures(folder: Path) -> dict[str, float]:
+    """Recompute the figures of a page from the Parquet file, and counts from the arrays and `dataset.json`."""
+    table = pq.read_table(folder / "artifacts/evaluate/predictions.parquet")
+    names = json.loads(table.schema.metadata[b"class_names"])
+    actual, predicted = (
+        np.array([names.index(each) for each in table[c].to_pylist()]) for c in ("actual", "predicted")
+    )
+    raw, calibrated = (np.array(table[c].to_pylist()) for c in ("probabilities", "calibrated_probabilities"))
+    correct, unique = actual == predicted, ~np.isin(np.arange(len(actual)), [0, 3])
+    ranks = (raw > raw[np.arange(len(actual)), actual][:, None]).sum(1)
+    ratios = [np.log(each[:, 0] / each[:, 1]) for each in (raw, calibrated)]
+    found = with_interval("accuracy", "", correct.mean(), wilson(correct.sum(), len(actual)))
+    found |= class_figures(actual, predicted, names)
+    found |= {
+        "test_images": len(actual),
+        "mistakes": int((~correct).sum()),
+        "balanced_accuracy": balanced_accuracy_score(actual, predicted),
+        "macro_f1": float(np.mean([found[f"f1/{name}"] for name in names])),
+        "top_5_accuracy": (ranks < 5).mean(),
+        "loss": log_loss(actual, raw, labels=range(len(names))),
+        "ece/raw": calibration_error(raw, actual, predicted),
+        "ece/calibrated": calibration_error(calibrated, actual, predicted),
+        "temperature": float(np.median(ratios[0] / ratios[1])),
+        "test_duplicates": 2,
+        "accuracy_without_duplicates": correct[unique].mean(),
+        "duplicates/within": 3,
+        "duplicates/across": 3,
+        "duplicates/near": 4,
+        "unreadable_files": 1,
+        "ignored_files": 2,
+        "selected_epoch": 3,
+        "validation_accuracy": 0.3,
+    }
+    found |= {f"probability/{i}": calibrated[i, predicted[i]] for i in range(len(actual))}
+    for split in ("train", "validation", "test"):
+        labels = np.load(folder / f"artifacts/normalize/{split}_labels.npy")
+        found[f"count/{split}"] = len(labels)
+        found |= {f"count/{split}/{name}": int((labels == index).sum()) for index, name in enumerate(names)}
+    return found
+
+
+def test_every_figure_on_the_page_is_recomputed_from_the_predictions(folder: Path, page: Page) -> None:
+    expected = expected_figures(folder)
+    # a page escapes characters that turn the direction of text
+    expected = {name.replace("\u202e", "\\u202e"): value for name, value in expected.items()}
+    assert len(page.metrics) > 80
+    for name, value in page.metrics:
+        assert value == pytest.approx(expected[name], rel=1e-5, abs=2e-6), name
+
+
+def test_no_figure_is_missing(folder: Path, page: Page) -> None:
+    shown = {name for name, _ in page.metrics}
+    missing = {name.replace("\u202e", "\\u202e") for name in expected_figures(folder)} - shown
+    optional = ("confusion", "probability/", "top_5_accuracy")
+    assert not [name for name in missing if not name.startswith(optional)]
+    assert any(name.startswith("probability/") for name in shown)
+
+
+def test_the_page_requests_nothing(page: Page) -> None:
+    assert not page.all("link") + page.all("script") + page.all("iframe") + page.all("object") + page.all("base")
+    for tag, attributes in page.elements:
+        assert not {"srcset", "poster", "background", "ping", "action"} & set(attributes), tag
+        assert not [name for name in attributes if name.startswith("on")], tag
+        assert str(attributes.get("src", "data:image/")).startswith("data:image/"), tag
+        if tag != "a":
+            assert str(attributes.get("href", "#")).startswith(("#", "data:image/png;base64,")), tag
+        assert not re.search(r"url\((?!#)|@import", str(attributes.get("style", ""))), tag
+    styles = "".join(re.findall(r"<style>(.*?)</style>", page.html, re.DOTALL))
+    assert not re.search(r"url\(|@import|http", styles)
+
+
+def test_the_policy_of_the_page_forbids_requests_and_scripts(page: Page) -> None:
+    policies = [each["content"] for each in page.all("meta") if each.get("http-equiv") == "Content-Security-Policy"]
+    assert policies == [
+        "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    ]
+
+
+def test_every_picture_has_a_text_alternative(page: Page) -> None:
+    assert len(page.all("img")) > 20
+    assert all(str(each.get("alt", "")).strip() for each in page.all("img"))
+    assert all(each.get("role") == "img" and str(each.get("aria-label")).strip() for each in page.all("svg"))
+
+
+def test_links_within_the_page_have_a_target_and_ids_are_unique(page: Page) -> None:
+    ids = [str(attributes["id"]) for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    targets = {str(each["href"])[1:] for _, each in page.elements if str(each.get("href", "")).startswith("#")}
+    assert targets <= set(ids)
+
+
+def test_names_from_outside_are_text_and_nothing_else(made: Report, page: Page) -> None:
+    assert HOSTILE in page.text
+    for name in HOSTILE_NAMES[: len(made.content.info.class_names)]:
+        assert name.replace("\u202e", "\\u202e") in page.text
+    assert "{{ 7*7 }}" in page.text
+    assert "javascript:" not in page.html
+    assert "\x1b" not in page.html
+    assert {each["href"] for each in page.all("a") if not str(each["href"]).startswith("#")} == {
+        'https://x.example/"><script>'
+    }
+
+
+def test_the_page_of_100_classes_is_small_and_soon_made(made: Report) -> None:
+    start = time.process_time()
+    size = len(render(made).encode())
+    assert size <= 3_000_000
+    assert time.process_time() - start < 5
+
+
+def test_what_is_unknown_is_shown_as_unknown(made: Report) -> None:
+    text = Page(render(replace(made, facts=RunFacts(problem="no <such> file")))).text
+    cost = text[text.rindex("\nCost\n") :]
+    assert "MLflow run\nunknown" in re.sub(r"(?<=run)(?=unknown)", "\n", cost)
+    assert "MLflow could not be asked: no <such> file" in text
+    assert cost.count("unknown") >= 12
+
+
+def test_pictures_are_encoded_without_metadata(tmp_path: Path) -> None:
+    for size, kind in ((32, "PNG"), (300, "WEBP")):
+        uri = encode(np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8))
+        picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+        assert (picture.format, max(picture.size)) == (kind, min(size, 112))
+        assert not picture.getexif()
+        assert not {"exif", "xmp", "icc_profile"} & set(picture.info)
+
+
+def test_predictions_of_another_model_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("pipeline.reporting.model.TOLERANCE", -1.0)
+    with pytest.raises(UserError, match="run `dvc repro evaluate`"):
+        report.make_report(seconds={})
+
+
+METRICS = {"accuracy": 0.9, "accuracy_low": 0.84, "accuracy_high": 0.94, "loss": 0.3, "test_images": 150}
+DATA = {"test_images.npy": "1", "test_labels.npy": "2"}
+
+
+def commit(folder: Path, metrics: Mapping[str, Any], data: Mapping[str, str]) -> None:
+    deps = [{"path": f"artifacts/normalize/{name}", "md5": md5} for name, md5 in data.items()]
+    (folder / "artifacts/evaluate").mkdir(parents=True)
+    (folder / "artifacts/evaluate/metrics.json").write_text(json.dumps(metrics))
+    (folder / "dvc.lock").write_text(json.dumps({"stages": {"evaluate": {"deps": deps}}}))
+    start = ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "Start"]
+    for command in (["init", "-q"], ["add", "."], start):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+
+
+def test_the_baseline_is_the_committed_accuracy_on_the_same_images(tmp_path: Path) -> None:
+    commit(tmp_path, {**METRICS, "accuracy": 0.5, "loss": 0.9}, DATA)
+    found = find_baseline(METRICS, data_md5=DATA, folder=tmp_path).comparison
+    assert found
+    assert (found.accuracy, found.is_shown) == (0.5, True)
+    assert found.difference == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "data", "reason"),
+    [
+        (METRICS, DATA, "these are the results in the commit"),
+        ({**METRICS, "loss": 1}, {**DATA, "test_images.npy": "3"}, "are of other test images"),
+        ({"accuracy": "x"}, DATA, "cannot be read"),
+    ],
+)
+def test_without_a_baseline_the_reason_is_stated(
+    metrics: dict[str, Any], data: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    commit(tmp_path, metrics, data)
+    found = find_baseline(METRICS, data_md5=DATA, folder=tmp_path)
+    assert found.comparison is None
+    assert reason in found.reason
+
+
+def test_the_interval_of_the_difference_is_that_of_newcombe() -> None:
+    """Newcombe 1998 (the paper on differences), table II, method 10: 56/70 and 48/80."""
+    low, high = wilson(56, 70)
+    metrics = {"accuracy": 56 / 70, "accuracy_low": low, "accuracy_high": high}
+    found = compare(metrics, accuracy=48 / 80, number=80, commit="c")
+    assert (found.difference_low, found.difference_high) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "words"),
+    [(0.88, "is within what chance explains"), (0.2, ", better than the baseline"), (1.0, ", worse than the baseline")],
+)
+def test_a_difference_is_called_better_only_if_the_interval_shows_it(accuracy: float, words: str, made: Report) -> None:
+    content = replace(made.content, metrics={**made.content.metrics, **METRICS})
+    baseline = Baseline(compare(METRICS, accuracy=accuracy, number=1000, commit="c"))
+    verdict = Page(render(replace(made, content=content, baseline=baseline))).text
+    assert words in verdict
+    assert ("better than" in verdict) == ("better" in words)
+
+
+def test_numbers_are_not_rounded_to_certainty() -> None:
+    assert [percent(value).replace("\u00a0", " ") for value in (0.0, 0.00001, 0.5, 0.99999, 1.0)] == [
+        "0.0 %",
+        "< 0.1 %",
+        "50.0 %",
+        "> 99.9 %",
+        "100.0 %",
+    ]
+    assert duration(None) == "unknown"
+
+
+def test_gpu_hours_are_of_all_processes_and_unknown_without_a_record() -> None:
+    assert RunFacts(RUN).gpu_hours(processes=2) == 4
+    assert RunFacts(replace(RUN, hardware={"gpu": "none"})).gpu_hours(processes=2) == 0
+    assert RunFacts().gpu_hours(processes=1) is None
+
+
+@pytest.mark.parametrize("value", ["train", "train=x", "train=-1", "train=inf", "trian=1"])
+def test_a_wrong_duration_is_refused(value: str) -> None:
+    with pytest.raises(UserError, match="--seconds: found"):
+        report.parse_seconds([value])
+
+
+def test_a_missing_store_is_unknown_and_is_not_created(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
+    facts = report.make_report(seconds={}).facts
+    assert facts.recorded is None
+    assert "none.db: no such file" in facts.problem
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_a_failing_report_is_a_warning_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    monkeypatch.delenv("PIPELINE_FLOW_RUN_ID", raising=False)
+    report_command.make_report()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: the report was not made: params.yaml: ")
+    assert lines[0].endswith("`.venv/bin/python -m pipeline.report` tries it again")
+
+
+@pytest.mark.slow
+def test_the_step_evaluate_makes_the_report_and_records_it(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_artifacts(workspace, classes=3, size=32, channels=1)
+    done = run_step("evaluate")
+    assert (done.returncode, done.stderr) == (0, "")
+    path = workspace / "artifacts/report.html"
+    assert f"report {path.as_uri()}\n" in done.stdout
+    assert "MLflow run</dt><dd>unknown" not in path.read_text()
+    recorded = list((workspace / "mlartifacts").rglob("report.html"))
+    assert [each.read_bytes() for each in recorded] == [path.read_bytes()]
