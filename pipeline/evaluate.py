@@ -1,4 +1,8 @@
-"""Evaluate, the last step: compute the metrics of the model on the test split, which no other step reads."""
+"""Evaluate, the last step: compute the metrics of the model on the test split, which no other step reads.
+
+Calibrated probabilities are those after the temperature in `model.json`. It was fitted for the best weights and single
+views of the images, and is also used with `evaluate.checkpoint: last` and `evaluate.test_time_augmentation`.
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
