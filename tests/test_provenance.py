@@ -241,6 +241,8 @@ def test_a_run_of_an_earlier_version_is_traced_by_its_tags(workspace: Path, old_
 
 
 def test_a_name_of_several_runs_leads_to_all_of_them_newest_first(workspace: Path) -> None:
+    (workspace / ".gitignore").write_text("mlflow.db*\nmlartifacts/\n")
+    start_repository(workspace)
     first = finished_training()
     time.sleep(0.01)
     second = finished_training("other")
