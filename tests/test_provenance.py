@@ -75,11 +75,12 @@ def set_variables(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
 def test_a_model_that_thirty_nights_take_from_the_cache_has_at_most_ten_tags(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run_id = ""
     for night in range(31):
         names = {"ID": f"f-{night}", "NAME": "digits epochs=3", "LINK": f"http://127.0.0.1/{night}"}
         set_variables(monkeypatch, **{f"PIPELINE_FLOW_RUN_{name}": value for name, value in names.items()})
         set_variables(monkeypatch, PIPELINE_EXPERIMENT=f"night-{night}")
-        run_id = run_id if night else finished_training()  # noqa: F821  (the first night has set it)
+        run_id = run_id or finished_training()
         run, _ = find_or_create_run(MODEL, experiment="digits")
         run.record(result_values({"accuracy": 0.5}))
     wanted = {"recipe", "git.dirty", "dvc.experiment", "prefect.flow_run_id", "prefect.flow_run_name", "model.md5"}
@@ -240,6 +241,8 @@ def test_a_run_of_an_earlier_version_is_traced_by_its_tags(workspace: Path, old_
 
 
 def test_a_name_of_several_runs_leads_to_all_of_them_newest_first(workspace: Path) -> None:
+    (workspace / ".gitignore").write_text("mlflow.db*\nmlartifacts/\n")
+    start_repository(workspace)
     first = finished_training()
     time.sleep(0.01)
     second = finished_training("other")

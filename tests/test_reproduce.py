@@ -17,6 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.git import git
 from pipeline.core.settings import get_settings
 from pipeline.tracking.provenance import COMMIT, REPRODUCES
+from pipeline.tracking.provenance_file import with_provenance
 from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.search import Run, find_run, find_runs
 from pipeline.tracking.store import connect
@@ -41,7 +42,7 @@ def project(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def run(project: Path) -> Run:
     [found] = [run for run in find_runs({"model.md5": "%"}) if REPRODUCES not in run.tags]
-    return found
+    return with_provenance(found)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_a_reproduced_run_is_identical(again: tuple[int, str], run: Run) -> None
     assert "epoch 1/1" in text
     for stage in ("download", "normalize", "train", "evaluate"):
         assert f"{stage:<11} identical" in text
-    [copy] = find_runs({REPRODUCES: run.run_id})
+    [copy] = map(with_provenance, find_runs({REPRODUCES: run.run_id}))
     assert (copy.tags["model.md5"], copy.tags["reproduction.result"]) == (run.tags["model.md5"], "identical")
     assert "dvc.experiment" not in copy.tags
     assert find_or_create_run(run.tags["model.md5"], experiment="digits")[0].run_id == run.run_id
@@ -92,7 +93,7 @@ def test_an_experiment_is_reproduced_by_its_name(project: Path) -> None:
 def test_another_package_version_or_hardware_is_reported(
     again: tuple[int, str], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [copy] = find_runs({REPRODUCES: run.run_id})
+    [copy] = map(with_provenance, find_runs({REPRODUCES: run.run_id}))
     monkeypatch.setattr(reproduce, "read_file", lambda found, name: PACKAGES[found.run_id == copy.run_id])
     lines = list(reproduce._environment_differences(replace(run, tags={**run.tags, "hardware.cpu": "abacus"}), copy))
     assert lines == [
@@ -132,7 +133,7 @@ def test_the_reason_for_different_bits_is_reported(
 def test_a_run_of_older_code_is_found_by_its_tags(
     project: Path, again: tuple[int, str], run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    [copy] = find_runs({REPRODUCES: run.run_id})
+    [copy] = map(with_provenance, find_runs({REPRODUCES: run.run_id}))
     model = cached_path(cache_folder(project), run.tags["model.md5"])
     find = partial(reproduce._find_new_run, run, reported_id=None, model=model)
     assert find(since=copy.started) == copy

@@ -54,7 +54,7 @@ class Settings:
 
     # MLFLOW_TRACKING_URI: the store of the runs; if it is empty, `mlflow.db` in the project
     mlflow_tracking_uri: str
-    # MLFLOW_EXPERIMENT_NAME: the experiment of new runs; if it is empty, the data set's name
+    # MLFLOW_EXPERIMENT_NAME: the experiment of new runs; if it is empty, that of the data set or of its folder
     mlflow_experiment_name: str
     # MLFLOW_EXPERIMENT_ID: the id of the experiment of new runs
     mlflow_experiment_id: str

@@ -97,7 +97,7 @@ def add_provenance(run_id: str, values: Values, *, overwrite: bool = True) -> di
     """
     with _exclusive():
         known = _read_or_warn(run_id)
-        merged = known | dict(values) if overwrite else dict(values) | known
+        merged = known | {name: one for name, one in values.items() if overwrite or name not in known}
         if merged != known:
             _write(run_id, merged)
     return merged

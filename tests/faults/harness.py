@@ -26,6 +26,7 @@ from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from pipeline.artifacts import file_md5
 from pipeline.core.yaml import dump_yaml
+from pipeline.tracking.provenance import TRAIN_OUTPUTS, tag_name
 from tests.conftest import DEFAULTS, PROJECT, write_normalized
 
 FILES = ("best.safetensors", "last.safetensors", "model.json", "history.csv", "curves.png")
@@ -137,7 +138,7 @@ def _history(client: MlflowClient, run: Run) -> dict[str, Any]:
             history[name] = [step for step, _ in points] if name == "speed/images_per_second" else points
     models = client.search_logged_models([run.info.experiment_id], filter_string=f"source_run_id = '{run.info.run_id}'")
     history["models"] = sum(model.status == LoggedModelStatus.READY for model in models)
-    history["hashes"] = (run.data.tags.get("model.md5"), run.data.tags.get("outputs.train"))
+    history["hashes"] = (run.data.tags.get("model.md5"), run.data.tags.get(tag_name(TRAIN_OUTPUTS)))
     return history
 
 
