@@ -140,7 +140,7 @@ def _training_table(training: TrainingProgress | None) -> list[str]:
     rows = [
         (f"train, epoch {last.epoch}", f"{last.train_loss:.4f}", f"{last.train_accuracy:.2%}"),
         (f"validation, epoch {last.epoch}", f"{last.validation_loss:.4f}", f"**{last.validation_accuracy:.2%}**"),
-        ("best validation so far", "", f"{best:.2%}"),
+        ("best validation", "", f"{best:.2%}"),
     ]
     return [_table(header, rows)]
 

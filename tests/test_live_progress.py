@@ -101,7 +101,7 @@ def test_a_running_training_is_shown_with_epoch_bar_losses_and_time_left() -> No
     assert f"`{BAR * 15}{'░' * 15}` **50%** · 2 min 10 s left · 1 min 10 s so far · 3,200 images/s" in text
     assert "epoch 3: 40 of 63 steps" in text
     assert "| train, epoch 2 | 0.4100 | 88.00% |\n| validation, epoch 2 | 0.3900 | **90.25%** |" in text
-    assert "| best validation so far |  | 95.00% |" in text
+    assert "| best validation |  | 95.00% |" in text
     assert "As of 12:40:03 UTC; reload the page" in text
 
 
