@@ -30,6 +30,7 @@ from prefect.types._datetime import now
 
 from flows import FLOW_NAME, PROJECT, server
 from flows.dvc_state import DAMAGED, experiment_refs, missing_outputs
+from flows.live_progress import mark_interrupted
 from flows.prefect_server import MAX_RECORDS_PER_REQUEST, current_server, prefect_client
 from flows.workspace import EXPERIMENT_LABEL, existing_store
 from flows.workspace_folders import FOLDER, find_leftovers, is_held, remove_leftovers
@@ -155,6 +156,7 @@ def _end_flow_run(run_id: UUID, state: State[Any], *, url: str) -> None:
         ):
             client.set_task_run_state(task.id, state, force=True)
         client.set_flow_run_state(run_id, state, force=True)
+        mark_interrupted(client, run_id)
 
 
 def prefect_server(project: Path) -> Iterator[Finding]:

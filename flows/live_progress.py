@@ -1,7 +1,7 @@
 """Publish the progress of a flow run in Prefect: one Markdown artifact, which a thread updates while the stages run.
 
 The stages report their progress in a file (`pipeline.core.step_progress`). Where the server does not answer, an update
-is skipped: the progress must not fail the run. The artifact of a flow run that SIGKILL ends keeps its last update.
+is skipped: the progress must not fail the run. `doctor` marks the artifact of a flow run that SIGKILL ended.
 """
 
 import contextvars
@@ -26,7 +26,18 @@ from prefect.exceptions import PrefectException
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.dvc_protocol import Outcome
-from flows.progress_page import DONE, RESTORED, UP_TO_DATE, WAITING, Page, RunState, StageState, as_line, as_markdown
+from flows.progress_page import (
+    DONE,
+    RESTORED,
+    UP_TO_DATE,
+    WAITING,
+    Page,
+    RunState,
+    StageState,
+    as_interrupted,
+    as_line,
+    as_markdown,
+)
 from pipeline.artifacts import DOWNLOAD, EVALUATE, NORMALIZE, TRAIN
 from pipeline.core.errors import first_line
 from pipeline.core.step_progress import read_progress
@@ -37,6 +48,7 @@ UPDATES_PER_RUN_TIME = (
     100  # the time between two updates is the time since the start divided by this, within the limits
 )
 REQUEST_SECONDS = 5.0
+KEY_SUFFIX = "-progress"
 STAGES = tuple(folder.name for folder in (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE))
 SHOWN_OUTCOMES = {"ran": DONE, "restored": RESTORED, "unchanged": UP_TO_DATE}
 # RuntimeError: Prefect raises it where the server has another version; ValueError: an answer that is not as expected
@@ -45,7 +57,7 @@ SERVER_ERRORS = (httpx.HTTPError, PrefectException, OSError, RuntimeError, Value
 
 def artifact_key(recipe: str) -> str:
     """Return the key of a recipe's progress, such as `cifar10-lenet-progress`: lowercase letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{recipe.lower()}-progress").strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", f"{recipe.lower()}{KEY_SUFFIX}").strip("-")
 
 
 @dataclass
@@ -164,6 +176,19 @@ class LiveProgress:
             limit=1,
         )
         return found[0].id if found else None
+
+
+def mark_interrupted(client: SyncPrefectClient, flow_run_id: UUID) -> None:
+    """Show the progress of a killed flow run as interrupted."""
+    found = client.read_artifacts(
+        artifact_filter=ArtifactFilter(
+            key=ArtifactFilterKey(like_=f"%{KEY_SUFFIX}"), flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id])
+        )
+    )
+    for artifact in found:
+        text = as_interrupted(str(artifact.data))
+        if text != artifact.data:
+            client.update_artifact(artifact.id, ArtifactUpdate(data=text, description="Interrupted: it was killed"))
 
 
 def _now() -> str:

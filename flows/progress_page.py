@@ -8,6 +8,7 @@ from pipeline.core.progress import format_bytes
 from pipeline.core.step_progress import StepProgress, TrainingProgress
 
 BAR_LENGTH = 30
+RUNNING_HEADLINE, RELOAD_HINT = "## Running: ", "; reload the page for newer values"
 WAITING = "waiting"
 DONE, RESTORED, UP_TO_DATE = "done", "restored from DVC's cache", "up to date"
 
@@ -53,22 +54,27 @@ def as_line(page: Page) -> str:
 
 def as_markdown(page: Page, *, updated: str) -> str:
     """Return the page as Markdown; `updated` is the time of the update as text."""
-    parts = [f"## {_headline(page)}"]
+    parts = [f"{RUNNING_HEADLINE}{_current_step(page)}" if page.state == "running" else f"## {_headline(page)}"]
     if page.reason:
         parts.append(f"```text\n{page.reason.replace('`', chr(39))}\n```")
     if page.state == "running" and page.progress:
         parts.append(_bar(page.progress))
     parts += [*_training_table(page.training), _stage_table(page.stages)]
-    hint = "; reload the page for newer values" if page.state == "running" else ""
-    parts.append(f"As of {updated}{hint}")
+    parts.append(f"As of {updated}{RELOAD_HINT if page.state == 'running' else ''}")
     return "\n\n".join(parts) + "\n"
 
 
+def as_interrupted(text: str) -> str:
+    """Return the Markdown of a running flow run as that of one that was killed; that of an ended one is unchanged."""
+    if not text.startswith(RUNNING_HEADLINE):
+        return text
+    lines = text.replace(RUNNING_HEADLINE, "## Interrupted in ", 1).removesuffix(f"{RELOAD_HINT}\n").splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("`█", "`░"))) + "\n"
+
+
 def _headline(page: Page) -> str:
-    """Return the state of the run as text."""
+    """Return how the run ended, as text."""
     took = f" after {format_seconds(page.seconds)}" if page.seconds is not None else ""
-    if page.state == "running":
-        return f"Running: {_current_step(page)}"
     return (
         f"Finished{took}" if page.state == "finished" else f"{page.state.capitalize()}{took} in {_current_step(page)}"
     )
@@ -134,7 +140,7 @@ def _training_table(training: TrainingProgress | None) -> list[str]:
     rows = [
         (f"train, epoch {last.epoch}", f"{last.train_loss:.4f}", f"{last.train_accuracy:.2%}"),
         (f"validation, epoch {last.epoch}", f"{last.validation_loss:.4f}", f"**{last.validation_accuracy:.2%}**"),
-        ("best validation so far", "", f"{best:.2%}"),
+        ("best validation", "", f"{best:.2%}"),
     ]
     return [_table(header, rows)]
 

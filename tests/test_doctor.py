@@ -107,6 +107,12 @@ def workspaces(project: Path) -> set[str]:
     return {path.name for path in (project / workspace_folders.FOLDER).glob("*") if path.is_dir()}
 
 
+def progress_headline(flow_run_id: str) -> str:
+    with get_client(sync_client=True) as client:
+        [artifact] = [each for each in client.read_artifacts() if str(each.flow_run_id) == flow_run_id]
+    return str(artifact.data).splitlines()[0]
+
+
 def test_leftovers_of_killed_runs_are_fixed_and_running_ones_are_not_changed(tracked: Path, api_url: str) -> None:
     first = start_training(tracked, 1, api_url=api_url)
     [dead] = workspaces(tracked)
@@ -127,8 +133,10 @@ def test_leftovers_of_killed_runs_are_fixed_and_running_ones_are_not_changed(tra
         f"its process {first.pid} on {socket.gethostname()} ended without a final state",
     )
     assert set(task_states(dead)) <= {"Completed", "Cached", "Crashed"}
+    assert progress_headline(dead).startswith("## Interrupted in ")
     [other] = workspaces(tracked)
     assert flow_run(other).state_name == "Running"
+    assert progress_headline(other).startswith("## Running: ")
 
     kill_all(second)
     (tracked.parent / "train.long").unlink()

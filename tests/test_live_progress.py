@@ -13,7 +13,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.live_progress import STAGES, LiveProgress, artifact_key, seconds_between_updates
-from flows.progress_page import DONE, Page, StageState, as_line, as_markdown, format_seconds
+from flows.progress_page import DONE, Page, StageState, as_interrupted, as_line, as_markdown, format_seconds
 from flows.workspace import PROGRESS
 from flows.workspace_folders import FOLDER
 from pipeline.core.stage_code import stage_names
@@ -101,8 +101,17 @@ def test_a_running_training_is_shown_with_epoch_bar_losses_and_time_left() -> No
     assert f"`{BAR * 15}{'░' * 15}` **50%** · 2 min 10 s left · 1 min 10 s so far · 3,200 images/s" in text
     assert "epoch 3: 40 of 63 steps" in text
     assert "| train, epoch 2 | 0.4100 | 88.00% |\n| validation, epoch 2 | 0.3900 | **90.25%** |" in text
-    assert "| best validation so far |  | 95.00% |" in text
+    assert "| best validation |  | 95.00% |" in text
     assert "As of 12:40:03 UTC; reload the page" in text
+
+
+def test_the_progress_of_a_killed_run_is_shown_as_interrupted_without_a_bar() -> None:
+    running = as_markdown(Page("running", RUNNING, progress=STEP, training=TRAINING), updated="12:40:03 UTC")
+    killed = as_interrupted(running)
+    assert killed.startswith("## Interrupted in train, epoch 3 of 20\n")
+    assert BAR not in killed
+    assert killed.endswith("As of 12:40:03 UTC\n")
+    assert as_interrupted(killed) == killed
 
 
 def test_the_line_begins_with_what_the_flow_runs_page_has_space_for() -> None:

@@ -110,19 +110,19 @@ class ProgressReporter:
     def __init__(self) -> None:
         self._last_write = -SECONDS_BETWEEN_WRITES
         self._training: TrainingProgress | None = None
-        self._bar = StepProgress("", done=0, total=None, unit="")
+        self._bar, self._done = StepProgress("", done=0, total=None, unit=""), 0
         self._pace = Pace(done=0, total=None)
 
     def begin_bar(self, title: str, *, done: int, total: int | None, unit: str) -> None:
         """Begin a bar of which `done` units are finished; in a training, that is an epoch of it."""
-        self._bar = replace(self._bar, title=title, done=done, total=total, unit=unit)
+        self._bar, self._done = replace(self._bar, title=title, total=total, unit=unit), done
         if self._training is None:
             self._pace = Pace(done=done, total=total)
         self._write_if_due()
 
     def advance(self, count: int) -> None:
         """Add finished units of the bar."""
-        self._bar = replace(self._bar, done=self._bar.done + count)
+        self._done += count
         self._pace.advance(count)
         self._write_if_due()
 
@@ -147,7 +147,7 @@ class ProgressReporter:
             best = max(self._training.best_validation_accuracy or 0.0, epoch.validation_accuracy)
             self._training = replace(self._training, epochs_done=epoch.epoch, last=epoch, best_validation_accuracy=best)
             if epoch.epoch < self._training.epochs:
-                self._bar = replace(self._bar, title=f"epoch {epoch.epoch + 1}", done=0)
+                self._bar, self._done = replace(self._bar, title=f"epoch {epoch.epoch + 1}"), 0
             self._write()
 
     def _write_if_due(self) -> None:
@@ -160,6 +160,7 @@ class ProgressReporter:
             pace = self._pace
             progress = replace(
                 self._bar,
+                done=self._done,
                 fraction=pace.fraction(),
                 seconds_elapsed=pace.seconds_elapsed(),
                 seconds_left=pace.seconds_left(),
