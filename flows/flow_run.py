@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, suppress
@@ -38,6 +39,7 @@ from pipeline.tracking.run_title import differences
 EXPECTED_ERRORS = (UserError, TemporaryError, StepError, OSError)
 # labels of a flow run: its latest step, the page of its MLflow run, and why it ended where Prefect cannot know it
 STEP_LABEL, MLFLOW_LABEL, REASON_LABEL = "pipeline.step", "pipeline.mlflow_run", "pipeline.reason"
+LABEL_SECONDS = 5
 _CACHE_HIT_MESSAGES = {"restored": "restored from DVC's cache", "unchanged": "up to date"}
 
 
@@ -74,10 +76,11 @@ def _label(flow_run_id: str, labels: dict[str, str]) -> None:
 
 def _end_without_worker(flow_run_id: str) -> None:
     """End this flow run, since nobody can cancel it after its worker was killed."""
-    try:
-        _label(flow_run_id, {REASON_LABEL: "its worker was killed, or ended without waiting for it"})
-    finally:
-        os.kill(os.getpid(), signal.SIGTERM)
+    reason = {REASON_LABEL: "its worker was killed, or ended without waiting for it"}
+    labeling = threading.Thread(target=_label, args=(flow_run_id, reason), daemon=True)
+    labeling.start()
+    labeling.join(LABEL_SECONDS)  # a server that hangs must not keep the run
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def reproduce(stage: str, workspace: Workspace) -> State[Step]:
