@@ -99,7 +99,6 @@ class Site:
         self.environment = {**os.environ, "TOY": str(folder), "PREFECT_HOME": str(self.project / ".prefect")}
         self.environment |= {"PREFECT_PORT": str(free_port()), "PREFECT_API_URL": "", **environment}
         self.environment.pop("MLFLOW_TRACKING_URI", None)
-        self.start_worker()
 
     def start_worker(self) -> None:
         """Start the worker, and wait until it takes runs."""
@@ -150,6 +149,7 @@ def open_site(folder: Path, environment: Mapping[str, str], *, stores: Path) -> 
     """Yield a project whose worker runs; stop worker and server at the end."""
     site = Site(folder, environment, stores=stores)
     try:
+        site.start_worker()
         found = server.running(site.project)
         assert found
         with temporary_settings({PREFECT_API_URL: found.api_url, PREFECT_HOME: site.project / ".prefect"}):
