@@ -34,6 +34,7 @@ from pipeline.core.errors import UserError, redact_url, report_errors
 from pipeline.core.git import git
 
 LOCAL_POOL = "local"  # the work pool of the deployments in prefect.yaml
+NIGHTLY = f"{FLOW_NAME}/nightly"
 GIT_POOL = "git"
 GIT_DEPLOYMENT = "from-git"
 ENTRYPOINT = "flows/train_classifier.py:train_classifier"

@@ -5,14 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import chdir, contextmanager
+from contextlib import chdir, contextmanager, suppress
 from typing import Any
+from uuid import UUID
 
-from prefect import Task, get_run_logger, runtime
+import httpx
+from prefect import Task, get_client, get_run_logger, runtime
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import PrefectException
 from prefect.states import Completed
 from prefect.utilities.urls import url_for
 
@@ -34,6 +38,9 @@ from pipeline.tracking.run_title import differences
 
 # errors that a user can act on: the flow run fails with the error's one line as its message
 EXPECTED_ERRORS = (UserError, TemporaryError, StepError, OSError)
+# labels of a flow run: its latest step, the page of its MLflow run, and why it ended where Prefect cannot know it
+STEP_LABEL, MLFLOW_LABEL, REASON_LABEL = "pipeline.step", "pipeline.mlflow_run", "pipeline.reason"
+LABEL_SECONDS = 5
 _CACHE_HIT_MESSAGES = {"restored": "restored from DVC's cache", "unchanged": "up to date"}
 
 
@@ -62,12 +69,33 @@ def is_temporary_failure(_task: Task[..., Any], _run: TaskRun, state: State[Any]
     return isinstance(error, StepError) and error.status in (EXIT_TEMPORARY, -signal.SIGKILL, 128 + signal.SIGKILL)
 
 
+def _label(flow_run_id: str, labels: dict[str, str]) -> None:
+    """Add labels to a flow run, for the text of notifications; a server that does not answer must not end the run."""
+    with suppress(httpx.HTTPError, PrefectException), get_client(sync_client=True) as client:
+        client.update_flow_run_labels(UUID(flow_run_id), {**labels})
+
+
+def _end_without_worker(flow_run_id: str) -> None:
+    """End this flow run, since nobody can cancel it after its worker was killed."""
+    reason = {REASON_LABEL: "its worker was killed, or ended without waiting for it"}
+    labeling = threading.Thread(target=_label, args=(flow_run_id, reason), daemon=True)
+    labeling.start()
+    labeling.join(LABEL_SECONDS)  # a server that hangs must not keep the run
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def reproduce(stage: str, workspace: Workspace) -> State[Step]:
     """Bring a DVC stage up to date, and return the task's state: Completed, or Cached if its command did not run."""
     start = time.monotonic()
+    run_id = str(runtime.flow_run.id)
+    _label(run_id, {STEP_LABEL: stage, REASON_LABEL: ""})  # a retry may have another reason
     assert workspace.live
-    with workspace.live.stage(stage) as shown:
-        shown.outcome = outcome = workspace.reproduce(stage, on_line=log)
+    try:
+        with workspace.live.stage(stage) as shown:
+            shown.outcome = outcome = workspace.reproduce(stage, on_line=log)
+    finally:
+        if workspace.mlflow_run_id:
+            _label(run_id, {MLFLOW_LABEL: mlflow_page(workspace.mlflow_run_id)})
     step = Step(stage, outcome, time.monotonic() - start)
     if outcome == "ran":
         return Completed(data=step)
@@ -82,8 +110,7 @@ def open_flow_run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> I
     run_id, run_name = str(runtime.flow_run.id), str(runtime.flow_run.name)
     experiment = experiment_name(PROJECT, f"{recipe}-{run_name}", f"{recipe}-{run_name}-{run_id[:8]}")
     if "PREFECT__FLOW_RUN_ID" in os.environ:  # Prefect's worker sets it
-        # nobody could cancel this flow run after its worker was killed: end it then
-        call_at_parent_end(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        call_at_parent_end(lambda: _end_without_worker(run_id))
     register_process(run_id, run_count=runtime.flow_run.run_count, project=PROJECT, experiment=experiment)
     for line in fix_leftovers(PROJECT):
         log(line)

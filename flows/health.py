@@ -25,9 +25,9 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.types._datetime import now
 
-from flows import FLOW_NAME, PROJECT, doctor
+from flows import PROJECT, doctor
 from flows.checks import OTHER_GPUS
-from flows.deployments import LOCAL_POOL
+from flows.deployments import LOCAL_POOL, NIGHTLY
 from flows.dvc_state import cache_folder
 from flows.health_mlflow import CheckFailedError, check_mlflow, mlflow_runs
 from flows.prefect_server import check_answers, current_server, prefect_client
@@ -45,7 +45,6 @@ from pipeline.tracking.store_uri import tracking_uri
 State = Literal["ok", "wrong", "unknown"]
 # returns what is ok; raises CheckFailedError, or another error if the check cannot be made
 Check = Callable[[Path], str]
-NIGHTLY = f"{FLOW_NAME}/nightly"
 MAX_NIGHTLY_AGE = timedelta(hours=26)  # a day, and two hours for a worker that was away
 HEARTBEATS_MISSED = 3  # after as many missed heartbeats, Prefect's server too counts a worker as offline
 MIN_FREE_GIB = 10.0  # a nightly run's files, a checkpoint and a backup of the databases fit many times

@@ -13,7 +13,7 @@ import sys
 
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows import PROJECT, server
+from flows import PROJECT, notifications, server
 from flows.deployments import LOCAL_POOL, cli_environment, deploy_all, ensure_work_pool
 from flows.git import check_checkout
 from flows.prefect_server import current_server, ensure_server
@@ -27,11 +27,16 @@ QUERY_SECONDS = "2"  # between two requests for new flow runs; Prefect's default
 def work(used: PrefectServer) -> int:
     """Run a worker until it ends or a signal comes, end all that it has started, and return its exit status."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", LOCAL_POOL, "--type", "process"]
-    extra = {"PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", QUERY_SECONDS)}
+    extra = {
+        "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", QUERY_SECONDS),
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(notifications.heartbeat_seconds()),
+    }
+    addresses = (notifications.WEBHOOK, notifications.SLACK, notifications.EMAIL)  # secrets that no flow run needs
+    inherited = {name: value for name, value in os.environ.items() if name not in addresses}
     process = subprocess.Popen(
         command,
         cwd=PROJECT,
-        env={**os.environ, **cli_environment(used.api_url), **used.environment(), **extra},
+        env={**inherited, **cli_environment(used.api_url), **used.environment(), **extra},
         start_new_session=True,
     )
     try:
@@ -63,9 +68,11 @@ def _serve() -> int:
     with temporary_settings({PREFECT_API_URL: used.api_url}):
         ensure_work_pool(LOCAL_POOL)
         names = deploy_all(used.api_url)
+        notified = notifications.register(used.api_url)
     print(f"Deployments: {', '.join(names)}\nForm:        {used.page}/deployments")
     print('Commands:    eval "$(make prefect-env)"')
     print("             .venv/bin/prefect deployment run train-classifier/on-demand -p recipe=digits")
+    print(f"Failed, crashed and missed nights are reported by: {', '.join(notified) or 'nothing (docs/operations.md)'}")
     print("Ctrl-C stops the worker and its flow runs.", flush=True)
     return work(used)
 

@@ -7,7 +7,7 @@ as `MLFLOW_TRACKING_TOKEN`, are not here.
 import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PROXY_VARIABLES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY")
@@ -44,6 +44,12 @@ class Settings:
     progress_file: str
     # PIPELINE_OWN_PREFECT_API_URL: the address that `make prefect-env` printed for the project's own server
     own_prefect_api_url: str
+    # PIPELINE_NOTIFY_WEBHOOK, _SLACK, _EMAIL: where messages about nightly runs go; they may hold a password or token
+    notify_webhook: str = field(repr=False)
+    notify_slack: str = field(repr=False)
+    notify_email: str = field(repr=False)
+    # PIPELINE_NOTIFY_HOURS: the longest time from one completed nightly run to the next; if it is empty, the default
+    notify_hours: str
 
     # DVC_ROOT: the project whose DVC runs this stage
     dvc_root: str
@@ -105,6 +111,10 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         result_file=text("PIPELINE_RESULT_FILE"),
         progress_file="" if text("RANK") not in ("", "0") else text("PIPELINE_PROGRESS_FILE"),
         own_prefect_api_url=text("PIPELINE_OWN_PREFECT_API_URL"),
+        notify_webhook=text("PIPELINE_NOTIFY_WEBHOOK"),
+        notify_slack=text("PIPELINE_NOTIFY_SLACK"),
+        notify_email=text("PIPELINE_NOTIFY_EMAIL"),
+        notify_hours=text("PIPELINE_NOTIFY_HOURS"),
         dvc_root=text("DVC_ROOT"),
         in_dvc_stage="DVC_STAGE" in environment,
         in_dvc_experiment="DVC_EXP_NAME" in environment,

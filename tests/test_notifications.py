@@ -1,0 +1,235 @@
+"""A night that fails, crashes or is missed is reported by Prefect's server to a real webhook receiver."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from prefect import get_client
+from prefect.blocks.notifications import SlackWebhook
+from prefect.events import emit_event
+from prefect.events.schemas.automations import AutomationCore, EventTrigger
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Running
+from pydantic import SecretStr
+
+from flows import automations, notifications
+from pipeline.core.errors import UserError
+from pipeline.core.settings import get_settings
+from tests.nights import TOKEN, MailReceiver, Receiver, Site, kill_worker, open_site
+from tests.test_flows import wait_until
+
+FAST = {
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS": "1",
+    "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": "1",
+    "PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY": "PT1S",
+}
+PAGE = r"http://127\.0\.0\.1:\d+/runs/flow-run/[0-9a-f-]{36}"
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Receiver:
+    return Receiver()
+
+
+@pytest.fixture(scope="module")
+def mailbox() -> MailReceiver:
+    return MailReceiver()
+
+
+@pytest.fixture(scope="module")
+def site(
+    tmp_path_factory: pytest.TempPathFactory, receiver: Receiver, mailbox: MailReceiver, stores: Path
+) -> Iterator[Site]:
+    """Yield a project with toy stages whose worker runs, and whose server marks a run as late after a second."""
+    addresses = {notifications.WEBHOOK: receiver.url, notifications.EMAIL: mailbox.url}
+    with open_site(tmp_path_factory.mktemp("site"), FAST | addresses, stores=stores) as site:
+        yield site
+
+
+@pytest.fixture
+def register(site: Site, receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Return a function that registers notifications with these variables, by default the address of `receiver`."""
+
+    def register(**variables: str) -> list[str]:
+        for name in (notifications.WEBHOOK, notifications.SLACK, notifications.EMAIL, notifications.HOURS):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in (variables or {notifications.WEBHOOK: receiver.url}).items():
+            monkeypatch.setenv(name, value)
+        get_settings.cache_clear()
+        return notifications.register(PREFECT_API_URL.value() or "")
+
+    return register
+
+
+def ours() -> dict[str, UUID]:
+    """Return the names and ids of all automations and blocks on the server that are ours."""
+    with get_client(sync_client=True) as client:
+        found = [(one.name, one.id) for one in client.read_automations()]
+        found += [(one.name or "", one.id) for one in client.read_block_documents()]
+    return {name: key for name, key in found if name.startswith(automations.PREFIX)}
+
+
+def last_changes() -> list[str]:
+    """Return when each automation was last changed: a change would restart the time that it measures."""
+    with get_client(sync_client=True) as client:
+        return [one["updated"] for one in client.request("POST", "/automations/filter", json={}).json()]
+
+
+def test_a_failed_night_is_reported_and_a_run_that_a_person_starts_is_not(
+    site: Site, receiver: Receiver, mailbox: MailReceiver
+) -> None:
+    site.hold("train", status=2)
+    by_hand = site.start_run("by-hand", deployment="train-classifier/on-demand")
+    wait_until(lambda: state_of(by_hand) == "Failed")
+    site.start_run("of-the-night")
+    lines = receiver.next().splitlines()
+    assert lines[:3] == [
+        "Nightly run failed: of-the-night",
+        "Step: train",
+        "Reason: train: train.device is 'cuda'; allowed: cpu",
+    ]
+    assert re.fullmatch(f"Run: {PAGE}", lines[3])
+    mail = mailbox.messages.get(timeout=600)
+    assert "Subject: Nightly run failed: of-the-night" in mail
+    assert "\nReason: train: train.device is 'cuda'; allowed: cpu\nRun: http" in mail
+
+
+def test_the_message_links_the_mlflow_run_where_it_is_known(site: Site, receiver: Receiver) -> None:
+    site.hold("evaluate", status=2)
+    (site.folder / "train.result").write_text(json.dumps({"mlflow_run_id": "r-1"}))
+    site.hold("train")
+    site.start_run("known")
+    text = receiver.next()
+    assert "Step: evaluate" in text
+    assert re.search(r"(?m)^MLflow: http://127\.0\.0\.1:\d+/.*r-1", text)
+
+
+def test_neither_prefects_page_nor_a_log_shows_an_address(site: Site) -> None:
+    with get_client(sync_client=True) as client:
+        blocks = client.read_block_documents(include_secrets=False)  # as Prefect's page asks
+        answers = [one.model_dump_json() for one in [*blocks, *client.read_automations()]]
+    logs = [path.read_text() for path in [site.folder / "worker.log", *(site.project / ".prefect").glob("*.log")]]
+    assert len(logs) > 1
+    assert not [text for text in answers + logs if TOKEN in text]
+
+
+def test_registering_again_changes_nothing(register: Callable[..., list[str]]) -> None:
+    register()
+    before, changes = ours(), last_changes()
+    assert len(before) == 6
+    for _ in range(2):
+        assert register() == ["webhook"]
+    assert (ours(), last_changes()) == (before, changes)
+
+
+def test_a_paused_automation_stays_paused_also_where_it_changes(register: Callable[..., list[str]]) -> None:
+    register()
+    with get_client(sync_client=True) as client:
+        client.pause_automation(ours()["classifier-pipeline-overdue"])
+        register(**{notifications.WEBHOOK: "http://127.0.0.1:9", notifications.HOURS: "50"})
+        [found] = client.read_automations_by_name("classifier-pipeline-overdue")
+    assert (found.enabled, "within 50 hours" in str(found.actions)) == (False, True)
+
+
+def test_without_an_address_ours_are_removed_and_no_others(register: Callable[..., list[str]]) -> None:
+    register()
+    with get_client(sync_client=True) as client:
+        SlackWebhook(url=SecretStr("https://hooks.slack.com/services/T/B/X")).save("users-own")
+        [failed] = client.read_automations_by_name(f"{automations.PREFIX}-failed")
+        own = client.create_automation(AutomationCore.model_validate({**failed.model_dump(), "name": "users-own"}))
+        assert register(NOTHING="") == []
+        assert ours() == {}
+        assert [one.id for one in client.read_automations()] == [own]
+        assert [one.name for one in client.read_block_documents()] == ["users-own"]
+        client.delete_automation(own)
+
+
+def test_a_killed_worker_a_silent_run_and_a_missed_night_are_reported(
+    site: Site, receiver: Receiver, register: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    site.hold("train", waits=True)
+    site.start_run("interrupted")
+    site.begins("train")
+    kill_worker(site)
+    text = receiver.next()
+    assert text.startswith("Nightly run crashed: interrupted\nStep: train\nReason: its worker was killed")
+
+    for name, value in {"MIN_SILENT_SECONDS": 10, "HEARTBEATS_MISSED": 0, "START_SECONDS": 10}.items():
+        monkeypatch.setattr(automations, name, value)
+    monkeypatch.setattr(notifications, "MIN_HOURS", 0)
+    register(**{notifications.WEBHOOK: receiver.url, notifications.HOURS: f"{10 / 3600}"})
+    silent = site.start_run("silent", state=Running())
+    site.start_run("missed")
+    send_heartbeat(silent)
+    texts = dict(sorted(text.split("\n", 1) for text in (receiver.next() for _ in range(3))))
+    assert [*texts] == ["Nightly run crashed: silent", "Nightly run missed: missed", "Nightly run overdue"]
+    crashed, missed, overdue = texts.values()
+    assert "Reason: no heartbeat for 10 s: the run was killed" in crashed
+    assert re.match(r"Reason: due at \d{4}-\d\d-\d\d \d\d:\d\d UTC and not started: no worker is running", missed)
+    assert "Reason: no run of nightly has completed within" in overdue
+    assert all(re.search(PAGE, text) for text in texts.values())
+
+
+def state_of(run_id: UUID) -> str | None:
+    with get_client(sync_client=True) as client:
+        return client.read_flow_run(run_id).state_name
+
+
+def send_heartbeat(run_id: UUID) -> None:
+    """Send the event that Prefect sends from the process of a flow run."""
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(run_id)
+    deployment = {"prefect.resource.id": f"prefect.deployment.{run.deployment_id}"}
+    deployment["prefect.resource.role"] = "deployment"
+    resource = {"prefect.resource.id": f"prefect.flow-run.{run_id}", "prefect.resource.name": run.name}
+    emit_event("prefect.flow-run.heartbeat", resource, related=[deployment])
+
+
+def test_the_time_to_the_next_completed_night_begins_again_with_each() -> None:
+    made = automations.nightly_automations(UUID(int=1), blocks={}, hours=30, heartbeat_seconds=60)
+    trigger = next(one.trigger for one in made if one.name.endswith("overdue"))
+    assert isinstance(trigger, EventTrigger)
+    assert "prefect.flow-run.Completed" in trigger.after & trigger.expect
+    assert trigger.within == timedelta(hours=30)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("PIPELINE_NOTIFY_WEBHOOK", "hooks.example.org/secret"),
+        ("PIPELINE_NOTIFY_WEBHOOK", "http:///secret"),
+        ("PIPELINE_NOTIFY_SLACK", "https://example.org/services/a/b/secret"),
+        ("PIPELINE_NOTIFY_EMAIL", "secret@example.org"),
+        ("PIPELINE_NOTIFY_EMAIL", "mailtos://"),
+    ],
+)
+def test_a_bad_address_is_refused_and_not_printed(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"{variable}: found another kind of address; allowed: ") as error:
+        notifications.configured_blocks()
+    assert "secret" not in str(error.value) + repr(get_settings())
+
+
+@pytest.mark.parametrize("value", ["a day", "0", "nan", "inf", "-3"])
+def test_a_bad_number_of_hours_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(notifications.HOURS, value)
+    with pytest.raises(UserError, match=f"PIPELINE_NOTIFY_HOURS: found '{value}'; allowed: a number of hours"):
+        notifications.expected_hours()
+
+
+def test_nothing_is_sent_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (notifications.WEBHOOK, notifications.SLACK, notifications.EMAIL):
+        monkeypatch.delenv(name, raising=False)
+    assert notifications.configured_blocks() == {}
+
+
+def test_a_slack_address_makes_a_slack_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(
+        notifications.SLACK, "https://hooks.slack.com/services/T00000000/B00000000/XXXXXXXXXXXXXXXXXXXXXXXX"
+    )
+    assert isinstance(notifications.configured_blocks()["slack"], SlackWebhook)
