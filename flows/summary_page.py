@@ -1,0 +1,105 @@
+"""The summary of a flow run on Prefect's pages: a Markdown artifact with the curves and the confusion matrix."""
+
+import base64
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from flows.reports import REPORTS
+from flows.summary import Summary, describe_baseline, describe_results, describe_time
+from pipeline.artifacts import EVALUATE, TRAIN
+from pipeline.core.errors import escape_control_chars
+
+CURVES = TRAIN / "curves.png"
+CONFUSION_MATRIX = EVALUATE / "confusion_matrix.png"
+MAX_PICTURE_BYTES = 500_000  # Prefect's database holds each picture of each flow run
+
+
+def artifact_key(recipe: str) -> str:
+    """Return the key under which Prefect keeps the history of a recipe's summaries: `cifar10-lenet-summary`."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{recipe.lower()}-summary").strip("-")
+
+
+def as_title(summary: Summary) -> str:
+    """Return the run's title and its test accuracy, as Markdown."""
+    return f"{_escape(summary.setup.title)}: {summary.metrics['accuracy']:.2%}"
+
+
+def as_markdown(summary: Summary, *, folder: Path, mlflow_link: str | None, flow_run_link: str) -> str:
+    """Return the Prefect artifact: results, what differs, pictures from `folder`, places, all metrics."""
+    validation = f"validation accuracy {summary.validation_accuracy:.2%} in epoch {summary.selected_epoch}"
+    curves = f"Learning curves: loss and accuracy by epoch; {validation}, whose weights are selected"
+    baseline = describe_baseline(summary)
+    results = [*describe_results(summary), *([("baseline", baseline)] if baseline else [])]
+    matrix = (
+        f"Confusion matrix: test images by actual and predicted class; {dict(results)['test accuracy']} are correct"
+    )
+    parts = [
+        f"# {_escape(summary.setup.title)}",
+        _table(["result", "value"], [(name, _escape(value)) for name, value in results]),
+        "## What differs",
+        _differences(summary),
+        "## Learning curves",
+        _picture(folder, CURVES, text=curves),
+        "## Confusion matrix",
+        _picture(folder, CONFUSION_MATRIX, text=matrix),
+        "## Where to find it",
+        _table(["what", "where"], _places(summary, mlflow_link=mlflow_link, flow_run_link=flow_run_link)),
+        "## All metrics",
+        _table(["metric", "value"], [(_escape(name), _format(value)) for name, value in summary.metrics.items()]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _differences(summary: Summary) -> str:
+    """Return a table of the parameters that differ from the recipe."""
+    recipe = _escape(summary.setup.recipe)
+    rows = [
+        (_escape(name), _escape(_format(old)), _escape(_format(new)))
+        for name, (old, new) in summary.setup.differences.items()
+    ]
+    return _table(["parameter", f"recipe {recipe}", "this run"], rows) if rows else f"nothing from recipe {recipe}"
+
+
+def _picture(folder: Path, path: Path, *, text: str) -> str:
+    """Return a PNG file below `folder` as a picture with an alternative text, or a line if it is missing or large."""
+    file = folder / path
+    if not file.is_file():
+        return f"`{path}` was not written"
+    if file.stat().st_size > MAX_PICTURE_BYTES:
+        return f"`{path}` is too large for this page: it is in the report and among the files of the MLflow run"
+    return f"![{_escape(text)}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
+
+
+def _places(summary: Summary, *, mlflow_link: str | None, flow_run_link: str) -> list[tuple[str, str]]:
+    """Return the names by which each tool has the run, and the command that lists all of them."""
+    mlflow = f"[{summary.mlflow_run_id}]({mlflow_link}): curves, model, files, report" if mlflow_link else "unknown"
+    if mlflow_link and summary.has_cached_model:
+        mlflow += " (an earlier run, which made this model)"
+    flow_run = f"[{summary.flow_run_id}]({flow_run_link})" if flow_run_link else f"`{summary.flow_run_id}`"
+    return [
+        ("MLflow run", f"{mlflow} (`make ui` serves the page)"),
+        ("Prefect flow run", flow_run),
+        ("report", f"`{REPORTS / summary.report.name}`" if summary.report else "none; the log has the reason"),
+        ("copy the files into the checkout", f"`dvc exp apply {summary.experiment}`"),
+        ("all ids and files", f"`python -m flows.trace {summary.experiment}`"),
+        ("time", describe_time(summary)),
+    ]
+
+
+def _format(value: object) -> str:
+    """Return a value of a metric or a parameter as text."""
+    if value is None:
+        return "null"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _escape(text: str) -> str:
+    """Return text as Markdown that shows it as it is: neither links, pictures nor HTML in it have an effect."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", escape_control_chars(text))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; its cells are Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
