@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from flows.reports import REPORTS
@@ -12,7 +12,7 @@ from pipeline.core.errors import escape_control_chars
 
 CURVES = TRAIN / "curves.png"
 CONFUSION_MATRIX = EVALUATE / "confusion_matrix.png"
-MAX_PICTURE_BYTES = 500_000  # Prefect's database holds each picture of each flow run
+MAX_PICTURE_BYTES = 750_000  # Prefect's database holds each picture of each flow run
 
 
 def artifact_key(recipe: str) -> str:
@@ -34,9 +34,10 @@ def as_markdown(summary: Summary, *, folder: Path, mlflow_link: str | None, flow
     matrix = (
         f"Confusion matrix: test images by actual and predicted class; {dict(results)['test accuracy']} are correct"
     )
+    num_images = sum(each.test_images for each in summary.classes)
     parts = [
-        f"# {_escape(summary.setup.title)}",
-        _table(["result", "value"], [(name, _escape(value)) for name, value in results]),
+        f"# {summary.metrics['accuracy']:.2%} of {num_images:,} test images are correct",
+        _list(f"**{name}**: {_escape(value)}" for name, value in results),
         "## What differs",
         _differences(summary),
         "## Learning curves",
@@ -44,7 +45,7 @@ def as_markdown(summary: Summary, *, folder: Path, mlflow_link: str | None, flow
         "## Confusion matrix",
         _picture(folder, CONFUSION_MATRIX, text=matrix),
         "## Where to find it",
-        _table(["what", "where"], _places(summary, mlflow_link=mlflow_link, flow_run_link=flow_run_link)),
+        _list(_places(summary, mlflow_link=mlflow_link, flow_run_link=flow_run_link)),
         "## All metrics",
         _table(["metric", "value"], [(_escape(name), _format(value)) for name, value in summary.metrics.items()]),
     ]
@@ -71,19 +72,21 @@ def _picture(folder: Path, path: Path, *, text: str) -> str:
     return f"![{_escape(text)}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
 
 
-def _places(summary: Summary, *, mlflow_link: str | None, flow_run_link: str) -> list[tuple[str, str]]:
-    """Return the names by which each tool has the run, and the command that lists all of them."""
-    mlflow = f"[{summary.mlflow_run_id}]({mlflow_link}): curves, model, files, report" if mlflow_link else "unknown"
-    if mlflow_link and summary.has_cached_model:
-        mlflow += " (an earlier run, which made this model)"
+def _places(summary: Summary, *, mlflow_link: str | None, flow_run_link: str) -> list[str]:
+    """Return a line for each tool that has the run, and the command that lists all ids."""
+    mlflow = f"[{summary.mlflow_run_id}]({mlflow_link}) (`make ui` serves its page)" if mlflow_link else "unknown"
+    which = (
+        "the earlier one that made this model" if mlflow_link and summary.has_cached_model else "curves, model, files"
+    )
     flow_run = f"[{summary.flow_run_id}]({flow_run_link})" if flow_run_link else f"`{summary.flow_run_id}`"
+    report = f"`{REPORTS / summary.report.name}` in the project" if summary.report else "none; the log has the reason"
     return [
-        ("MLflow run", f"{mlflow} (`make ui` serves the page)"),
-        ("Prefect flow run", flow_run),
-        ("report", f"`{REPORTS / summary.report.name}`" if summary.report else "none; the log has the reason"),
-        ("copy the files into the checkout", f"`dvc exp apply {summary.experiment}`"),
-        ("all ids and files", f"`python -m flows.trace {summary.experiment}`"),
-        ("time", describe_time(summary)),
+        f"MLflow run, {which}: {mlflow}",
+        f"Prefect flow run: {flow_run}",
+        f"report: {report}",
+        f"copy the files into the checkout: `dvc exp apply {summary.experiment}`",
+        f"list all ids and files: `python -m flows.trace {summary.experiment}`",
+        f"time: {describe_time(summary)}",
     ]
 
 
@@ -97,6 +100,11 @@ def _format(value: object) -> str:
 def _escape(text: str) -> str:
     """Return text as Markdown that shows it as it is: neither links, pictures nor HTML in it have an effect."""
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", escape_control_chars(text))
+
+
+def _list(lines: Iterable[str]) -> str:
+    """Return a Markdown list; Prefect's page wraps its lines, unlike those of a table."""
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
