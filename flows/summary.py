@@ -5,16 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.baseline import METRICS_FILE, Baseline, read_baseline
 from flows.dvc_protocol import Outcome
 from pipeline.artifacts import EVALUATE, HISTORY, NORMALIZE, SELECTED_COLUMN, TRAIN, read_csv, read_json
-from pipeline.core.errors import UserError, escape_control_chars
-from pipeline.core.git import read_committed
-from pipeline.core.yaml import parse_yaml
+from pipeline.core.errors import escape_control_chars
 from pipeline.params import PARAMS_FILE, Params, load_params
 from pipeline.tracking.run_title import RunSetup
-
-METRICS = EVALUATE / "metrics.json"
-LOCK = "dvc.lock"
 
 
 @dataclass(frozen=True)
@@ -43,15 +39,6 @@ class ClassResult:
     num_correct: int
     precision: float | None
     recall: float | None
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """The committed test accuracy on the same test images, as a fraction with its 95% interval."""
-
-    accuracy: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,7 @@ def read_summary(
         setup,
         steps,
         seconds,
-        metrics=read_json(folder / METRICS),
+        metrics=read_json(folder / METRICS_FILE),
         classes=_read_classes(folder),
         mlflow_run_id=mlflow_run_id,
         params=load_params(folder / PARAMS_FILE),
@@ -137,29 +124,6 @@ def _fraction(cell: str) -> float | None:
     return float(cell) if cell else None
 
 
-def read_baseline(folder: Path) -> Baseline | None:
-    """Return the committed test accuracy, or None where there is none on the test images of the files in `folder`.
-
-    The test images are the same if the committed dvc.lock and that of the folder have the same hashes of them.
-    """
-    try:
-        texts = [read_committed(folder, "HEAD", name) for name in (LOCK, str(METRICS))]
-        committed, metrics = (parse_yaml(text, origin="HEAD") if text else {} for text in texts)
-    except UserError:
-        return None
-    ours = parse_yaml((folder / LOCK).read_text(encoding="utf-8"), origin=LOCK)
-    if not _test_split(ours) or _test_split(committed) != _test_split(ours):
-        return None
-    names = ("accuracy", "accuracy_low", "accuracy_high")
-    return Baseline(*(float(metrics[name]) for name in names)) if metrics.keys() >= set(names) else None
-
-
-def _test_split(lock: Mapping[str, Any]) -> dict[str, str]:
-    """Return the MD5 of each array of the test split by which dvc.lock states that `evaluate` has used it."""
-    deps = lock.get("stages", {}).get("evaluate", {}).get("deps", [])
-    return {dep["path"]: dep["md5"] for dep in deps if dep["path"].startswith(f"{NORMALIZE}/test_")}
-
-
 def describe_results(summary: Summary) -> list[tuple[str, str]]:
     """Return name and text of the results: test accuracy, worst class, validation accuracy."""
     metrics = summary.metrics
@@ -182,17 +146,8 @@ def _describe_worst(classes: Sequence[ClassResult]) -> str:
 
 
 def describe_baseline(summary: Summary) -> str | None:
-    """Return the difference to the committed test accuracy in percentage points, or None without a baseline."""
-    base, metrics = summary.baseline, summary.metrics
-    if base is None:
-        return None
-    points = 100 * (metrics["accuracy"] - base.accuracy)
-    committed = f"{base.accuracy:.2%} is committed, on the same test images"
-    if points == 0:
-        return f"the same: {committed}"
-    overlap = metrics["accuracy_low"] <= base.high and base.low <= metrics["accuracy_high"]
-    meaning = "overlap, so this may be chance" if overlap else "do not overlap"
-    return f"{points:+.2f} points: {committed}; the 95% intervals {meaning}"
+    """Return the difference to the committed test accuracy, or None without a baseline."""
+    return summary.baseline.compare(summary.metrics) if summary.baseline else None
 
 
 def describe_time(summary: Summary) -> str:
