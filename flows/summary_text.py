@@ -11,7 +11,7 @@ SUGGESTED_RECIPE = "cifar10_lenet"
 MAX_CLASSES_PRINTED = 20
 UNEQUAL_CLASSES = 3.0  # train images of the largest class / those of the smallest one from which weights are suggested
 WIDTH = 80  # columns
-CONTEXT = 2  # columns between a name and its value
+GAP = 2  # columns between a name and its value
 
 
 def as_text(summary: Summary, *, recipe: str, images: str | None = None, overrides: Sequence[str] = ()) -> str:
@@ -67,7 +67,7 @@ def _value(value: object) -> str:
 
 def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
     """Return the rows as lines of at most WIDTH columns, with the second column aligned; links are not broken."""
-    indent = max(len(name) for name, _ in rows) + CONTEXT
+    indent = max(len(name) for name, _ in rows) + GAP
     lines = []
     for name, value in rows:
         parts = textwrap.wrap(value, WIDTH - indent, break_long_words=False, break_on_hyphens=False)
@@ -77,15 +77,15 @@ def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 def _commands(commands: Sequence[tuple[str, str]]) -> list[str]:
     """Return a line for each command with what it does, or two where a line would be longer than WIDTH."""
-    width = WIDTH - CONTEXT
-    short = [command for command, purpose in commands if len(command) + CONTEXT + len(purpose) <= width]
-    column = max(map(len, short), default=0) + CONTEXT
+    width = WIDTH - GAP
+    short = [command for command, purpose in commands if len(command) + GAP + len(purpose) <= width]
+    column = max(map(len, short), default=0) + GAP
     lines = []
     for command, purpose in commands:
         if len(command) < column and column + len(purpose) <= width:
             lines.append(f"{command:<{column}}{purpose}")
         else:
-            lines += [command, f"{'':<{CONTEXT}}{purpose}"]
+            lines += [command, f"{'':<{GAP}}{purpose}"]
     return [f"  {line}" for line in lines]
 
 
