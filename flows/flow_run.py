@@ -163,7 +163,7 @@ def make_report(workspace: Workspace, steps: Sequence[Step]) -> Path | None:
     seconds = {step.stage: step.seconds for step in steps if step.outcome == "ran"}
     try:
         for line in render(workspace.folder, target, environment=workspace.environment, seconds=seconds):
-            warn(f"report: {line}")
+            warn(line)
     except (UserError, OSError) as error:
         warn(f"the report was not made: {error}")
         return None

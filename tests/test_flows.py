@@ -259,7 +259,7 @@ def test_a_report_that_fails_is_a_warning(
     project: Path, run_here: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert run_here().result().report
-    assert "report: the page is not in MLflow" in caplog.text
+    assert "the page is not in MLflow" in caplog.text
     (project.parent / "report.exit").touch()
     assert run_here().result().report is None
     assert "the report was not made: artifacts/train is missing" in caplog.text
