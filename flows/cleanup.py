@@ -1,4 +1,4 @@
-"""Remove old experiments, and what belongs to them alone: MLflow runs, registered versions, files in DVC's cache.
+"""Remove old experiments, and what belongs to them alone: reports, MLflow runs, versions, files in DVC's cache.
 
 `python -m flows.cleanup --keep N [--dry-run]`. It keeps the N newest experiments, and whatever a branch, a tag, a
 stash, the checkout, an alias in MLflow's registry or the tag `keep` of a run needs. Exit status: 0 done; 2 a mistake to
@@ -30,6 +30,7 @@ from flows.dvc_cleanup import (
 )
 from flows.dvc_history import DvcExperiment, History, add_folder_contents, check_only_project, list_experiments
 from flows.dvc_state import cache_folder
+from flows.reports import existing_reports
 from flows.workspace import existing_store
 from pipeline.core.errors import (
     PartialError,
@@ -49,6 +50,7 @@ class Plan:
     """What a cleanup removes, and a line for each old thing that it keeps, with the reason."""
 
     experiments: tuple[DvcExperiment, ...]
+    reports: tuple[Path, ...]
     runs: tuple[StoredRun, ...]
     entries: tuple[Path, ...]
     objects: tuple[Path, ...]
@@ -57,7 +59,8 @@ class Plan:
     @property
     def freed(self) -> int:
         """Return how many bytes the removal frees."""
-        return _size(self.objects) + _size(self.entries) + sum(_size_of_run(stored) for stored in self.runs)
+        files = _size([*self.reports, *self.objects, *self.entries])
+        return files + sum(_size_of_run(stored) for stored in self.runs)
 
     @property
     def is_empty(self) -> bool:
@@ -84,7 +87,14 @@ def make_plan(project: Path, *, keep: int) -> Plan:
     else:
         objects = unused_objects(project, needed)
     entries = run_cache_entries(project, objects)
-    plan = Plan(tuple(old), tuple(removed.values()), tuple(entries), tuple(objects), tuple(dict.fromkeys(kept)))
+    plan = Plan(
+        experiments=tuple(old),
+        reports=tuple(existing_reports(project, (one.name for one in old))),
+        runs=tuple(removed.values()),
+        entries=tuple(entries),
+        objects=tuple(objects),
+        kept=tuple(dict.fromkeys(kept)),
+    )
     if existing_store(project) is None and not plan.is_empty:
         raise UserError(
             f"MLflow's store {sqlite_path(tracking_uri(project))} does not exist, so the models in use are not known; "
@@ -128,7 +138,8 @@ def clean_up(project: Path, *, keep: int, dry_run: bool) -> None:
 
 
 def _remove(plan: Plan, repo: Any) -> None:
-    """Remove runs, then experiments, then files: what a killed cleanup left, the next one finds."""
+    """Remove reports and runs, then experiments, then files: what a killed cleanup left, the next one finds."""
+    remove_files(plan.reports)
     for stored in plan.runs:
         remove_run(stored)
     remove_experiments(repo, plan.experiments)
@@ -148,9 +159,11 @@ def _failures_are_partial() -> Iterator[None]:
 
 
 def as_lines(plan: Plan) -> Iterator[str]:
-    """Yield a line for each experiment, run and version to remove, for DVC's cache, and for each thing kept."""
+    """Yield a line for each experiment, report, run and version to remove, for DVC's cache, and for each thing kept."""
     for one in plan.experiments:
         yield f"experiment  {one.name}, {datetime.fromtimestamp(one.created, UTC):%Y-%m-%d %H:%M} UTC"
+    for path in plan.reports:
+        yield f"report      {path.name}, {megabytes(_size([path]))}"
     for stored in plan.runs:
         yield f"MLflow run  {stored.run.run_id} ({stored.run.name}), {megabytes(_size_of_run(stored))}"
         yield from (f"version     {version}, of that run" for version in stored.versions)

@@ -20,7 +20,8 @@ from flows.form import Overrides
 from flows.git import check_checkout
 from flows.prefect_server import ensure_server
 from flows.settings import PrefectServer
-from flows.summary import Summary, as_text
+from flows.summary import Summary
+from flows.summary_text import as_text
 from flows.workspace import KEPT_CLONES, check_local_files
 from pipeline.artifacts import expand
 from pipeline.core.errors import (

@@ -57,7 +57,8 @@ class _DvcLog(logging.Handler):
         if message.startswith("Some of the cache files do not exist"):
             return  # no need to warn: DVC then runs the stage
         if record.levelno >= logging.WARNING or message.startswith(("Stage ", "> ")):
-            print(f"dvc: {message.removeprefix('> ')}", flush=True)
+            short = message.removeprefix("> ").removesuffix(" - skipping run, checking out outputs")
+            print(f"dvc: {short}", flush=True)
 
 
 DVC_LOG = _DvcLog(logging.INFO)

@@ -1,6 +1,5 @@
-"""The parts of a flow run around its four tasks: open a workspace, reproduce a stage, save, summarize."""
+"""The parts of a flow run around its four tasks: open a workspace, reproduce a stage, save, report, summarize."""
 
-import logging
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -25,16 +25,20 @@ from flows.doctor import fix_leftovers, register_process
 from flows.dvc_client import StepError
 from flows.git import experiment_name, untracked_files
 from flows.live_progress import LiveProgress, artifact_key
-from flows.summary import Step, Summary, as_markdown, read_summary
+from flows.reports import MODULE, render, report_path
+from flows.run_log import log, shorten_logs, warn
+from flows.summary import Step, Summary, read_summary
+from flows.summary_page import as_markdown, as_title
 from flows.ui import mlflow_page
 from flows.workspace import Keep, Workspace, open_workspace
 from pipeline.artifacts import BEST_WEIGHTS, TRAIN, file_md5
 from pipeline.core.errors import EXIT_TEMPORARY, TemporaryError, UserError, redact_url
 from pipeline.core.processes import call_at_parent_end
-from pipeline.core.yaml import dump_yaml, read_yaml
-from pipeline.params import PARAMS_FILE
+from pipeline.core.yaml import dump_yaml
 from pipeline.recipes import compose
-from pipeline.tracking.run_title import differences
+from pipeline.tracking.run_title import RunSetup, read_setup
+
+DEFAULT_RECIPE = "digits"
 
 # errors that a user can act on: the flow run fails with the error's one line as its message
 EXPECTED_ERRORS = (UserError, TemporaryError, StepError, OSError)
@@ -44,23 +48,7 @@ LABEL_SECONDS = 5
 _CACHE_HIT_MESSAGES = {"restored": "restored from DVC's cache", "unchanged": "up to date"}
 
 
-class _OneLine(logging.Filter):
-    """A log filter that removes the traceback of an error whose message is a complete line."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, (StepError, UserError, TemporaryError)):
-            record.msg, record.args, record.exc_info = str(error), (), None
-        return True
-
-
-for _name in ("prefect.task_runs", "prefect.flow_runs"):
-    logging.getLogger(_name).addFilter(_OneLine())
-
-
-def log(line: str) -> None:
-    """Log a line of a stage or of DVC in Prefect's current flow run or task run."""
-    get_run_logger().info(line)
+shorten_logs()
 
 
 def is_temporary_failure(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -95,20 +83,41 @@ def reproduce(stage: str, workspace: Workspace) -> State[Step]:
             shown.outcome = outcome = workspace.reproduce(stage, on_line=log)
     finally:
         if workspace.mlflow_run_id:
-            _label(run_id, {MLFLOW_LABEL: mlflow_page(workspace.mlflow_run_id)})
+            page = mlflow_page(workspace.mlflow_run_id, experiment_id=workspace.mlflow_experiment_id)
+            _label(run_id, {MLFLOW_LABEL: page})
     step = Step(stage, outcome, time.monotonic() - start)
     if outcome == "ran":
         return Completed(data=step)
     return Completed(name="Cached", message=_CACHE_HIT_MESSAGES[outcome], data=step)
 
 
+def name_flow_run() -> str:
+    """Return the name of the current flow run, as in `digits lr=0.03 epochs=6`, which is that of its MLflow run too.
+
+    Prefect calls this at the start of each run, also of a scheduled one. Where the title cannot be made, as for a value
+    that is not allowed, the run keeps its name: the flow then fails with the reason.
+    """
+    values = runtime.flow_run.parameters
+    overrides = values.get("overrides")
+    try:
+        return _setup(values.get("recipe", DEFAULT_RECIPE), overrides.flat() if overrides else {})[1].title
+    except (UserError, OSError):
+        return str(runtime.flow_run.name)
+
+
+def _setup(recipe: str, overrides: Mapping[str, Any]) -> tuple[Mapping[str, Any], RunSetup]:
+    """Return the parameters of a run, and what differs from the recipe; raises UserError where one is not allowed."""
+    with chdir(PROJECT):
+        params = compose(recipe, overrides)
+        return params, read_setup(recipe=recipe, params=params)
+
+
 @contextmanager
 def open_flow_run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> Iterator[Workspace]:
     """Compose the parameters, register this process in Prefect, fix what killed runs left, and yield the workspace."""
-    with chdir(PROJECT):
-        params = compose(recipe, overrides)
+    params, setup = _setup(recipe, overrides)
     run_id, run_name = str(runtime.flow_run.id), str(runtime.flow_run.name)
-    experiment = experiment_name(PROJECT, f"{recipe}-{run_name}", f"{recipe}-{run_name}-{run_id[:8]}")
+    experiment = experiment_name(PROJECT, setup.title, flow_run_id=run_id)
     if "PREFECT__FLOW_RUN_ID" in os.environ:  # Prefect's worker sets it
         call_at_parent_end(lambda: _end_without_worker(run_id))
     register_process(run_id, run_count=runtime.flow_run.run_count, project=PROJECT, experiment=experiment)
@@ -122,12 +131,16 @@ def open_flow_run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> I
         params_text=dump_yaml(params),
         experiment=experiment,
         flow_run_id=run_id,
-        variables={"PIPELINE_FLOW_RUN_NAME": run_name, "PIPELINE_FLOW_RUN_LINK": link},
+        variables={
+            "PIPELINE_FLOW_RUN_NAME": run_name,
+            "PIPELINE_FLOW_RUN_LINK": link,
+            "PIPELINE_RECIPE": recipe,
+        },
         keep=keep,
     )
     with (
         open_clone as workspace,
-        LiveProgress(workspace.progress_file, key=artifact_key(recipe), flow_run_id=run_id) as workspace.live,
+        LiveProgress(workspace.progress_file, recipe=recipe, flow_run_id=run_id) as workspace.live,
     ):
         yield workspace
 
@@ -178,21 +191,43 @@ def save(workspace: Workspace) -> str | None:
     return run_id or None
 
 
-def summarize(workspace: Workspace, steps: Sequence[Step], *, mlflow_run_id: str | None, start: float) -> Summary:
+def make_report(workspace: Workspace, steps: Sequence[Step]) -> Path | None:
+    """Render the report of the experiment, and return its path; a failure is a warning, and the result None."""
+    if not (workspace.folder / MODULE).exists():
+        log(f"no report is made, since this commit has no {MODULE}")
+        return None
+    target = report_path(PROJECT, workspace.experiment)
+    seconds = {step.stage: step.seconds for step in steps if step.outcome == "ran"}
+    try:
+        for line in render(workspace.folder, target, environment=workspace.environment, seconds=seconds):
+            warn(line)
+    except (UserError, OSError) as error:
+        warn(f"the report was not made: {error}")
+        return None
+    log(f"report: {target.relative_to(PROJECT)}")
+    return target
+
+
+def summarize(
+    workspace: Workspace, steps: Sequence[Step], *, mlflow_run_id: str | None, report: Path | None, start: float
+) -> Summary:
     """Return the summary of a finished flow run, and publish it in Prefect; `start` is its `time.monotonic()`."""
+    setup = read_setup(workspace.folder, recipe=workspace.environment["PIPELINE_RECIPE"])
     summary = read_summary(
         workspace.folder,
         experiment=workspace.experiment,
+        flow_run_id=str(runtime.flow_run.id),
+        setup=setup,
         steps=steps,
         seconds=time.monotonic() - start,
         mlflow_run_id=mlflow_run_id,
+        report=report,
     )
-    committed, params = (read_yaml(path) for path in (workspace.committed_params, workspace.folder / PARAMS_FILE))
     text = as_markdown(
         summary,
-        changes=differences(committed, params),
-        flow_run_id=str(runtime.flow_run.id),
+        folder=workspace.folder,
         mlflow_link=mlflow_page(mlflow_run_id, experiment_id=workspace.mlflow_experiment_id) if mlflow_run_id else None,
+        flow_run_link=workspace.environment["PIPELINE_FLOW_RUN_LINK"],
     )
-    create_markdown_artifact(text, key="summary", description=workspace.experiment)
+    create_markdown_artifact(text, key=artifact_key(setup.recipe, "summary"), description=as_title(summary))
     return summary

@@ -7,6 +7,9 @@ from pathlib import Path
 from pipeline.core.errors import UserError
 from pipeline.core.git import check_committed, git, setting
 
+MAX_TITLE_LENGTH = 40  # characters of an experiment's name before the digits of the flow run's id
+NUM_ID_DIGITS = 6
+
 
 def check_checkout(project: Path) -> None:
     """Raise UserError where the checkout cannot be cloned: if it is read-only, has no commit, or is in a conflict."""
@@ -60,12 +63,26 @@ def untracked_files(project: Path) -> list[str]:
     return git(project, "ls-files", "--others", "--exclude-standard").splitlines()
 
 
-def experiment_name(project: Path, *candidates: str) -> str:
-    """Return the first candidate that is no experiment's name yet, else the last, with characters valid in git refs."""
+def experiment_name(project: Path, title: str, *, flow_run_id: str) -> str:
+    """Return a name for a new experiment, valid in git refs: `digits-lr-0-03-3fa9c1` for the title `digits lr=0.03`.
+
+    It begins with the words of the title that fit into MAX_TITLE_LENGTH, and ends with the last digits of the flow
+    run's id (its first ones are a time in Prefect's newer ids). The name is thus unique among experiments that run at
+    the same time, failed, were removed or are on another machine: MLflow and Prefect still have those by name.
+    """
     refs = git(project, "for-each-ref", "--format=%(refname)", "refs/exps")
     taken = {ref.rpartition("/")[2] for ref in refs.split()}
-    names = [re.sub(r"[^0-9A-Za-z]+", "-", candidate).strip("-") for candidate in candidates]
+    short, digits = _hyphenated(title), flow_run_id.replace("-", "")
+    names = [f"{short}-{end}".strip("-") for end in (digits[-NUM_ID_DIGITS:], digits)]
     return next((name for name in names if name not in taken), names[-1])
+
+
+def _hyphenated(title: str) -> str:
+    """Return the first words of a title, joined by hyphens; a first word that is too long is cut."""
+    words = [word for part in title.split() if (word := re.sub(r"[^0-9A-Za-z]+", "-", part).strip("-"))]
+    while len(words) > 1 and len("-".join(words)) > MAX_TITLE_LENGTH:
+        words.pop()
+    return "-".join(words)[:MAX_TITLE_LENGTH].strip("-")
 
 
 def git_identity(project: Path) -> dict[str, str]:

@@ -48,16 +48,19 @@ UPDATES_PER_RUN_TIME = (
     100  # the time between two updates is the time since the start divided by this, within the limits
 )
 REQUEST_SECONDS = 5.0
-KEY_SUFFIX = "-progress"
+KIND = "progress"
 STAGES = tuple(folder.name for folder in (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE))
 SHOWN_OUTCOMES = {"ran": DONE, "restored": RESTORED, "unchanged": UP_TO_DATE}
 # RuntimeError: Prefect raises it where the server has another version; ValueError: an answer that is not as expected
 SERVER_ERRORS = (httpx.HTTPError, PrefectException, OSError, RuntimeError, ValueError)
 
 
-def artifact_key(recipe: str) -> str:
-    """Return the key of a recipe's progress, such as `cifar10-lenet-progress`: lowercase letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{recipe.lower()}{KEY_SUFFIX}").strip("-")
+def artifact_key(recipe: str, kind: str) -> str:
+    """Return the key under which Prefect keeps the history of a recipe's artifacts, such as `cifar10-lenet-summary`.
+
+    A key has lowercase letters, digits and dashes only.
+    """
+    return re.sub(r"[^a-z0-9]+", "-", f"{recipe.lower()}-{kind}").strip("-")
 
 
 @dataclass
@@ -73,8 +76,8 @@ class LiveProgress:
     As a context manager it starts the thread, and publishes how the flow run ended: finished, failed or interrupted.
     """
 
-    def __init__(self, path: Path, *, key: str, flow_run_id: str) -> None:
-        self._path, self._key = path, key
+    def __init__(self, path: Path, *, recipe: str, flow_run_id: str) -> None:
+        self._path, self._key = path, artifact_key(recipe, KIND)
         self._flow_run_id = UUID(flow_run_id)
         self._artifact_id: UUID | None = None
         self._page = Page("running", [StageState(name) for name in STAGES])
@@ -182,7 +185,7 @@ def mark_interrupted(client: SyncPrefectClient, flow_run_id: UUID) -> None:
     """Show the progress of a killed flow run as interrupted."""
     found = client.read_artifacts(
         artifact_filter=ArtifactFilter(
-            key=ArtifactFilterKey(like_=f"%{KEY_SUFFIX}"), flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id])
+            key=ArtifactFilterKey(like_=f"%-{KIND}"), flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id])
         )
     )
     for artifact in found:

@@ -11,7 +11,17 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
 from flows import FLOW_NAME, command_line
-from flows.flow_run import EXPECTED_ERRORS, is_temporary_failure, open_flow_run, reproduce, save, summarize
+from flows.flow_run import (
+    DEFAULT_RECIPE,
+    EXPECTED_ERRORS,
+    is_temporary_failure,
+    make_report,
+    name_flow_run,
+    open_flow_run,
+    reproduce,
+    save,
+    summarize,
+)
 from flows.form import Overrides, Recipe
 from flows.summary import Step, Summary
 from flows.workspace import Workspace
@@ -69,9 +79,9 @@ def evaluate(workspace: Workspace) -> State[Step]:
     return reproduce("evaluate", workspace)
 
 
-@flow(name=FLOW_NAME, persist_result=False)
+@flow(name=FLOW_NAME, flow_run_name=name_flow_run, persist_result=False)
 def train_classifier(
-    recipe: Recipe = "digits",
+    recipe: Recipe = DEFAULT_RECIPE,
     overrides: Overrides = Overrides(),  # noqa: B008  (it is frozen)
     keep_workspace: bool = False,
 ) -> State[Summary]:
@@ -92,7 +102,8 @@ def train_classifier(
             evaluated = evaluate(workspace, wait_for=[trained])
             mlflow_run_id = save(workspace)
             steps = [state.result() for state in (downloaded, normalized, trained, evaluated)]
-            summary = summarize(workspace, steps, mlflow_run_id=mlflow_run_id, start=start)
+            report = make_report(workspace, steps)
+            summary = summarize(workspace, steps, mlflow_run_id=mlflow_run_id, report=report, start=start)
         return Completed(data=summary)
     except EXPECTED_ERRORS as error:
         return Failed(message=str(error), data=error)

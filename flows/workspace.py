@@ -20,7 +20,7 @@ from flows.workspace_folders import make_folder
 from pipeline.artifacts import ARTIFACTS
 from pipeline.core.errors import UserError
 from pipeline.core.git import environment as git_environment
-from pipeline.core.git import git, read_committed
+from pipeline.core.git import git
 from pipeline.core.project import pipeline_cache_folder
 from pipeline.core.results import RESULT_FILE, read_result
 from pipeline.core.sqlite import sqlite_path
@@ -31,7 +31,6 @@ from pipeline.tracking.store_uri import tracking_uri
 
 KEPT_CLONES = Path(".dvc/tmp/kept")  # folder of the clones that the user asked to keep
 EXPERIMENT_LABEL = "dvc.experiment"  # a label of the flow run in Prefect
-COMMITTED_PARAMS = "committed_params.yaml"
 RESULT = "result.json"
 PROGRESS = "progress.json"
 
@@ -41,15 +40,17 @@ Keep = Literal["never", "failed", "always"]  # when a clone is moved to KEPT_CLO
 class Workspace:
     """An open clone of the checkout, whose files are in `folder` until `open_workspace` ends.
 
-    `committed_params` is the path of a copy of the committed params.yaml. `mlflow_run_id` is the MLflow run into which
-    the stages have recorded, and `mlflow_experiment_id` its experiment in MLflow: None where none has run yet, or their
-    code is too old to report the ids. `live` publishes the progress of a flow run; it is None where no flow run
-    reproduces the stages.
+    `environment` has the environment variables of the stages. `mlflow_run_id` is the MLflow run into which the stages
+    have recorded, and `mlflow_experiment_id` its experiment in MLflow: None where none has run yet, or their code is
+    too old to report the ids. `live` publishes the progress of a flow run; it is None where no flow run reproduces the
+    stages.
     """
 
-    def __init__(self, clone: Path, *, folder: Path, experiment: str, dvc: DvcClient) -> None:
+    def __init__(
+        self, clone: Path, *, folder: Path, experiment: str, environment: Mapping[str, str], dvc: DvcClient
+    ) -> None:
         self.folder = clone
-        self.committed_params = folder / COMMITTED_PARAMS
+        self.environment = environment
         self.experiment = experiment
         self.mlflow_run_id: str | None = None
         self.progress_file = folder / PROGRESS
@@ -177,15 +178,13 @@ def _open(
         clone = top / subfolder
         git(project, "clone", "--quiet", "--shared", "--no-checkout", str(repository), str(top))
         params = fill(top, clone)
-        committed = read_committed(clone, "HEAD", str(PARAMS_FILE)) or "{}"
-        (folder / COMMITTED_PARAMS).write_text(committed, encoding="utf-8")
         _link_local_files(project, clone, params)
         environment = stage_environment(project, folder, variables=variables)
         with (
             _keep_clone(top, project / KEPT_CLONES / name, keep=keep),
             start_dvc(clone, project=project, environment=environment, lock=lock) as dvc,
         ):
-            yield Workspace(clone, folder=folder, experiment=experiment, dvc=dvc)
+            yield Workspace(clone, folder=folder, experiment=experiment, environment=environment, dvc=dvc)
 
 
 @contextmanager

@@ -126,6 +126,10 @@ def run_module(project: Path, name: str, *arguments: str, status: int = 0) -> st
 
 def test_what_is_old_goes_and_all_else_still_works(project: Path) -> None:
     before, bytes_before, runs = state(project), size(project), runs_by_name()
+    reports = project / "artifacts/reports"
+    reports.mkdir()
+    for name in ("first", "newest"):
+        (reports / f"{name}.html").touch()
     planned = run_module(project, "flows.cleanup", "--keep", "1", "--dry-run").splitlines()
     assert (state(project), size(project)) == (before, bytes_before)
     done = run_module(project, "flows.cleanup", "--keep", "1").splitlines()
@@ -133,6 +137,8 @@ def test_what_is_old_goes_and_all_else_still_works(project: Path) -> None:
     assert planned[-1] == f"would {done[-1].replace('freed', 'free')}; nothing was removed"
     assert float(done[-1].split()[1]) == pytest.approx((bytes_before - size(project)) / 1e6, abs=0.05)
     assert any("champion" in line and "has the alias champion" in line for line in done)
+    assert "report      first.html, 0.0 MB" in done
+    assert [path.name for path in reports.iterdir()] == ["newest.html"]
 
     after = state(project)
     assert after["experiments"] == {"branched", "champion", "newest"}
@@ -290,7 +296,7 @@ POINTS: dict[str, tuple[Any, str, int]] = {
     "the run is gone": (cleanup, "remove_experiments", 1),
     "the experiments are gone": (cleanup, "remove_entries", 1),
     "an entry of the run cache is moved": (shutil, "rmtree", 3),
-    "the run cache is clean": (cleanup, "remove_files", 1),
+    "the run cache is clean": (cleanup, "remove_files", 2),
     "some files are gone": (Path, "unlink", 4),
 }
 """Where a cleanup is killed: before the n-th call of a function."""

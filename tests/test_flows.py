@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from prefect import get_client
 from ruamel.yaml import YAML
 
 from flows import command_line, flow_run, git, train_classifier, workspace, workspace_folders
@@ -49,6 +50,9 @@ if (control / f"{stage}.exit").exists():
     sys.exit(status)
 if (control / f"{stage}.result").exists():
     Path(os.environ["PIPELINE_RESULT_FILE"]).write_text((control / f"{stage}.result").read_text())
+if (control / f"{stage}.title").exists():
+    from pipeline.tracking.run_title import read_setup
+    (control / f"{stage}.title").write_text(read_setup().title)
 folder = Path("artifacts") / stage
 folder.mkdir(parents=True, exist_ok=True)
 if stage == "evaluate":
@@ -64,6 +68,16 @@ if stage == "normalize":
     (folder / "dataset.json").write_text(json.dumps({"counts": {"train": {"zero": 128, "one": 127}}}))
 if stage == "train":
     (folder / "history.csv").write_text("epoch,validation_accuracy,selected\\n1,0.9,\\n2,0.95,highest\\n")
+"""
+TOY_REPORT = """
+import json, os, sys
+from pathlib import Path
+if (Path(os.environ["TOY"]) / "report.exit").exists():
+    sys.exit("error: artifacts/train is missing")
+assert Path("artifacts/evaluate/metrics.json").exists()
+variables = {name: value for name, value in os.environ.items() if name.startswith("PIPELINE_")}
+Path(sys.argv[2]).write_text(json.dumps({"arguments": sys.argv[1:], "variables": variables}))
+print("warning: the page is not in MLflow", file=sys.stderr)
 """
 TOY_STAGES: dict[str, Any] = {
     "download": {"deps": ["${download.folder}", "toy.py"], "outs": ["artifacts/download"]},
@@ -104,6 +118,7 @@ def make_project(parent: Path) -> Path:
         else:
             shutil.copy(source, target)
     (folder / "toy.py").write_text(TOY)
+    (folder / "pipeline/report.py").write_text(TOY_REPORT)
     YAML().dump({"stages": STAGES}, folder / "dvc.yaml")
     (folder / "recipes").mkdir()
     (folder / "recipes" / "digits.yaml").write_text("train: {epochs: 7}\n")
@@ -145,10 +160,10 @@ def run(project: Path, *arguments: str, api_url: str) -> tuple[int, str]:
 
 
 @pytest.fixture
-def run_here(project: Path, api_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+def run_here(project: Path, api_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Return a function that runs the flow in this process, without importing Prefect again, and returns its state."""
     monkeypatch.setattr(flow_run, "PROJECT", project)
-    return lambda: train_classifier.train_classifier("digits", {}, return_state=True)
+    return lambda overrides={}: train_classifier.train_classifier("digits", overrides, return_state=True)
 
 
 @pytest.fixture
@@ -165,7 +180,7 @@ def ran(project: Path) -> list[str]:
 
 def files(project: Path) -> dict[str, bytes]:
     """Return all that a flow run must not change: files outside the folders of git and the tools, and git's status."""
-    own = {".git", ".dvc", ".prefect", "__pycache__"}
+    own = {".git", ".dvc", ".prefect", "__pycache__", "reports"}
     paths = (path for path in project.rglob("*") if path.is_file() and not own & set(path.relative_to(project).parts))
     return {str(path): path.read_bytes() for path in paths} | {
         "status": output(project, "git", "status", "--porcelain")
@@ -189,8 +204,10 @@ def test_a_flow_run_saves_an_experiment_and_does_not_change_the_checkout(project
     assert "train     | train begins" in text
     assert "98.30% (95% interval 96.40% to 99.30%)" in text
     [name] = dvc(project, "exp", "list", "--name-only").split()
-    assert name.startswith("digits-")
+    assert name.startswith("digits-epochs-9-")
     assert f"dvc exp apply {name}" in text
+    assert (project / f"artifacts/reports/{name}.html").as_uri() in text
+    assert "Finished in state Completed" not in text
     assert not [path for path in (project / workspace_folders.FOLDER).iterdir() if path.is_dir()]
     dvc(project, "exp", "apply", name)
     assert read_yaml(project / "artifacts/train/out.txt")["train"]["epochs"] == 9
@@ -206,6 +223,49 @@ def test_stages_that_dvc_has_cached_are_shown_as_cached(project: Path, run_here:
     assert [step.outcome for step in second.steps] == ["restored"] * 4
     assert str(second.steps[0]) == "download cached"
     assert len(ran(project)) == len(STAGES)
+
+
+def test_a_flow_run_has_the_title_of_its_mlflow_run(project: Path, run_here: Callable[..., Any]) -> None:
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("batch_size: 32", "batch_size: 64"))
+    (project / "recipes/nearer.yaml").write_text("train: {epochs: 7, learning_rate: 1.0e-05, batch_size: 64}\n")
+    output(project, "git", "add", "recipes")
+    (project.parent / "train.title").touch()
+    state = run_here({"train.learning_rate": 1e-05})
+    with get_client(sync_client=True) as client:
+        name = client.read_flow_run(state.state_details.flow_run_id).name
+    assert name == (project.parent / "train.title").read_text() == "digits lr=1e-05 batch=64"
+
+
+def test_a_value_that_is_not_allowed_fails_the_run_and_not_its_naming(run_here: Callable[..., Any]) -> None:
+    state = run_here({"train.momentum": 0.0})
+    assert state.name == "Failed"
+    assert "train." in state.message
+    with get_client(sync_client=True) as client:
+        assert "=" not in client.read_flow_run(state.state_details.flow_run_id).name
+
+
+def test_each_flow_run_renders_a_report_of_its_experiment(project: Path, run_here: Callable[..., Any]) -> None:
+    first, cached = run_here().result(), run_here().result()
+    read = [json.loads(summary.report.read_text()) for summary in (first, cached)]
+    assert first.report == project / f"artifacts/reports/{first.experiment}.html"
+    assert [report["variables"]["PIPELINE_EXPERIMENT"] for report in read] == [first.experiment, cached.experiment]
+    assert (read[0]["variables"]["PIPELINE_RECIPE"], read[0]["variables"]["PIPELINE_PROJECT"]) == (
+        "digits",
+        str(project),
+    )
+    assert [word.partition("=")[0] for word in read[0]["arguments"][3::2]] == list(STAGES)
+    assert read[1]["arguments"] == ["--output", str(cached.report)]
+
+
+def test_a_report_that_fails_is_a_warning(
+    project: Path, run_here: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run_here().result().report
+    assert "the page is not in MLflow" in caplog.text
+    (project.parent / "report.exit").touch()
+    assert run_here().result().report is None
+    assert "the report was not made: artifacts/train is missing" in caplog.text
 
 
 def test_an_error_of_a_stage_is_reported_in_one_line(
@@ -273,7 +333,8 @@ def test_untracked_code_is_named_whatever_else_is_untracked(
 def test_ending_a_flow_run_ends_its_stage(project: Path, api_url: str, number: int) -> None:
     process = start_run_until("normalize", project=project, api_url=api_url)
     process.send_signal(number)
-    process.communicate()
+    text, _ = process.communicate()
+    assert "Crash detected" not in text
     assert process.wait() in {-number, 128 + number}
     assert not running_in(project)
     assert not [path for path in (project / workspace_folders.FOLDER).iterdir() if path.is_dir()]
@@ -394,9 +455,14 @@ def test_a_checkout_without_a_commit_is_refused(project: Path) -> None:
 
 
 def test_experiment_names_are_valid_and_unique(project: Path) -> None:
-    output(project, "git", "update-ref", "refs/exps/ab/cdef/digits-a", "HEAD")
-    assert git.experiment_name(project, "digits-a", "digits-a-1") == "digits-a-1"
-    assert git.experiment_name(project, "my images/b~1") == "my-images-b-1"
+    identity = "01234567-89ab-7def-0123-456789abcdef"
+    output(project, "git", "update-ref", "refs/exps/ab/cdef/digits-abcdef", "HEAD")
+    assert git.experiment_name(project, "digits", flow_run_id=identity) == f"digits-{identity.replace('-', '')}"
+    assert git.experiment_name(project, "digits lr=0.03", flow_run_id=identity) == "digits-lr-0-03-abcdef"
+    assert git.experiment_name(project, "my_images b~1/é…", flow_run_id=identity) == "my-images-b-1-abcdef"
+    long = f"{'r' * 30} epochs=12 weights=/somewhere/else"
+    assert git.experiment_name(project, long, flow_run_id=identity) == f"{'r' * 30}-epochs-12-abcdef"
+    assert git.experiment_name(project, "日本", flow_run_id=identity) == "abcdef"
 
 
 def test_the_tracking_store_belongs_to_the_project_unless_the_user_names_one(

@@ -90,7 +90,10 @@ def test_a_terminated_run_is_shown_as_interrupted(project: Path, api_url: str) -
 def test_a_server_that_does_not_answer_fails_no_run(tmp_path: Path, error: type[BaseException]) -> None:
     url = f"http://127.0.0.1:{free_port()}/api"
     with temporary_settings({PREFECT_API_URL: url}), pytest.raises(error):  # noqa: SIM117
-        with LiveProgress(tmp_path / "progress.json", key="key", flow_run_id="0" * 32) as live, live.stage("train"):
+        with (
+            LiveProgress(tmp_path / "progress.json", recipe="digits", flow_run_id="0" * 32) as live,
+            live.stage("train"),
+        ):
             raise error
     assert not live._thread.is_alive()
 
@@ -136,8 +139,8 @@ def test_a_long_run_is_updated_less_often() -> None:
 
 
 def test_each_recipe_has_a_key_that_prefect_accepts() -> None:
-    keys = [artifact_key(path.stem) for path in (PROJECT / "recipes").glob("*.yaml")]
-    assert artifact_key("cifar10_lenet") == "cifar10-lenet-progress"
+    keys = [artifact_key(path.stem, "progress") for path in (PROJECT / "recipes").glob("*.yaml")]
+    assert artifact_key("cifar10_lenet", "progress") == "cifar10-lenet-progress"
     assert len(set(keys)) == len(keys)
     assert all(set(key) <= set("abcdefghijklmnopqrstuvwxyz0123456789-") for key in keys)
 

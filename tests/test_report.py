@@ -27,21 +27,21 @@ from pipeline.reporting.baseline import Baseline, compare, find_baseline
 from pipeline.reporting.facts import RunFacts
 from pipeline.reporting.gallery import encode
 from pipeline.reporting.page import Report, duration, percent, render
-from pipeline.tracking.report import RecordedRun
+from pipeline.tracking.provenance_file import Provenance
 from pipeline.tracking.run_title import RunSetup
 from tests.conftest import PROJECT, make_once, run_step
 from tests.report_page import HOSTILE_NAMES, Page, write_artifacts
 
 SIZES = {"few": {"classes": 3, "size": 32, "channels": 1}, "many": {"classes": 100, "size": 128, "channels": 3}}
 HOSTILE = "\"><script>alert('x')</script>{{ 7*7 }}"
-RUN = RecordedRun(
+RUN = Provenance(
     HOSTILE,
     name=HOSTILE,
     commit=HOSTILE,
     is_dirty="false",
     seconds=7200.0,
     hardware={"gpu": HOSTILE, "cpu": HOSTILE},
-    link="javascript:alert(1)",
+    page=HOSTILE,
 )
 SETUP = RunSetup(HOSTILE, HOSTILE, {"train.model": (HOSTILE, HOSTILE)})
 
@@ -71,7 +71,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def made(folder: Path) -> Report:
     """Return the content of a report with hostile facts about the run."""
     link = 'https://x.example/"><script>'
-    facts = RunFacts(RUN, HOSTILE, SETUP, CodeState(HOSTILE, b""), HOSTILE, HOSTILE, link, {})
+    facts = RunFacts(RUN, "javascript:alert(1)", HOSTILE, SETUP, CodeState(HOSTILE, b""), HOSTILE, HOSTILE, link, {})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/missing.db")

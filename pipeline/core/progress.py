@@ -69,11 +69,14 @@ class _LogLines:
         self._done += count
         if time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            of_total = f" of {self._amount(self._total)}" if self._total else ""
-            print(f"{self._description}: {self._amount(self._done)}{of_total}", flush=True)
+            print(f"{self._description}: {self._amount()}", flush=True)
 
-    def _amount(self, count: int) -> str:
-        return format_bytes(count) if self._unit == "B" else f"{count:,} {self._unit}"
+    def _amount(self) -> str:
+        """Return what is done, and of how much, as in `2 of 3 steps`."""
+        amounts = [self._done, self._total] if self._total else [self._done]
+        if self._unit == "B":
+            return " of ".join(map(format_bytes, amounts))
+        return f"{' of '.join(f'{count:,}' for count in amounts)} {self._unit}"
 
 
 def format_bytes(size: int) -> str:

@@ -8,7 +8,8 @@ from pipeline.core.errors import TemporaryError, UserError, first_line
 from pipeline.core.git import CodeState, code_state
 from pipeline.core.settings import get_settings
 from pipeline.params import PARAMS_FILE
-from pipeline.tracking.report import RecordedRun, find_recorded_run
+from pipeline.tracking.provenance_file import Provenance
+from pipeline.tracking.report import find_recorded_run, link_of
 from pipeline.tracking.run_title import RunSetup, read_setup
 
 
@@ -19,7 +20,8 @@ class RunFacts:
     `seconds` are those of each step, as far as they were measured. `problem` is the reason why MLflow has no answer.
     """
 
-    recorded: RecordedRun | None = None
+    recorded: Provenance | None = None
+    mlflow_link: str = ""
     problem: str = ""
     setup: RunSetup | None = None
     checkout: CodeState = field(default_factory=lambda: CodeState(None, None))
@@ -57,6 +59,7 @@ def find_facts(model_md5: str, *, seconds: Mapping[str, float]) -> RunFacts:
         problem = first_line(error)
     return RunFacts(
         recorded=recorded,
+        mlflow_link=link_of(recorded) if recorded else "",
         problem=problem,
         setup=_find_setup(),
         checkout=code_state(Path.cwd(), tracked=str(PARAMS_FILE)),

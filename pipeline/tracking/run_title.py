@@ -47,13 +47,13 @@ class RunSetup:
         return " ".join([self.recipe, *([self.images] if self.images else []), *parts, *more])
 
 
-def read_setup(folder: Path = Path(), *, recipe: str | None = None) -> RunSetup:
-    """Return the setup of the run in a checkout or a clone, by the parameters of its `params.yaml`.
+def read_setup(folder: Path = Path(), *, recipe: str | None = None, params: Values | None = None) -> RunSetup:
+    """Return the setup of the run in a checkout or a clone, by `params` or, by default, its `params.yaml`.
 
     `recipe` is by default the one that PIPELINE_RECIPE names. Without one, it is the recipe for the same data set from
     which the fewest parameters differ. The values that a recipe does not set are those of the committed `params.yaml`.
     """
-    params = read_yaml(folder / PARAMS_FILE)
+    params = params or read_yaml(folder / PARAMS_FILE)
     try:
         committed = parse_yaml(read_committed(folder, "HEAD", str(PARAMS_FILE)) or "{}", origin=str(PARAMS_FILE))
     except UserError:  # git cannot be asked: only the values of the recipe are compared

@@ -1,0 +1,107 @@
+"""The summary of a flow run on Prefect's pages: a Markdown artifact with the curves and the confusion matrix."""
+
+import base64
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from flows.reports import REPORTS
+from flows.summary import Summary, describe_baseline, describe_results, describe_time
+from pipeline.artifacts import EVALUATE, TRAIN
+from pipeline.core.errors import escape_control_chars
+
+CURVES = TRAIN / "curves.png"
+CONFUSION_MATRIX = EVALUATE / "confusion_matrix.png"
+MAX_PICTURE_BYTES = 750_000  # Prefect's database holds each picture of each flow run
+
+
+def as_title(summary: Summary) -> str:
+    """Return the run's title and its test accuracy, as Markdown."""
+    return f"{_escape(summary.setup.title)}: {summary.metrics['accuracy']:.2%}"
+
+
+def as_markdown(summary: Summary, *, folder: Path, mlflow_link: str | None, flow_run_link: str) -> str:
+    """Return the Prefect artifact: results, what differs, pictures from `folder`, places, all metrics."""
+    validation = f"validation accuracy {summary.validation_accuracy:.2%} in epoch {summary.selected_epoch}"
+    curves = f"Learning curves: loss and accuracy by epoch; {validation}, whose weights are selected"
+    results = [*describe_results(summary), ("baseline", describe_baseline(summary))]
+    matrix = (
+        f"Confusion matrix: test images by actual and predicted class; {dict(results)['test accuracy']} are correct"
+    )
+    num_images = sum(each.test_images for each in summary.classes)
+    parts = [
+        f"# {summary.metrics['accuracy']:.2%} of {num_images:,} test images are correct",
+        _list(f"**{name}**: {_escape(value)}" for name, value in results),
+        "## What differs",
+        _differences(summary),
+        "## Learning curves",
+        _picture(folder, CURVES, text=curves),
+        "## Confusion matrix",
+        _picture(folder, CONFUSION_MATRIX, text=matrix),
+        "## Where to find it",
+        _list(_places(summary, mlflow_link=mlflow_link, flow_run_link=flow_run_link)),
+        "## All metrics",
+        _table(["metric", "value"], [(_escape(name), _format(value)) for name, value in summary.metrics.items()]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _differences(summary: Summary) -> str:
+    """Return a table of the parameters that differ from the recipe."""
+    recipe = _escape(summary.setup.recipe)
+    rows = [
+        (_escape(name), _escape(_format(old)), _escape(_format(new)))
+        for name, (old, new) in summary.setup.differences.items()
+    ]
+    return _table(["parameter", f"recipe {recipe}", "this run"], rows) if rows else f"nothing from recipe {recipe}"
+
+
+def _picture(folder: Path, path: Path, *, text: str) -> str:
+    """Return a PNG file below `folder` as a picture with an alternative text, or a line if it is missing or large."""
+    file = folder / path
+    if not file.is_file():
+        return f"`{path}` was not written"
+    if file.stat().st_size > MAX_PICTURE_BYTES:
+        return f"`{path}` is too large for this page: it is in the report and among the files of the MLflow run"
+    return f"![{_escape(text)}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
+
+
+def _places(summary: Summary, *, mlflow_link: str | None, flow_run_link: str) -> list[str]:
+    """Return a line for each tool that has the run, and the command that lists all ids."""
+    mlflow = f"[{summary.mlflow_run_id}]({mlflow_link}) (`make ui` serves its page)" if mlflow_link else "unknown"
+    which = (
+        "the earlier one that made this model" if mlflow_link and summary.has_cached_model else "curves, model, files"
+    )
+    flow_run = f"[{summary.flow_run_id}]({flow_run_link})" if flow_run_link else f"`{summary.flow_run_id}`"
+    report = f"`{REPORTS / summary.report.name}` in the project" if summary.report else "none; the log has the reason"
+    return [
+        f"MLflow run, {which}: {mlflow}",
+        f"Prefect flow run: {flow_run}",
+        f"report: {report}",
+        f"copy the files into the checkout: `dvc exp apply {summary.experiment}`",
+        f"list all ids and files: `python -m flows.trace {summary.experiment}`",
+        f"time: {describe_time(summary)}",
+    ]
+
+
+def _format(value: object) -> str:
+    """Return a value of a metric or a parameter as text."""
+    if value is None:
+        return "null"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _escape(text: str) -> str:
+    """Return text as Markdown that shows it as it is: neither links, pictures nor HTML in it have an effect."""
+    return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", escape_control_chars(text))
+
+
+def _list(lines: Iterable[str]) -> str:
+    """Return a Markdown list; Prefect's page wraps its lines, unlike those of a table."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; its cells are Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
