@@ -139,7 +139,7 @@ def test_a_value_that_is_undefined_is_a_dash() -> None:
 def test_the_precision_of_a_class_that_is_never_predicted_is_undefined() -> None:
     found = summary(12, 20)
     changed = replace(found, classes=[replace(found.classes[0], precision=None), found.classes[1]])
-    assert "class 0            5     0.0%  undefined\n" in as_text(changed, recipe="my_images")
+    assert "class 0            5     0.0%          -\n" in as_text(changed, recipe="my_images")
 
 
 def test_of_many_classes_those_of_the_lowest_recall_are_listed() -> None:
