@@ -133,7 +133,7 @@ def test_the_calibration_error_after_the_temperature_is_of_the_calibrated_probab
 
 
 @pytest.mark.slow
-def test_the_step_writes_the_same_bytes_each_time(workspace: Path) -> None:
+def test_the_step_writes_the_cross_entropy_and_the_same_bytes_each_time(workspace: Path) -> None:
     write_normalized(workspace)
     names = tuple(f"class {index}" for index in range(3))
     torch.manual_seed(0)
@@ -152,6 +152,8 @@ def test_the_step_writes_the_same_bytes_each_time(workspace: Path) -> None:
     metrics = json.loads((target / "metrics.json").read_text())
     assert (metrics["test_images"], metrics["test_duplicates"]) == (30, 2)
     predictions = read_predictions(target / "predictions.parquet")
+    of_labels = predictions.probabilities[np.arange(30), predictions.actual]
+    assert metrics["loss"] == pytest.approx(-np.log(of_labels).mean(), rel=1e-5)
     assert predictions.names[:2] == ["test/0.png", "test/1.png"]
     assert evaluate(predictions, top_k=5, duplicates=[0, 3]).metrics.items() <= metrics.items()
     assert read_json(target / "calibration.json")["temperature"] == 1.5
