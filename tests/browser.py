@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import requests
-from websockets.sync.client import ClientConnection, connect
+from websockets.sync.client import connect
+from websockets.sync.connection import Connection
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which is not installed")
@@ -23,7 +24,7 @@ TIMEOUT_SECONDS = 120  # generous, since the machine may be loaded
 class Page:
     """A page of the browser; `requested` are the addresses that it asked for."""
 
-    def __init__(self, connection: ClientConnection) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection, self._last_id = connection, 0
         self.requested: list[str] = []
         for domain in ("Page", "Network", "Runtime"):
