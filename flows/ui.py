@@ -10,20 +10,23 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import requests
+
 from flows import PROJECT, ports, server
 from flows.settings import configured_server
 from pipeline.artifacts import write_json
-from pipeline.core.errors import UserError, redact_url, report_errors
+from pipeline.core.errors import UserError, escape_control_chars, redact_url, report_errors
 from pipeline.core.network import LOOPBACK, is_server
 from pipeline.core.processes import start_of
 from pipeline.core.project import artifact_folder
 from pipeline.core.sqlite import sqlite_path
-from pipeline.tracking.links import EXPERIMENTS_PAGE, run_page
+from pipeline.tracking.links import EXPERIMENTS_PAGE, VIEW_TAG, run_page, runs_page
 from pipeline.tracking.relocation import relocate
 from pipeline.tracking.sqlite_store import MLFLOW, is_current, without_percent
 from pipeline.tracking.store_uri import tracking_uri
 
 MLFLOW_PORT = 5000
+MAX_EXPERIMENTS = 5  # whose tables of runs are printed
 # variables that would let our MLflow server serve other runs, or at another address: they are not passed on to it
 MLFLOW_VARIABLES_NOT_PASSED_ON = (
     "MLFLOW_TRACKING_URI",
@@ -167,6 +170,20 @@ def prefect_server(project: Path) -> Iterator[str]:
             server.stop(project)
 
 
+def _tables_of_runs(address: str) -> list[tuple[str, str]]:
+    """Return name and page of the newest experiments that have a table of runs with metrics; none if MLflow fails."""
+    try:
+        found = requests.get(
+            f"{address}/api/2.0/mlflow/experiments/search",
+            params={"max_results": str(MAX_EXPERIMENTS), "order_by": "last_update_time DESC"},
+            timeout=10,
+        ).json()["experiments"]
+        with_view = [each for each in found if VIEW_TAG in {tag["key"] for tag in each.get("tags", [])}]
+        return [(each["name"], _address(address, runs_page(each["experiment_id"]))) for each in with_view]
+    except (requests.RequestException, ValueError, KeyError):  # such as a server with logins
+        return []
+
+
 def main() -> None:
     """Start both servers, print their addresses, and wait for a signal."""
     for number in SIGNALS:
@@ -174,10 +191,10 @@ def main() -> None:
     with report_errors(), mlflow_server(PROJECT) as mlflow, prefect_server(PROJECT) as prefect:
         page = _address(mlflow, EXPERIMENTS_PAGE)
         owner = " (yours, from MLFLOW_TRACKING_URI)" if is_server(tracking_uri(PROJECT)) else ""
-        print(
-            f"MLflow:  {page}{owner}\nPrefect: {prefect}\nCtrl-C stops the servers that this command has started.",
-            flush=True,
-        )
+        print(f"MLflow:  {page}{owner}")
+        for name, runs in _tables_of_runs(mlflow):
+            print(f"         {escape_control_chars(name)}: {runs}")
+        print(f"Prefect: {prefect}\nCtrl-C stops the servers that this command has started.", flush=True)
         signal.pause()
 
 

@@ -18,7 +18,7 @@ from websockets.sync.connection import Connection
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which is not installed")
-TIMEOUT_SECONDS = 120  # generous, since the machine may be loaded
+TIMEOUT_SECONDS = 60  # generous, since the machine may be loaded
 
 
 class Page:

@@ -7,15 +7,14 @@ import json
 
 from mlflow import MlflowClient
 
+from pipeline.tracking.links import VIEW_TAG
 from pipeline.tracking.store import warn_on_failure
 
-RESULTS = "results"  # the name of the view
 METRICS = ("selected/validation_accuracy", "test/accuracy", "test/macro_f1", "test/loss")
-_TAG = f"mlflow.sharedViewState.{RESULTS}"
 
 
 def ensure_results_view(run_id: str) -> None:
-    """Store the view RESULTS with the experiment of the run, unless it is there; on failure, only warn.
+    """Store the view of the metrics with the experiment of the run, unless it is there; on failure, only warn.
 
     An MLflow server with logins may allow the user to record runs, but not to change the experiment.
     """
@@ -23,5 +22,5 @@ def ensure_results_view(run_id: str) -> None:
     with warn_on_failure("MLflow's table of runs will show no metric"):
         client = MlflowClient()
         experiment = client.get_experiment(client.get_run(run_id).info.experiment_id)
-        if experiment.tags.get(_TAG) != view:
-            client.set_experiment_tag(experiment.experiment_id, _TAG, view)
+        if experiment.tags.get(VIEW_TAG) != view:
+            client.set_experiment_tag(experiment.experiment_id, VIEW_TAG, view)
