@@ -29,6 +29,8 @@ Test accuracy of recipes over seeds, which draw the first weights, the order and
 the same for all. "Training" is the step `train` with its start and its record in MLflow. `make results` trains again
 and compares; `python -m benchmarks.results --write` wrote this file and `results.json`.
 
+![Test accuracy of each seed](results.png)
+
 """
 
 

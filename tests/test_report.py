@@ -42,6 +42,8 @@ RUN = Provenance(
     seconds=7200.0,
     hardware={"gpu": HOSTILE, "cpu": HOSTILE},
     page=HOSTILE,
+    experiment=HOSTILE,
+    flow_run_name=HOSTILE,
 )
 SETUP = RunSetup(HOSTILE, HOSTILE, {"train.model": (HOSTILE, HOSTILE)})
 

@@ -63,8 +63,8 @@ def find_facts(model_md5: str, *, seconds: Mapping[str, float]) -> RunFacts:
         problem=problem,
         setup=_find_setup(),
         checkout=code_state(Path.cwd(), tracked=str(PARAMS_FILE)),
-        experiment=settings.experiment,
-        flow_run_name=settings.flow_run_name,
+        experiment=settings.experiment or (recorded.experiment if recorded else ""),
+        flow_run_name=settings.flow_run_name or (recorded.flow_run_name if recorded else ""),
         flow_run_link=settings.flow_run_link,
         seconds=seconds,
     )

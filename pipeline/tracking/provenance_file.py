@@ -23,7 +23,7 @@ from pipeline.core.git import UNKNOWN
 from pipeline.core.network import is_server
 from pipeline.core.project import artifact_folder, project_folder
 from pipeline.tracking.links import run_page
-from pipeline.tracking.provenance import COMMIT, HARDWARE, RESULTS, Values, as_text, flat, nested
+from pipeline.tracking.provenance import COMMIT, EXPERIMENT, HARDWARE, RESULTS, Values, as_text, flat, nested
 from pipeline.tracking.search import Run, read_artifact
 from pipeline.tracking.store import store_errors
 
@@ -35,7 +35,8 @@ class Provenance:
     """What is known about the run that made a model; texts that are not known are "unknown".
 
     `seconds` is from the start to the end of the run, interruptions included, and None while it is running. `page` is
-    the address of the run's page, relative to that of an MLflow server.
+    the address of the run's page, relative to that of an MLflow server. `experiment` (DVC's) and `flow_run_name` are
+    empty where the run had none.
     """
 
     run_id: str
@@ -45,6 +46,8 @@ class Provenance:
     seconds: float | None
     hardware: Mapping[str, str]
     page: str
+    experiment: str
+    flow_run_name: str
 
 
 def provenance_of(run: Run) -> Provenance:
@@ -58,6 +61,8 @@ def provenance_of(run: Run) -> Provenance:
         seconds=(run.ended - run.started) / 1000 if run.ended else None,
         hardware={name.removeprefix(HARDWARE): one for name, one in values.items() if name.startswith(HARDWARE)},
         page=run_page(run.run_id, experiment_id=run.experiment_id),
+        experiment=values.get(EXPERIMENT, ""),
+        flow_run_name=values.get("prefect.flow_run_name", ""),
     )
 
 
