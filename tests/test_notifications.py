@@ -16,9 +16,10 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import Running
 from pydantic import SecretStr
 
-from flows import automations, notifications
+from flows import automations, notifications, workspace
 from pipeline.core.errors import UserError
 from pipeline.core.settings import get_settings
+from tests.conftest import PROJECT
 from tests.nights import TOKEN, MailReceiver, Receiver, Site, kill_worker, open_site
 from tests.test_flows import wait_until
 
@@ -188,6 +189,13 @@ def send_heartbeat(run_id: UUID) -> None:
     deployment["prefect.resource.role"] = "deployment"
     resource = {"prefect.resource.id": f"prefect.flow-run.{run_id}", "prefect.resource.name": run.name}
     emit_event("prefect.flow-run.heartbeat", resource, related=[deployment])
+
+
+def test_no_stage_gets_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (notifications.WEBHOOK, notifications.SLACK, notifications.EMAIL):
+        monkeypatch.setenv(name, TOKEN)
+    environment = workspace.stage_environment(PROJECT, tmp_path, variables={})
+    assert TOKEN not in environment.values()
 
 
 def test_the_time_to_the_next_completed_night_begins_again_with_each() -> None:
