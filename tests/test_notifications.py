@@ -2,8 +2,10 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from uuid import UUID
 
@@ -12,11 +14,11 @@ from prefect import get_client
 from prefect.blocks.notifications import SlackWebhook
 from prefect.events import emit_event
 from prefect.events.schemas.automations import AutomationCore, EventTrigger
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL, temporary_settings
 from prefect.states import Running
 from pydantic import SecretStr
 
-from flows import automations, notifications, workspace
+from flows import automations, flow_run, notifications, workspace
 from pipeline.core.errors import UserError
 from pipeline.core.settings import get_settings
 from tests.conftest import PROJECT
@@ -189,6 +191,31 @@ def send_heartbeat(run_id: UUID) -> None:
     deployment["prefect.resource.role"] = "deployment"
     resource = {"prefect.resource.id": f"prefect.flow-run.{run_id}", "prefect.resource.name": run.name}
     emit_event("prefect.flow-run.heartbeat", resource, related=[deployment])
+
+
+def test_a_label_for_the_message_ends_no_run_where_no_client_can_be_opened(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.pem")
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_API_SSL_CERT_FILE: missing}):
+        flow_run._label(str(UUID(int=1)), {flow_run.STEP_LABEL: "train"})
+
+
+def test_a_label_for_the_message_is_sent_three_times_at_most_where_the_server_is_overloaded() -> None:
+    requests: list[str] = []
+
+    class Overloaded(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            self.send_response(503)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Overloaded) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{server.server_port}/api"}):
+            flow_run._label(str(UUID(int=1)), {flow_run.STEP_LABEL: "train"})
+        server.shutdown()
+    assert len(requests) == 3
 
 
 def test_no_stage_gets_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
