@@ -151,7 +151,7 @@ def describe_baseline(summary: Summary) -> str:
     if found is None:
         return f"none: {summary.baseline.reason}"
     points, low, high = (100 * value for value in (found.difference, found.difference_low, found.difference_high))
-    meaning = "" if found.is_shown else ", which may be chance"
+    meaning = "" if found.is_significant else ", which may be chance"
     return (
         f"{points:+.2f} points against {found.accuracy:.2%}, which is committed (95% interval of the difference "
         f"{low:+.2f} to {high:+.2f}){meaning}"

@@ -12,22 +12,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.artifacts import ARTIFACTS, write_text
+from pipeline.artifacts import write_text
 from pipeline.core.errors import TemporaryError, UserError, first_line, report_errors
+from pipeline.core.project import project_folder
 from pipeline.params import load_params
 from pipeline.reporting.baseline import find_baseline
+from pipeline.reporting.commands import REPORT
 from pipeline.reporting.data import read_content
 from pipeline.reporting.facts import find_facts
 from pipeline.reporting.model import best_weights_md5, describe_model
-from pipeline.reporting.page import Report, render
+from pipeline.reporting.page import STEPS, Report, render
 from pipeline.tracking.report import log_report
 
-REPORT = ARTIFACTS / "report.html"
-STEPS = ("download", "normalize", "train", "evaluate")
 
-
-def make_report(*, seconds: dict[str, float]) -> Report:
-    """Collect all that the page shows; `seconds` are the durations of steps, as far as they are known.
+def collect(*, seconds: dict[str, float], output: Path = REPORT) -> Report:
+    """Collect all that the page in the file `output` shows; `seconds` are the durations of steps that are known.
 
     Raises UserError where a file of the steps is missing, damaged or does not fit the others.
     """
@@ -38,7 +37,16 @@ def make_report(*, seconds: dict[str, float]) -> Report:
         baseline=find_baseline(content.metrics, data_md5=content.dataset.get("md5", {})),
         facts=find_facts(best_weights_md5(), seconds=seconds),
         params=params,
+        output=_in_project(output),
     )
+
+
+def _in_project(path: Path) -> Path:
+    """Return a path relative to the project, or the name of a file that is elsewhere: a page names no user's folder."""
+    absolute, project = path.resolve(), project_folder()
+    if absolute == REPORT.resolve():
+        return REPORT
+    return absolute.relative_to(project) if absolute.is_relative_to(project) else Path(path.name)
 
 
 def main() -> None:
@@ -54,7 +62,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with report_errors():
-        report = make_report(seconds=parse_seconds(arguments.seconds))
+        report = collect(seconds=parse_seconds(arguments.seconds), output=arguments.output)
         write_text(arguments.output, render(report))
         print(f"report {arguments.output.resolve().as_uri()}", flush=True)
         if run := report.facts.recorded:

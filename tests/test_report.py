@@ -26,7 +26,8 @@ from pipeline.core.settings import get_settings
 from pipeline.reporting.baseline import Baseline, compare, find_baseline
 from pipeline.reporting.facts import RunFacts
 from pipeline.reporting.gallery import encode
-from pipeline.reporting.page import Report, duration, percent, render
+from pipeline.reporting.page import Report, render
+from pipeline.reporting.text import duration, percent
 from pipeline.tracking.provenance_file import Provenance
 from pipeline.tracking.run_title import RunSetup
 from tests.conftest import PROJECT, make_once, run_step
@@ -78,7 +79,7 @@ def made(folder: Path) -> Report:
         patch.chdir(folder)
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/missing.db")
         get_settings.cache_clear()
-        content = report.make_report(seconds={})
+        content = report.collect(seconds={})
     return replace(content, facts=facts)
 
 
@@ -248,10 +249,10 @@ def test_what_is_unknown_is_shown_as_unknown(made: Report) -> None:
 
 
 def test_pictures_are_encoded_without_metadata(tmp_path: Path) -> None:
-    for size, kind in ((32, "PNG"), (300, "WEBP")):
-        uri = encode(np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8))
+    for pixels, kind in ((32, "PNG"), (300, "WEBP")):
+        uri = encode(np.random.default_rng(0).integers(0, 255, (pixels, pixels, 3), dtype=np.uint8), max_size=112)
         picture = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
-        assert (picture.format, max(picture.size)) == (kind, min(size, 112))
+        assert (picture.format, max(picture.size)) == (kind, min(pixels, 112))
         assert not picture.getexif()
         assert not {"exif", "xmp", "icc_profile"} & set(picture.info)
 
@@ -260,7 +261,7 @@ def test_predictions_of_another_model_are_refused(folder: Path, monkeypatch: pyt
     monkeypatch.chdir(folder)
     monkeypatch.setattr("pipeline.reporting.model.TOLERANCE", -1.0)
     with pytest.raises(UserError, match="run `dvc repro evaluate`"):
-        report.make_report(seconds={})
+        report.collect(seconds={})
 
 
 METRICS = {"accuracy": 0.9, "accuracy_low": 0.84, "accuracy_high": 0.94, "loss": 0.3, "test_images": 150}
@@ -281,7 +282,7 @@ def test_the_baseline_is_the_committed_accuracy_on_the_same_images(tmp_path: Pat
     commit(tmp_path, {**METRICS, "accuracy": 0.5, "loss": 0.9}, DATA)
     found = find_baseline(METRICS, data_md5=DATA, folder=tmp_path).comparison
     assert found
-    assert (found.accuracy, found.is_shown) == (0.5, True)
+    assert (found.accuracy, found.is_significant) == (0.5, True)
     assert found.difference == pytest.approx(0.4)
 
 
@@ -350,7 +351,7 @@ def test_a_missing_store_is_unknown_and_is_not_created(
 ) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/none.db")
-    facts = report.make_report(seconds={}).facts
+    facts = report.collect(seconds={}).facts
     assert facts.recorded is None
     assert "none.db: no such file" in facts.problem
     assert not (tmp_path / "none.db").exists()

@@ -23,14 +23,12 @@ class Comparison:
 
     commit: str
     accuracy: float  # of the baseline
-    low: float  # of the baseline
-    high: float  # of the baseline
     difference: float  # accuracy of the model minus that of the baseline
     difference_low: float
     difference_high: float
 
     @property
-    def is_shown(self) -> bool:
+    def is_significant(self) -> bool:
         """Return whether the interval of the difference leaves out 0: only then one of the two is better."""
         return not self.difference_low <= 0 <= self.difference_high
 
@@ -88,8 +86,6 @@ def compare(metrics: Mapping[str, Any], *, accuracy: float, number: int, commit:
     return Comparison(
         commit,
         accuracy,
-        low,
-        high,
         difference,
         difference - math.hypot(own - own_low, high - accuracy),
         difference + math.hypot(own_high - own, accuracy - low),

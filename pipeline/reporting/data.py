@@ -1,8 +1,9 @@
 """Read what the steps wrote, as the typed content of the report."""
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from pipeline.evaluation.predictions import Predictions, read_predictions
 from pipeline.parquet import read_files
 
 PREDICTIONS = EVALUATE / "predictions.parquet"
+SURE = 0.9  # the probability from which the report calls the model sure
 Row = Mapping[str, Any]
 
 
@@ -72,28 +74,70 @@ class Confusion:
     total: int
 
 
+@dataclass(frozen=True)
+class ConfidenceSummary:
+    """The `images` with a probability of at least `threshold` and the `correct` ones of them.
+
+    `excess` is the mean probability of the predicted classes minus the accuracy, over all images.
+    """
+
+    threshold: float
+    images: int
+    correct: int
+    excess: float
+
+
 def read_content() -> Content:
     """Read the files of all steps; raises UserError where one is missing, damaged or does not fit the others."""
     info = DatasetInfo.read()
     test_images, test_labels = read_split("test")
     train_images, train_labels = read_split("train")
-    predictions = read_predictions(PREDICTIONS)
+    predictions, dataset = read_predictions(PREDICTIONS), read_json(NORMALIZE / "dataset.json")
     if predictions.class_names != info.class_names or not np.array_equal(predictions.actual, test_labels):
         raise UserError(f"{PREDICTIONS}: not of the test images in {NORMALIZE}; run `dvc repro`")
     source = DOWNLOAD / "source.json"
     return Content(
         info=info,
-        dataset=read_json(NORMALIZE / "dataset.json"),
+        dataset=dataset,
         source=read_json(source) if source.exists() else {},
         history=_read_table(TRAIN / HISTORY, text=(SELECTED_COLUMN,)),
         metrics=read_json(EVALUATE / "metrics.json"),
         per_class=_read_table(EVALUATE / "per_class.csv", text=("class",)),
         calibration=read_json(EVALUATE / "calibration.json"),
-        predictions=predictions,
+        predictions=replace(predictions, names=shown_names(predictions.names, dataset=dataset)),
         test_images=test_images,
         train_images=train_images,
         train_labels=train_labels,
-        train_names=read_files("train")[0],
+        train_names=shown_names(read_files("train")[0], dataset=dataset),
+    )
+
+
+def shown_names(names: Sequence[str], *, dataset: Row) -> list[str]:
+    """Return the names of images for people: the path in the user's folder, or the number in a public data set.
+
+    Where the test split was drawn, all names begin with `train/` in the archive of the images, test images included.
+    """
+    if dataset["dataset"] != "imagefolder":
+        return [re.sub(r"^(.*)/0*(\d+)$", _image_number, name) for name in names]
+    is_drawn = "test" in dataset.get("groups", {}).get("drawn_splits", [])
+    return [name.removeprefix("train/") if is_drawn else name for name in names]
+
+
+def _image_number(found: re.Match[str]) -> str:
+    """Return `image 1573` for `digits/01573`, and `image 12 of test_batch` for `cifar10/test_batch/00012`."""
+    batch = found[1].rpartition("/")[2] if "batch" in found[1] else ""
+    return f"image {found[2]}{f' of {batch}' if batch else ''}"
+
+
+def confidence_summary(predictions: Predictions) -> ConfidenceSummary:
+    """Return how often the model is right where it is sure, and how much its confidence exceeds its accuracy."""
+    confidences = predictions.confidences(predictions.best_probabilities).astype(np.float64)
+    is_sure = confidences >= SURE
+    return ConfidenceSummary(
+        threshold=SURE,
+        images=int(is_sure.sum()),
+        correct=int(predictions.is_correct[is_sure].sum()),
+        excess=float(confidences.mean() - predictions.is_correct.mean()),
     )
 
 

@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from pipeline.reporting.text import NO_BREAK_SPACE, percent
+
 # Matplotlib draws in these colors, which `_to_svg` replaces by the variables of the page's style.
 COLORS = {"#010101": "ink", "#020202": "muted", "#030303": "accent", "#040404": "line"}
 INK, MUTED, ACCENT, LINE = COLORS
@@ -30,6 +32,7 @@ STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.parse_math": False,
 }
+FEW_IMAGES = 10  # of a bar of the reliability diagram: with fewer ones, it is pale
 
 
 def curve(history: Sequence[Mapping[str, Any]], quantity: str, *, selected: int | None) -> Markup:
@@ -51,7 +54,7 @@ def curve(history: Sequence[Mapping[str, Any]], quantity: str, *, selected: int 
         if len(epochs) == 1:
             axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
         if quantity == "accuracy":
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=f"{NO_BREAK_SPACE}%"))
         axes.legend(frameon=False, loc="best", fontsize=8.5)
         return _to_svg(figure, name=quantity, text=_curve_text(history, quantity, selected=selected))
 
@@ -70,6 +73,8 @@ def _curve_text(history: Sequence[Mapping[str, Any]], quantity: str, *, selected
 def reliability(bins: Sequence[Mapping[str, Any]], *, title: str, ece: float) -> Markup:
     """Plot the accuracy of each bin of confidence, against the diagonal on which a calibrated model lies.
 
+    A bar of few images is pale.
+
     A bin has `lower`, `upper`, `images`, `mean_confidence` and `accuracy` (None without images).
     """
     name = "reliability-" + re.sub("[^a-z]+", "-", title.lower())
@@ -77,25 +82,31 @@ def reliability(bins: Sequence[Mapping[str, Any]], *, title: str, ece: float) ->
         figure, axes = _axes(size=(4.4, 3.6))
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
         filled = [each for each in bins if each["images"]]
-        total = sum(each["images"] for each in filled)
-        widths = [0.9 * (each["upper"] - each["lower"]) for each in filled]
-        centers = [(each["upper"] + each["lower"]) / 2 for each in filled]
-        axes.bar(centers, [each["accuracy"] for each in filled], width=widths, color=ACCENT, alpha=0.25)
-        sizes = [16 + 120 * each["images"] / total for each in filled]
-        axes.scatter(
-            [each["mean_confidence"] for each in filled], [each["accuracy"] for each in filled], s=sizes, color=ACCENT
-        )
+        for each in filled:
+            _reliability_bar(axes, each)
         axes.set(xlabel="confidence: probability of the predicted class", ylabel="accuracy", title=title)
         axes.set(xlim=(0, 1.03), ylim=(0, 1.05))
         axes.title.set_fontsize(9.5)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=f"{NO_BREAK_SPACE}%"))
         points = "; ".join(
-            f"confidence {each['mean_confidence']:.0%}: accuracy {each['accuracy']:.0%} of {each['images']:,} images"
+            f"confidence {percent(each['mean_confidence'], 0)}: accuracy {percent(each['accuracy'], 0)} "
+            f"of {each['images']:,} images"
             for each in filled
         )
-        text = f"Reliability diagram, {title}: expected calibration error {ece:.1%}. {points}."
+        text = f"Reliability diagram, {title}: expected calibration error {percent(ece)}. {points}."
         return _to_svg(figure, name=name, text=text)
+
+
+def _reliability_bar(axes: Axes, each: Mapping[str, Any]) -> None:
+    """Draw the accuracy of a bin with its number of images at the foot, and a dot at its mean confidence."""
+    strength = 1.0 if each["images"] >= FEW_IMAGES else 0.35
+    center, width = (each["upper"] + each["lower"]) / 2, 0.9 * (each["upper"] - each["lower"])
+    axes.bar(center, each["accuracy"], width=width, color=ACCENT, alpha=0.3 * strength)
+    axes.scatter(each["mean_confidence"], each["accuracy"], s=22, color=ACCENT, alpha=strength)
+    number = each["images"]
+    text = f"{number}" if number < 10_000 else f"{number / 1000:.0f}k"
+    axes.text(center, 0.012, text, ha="center", va="bottom", fontsize=6.5)
 
 
 def heat_map(confusion: npt.NDArray[np.int64]) -> Markup:
@@ -117,8 +128,8 @@ def heat_map(confusion: npt.NDArray[np.int64]) -> Markup:
             axis.set_major_locator(MaxNLocator(integer=True, nbins=11))
         correct = np.trace(confusion) / max(confusion.sum(), 1)
         text = (
-            f"Heat map of the confusion matrix of {number} classes: {correct:.1%} of the images lie on the diagonal. "
-            "The table of the most frequent confusions has the numbers."
+            f"Heat map of the confusion matrix of {number} classes: {percent(correct)} of the images lie on the "
+            "diagonal. The table of the most frequent confusions has the numbers."
         )
         return _to_svg(figure, name="confusion", text=text)
 
