@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Mapping
@@ -24,10 +25,12 @@ from pipeline.core.errors import UserError
 from pipeline.core.git import CodeState
 from pipeline.core.settings import get_settings
 from pipeline.reporting.baseline import Baseline, compare, find_baseline
+from pipeline.reporting.commands import commands, run_command
+from pipeline.reporting.data import read_content, shown_names
 from pipeline.reporting.facts import RunFacts
 from pipeline.reporting.gallery import encode
 from pipeline.reporting.page import Report, render
-from pipeline.reporting.text import duration, percent
+from pipeline.reporting.text import duration, percent, reason, size
 from pipeline.tracking.provenance_file import Provenance
 from pipeline.tracking.run_title import RunSetup
 from tests.conftest import PROJECT, make_once, run_step
@@ -163,6 +166,11 @@ def expected_figures(folder: Path) -> dict[str, float]:
         "selected_epoch": 3,
         "validation_accuracy": 0.3,
     }
+    confidence = calibrated[np.arange(len(actual)), predicted].astype(float)
+    sure = confidence >= 0.9
+    found |= {"sure/images": int(sure.sum()), "confidence_excess": confidence.mean() - correct.mean()}
+    if sure.any():
+        found |= {"sure/correct": int(correct[sure].sum()), "sure/accuracy": correct[sure].mean()}
     found |= {f"probability/{i}": calibrated[i, predicted[i]] for i in range(len(actual))}
     for split in ("train", "validation", "test"):
         labels = np.load(folder / f"artifacts/normalize/{split}_labels.npy")
@@ -186,6 +194,20 @@ def test_no_figure_is_missing(folder: Path, page: Page) -> None:
     optional = ("confusion", "probability/", "top_5_accuracy")
     assert not [name for name in missing if not name.startswith(optional)]
     assert any(name.startswith("probability/") for name in shown)
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.05, 1.0])
+def test_the_figures_of_the_baseline_are_recomputed(accuracy: float, folder: Path, made: Report) -> None:
+    expected, number = expected_figures(folder), 1000
+    baseline = Baseline(compare(made.content.metrics, accuracy=accuracy, number=number, commit="c"))
+    shown = dict(Page(render(replace(made, baseline=baseline))).metrics)
+    own, low, high = (expected[name] for name in ("accuracy", "accuracy_low", "accuracy_high"))
+    base_low, base_high = wilson(accuracy * number, number)
+    difference = own - accuracy
+    lowest = difference - ((own - low) ** 2 + (base_high - accuracy) ** 2) ** 0.5
+    highest = difference + ((high - own) ** 2 + (accuracy - base_low) ** 2) ** 0.5
+    found = with_interval("baseline/difference", "", difference, (lowest, highest)) | {"baseline/accuracy": accuracy}
+    assert {name: shown[name] for name in found} == pytest.approx(found, abs=2e-6)
 
 
 def test_the_page_requests_nothing(page: Page) -> None:
@@ -313,14 +335,25 @@ def test_the_interval_of_the_difference_is_that_of_newcombe() -> None:
 
 @pytest.mark.parametrize(
     ("accuracy", "words"),
-    [(0.88, "is within what chance explains"), (0.2, ", better than the baseline"), (1.0, ", worse than the baseline")],
+    [
+        (0.88, ["; the difference from the committed baseline of 88.0 % is within what chance explains: +2.0 points"]),
+        (
+            0.2,
+            [", 70.0 points above the committed baseline of 20.0 %", "difference: 63.5 to 74.6 points above)."],
+        ),
+        (
+            1.0,
+            [", 10.0 points below the committed baseline of 100.0 %", "difference: 6.0 to 16.0 points below)."],
+        ),
+    ],
 )
-def test_a_difference_is_called_better_only_if_the_interval_shows_it(accuracy: float, words: str, made: Report) -> None:
+def test_a_difference_is_stated_as_such_only_if_the_interval_shows_it(
+    accuracy: float, words: list[str], made: Report
+) -> None:
     content = replace(made.content, metrics={**made.content.metrics, **METRICS})
     baseline = Baseline(compare(METRICS, accuracy=accuracy, number=1000, commit="c"))
-    verdict = Page(render(replace(made, content=content, baseline=baseline))).text
-    assert words in verdict
-    assert ("better than" in verdict) == ("better" in words)
+    verdict = Page(render(replace(made, content=content, baseline=baseline))).text.replace("\u00a0", " ")
+    assert all(part in verdict for part in words)
 
 
 def test_numbers_are_not_rounded_to_certainty() -> None:
@@ -331,7 +364,97 @@ def test_numbers_are_not_rounded_to_certainty() -> None:
         "> 99.9 %",
         "100.0 %",
     ]
-    assert duration(None) == "unknown"
+    assert (duration(None), size(248_123)) == ("unknown", "248\u00a0kB")
+
+
+@pytest.mark.parametrize(
+    ("text", "meaning"),
+    [
+        ("highest validation accuracy", "it has the highest validation accuracy"),
+        ("lowest validation loss of 7 with the highest macro F1", "the lowest validation loss of the 7 epochs that ha"),
+        ("latest of 2 with the lowest validation loss", "it is the last of 2 epochs that have the lowest validation "),
+        ("latest of 5 in the 95% interval of the highest validation accuracy, 97.1%", "as good as the one of the high"),
+        ("latest of 1 in the 95% interval of the highest validation accuracy, 97.1%", "no other epoch is as good"),
+        ("of a later version", "of a later version"),
+    ],
+)
+def test_the_reason_for_the_selected_epoch_is_a_sentence(text: str, meaning: str) -> None:
+    assert meaning in reason(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "shown"),
+    [
+        ("train/ants/17.jpg", {"dataset": "imagefolder", "groups": {"drawn_splits": ["test"]}}, "ants/17.jpg"),
+        ("train/train/1.jpg", {"dataset": "imagefolder", "groups": {"drawn_splits": ["test"]}}, "train/1.jpg"),
+        ("test/ants/1.jpg", {"dataset": "imagefolder", "groups": {"drawn_splits": ["validation"]}}, "test/ants/1.jpg"),
+        ("train/ants/1.jpg", {"dataset": "imagefolder"}, "train/ants/1.jpg"),
+        ("digits/01573", {"dataset": "digits"}, "image 1573"),
+        ("digits/00000", {"dataset": "digits"}, "image 0"),
+        ("test_batch/00012", {"dataset": "cifar10"}, "image 12 of test_batch"),
+    ],
+)
+def test_the_name_of_an_image_is_its_path_in_the_folder_or_its_number(
+    name: str, dataset: dict[str, Any], shown: str
+) -> None:
+    assert shown_names([name], dataset=dataset) == [shown]
+
+
+@pytest.mark.parametrize(
+    ("setup", "command"),
+    [
+        (("digits", "", {}), "make run RECIPE=digits"),
+        (
+            ("digits", "", {"train.epochs": (20, 3), "train.seed": (0, 1)}),
+            'RECIPE=digits SET="train.epochs=3 train.seed=1"',
+        ),
+        (("my_images", "a b", {"download.folder": ("data", "/a b")}), 'make run IMAGES="/a b"'),
+        (("my_images", "$x", {"download.folder": ("data", "/$x")}), "make run IMAGES='/$x'"),
+        (
+            ("digits", "", {"train.weights": (None, "a $b")}),
+            "--recipe digits --set 'train.weights=a $b'",
+        ),
+    ],
+)
+def test_the_command_for_a_new_experiment_has_what_differs(setup: tuple[Any, ...], command: str) -> None:
+    assert run_command(RunSetup(*setup)).endswith(command)
+
+
+def test_the_page_of_an_experiment_says_how_to_copy_its_files_first() -> None:
+    output = Path("artifacts/reports/e-1.html")
+    found = [command for _, command in commands(RunFacts(experiment="e-1"), output=output)]
+    assert found == [
+        ".venv/bin/dvc exp apply e-1",
+        ".venv/bin/dvc repro",
+        ".venv/bin/python -m pipeline.report --output artifacts/reports/e-1.html",
+    ]
+
+
+def test_without_duplicates_one_sentence_says_so(made: Report) -> None:
+    none_exact = {"within": {"train": 0}, "across": {"train-test": 0}, "examples": []}
+    dataset = {
+        "exact_duplicates": none_exact,
+        "near_duplicates": {"correlation": 0.9, "test_images_with_one_in_train": 0},
+    }
+    content = replace(
+        made.content,
+        dataset={**made.content.dataset, **dataset},
+        metrics={**made.content.metrics, "test_duplicates": 0},
+    )
+    text = Page(render(replace(made, content=content))).text
+    assert text.count("No duplicates were found") == 1
+    assert "accuracy without them" not in text
+
+
+def test_metrics_of_other_predictions_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder / "artifacts", tmp_path / "artifacts")
+    path = tmp_path / "artifacts/evaluate/metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"accuracy": 0.123}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"metrics\.json: not of the predictions in "):
+        read_content()
 
 
 def test_gpu_hours_are_of_all_processes_and_unknown_without_a_record() -> None:

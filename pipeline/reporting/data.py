@@ -95,13 +95,16 @@ def read_content() -> Content:
     predictions, dataset = read_predictions(PREDICTIONS), read_json(NORMALIZE / "dataset.json")
     if predictions.class_names != info.class_names or not np.array_equal(predictions.actual, test_labels):
         raise UserError(f"{PREDICTIONS}: not of the test images in {NORMALIZE}; run `dvc repro`")
+    metrics = read_json(EVALUATE / "metrics.json")
+    if metrics["test_images"] != len(predictions) or metrics["accuracy"] != float(predictions.is_correct.mean()):
+        raise UserError(f"{EVALUATE / 'metrics.json'}: not of the predictions in {PREDICTIONS}; run `dvc repro`")
     source = DOWNLOAD / "source.json"
     return Content(
         info=info,
         dataset=dataset,
         source=read_json(source) if source.exists() else {},
         history=_read_table(TRAIN / HISTORY, text=(SELECTED_COLUMN,)),
-        metrics=read_json(EVALUATE / "metrics.json"),
+        metrics=metrics,
         per_class=_read_table(EVALUATE / "per_class.csv", text=("class",)),
         calibration=read_json(EVALUATE / "calibration.json"),
         predictions=replace(predictions, names=shown_names(predictions.names, dataset=dataset)),

@@ -73,9 +73,8 @@ def _curve_text(history: Sequence[Mapping[str, Any]], quantity: str, *, selected
 def reliability(bins: Sequence[Mapping[str, Any]], *, title: str, ece: float) -> Markup:
     """Plot the accuracy of each bin of confidence, against the diagonal on which a calibrated model lies.
 
-    A bar of few images is pale.
-
-    A bin has `lower`, `upper`, `images`, `mean_confidence` and `accuracy` (None without images).
+    Each bar has its number of images, and is pale if these are few. A bin has `lower`, `upper`, `images`,
+    `mean_confidence` and `accuracy` (None without images).
     """
     name = "reliability-" + re.sub("[^a-z]+", "-", title.lower())
     with matplotlib.rc_context(STYLE):
@@ -85,7 +84,7 @@ def reliability(bins: Sequence[Mapping[str, Any]], *, title: str, ece: float) ->
         for each in filled:
             _reliability_bar(axes, each)
         axes.set(xlabel="confidence: probability of the predicted class", ylabel="accuracy", title=title)
-        axes.set(xlim=(0, 1.03), ylim=(0, 1.05))
+        axes.set(xlim=(0, 1.03), ylim=(-0.09, 1.05))
         axes.title.set_fontsize(9.5)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=f"{NO_BREAK_SPACE}%"))
@@ -99,14 +98,14 @@ def reliability(bins: Sequence[Mapping[str, Any]], *, title: str, ece: float) ->
 
 
 def _reliability_bar(axes: Axes, each: Mapping[str, Any]) -> None:
-    """Draw the accuracy of a bin with its number of images at the foot, and a dot at its mean confidence."""
+    """Draw the accuracy of a bin with its number of images below it, and a dot at its mean confidence."""
     strength = 1.0 if each["images"] >= FEW_IMAGES else 0.35
     center, width = (each["upper"] + each["lower"]) / 2, 0.9 * (each["upper"] - each["lower"])
     axes.bar(center, each["accuracy"], width=width, color=ACCENT, alpha=0.3 * strength)
     axes.scatter(each["mean_confidence"], each["accuracy"], s=22, color=ACCENT, alpha=strength)
     number = each["images"]
     text = f"{number}" if number < 10_000 else f"{number / 1000:.0f}k"
-    axes.text(center, 0.012, text, ha="center", va="bottom", fontsize=6.5)
+    axes.text(center, -0.045, text, ha="center", va="center", fontsize=6.5)
 
 
 def heat_map(confusion: npt.NDArray[np.int64]) -> Markup:

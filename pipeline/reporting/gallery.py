@@ -13,7 +13,7 @@ from pipeline.artifacts import Images, Labels
 from pipeline.evaluation.predictions import Predictions
 
 MAX_LOSSLESS_SIZE = 40  # pixels a side, up to which an image is stored as PNG and enlarged by the browser
-ANSWER_SIZE = 160  # pixels a side, at most, of a picture of a prediction
+ANSWER_SIZE = 192  # pixels a side, at most, of a picture of a prediction
 EXAMPLE_SIZE = 112  # pixels a side, at most, of an example of a class
 WEBP_QUALITY = 72
 GALLERY_LENGTH = 12
