@@ -240,6 +240,17 @@ def test_a_run_of_an_earlier_version_is_traced_by_its_tags(workspace: Path, old_
     assert provenance_of(old_run).hardware == {"cpu": "abacus"}
 
 
+@pytest.mark.parametrize(("name", "dirty"), [("pipeline/a.py", True), ("README.md", False)])
+def test_changed_code_of_an_earlier_version_is_known_also_in_a_folder_of_a_larger_repository(
+    workspace: Path, old_run: Run, name: str, dirty: bool
+) -> None:
+    project = workspace / "ml"
+    project.mkdir()
+    MlflowClient().log_text(old_run.run_id, f"diff --git a/ml/{name} b/ml/{name}\n", "uncommitted.diff")
+    [found], _ = trace(project, MODEL)
+    assert (found.dirty, found.uncommitted) == (dirty, (name,))
+
+
 def test_a_name_of_several_runs_leads_to_all_of_them_newest_first(workspace: Path) -> None:
     (workspace / ".gitignore").write_text("mlflow.db*\nmlartifacts/\n")
     start_repository(workspace)

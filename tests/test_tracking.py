@@ -42,10 +42,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Pat
         .replace("log_every_steps: 20", "log_every_steps: 2")
     )
     (folder / "params.yaml").write_text("")
-    (folder / "notes.txt").write_text("")
-    start_repository(folder, "params.yaml", "notes.txt")
+    (folder / "flows").mkdir()
+    (folder / "flows/notes.txt").write_text("")
+    start_repository(folder, "params.yaml", "flows/notes.txt")
     (folder / "params.yaml").write_text(text)
-    (folder / "notes.txt").write_bytes(b"caf\xe9\n")
+    (folder / "flows/notes.txt").write_bytes(b"caf\xe9\n")
     shutil.copy(mlflow_store / "mlflow.db", folder)
     environment = os.environ | {"PIPELINE_EXPERIMENT": "bold-name", "PIPELINE_FLOW_RUN_ID": "f-1"}
     environment.pop("MLFLOW_TRACKING_URI", None)
@@ -131,7 +132,7 @@ def test_provenance_has_the_hashes_of_all_outputs_in_sections(store: Path) -> No
     content = json.loads(mlflow.artifacts.load_text(f"runs:/{only_run().info.run_id}/provenance.json"))
     assert content["outputs"]["train"]["history.csv"] == file_md5(Path("artifacts/train/history.csv"))
     assert content["outputs"]["evaluate"]["metrics.json"] == file_md5(Path("artifacts/evaluate/metrics.json"))
-    assert content["git"]["changed"] == ["notes.txt", "params.yaml"]
+    assert content["git"]["changed"] == ["flows/notes.txt", "params.yaml"]
     assert set(content["hardware"]) == {"cpu", "cpu_kernels", "gpu", "threads"}
 
 
