@@ -77,6 +77,7 @@ def main() -> None:
             names=names,
             content_hashes=content_hashes,
             temperature=config.temperature,
+            weights_md5=md5[f"{params.checkpoint}.safetensors"],
         )
         result = evaluate(predictions, top_k=params.top_k, duplicates=info.test_duplicates)
         metrics = {"loss": loss_function(config.loss)(logits, labels).item(), **result.metrics}

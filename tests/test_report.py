@@ -26,6 +26,7 @@ from pipeline.core.settings import get_settings
 from pipeline.reporting.baseline import Baseline, compare, find_baseline
 from pipeline.reporting.facts import RunFacts
 from pipeline.reporting.gallery import encode
+from pipeline.reporting.model import describe_model
 from pipeline.reporting.page import Report, duration, percent, render
 from pipeline.tracking.provenance_file import Provenance
 from pipeline.tracking.run_title import RunSetup
@@ -256,11 +257,14 @@ def test_pictures_are_encoded_without_metadata(tmp_path: Path) -> None:
         assert not {"exif", "xmp", "icc_profile"} & set(picture.info)
 
 
-def test_predictions_of_another_model_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("md5", "found"), [("b" * 32, "b" * 32), (None, "unknown")])
+def test_predictions_of_other_or_unknown_weights_are_refused(
+    folder: Path, made: Report, monkeypatch: pytest.MonkeyPatch, md5: str | None, found: str
+) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("pipeline.reporting.model.TOLERANCE", -1.0)
-    with pytest.raises(UserError, match="run `dvc repro evaluate`"):
-        report.make_report(seconds={})
+    predictions = replace(made.content.predictions, weights_md5=md5)
+    with pytest.raises(UserError, match=f"of MD5 {found}; allowed: those of .*{made.model.md5}; run `dvc repro evalu"):
+        describe_model(made.params, made.content.info, images=made.content.test_images, predictions=predictions)
 
 
 METRICS = {"accuracy": 0.9, "accuracy_low": 0.84, "accuracy_high": 0.94, "loss": 0.3, "test_images": 150}
