@@ -203,7 +203,9 @@ def test_a_training_that_is_recorded_again_links_nothing_twice(store: Path) -> N
     assert len(client.get_metric_history(run.info.run_id, "validation/accuracy")) == 3
 
 
-def test_the_metrics_of_other_weights_are_not_linked_to_the_recorded_model(workspace: Path) -> None:
+def test_the_metrics_of_other_weights_are_neither_linked_to_the_model_nor_the_result_of_the_run(
+    workspace: Path,
+) -> None:
     write_normalized(workspace)
     changes = {"train": {"epochs": 1}, "evaluate": {"checkpoint": "last"}}
     values = DEFAULTS | {section: DEFAULTS[section] | changed for section, changed in changes.items()}
@@ -219,6 +221,10 @@ def test_the_metrics_of_other_weights_are_not_linked_to_the_recorded_model(works
     assert done.returncode == 0, done.stderr
     assert "test/accuracy" in only_run().data.metrics
     assert not [found for found in recorded_metrics(only_run().info.run_id) if found.key.startswith("test/")]
+    assert not [name for name in read_provenance(only_run().info.run_id) if name.startswith("result.")]
+    text = only_run().data.tags["mlflow.note.content"]
+    assert text.startswith("Validation accuracy ")
+    assert "Test accuracy" not in text
 
 
 def test_metrics_are_linked_to_no_model_where_the_run_has_none(workspace: Path) -> None:
