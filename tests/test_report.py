@@ -373,6 +373,17 @@ def test_a_failing_report_is_a_warning_with_the_command(
     assert lines[0].endswith("`.venv/bin/python -m pipeline.report` tries it again")
 
 
+def test_a_report_that_is_not_in_mlflow_is_a_warning_of_the_stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PIPELINE_FLOW_RUN_ID", raising=False)
+    get_settings.cache_clear()
+    code = "import sys; print('report x'); print('noise\\nwarning: the report is not in MLflow: y', file=sys.stderr)"
+    monkeypatch.setattr(report_command, "COMMAND", ("-c", code))
+    report_command.make_report()
+    assert capsys.readouterr().out == "report x\nwarning: the report is not in MLflow: y\n"
+
+
 @pytest.mark.slow
 def test_the_step_evaluate_makes_the_report_and_records_it(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_artifacts(workspace, classes=3, size=32, channels=1)
