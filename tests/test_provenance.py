@@ -24,6 +24,7 @@ from pipeline.tracking.experiments import experiment_name
 from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.provenance import NOTE, output_values, result_values
 from pipeline.tracking.provenance_file import add_provenance, provenance_of, read_provenance, with_provenance
+from pipeline.tracking.report import log_report
 from pipeline.tracking.run_title import RunSetup
 from pipeline.tracking.runs import describe_dataset, find_or_create_run, training_run
 from pipeline.tracking.search import Run, find_run, find_running, find_runs
@@ -170,6 +171,16 @@ def test_a_description_that_a_user_has_edited_stays(workspace: Path) -> None:
     run.set_tags({NOTE: "the one for the paper"})
     run.record({"result.accuracy": 0.75})
     assert read(run.run_id).tags[NOTE] == "the one for the paper"
+
+
+def test_the_description_links_a_report_once_it_is_recorded(workspace: Path) -> None:
+    run = RunLogger(finished_training())
+    run.record({"result.accuracy": 0.5})
+    assert "report" not in read(run.run_id).tags[NOTE]
+    Path("page.html").write_text("page")
+    log_report(run.run_id, Path("page.html"))
+    assert f"/runs/{run.run_id}/artifacts/report.html?workflowType=" in read(run.run_id).tags[NOTE]
+    assert [path.read_text() for path in Path("mlartifacts").rglob("report.html")] == ["page"]
 
 
 def test_names_from_outside_are_no_markup_in_a_description() -> None:
