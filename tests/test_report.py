@@ -19,6 +19,7 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, log_loss, precision_recall_fscore_support
 
 from pipeline import report
+from pipeline.artifacts import file_md5
 from pipeline.core import report_command
 from pipeline.core.errors import UserError
 from pipeline.core.git import CodeState
@@ -28,8 +29,12 @@ from pipeline.reporting.facts import RunFacts
 from pipeline.reporting.gallery import encode
 from pipeline.reporting.model import describe_model
 from pipeline.reporting.page import Report, duration, percent, render
-from pipeline.tracking.provenance_file import Provenance
+from pipeline.tracking.provenance import NOTE
+from pipeline.tracking.provenance_file import Provenance, provenance_of
 from pipeline.tracking.run_title import RunSetup
+from pipeline.tracking.runs import find_or_create_run
+from pipeline.tracking.search import find_run, find_runs
+from pipeline.tracking.store import connect
 from tests.conftest import PROJECT, make_once, run_step
 from tests.report_page import HOSTILE_NAMES, Page, write_artifacts
 
@@ -384,6 +389,17 @@ def test_a_report_that_is_not_in_mlflow_is_a_warning_of_the_stage(
     assert capsys.readouterr().out == "report x\nwarning: the report is not in MLflow: y\n"
 
 
+def test_of_a_run_without_a_training_only_the_evaluation_is_known(made: Report, workspace: Path) -> None:
+    run, _ = find_or_create_run("0" * 32, experiment="digits")
+    found = find_run(run.run_id)
+    assert found
+    recorded = provenance_of(found)
+    facts = RunFacts(recorded, experiment=recorded.experiment, flow_run_name=recorded.flow_run_name)
+    html = render(replace(made, facts=facts))
+    for name in ("train", "commit of the run", "uncommitted changes of the code", "flow run", "DVC experiment"):
+        assert re.search(rf"<dt>{name}</dt><dd>(<bdi>)?unknown<", html), name
+
+
 @pytest.mark.slow
 def test_the_step_evaluate_makes_the_report_and_records_it(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_artifacts(workspace, classes=3, size=32, channels=1)
@@ -394,3 +410,6 @@ def test_the_step_evaluate_makes_the_report_and_records_it(workspace: Path, monk
     assert "MLflow run</dt><dd>unknown" not in path.read_text()
     recorded = list((workspace / "mlartifacts").rglob("report.html"))
     assert [each.read_bytes() for each in recorded] == [path.read_bytes()]
+    connect()
+    [run] = find_runs({"model.md5": file_md5(workspace / "artifacts/train/best.safetensors")})
+    assert f"/runs/{run.run_id}/artifacts/report.html?workflowType=" in run.tags[NOTE]

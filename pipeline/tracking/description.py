@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.core.git import UNKNOWN
 from pipeline.tracking.links import run_page
-from pipeline.tracking.provenance import EXPERIMENT, REPRODUCES, Values
+from pipeline.tracking.provenance import DIFFERENT, EXPERIMENT, REPRODUCES, Values
 
 REPORT = "report"  # the value of the provenance that names the report among the run's artifacts
 MAX_ROWS = 20  # of the table of parameters: MLflow cuts a description at 8000 characters
@@ -52,7 +53,10 @@ def _differences(values: Values) -> Iterator[str]:
     """Yield the lines of a table of the parameters that differ from the recipe; a run without a recipe has none."""
     if "recipe" not in values:
         return
-    recipe, differences = escape_markdown(values["recipe"]), values.get("parameters.different", {})
+    recipe, differences = escape_markdown(values["recipe"]), values.get(DIFFERENT, {})
+    if differences == UNKNOWN:
+        yield f"Recipe {recipe}; the parameters that differ from it are unknown."
+        return
     if not differences:
         yield f"Parameters: those of the recipe {recipe}."
         return
