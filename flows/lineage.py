@@ -35,7 +35,7 @@ from pipeline.artifacts import BEST_WEIGHTS, DOWNLOAD, EVALUATE, NORMALIZE, TRAI
 from pipeline.core.errors import TemporaryError, UserError, first_line, redact_url
 from pipeline.core.git import EXCLUDE_OUTPUTS, UNKNOWN, find_commit, git, has_code, read_committed
 from pipeline.core.sqlite import sqlite_path
-from pipeline.tracking.provenance import COMMIT, FLOW_RUN, REPRODUCES, TRAIN_OUTPUTS
+from pipeline.tracking.provenance import CHANGED_FILES, COMMIT, FLOW_RUN, REPRODUCES, TRAIN_OUTPUTS
 from pipeline.tracking.provenance_file import with_provenance
 from pipeline.tracking.search import (
     Run,
@@ -256,14 +256,19 @@ def _trace_run(sources: Sources, run: Run) -> Trace:
     dirty = _known(tags.get("git.dirty")) if commit else None  # without a commit, older versions recorded "false"
     difference = read_file(run, "uncommitted.diff") or b""
     found = re.findall(rb'^diff --git "?a/(.*?)"? "?b/', difference, re.MULTILINE)
-    changed_files = tuple(name.decode(errors="replace") for name in found)
+    top = git(sources.project, "rev-parse", "--show-prefix")  # a patch has paths from the top of the repository
+    changed_files = tuple(name.decode(errors="replace").removeprefix(top) for name in found)
     copies = sources.runs(REPRODUCES, run.run_id)
     experiments = tuple(_experiments_of(sources, run))
     files = _recorded_outputs(sources, run) or sources.outputs(experiments[0].commit if experiments else None)
     return Trace(
         commit=commit,
-        # older versions also recorded "true" where parameters alone differed
-        dirty=dirty == "true" and (has_code(changed_files) or not changed_files) if dirty else None,
+        # older versions, which had no list of the files, recorded "true" whatever files differed
+        dirty=(
+            dirty == "true" and (CHANGED_FILES in tags or not changed_files or has_code(changed_files))
+            if dirty
+            else None
+        ),
         uncommitted=changed_files,
         data_set=run.params.get("download.dataset"),
         data_md5=tags.get("data.md5"),
@@ -285,7 +290,7 @@ def _trace_experiment(sources: Sources, experiment: Experiment) -> Trace:
     params, changed_files = sources.params(commit), None
     if find_commit(sources.project, baseline):
         changed_files = git(
-            sources.project, "diff", "--name-only", baseline, str(commit), "--", ".", EXCLUDE_OUTPUTS
+            sources.project, "diff", "--name-only", "--relative", baseline, str(commit), "--", ".", EXCLUDE_OUTPUTS
         ).splitlines()
     return Trace(
         commit=baseline,

@@ -125,12 +125,13 @@ def _fraction(cell: str) -> float | None:
 
 
 def describe_results(summary: Summary) -> list[tuple[str, str]]:
-    """Return name and text of the results: test accuracy, worst class, validation accuracy."""
+    """Return name and text of the results: test accuracy (and of which weights), worst class, validation accuracy."""
     metrics = summary.metrics
     interval = f"(95% interval {metrics['accuracy_low']:.2%} to {metrics['accuracy_high']:.2%})"
     validation = f"{summary.validation_accuracy:.2%} in epoch {summary.selected_epoch}, whose weights are selected"
+    of = ", of the weights of the last epoch" if summary.params.evaluate.checkpoint == "last" else ""
     return [
-        ("test accuracy", f"{metrics['accuracy']:.2%} {interval}"),
+        ("test accuracy", f"{metrics['accuracy']:.2%} {interval}{of}"),
         ("worst class", _describe_worst(summary.classes)),
         ("validation", validation),
     ]

@@ -19,6 +19,7 @@ from flows.lineage import trace
 from flows.lineage_records import Experiment, Trace
 from pipeline.artifacts import BEST_WEIGHTS
 from pipeline.core.errors import report_errors
+from pipeline.core.git import PARAMETER_FILES
 
 # with a `_` instead of a `/` in the metrics of earlier versions
 SHOWN_METRICS = ("selected/", "selected_", "test/", "test_", "validation/", "validation_")
@@ -55,12 +56,14 @@ def _experiment_hint(experiment: Experiment) -> str:
 def _code_lines(found: Trace) -> Iterator[str]:
     """Yield the commit and what differed from it."""
     commit = f"commit {found.commit or 'not known'}"
-    if found.dirty is False and found.changed and found.uncommitted:
+    others = [name for name in found.uncommitted if name not in PARAMETER_FILES]
+    if found.dirty is False and found.changed and found.uncommitted and not others:
         yield f"{commit}, parameters overridden (below), no other uncommitted changes"
         return
     changes = {None: "uncommitted changes not known", True: "with uncommitted changes", False: "no uncommitted changes"}
+    changes |= {False: "no uncommitted changes of code"} if others else {}
     yield f"{commit}, {changes[found.dirty]}"
-    if found.dirty and found.uncommitted:
+    if found.uncommitted and (found.dirty or others):
         yield f"not committed: {', '.join(found.uncommitted)}"
 
 

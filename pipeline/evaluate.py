@@ -77,6 +77,7 @@ def main() -> None:
             names=names,
             content_hashes=content_hashes,
             temperature=config.temperature,
+            weights_md5=md5[f"{params.checkpoint}.safetensors"],
         )
         result = evaluate(predictions, top_k=params.top_k, duplicates=info.test_duplicates)
         metrics = {"loss": loss_function(config.loss)(logits, labels).item(), **result.metrics}
@@ -118,8 +119,8 @@ def _print_summary(result: Evaluation) -> None:
 def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_recorded_model: bool) -> None:
     """Log metrics, tags and plots to the MLflow run that made the model, which is found by the model's MD5.
 
-    The metrics are linked to the run's model if that one was evaluated, and not the weights of the last epoch. Raises
-    TemporaryError where MLflow does not answer.
+    The metrics are linked to the run's model, and are the result of the run, if that model was evaluated, and not the
+    weights of the last epoch. Raises TemporaryError where MLflow does not answer.
     """
     run, created = find_or_create_run(model_md5, experiment=experiment, setup=read_setup())
     if created:
@@ -135,9 +136,9 @@ def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_re
             raise TemporaryError("MLflow does not answer: the evaluation was not logged; run the same command again")
         if is_recorded_model:
             run.link_to_model(TEST_METRICS, step=0)
+            run.record(result_values(result.metrics))
         # the hashes of the first evaluation stay, as a later one may have other parameters
         run.record(output_values(EVALUATE, names=FILES), overwrite=False)
-        run.record(result_values(result.metrics))
         for name in ("confusion_matrix.png", "per_class.csv", "metrics.json"):
             run.log_file(EVALUATE / name, folder="plots" if name.endswith("png") else "evaluate")
 

@@ -152,6 +152,7 @@ def test_the_step_writes_the_cross_entropy_and_the_same_bytes_each_time(workspac
     metrics = json.loads((target / "metrics.json").read_text())
     assert (metrics["test_images"], metrics["test_duplicates"]) == (30, 2)
     predictions = read_predictions(target / "predictions.parquet")
+    assert predictions.weights_md5 == file_md5(workspace / "artifacts/train/best.safetensors")
     of_labels = predictions.probabilities[np.arange(30), predictions.actual]
     assert metrics["loss"] == pytest.approx(-np.log(of_labels).mean(), rel=1e-5)
     assert predictions.names[:2] == ["test/0.png", "test/1.png"]

@@ -103,6 +103,31 @@ def test_changed_parameters_are_a_difference_but_no_changed_code(project: Path) 
     assert code_state(project, tracked="params.yaml").dirty == "true"
 
 
+@pytest.mark.parametrize(
+    ("name", "dirty"),
+    [
+        ("README.md", "false"),
+        ("docs/python", "false"),
+        ("tests/test_flows.py", "false"),
+        ("recipes/params.yaml", "false"),
+        ("flows/git.py", "true"),
+        ("requirements/base.lock", "true"),
+        ("pyproject.toml", "true"),
+        ("dvc.yaml", "true"),
+        ("python", "true"),
+    ],
+)
+def test_texts_and_tests_are_recorded_but_are_no_code(project: Path, name: str, dirty: str) -> None:
+    for folder in (project, project / "part"):  # the project as a folder of a larger repository
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("changed\n")
+        (folder / "params.yaml").touch()
+        git(project, "add", ".")
+        found = code_state(folder, tracked="params.yaml")
+        assert name in found.files
+        assert found.dirty == dirty
+
+
 def test_changed_and_untracked_code_makes_a_patch_that_applies(project: Path, tmp_path: Path) -> None:
     assert code_state(project, tracked="params.yaml").dirty == "false"
     (project / "pipeline/notes.txt").write_text("no code")

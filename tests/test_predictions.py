@@ -28,6 +28,7 @@ def predictions(number: int = 50, *, temperature: float | None = 2.0) -> Predict
         names=[f"test/{index}, <b>.png" for index in range(number)],
         content_hashes=[f"{index:016x}" for index in range(number)],
         temperature=temperature,
+        weights_md5="a" * 32,
     )
 
 
@@ -55,6 +56,7 @@ def test_other_programs_find_the_columns_and_the_class_names(tmp_path: Path) -> 
     assert pa.schema(table.schema).metadata[b"class_names"] == (
         b'["cat", "dog, big", "the \\"third\\"", "\\u65e5\\u672c"]'
     )
+    assert pa.schema(table.schema).metadata[b"weights_md5"] == b"a" * 32
     assert table["predicted"].to_pylist() == [CLASSES[row.argmax()] for row in predictions(3).probabilities]
 
 
@@ -62,6 +64,11 @@ def test_the_same_predictions_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_predictions(tmp_path / name, predictions())
     assert file_md5(tmp_path / "a") == file_md5(tmp_path / "b")
+
+
+def test_a_file_of_an_earlier_version_has_unknown_weights(tmp_path: Path) -> None:
+    write_predictions(tmp_path / "x.parquet", replace(predictions(3), weights_md5=None))
+    assert read_predictions(tmp_path / "x.parquet").weights_md5 is None
 
 
 def test_the_temperature_changes_no_predicted_class() -> None:

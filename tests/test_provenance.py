@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
@@ -19,11 +20,13 @@ from flows.lineage import trace
 from pipeline.artifacts import write_bytes
 from pipeline.core.errors import UserError
 from pipeline.core.settings import get_settings
+from pipeline.tracking import logger
 from pipeline.tracking.description import describe, escape_markdown
 from pipeline.tracking.experiments import experiment_name
 from pipeline.tracking.logger import RunLogger
-from pipeline.tracking.provenance import NOTE, output_values, result_values
+from pipeline.tracking.provenance import COMMIT, NOTE, Values, output_values, result_values
 from pipeline.tracking.provenance_file import add_provenance, provenance_of, read_provenance, with_provenance
+from pipeline.tracking.report import log_report
 from pipeline.tracking.run_title import RunSetup
 from pipeline.tracking.runs import describe_dataset, find_or_create_run, training_run
 from pipeline.tracking.search import Run, find_run, find_running, find_runs
@@ -150,15 +153,26 @@ def test_the_file_of_a_resumed_training_has_the_values_of_the_new_process_only(
     assert values["hardware.cpu"] == "abacus"
 
 
-def test_a_damaged_file_is_refused_and_written_anew(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_is_refused_kept_and_written_anew_from_the_tags(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_id = finished_training()
     [path] = Path("mlartifacts").rglob("provenance.json")
     path.write_text('{"git": ')
+    before = read(run_id).tags
     with pytest.raises(UserError, match=f"MLflow run {run_id}: its artifact provenance.json is damaged"):
         with_provenance(read(run_id))
     RunLogger(run_id).record({"result.accuracy": 0.5})
     assert "warning: MLflow run" in capsys.readouterr().out
-    assert read_provenance(run_id) == {"result.accuracy": 0.5}
+    assert path.with_name("provenance.damaged.json").read_text() == '{"git": '
+    values = read_provenance(run_id)
+    assert (values["result.accuracy"], values["outputs.train"]) == (0.5, {"best.safetensors": MODEL})
+    assert values["git.changed"] == "unknown"  # so that a reproduction requires the differences
+    assert {name: values[name] for name in ("training", "recipe", "model.md5", "git.dirty", "git.commit")} == {
+        **{name: before[name] for name in ("training", "recipe", "model.md5", "git.dirty")},
+        "git.commit": before[COMMIT],
+    }
+    assert "Recipe digits; the parameters that differ from it are unknown." in read(run_id).tags[NOTE]
 
 
 def test_a_description_that_a_user_has_edited_stays(workspace: Path) -> None:
@@ -170,6 +184,31 @@ def test_a_description_that_a_user_has_edited_stays(workspace: Path) -> None:
     run.set_tags({NOTE: "the one for the paper"})
     run.record({"result.accuracy": 0.75})
     assert read(run.run_id).tags[NOTE] == "the one for the paper"
+
+
+def test_an_older_description_does_not_replace_a_newer_one(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunLogger(finished_training())
+
+    def add_and_be_overtaken(run_id: str, values: Values, *, overwrite: bool) -> dict[str, Any]:
+        known = add_provenance(run_id, values, overwrite=overwrite)
+        monkeypatch.setattr(logger, "add_provenance", add_provenance)
+        RunLogger(run_id).record({"result.accuracy": 0.75})  # as another process does it
+        return known
+
+    monkeypatch.setattr(logger, "add_provenance", add_and_be_overtaken)
+    run.record({"result.accuracy": 0.25})
+    assert read_provenance(run.run_id)["result.accuracy"] == 0.75
+    assert read(run.run_id).tags[NOTE].startswith("**Test accuracy 75.00%**")
+
+
+def test_the_description_links_a_report_once_it_is_recorded(workspace: Path) -> None:
+    run = RunLogger(finished_training())
+    run.record({"result.accuracy": 0.5})
+    assert "report" not in read(run.run_id).tags[NOTE]
+    Path("page.html").write_text("page")
+    log_report(run.run_id, Path("page.html"))
+    assert f"/runs/{run.run_id}/artifacts/report.html?workflowType=" in read(run.run_id).tags[NOTE]
+    assert [path.read_text() for path in Path("mlartifacts").rglob("report.html")] == ["page"]
 
 
 def test_names_from_outside_are_no_markup_in_a_description() -> None:
@@ -238,6 +277,17 @@ def test_a_run_of_an_earlier_version_is_traced_by_its_tags(workspace: Path, old_
     assert (found.dirty, found.uncommitted) == (False, ("params.yaml",))
     assert [file.md5 for file in found.files] == [MODEL, "b" * 32]
     assert provenance_of(old_run).hardware == {"cpu": "abacus"}
+
+
+@pytest.mark.parametrize(("name", "dirty"), [("pipeline/a.py", True), ("README.md", False)])
+def test_changed_code_of_an_earlier_version_is_known_also_in_a_folder_of_a_larger_repository(
+    workspace: Path, old_run: Run, name: str, dirty: bool
+) -> None:
+    project = workspace / "ml"
+    project.mkdir()
+    MlflowClient().log_text(old_run.run_id, f"diff --git a/ml/{name} b/ml/{name}\n", "uncommitted.diff")
+    [found], _ = trace(project, MODEL)
+    assert (found.dirty, found.uncommitted) == (dirty, (name,))
 
 
 def test_a_name_of_several_runs_leads_to_all_of_them_newest_first(workspace: Path) -> None:

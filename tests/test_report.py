@@ -15,6 +15,7 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, log_loss, precision_recall_fscore_support
 
 from pipeline import report
+from pipeline.artifacts import file_md5
 from pipeline.core import report_command
 from pipeline.core.errors import UserError
 from pipeline.core.git import CodeState
@@ -22,9 +23,14 @@ from pipeline.core.settings import get_settings
 from pipeline.reporting.baseline import Baseline, compare
 from pipeline.reporting.data import read_content
 from pipeline.reporting.facts import RunFacts
+from pipeline.reporting.model import describe_model
 from pipeline.reporting.page import Report, render
-from pipeline.tracking.provenance_file import Provenance
+from pipeline.tracking.provenance import NOTE
+from pipeline.tracking.provenance_file import Provenance, provenance_of
 from pipeline.tracking.run_title import RunSetup
+from pipeline.tracking.runs import find_or_create_run
+from pipeline.tracking.search import find_run, find_runs
+from pipeline.tracking.store import connect
 from tests.conftest import PROJECT, make_once, run_step
 from tests.report_page import HOSTILE_NAMES, Page, write_artifacts
 
@@ -262,11 +268,14 @@ def test_what_is_unknown_is_shown_as_unknown(made: Report) -> None:
     assert cost.count("unknown") >= 12
 
 
-def test_predictions_of_another_model_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("md5", "found"), [("b" * 32, "b" * 32), (None, "unknown")])
+def test_predictions_of_other_or_unknown_weights_are_refused(
+    folder: Path, made: Report, monkeypatch: pytest.MonkeyPatch, md5: str | None, found: str
+) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("pipeline.reporting.model.TOLERANCE", -1.0)
-    with pytest.raises(UserError, match="run `dvc repro evaluate`"):
-        report.collect(seconds={})
+    predictions = replace(made.content.predictions, weights_md5=md5)
+    with pytest.raises(UserError, match=f"of MD5 {found}; allowed: those of .*{made.model.md5}; run `dvc repro evalu"):
+        describe_model(made.params, made.content.info, images=made.content.test_images, predictions=predictions)
 
 
 METRICS = {"accuracy": 0.9, "accuracy_low": 0.84, "accuracy_high": 0.94, "loss": 0.3, "test_images": 150}
@@ -358,6 +367,28 @@ def test_a_failing_report_is_a_warning_with_the_command(
     assert lines[0].endswith("`.venv/bin/python -m pipeline.report` tries it again")
 
 
+def test_a_report_that_is_not_in_mlflow_is_a_warning_of_the_stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PIPELINE_FLOW_RUN_ID", raising=False)
+    get_settings.cache_clear()
+    code = "import sys; print('report x'); print('noise\\nwarning: the report is not in MLflow: y', file=sys.stderr)"
+    monkeypatch.setattr(report_command, "COMMAND", ("-c", code))
+    report_command.make_report()
+    assert capsys.readouterr().out == "report x\nwarning: the report is not in MLflow: y\n"
+
+
+def test_of_a_run_without_a_training_only_the_evaluation_is_known(made: Report, workspace: Path) -> None:
+    run, _ = find_or_create_run("0" * 32, experiment="digits")
+    found = find_run(run.run_id)
+    assert found
+    recorded = provenance_of(found)
+    facts = RunFacts(recorded, experiment=recorded.experiment, flow_run_name=recorded.flow_run_name)
+    html = render(replace(made, facts=facts))
+    for name in ("train", "commit of the run", "uncommitted changes of the code", "flow run", "DVC experiment"):
+        assert re.search(rf"<dt>{name}</dt><dd>(<bdi>)?unknown<", html), name
+
+
 @pytest.mark.slow
 def test_the_step_evaluate_makes_the_report_and_records_it(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_artifacts(workspace, classes=3, size=32, channels=1)
@@ -368,3 +399,6 @@ def test_the_step_evaluate_makes_the_report_and_records_it(workspace: Path, monk
     assert "MLflow run</dt><dd>unknown" not in path.read_text()
     recorded = list((workspace / "mlartifacts").rglob("report.html"))
     assert [each.read_bytes() for each in recorded] == [path.read_bytes()]
+    connect()
+    [run] = find_runs({"model.md5": file_md5(workspace / "artifacts/train/best.safetensors")})
+    assert f"/runs/{run.run_id}/artifacts/report.html?workflowType=" in run.tags[NOTE]

@@ -71,6 +71,15 @@ def test_the_table_answers_what_a_reader_asks_in_this_order() -> None:
     assert not [line for line in text.splitlines() if len(line) > WIDTH and "file://" not in line]
 
 
+def test_the_accuracy_of_the_weights_of_the_last_epoch_is_not_taken_for_that_of_the_selected_ones() -> None:
+    found = summary(12, recipe="digits")
+    evaluate = found.params.evaluate.model_copy(update={"checkpoint": "last"})
+    last = replace(found, params=found.params.model_copy(update={"evaluate": evaluate}))
+    words = "95.00%), of the weights of the\n               last epoch\n"
+    assert words in as_text(last, recipe="digits")
+    assert words not in as_text(found, recipe="digits")
+
+
 def test_a_run_that_changes_nothing_differs_in_nothing() -> None:
     same = replace(summary(5, recipe="digits"), setup=RunSetup("digits", "", {}))
     assert "nothing: all parameters are those of recipe digits\n" in as_text(same, recipe="digits")

@@ -92,6 +92,13 @@ def test_only_overridden_parameters_are_no_uncommitted_changes(only_trace: Trace
     assert "with uncommitted changes\n            not committed: params.yaml, pipeline/train.py" in text
 
 
+@pytest.mark.parametrize("changed", [{}, {"train.epochs": ("20", "1")}])
+def test_changed_texts_are_listed_but_are_no_changed_code(changed: dict[str, tuple[str, str]]) -> None:
+    found = Trace(dirty=False, uncommitted=("README.md", "params.yaml"), changed=changed)
+    lines = "no uncommitted changes of code\n            not committed: README.md, params.yaml\n"
+    assert as_text(found).startswith(f"code        commit not known, {lines}")
+
+
 def test_a_link_that_no_server_serves_says_how_to_open_it(only_trace: Trace) -> None:
     assert f"no server runs: `make ui`, then {only_trace.run_link}" in as_text(only_trace)
     assert f"            {only_trace.run_link}\n" in as_text(replace(only_trace, run_link_served=True))
@@ -116,7 +123,7 @@ def test_a_trace_has_code_data_parameters_and_files(only_trace: Trace) -> None:
 
 def test_a_fully_cached_run_leads_to_the_run_that_made_the_model(project: Path, only_trace: Trace) -> None:
     text = flow_run(project, "--set", "train.epochs=1")
-    assert "train cached, evaluate cached" in text
+    assert "train cached, evaluate cached" in " ".join(text.split())
     assert only_trace.run
     assert only_trace.run.run_id in text
     [name] = [line.split()[1] for line in text.splitlines() if line.startswith("experiment ")]

@@ -42,10 +42,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Pat
         .replace("log_every_steps: 20", "log_every_steps: 2")
     )
     (folder / "params.yaml").write_text("")
-    (folder / "notes.txt").write_text("")
-    start_repository(folder, "params.yaml", "notes.txt")
+    (folder / "flows").mkdir()
+    (folder / "flows/notes.txt").write_text("")
+    start_repository(folder, "params.yaml", "flows/notes.txt")
     (folder / "params.yaml").write_text(text)
-    (folder / "notes.txt").write_bytes(b"caf\xe9\n")
+    (folder / "flows/notes.txt").write_bytes(b"caf\xe9\n")
     shutil.copy(mlflow_store / "mlflow.db", folder)
     environment = os.environ | {"PIPELINE_EXPERIMENT": "bold-name", "PIPELINE_FLOW_RUN_ID": "f-1"}
     environment.pop("MLFLOW_TRACKING_URI", None)
@@ -87,6 +88,8 @@ def test_a_run_has_parameters_losses_and_test_metrics(store: Path) -> None:
         "test/accuracy",
         "test/accuracy_without_duplicates",
         "test/balanced_accuracy",
+        "test/expected_calibration_error",
+        "test/expected_calibration_error_calibrated",
         "test/loss",
         "test/macro_f1",
     }
@@ -123,7 +126,7 @@ def test_a_finished_run_has_few_tags_and_a_description_with_its_result(store: Pa
     accuracy = read_json(Path("artifacts/evaluate/metrics.json"))["accuracy"]
     text = run.data.tags["mlflow.note.content"]
     assert text.startswith(f"**Test accuracy {accuracy:.2%}** (95% interval ")
-    assert f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts/report.html?workflowType=" in text
+    assert "report" not in text  # none was made, as the process believes to be in the clone of a flow run
     assert "`dvc exp apply bold-name`" in text
 
 
@@ -131,7 +134,7 @@ def test_provenance_has_the_hashes_of_all_outputs_in_sections(store: Path) -> No
     content = json.loads(mlflow.artifacts.load_text(f"runs:/{only_run().info.run_id}/provenance.json"))
     assert content["outputs"]["train"]["history.csv"] == file_md5(Path("artifacts/train/history.csv"))
     assert content["outputs"]["evaluate"]["metrics.json"] == file_md5(Path("artifacts/evaluate/metrics.json"))
-    assert content["git"]["changed"] == ["notes.txt", "params.yaml"]
+    assert content["git"]["changed"] == ["flows/notes.txt", "params.yaml"]
     assert set(content["hardware"]) == {"cpu", "cpu_kernels", "gpu", "threads"}
 
 
@@ -202,7 +205,9 @@ def test_a_training_that_is_recorded_again_links_nothing_twice(store: Path) -> N
     assert len(client.get_metric_history(run.info.run_id, "validation/accuracy")) == 3
 
 
-def test_the_metrics_of_other_weights_are_not_linked_to_the_recorded_model(workspace: Path) -> None:
+def test_the_metrics_of_other_weights_are_neither_linked_to_the_model_nor_the_result_of_the_run(
+    workspace: Path,
+) -> None:
     write_normalized(workspace)
     changes = {"train": {"epochs": 1}, "evaluate": {"checkpoint": "last"}}
     values = DEFAULTS | {section: DEFAULTS[section] | changed for section, changed in changes.items()}
@@ -218,6 +223,10 @@ def test_the_metrics_of_other_weights_are_not_linked_to_the_recorded_model(works
     assert done.returncode == 0, done.stderr
     assert "test/accuracy" in only_run().data.metrics
     assert not [found for found in recorded_metrics(only_run().info.run_id) if found.key.startswith("test/")]
+    assert not [name for name in read_provenance(only_run().info.run_id) if name.startswith("result.")]
+    text = only_run().data.tags["mlflow.note.content"]
+    assert text.startswith("Validation accuracy ")
+    assert "Test accuracy" not in text
 
 
 def test_metrics_are_linked_to_no_model_where_the_run_has_none(workspace: Path) -> None:

@@ -28,9 +28,11 @@ APPLICABLE_DIFF = (
     "--inter-hunk-context=0",
 )
 EXCLUDE_OUTPUTS = ":(exclude)artifacts"  # a pathspec that leaves out the outputs of the stages
-# a run has its own parameters, and DVC writes the hashes that follow from them: a change of these files is none of code
-PARAMETER_FILES = frozenset({"params.yaml", "dvc.lock"})
-CODE_FILES = "pipeline/*.py"  # untracked files of this pattern are uncommitted changes: a stage may import them
+# what decides how a stage or a flow runs; parameters, the hashes that follow from them, tests and texts are no code
+CODE_FOLDERS = ("pipeline/", "flows/", "requirements/")
+CODE_FILES = ("dvc.yaml", "pyproject.toml", "python")
+PARAMETER_FILES = ("params.yaml", "dvc.lock")
+UNTRACKED_CODE = "pipeline/*.py"  # untracked files of this pattern are uncommitted changes: a stage may import them
 _MISLEADING_VARIABLES = (
     *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_COMMON_DIR", "GIT_PREFIX"),
     *("GIT_DIFF_OPTS", "GIT_LITERAL_PATHSPECS", "GIT_NOGLOB_PATHSPECS"),
@@ -139,13 +141,13 @@ class CodeState:
 
     @property
     def dirty(self) -> str:
-        """Return whether code has uncommitted changes: `true`, `false` or `unknown`; parameters are no code."""
+        """Return whether code, as of `has_code`, has uncommitted changes: `true`, `false` or `unknown`."""
         return UNKNOWN if self.difference is None else str(has_code(self.files)).lower()
 
 
 def has_code(files: Iterable[str]) -> bool:
-    """Return whether a file other than the parameters and the hashes that follow from them is among the files."""
-    return any(Path(name).name not in PARAMETER_FILES for name in files)
+    """Return whether code is among the files, whose paths are relative to the project's folder."""
+    return any(name in CODE_FILES or name.startswith(CODE_FOLDERS) for name in files)
 
 
 def code_state(folder: Path, *, tracked: str) -> CodeState:
@@ -189,7 +191,7 @@ def _names(listing: bytes) -> list[str]:
 
 def _untracked_code(folder: Path) -> list[str]:
     """Return the code files that git neither tracks nor ignores."""
-    return _names(output(folder, "ls-files", "--others", "--exclude-standard", "-z", "--", CODE_FILES))
+    return _names(output(folder, "ls-files", "--others", "--exclude-standard", "-z", "--", UNTRACKED_CODE))
 
 
 def _patches(folder: Path, names: Iterable[str]) -> bytes:

@@ -34,7 +34,8 @@ def make_report() -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         _warn(first_line(error))
         return
-    print(done.stdout, end="", flush=True)
+    warnings = [f"{line}\n" for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    print(done.stdout, *warnings, sep="", end="", flush=True)
     if done.returncode:
         _warn(first_line(done.stderr.strip().rpartition("\n")[2]).removeprefix("error: "))
 

@@ -20,6 +20,7 @@ def predictions_of(
     names: Sequence[str] | None = None,
     content_hashes: Sequence[str] | None = None,
     temperature: float | None = None,
+    weights_md5: str | None = None,
 ) -> Predictions:
     """Return the predictions from logits (N, num_classes) float32 on the CPU and labels (N,) int64.
 
@@ -34,6 +35,7 @@ def predictions_of(
         predicted=logits.argmax(1).numpy(),
         probabilities=_probabilities(logits, temperature=None),
         calibrated_probabilities=None if temperature is None else _probabilities(logits, temperature=temperature),
+        weights_md5=weights_md5,
     )
 
 

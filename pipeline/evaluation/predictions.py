@@ -16,6 +16,7 @@ from pipeline.parquet import parquet_reader, parquet_writer
 Probabilities = npt.NDArray[np.float32]  # (N, num_classes)
 
 CLASS_NAMES_KEY = b"class_names"  # in the metadata of the schema: the class names in their order, as JSON
+WEIGHTS_MD5_KEY = b"weights_md5"  # in the metadata of the schema: the MD5 of the weights file in hexadecimal, if known
 VALUES_PER_GROUP = 2**21  # probabilities in a row group, of which one is in memory at a time
 
 
@@ -26,6 +27,7 @@ class Predictions:
     `names` and `content_hashes` (16 hexadecimal digits) are those of the image files. `actual` and `predicted` (N,)
     int64 are indices into `class_names`. `probabilities` (N, num_classes) float32 are the softmax of the logits;
     `calibrated_probabilities` are those after the temperature, or None where the model has no known temperature.
+    `weights_md5` is the MD5 of the weights file in hexadecimal, or None if it is unknown.
     """
 
     class_names: tuple[str, ...]
@@ -35,6 +37,7 @@ class Predictions:
     predicted: Labels
     probabilities: Probabilities
     calibrated_probabilities: Probabilities | None
+    weights_md5: str | None = None
 
     def __len__(self) -> int:
         return len(self.actual)
@@ -82,7 +85,8 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
 def read_predictions(path: Path) -> Predictions:
     """Read what `write_predictions` wrote; raises UserError where the file is missing or damaged."""
     with parquet_reader(path) as file:
-        class_names = tuple(json.loads((file.schema_arrow.metadata or {})[CLASS_NAMES_KEY]))
+        metadata = file.schema_arrow.metadata or {}
+        class_names = tuple(json.loads(metadata[CLASS_NAMES_KEY]))
         shape = file.metadata.num_rows, len(class_names)
         text = file.read(columns=["content_hash", "name", "actual", "predicted"])
         is_calibrated = "calibrated_probabilities" in file.schema_arrow.names
@@ -96,6 +100,7 @@ def read_predictions(path: Path) -> Predictions:
             calibrated_probabilities=(
                 _read_lists(file, "calibrated_probabilities", shape=shape) if is_calibrated else None
             ),
+            weights_md5=metadata[WEIGHTS_MD5_KEY].decode() if WEIGHTS_MD5_KEY in metadata else None,
         )
 
 
@@ -104,10 +109,10 @@ def _schema(predictions: Predictions) -> pa.Schema:
     fields = {"content_hash": text, "name": text, "actual": text, "predicted": text, "probabilities": lists}
     if predictions.calibrated_probabilities is not None:
         fields["calibrated_probabilities"] = lists
-    return pa.schema(
-        [pa.field(name, kind, nullable=False) for name, kind in fields.items()],
-        metadata={CLASS_NAMES_KEY: json.dumps(predictions.class_names).encode()},
-    )
+    metadata = {CLASS_NAMES_KEY: json.dumps(predictions.class_names).encode()}
+    if predictions.weights_md5 is not None:
+        metadata[WEIGHTS_MD5_KEY] = predictions.weights_md5.encode()
+    return pa.schema([pa.field(name, kind, nullable=False) for name, kind in fields.items()], metadata=metadata)
 
 
 def _lists(rows: Probabilities) -> pa.Array:

@@ -5,12 +5,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from pipeline.arrays import DatasetInfo, Split
+from pipeline.arrays import DatasetInfo
 from pipeline.artifacts import BEST_WEIGHTS, TRAIN, Images, file_md5
 from pipeline.core.errors import UserError
 from pipeline.core.processes import cpu_name, num_cores
@@ -20,14 +21,13 @@ from pipeline.models.config import ModelConfig, configure
 from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.models.files import load_config, load_model
 from pipeline.models.freezing import apply_freezing
-from pipeline.models.inference import class_probabilities, logits_of
+from pipeline.models.inference import class_probabilities
 from pipeline.params import Params
+from pipeline.reporting.data import PREDICTIONS
 
 BATCH_SIZE = 64  # images of a batch whose latency is measured; fewer for a slow network
 SECONDS = 0.35  # of measuring the latency of one image, and again of a batch
 MAX_TIMES = 30
-NUM_CHECKED = 16  # test images whose stored predictions are compared with those of the model
-TOLERANCE = 0.02  # of a probability: devices round differently
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,12 @@ def describe_model(params: Params, info: DatasetInfo, *, images: Images, predict
     checkpoint = params.evaluate.checkpoint
     classifier, _ = load_model(TRAIN, checkpoint=checkpoint)
     weights = TRAIN / f"{checkpoint}.safetensors"
-    _check_predictions(classifier, config, params=params, images=images, predictions=predictions)
+    md5 = file_md5(weights)
+    _check_predictions(predictions, weights=weights, md5=md5)
     layers = _layers(classifier)
     return ModelFacts(
         config=config,
-        md5=file_md5(weights),
+        md5=md5,
         checkpoint=checkpoint,
         layers=layers,
         num_parameters=sum(parameter.numel() for parameter in classifier.parameters()),
@@ -89,19 +90,12 @@ def describe_model(params: Params, info: DatasetInfo, *, images: Images, predict
     )
 
 
-def _check_predictions(
-    classifier: Classifier, config: ModelConfig, *, params: Params, images: Images, predictions: Predictions
-) -> None:
-    """Raise UserError where the model gives other probabilities for the first test images than the stored ones."""
-    first = np.asarray(images[:NUM_CHECKED])
-    split = Split.of(first, np.zeros(len(first), np.int64), mean=config.mean, std=config.std)
-    views = params.evaluate.test_time_augmentation
-    probabilities = logits_of(classifier, split, batch_size=NUM_CHECKED, views=views).softmax(1).numpy()
-    difference = float(np.abs(probabilities - predictions.probabilities[:NUM_CHECKED]).max())
-    if not difference <= TOLERANCE:
+def _check_predictions(predictions: Predictions, *, weights: Path, md5: str) -> None:
+    """Raise UserError where the predictions are those of other weights than these, or of unknown ones."""
+    if predictions.weights_md5 != md5:
         raise UserError(
-            f"artifacts/evaluate/predictions.parquet: found probabilities that differ by {difference:.2f} from those "
-            f"of the model in {TRAIN}; allowed: {TOLERANCE}; run `dvc repro evaluate`, then make the report again"
+            f"{PREDICTIONS}: found predictions of weights of MD5 {predictions.weights_md5 or 'unknown'}; allowed: "
+            f"those of {weights}, {md5}; run `dvc repro evaluate`, then make the report again"
         )
 
 

@@ -5,10 +5,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.core.git import UNKNOWN
 from pipeline.tracking.links import run_page
-from pipeline.tracking.provenance import EXPERIMENT, REPRODUCES, Values
+from pipeline.tracking.provenance import DIFFERENT, EXPERIMENT, REPRODUCES, Values
 
-REPORT = "report.html"  # an artifact of the run
+REPORT = "report"  # the value of the provenance that names the report among the run's artifacts
 MAX_ROWS = 20  # of the table of parameters: MLflow cuts a description at 8000 characters
 MAX_VALUE_LENGTH = 60
 # all but letters, digits, `,`, `%`, `-`, spaces and the point of a number
@@ -22,9 +23,10 @@ def escape_markdown(text: str) -> str:
 
 def describe(values: Values, *, run_id: str, experiment_id: str) -> str:
     """Return the description of a run with the values of its provenance."""
-    report = f"[{REPORT}]({run_page(run_id, experiment_id=experiment_id, artifact=REPORT)})"
+    report = values.get(REPORT, "")
+    page = run_page(run_id, experiment_id=experiment_id, artifact=report)
     places = {
-        "Report": report if "result.accuracy" in values else "",
+        "Report": f"[{escape_markdown(report)}]({page})" if report else "",
         "Prefect": _link(values),
         "DVC experiment": _code(f"dvc exp apply {values[EXPERIMENT]}") if EXPERIMENT in values else "",
         "Reproduces": _code(values[REPRODUCES]) if REPRODUCES in values else "",
@@ -51,7 +53,10 @@ def _differences(values: Values) -> Iterator[str]:
     """Yield the lines of a table of the parameters that differ from the recipe; a run without a recipe has none."""
     if "recipe" not in values:
         return
-    recipe, differences = escape_markdown(values["recipe"]), values.get("parameters.different", {})
+    recipe, differences = escape_markdown(values["recipe"]), values.get(DIFFERENT, {})
+    if differences == UNKNOWN:
+        yield f"Recipe {recipe}; the parameters that differ from it are unknown."
+        return
     if not differences:
         yield f"Parameters: those of the recipe {recipe}."
         return

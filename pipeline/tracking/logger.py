@@ -25,7 +25,7 @@ from pipeline.tracking.provenance import (
     tag_name,
     tags_of,
 )
-from pipeline.tracking.provenance_file import add_provenance
+from pipeline.tracking.provenance_file import add_provenance, exclusive, read_provenance
 from pipeline.tracking.store import error_reason, warn_on_failure
 
 FLUSH_SECONDS = 1.0  # between two requests
@@ -151,16 +151,22 @@ class RunLogger:
         tags = () if overwrite else self._client.get_run(self.run_id).data.tags.keys()
         values = {name: value for name, value in values.items() if name not in tags}
         known = add_provenance(self.run_id, values, overwrite=overwrite)
-        self.describe(known)
+        self.describe()
         self.set_tags(tags_of({name: known[name] for name in values}))
 
-    def describe(self, values: Values) -> None:
-        """Set the run's description for these values of its provenance, unless a user has edited the description."""
-        run = self._client.get_run(self.run_id)
-        written, found = run.data.tags.get(tag_name(NOTE_MD5)), run.data.tags.get(NOTE, "")
-        if (bytes_md5(found.encode()) if found else None) == written:
-            text = describe(values, run_id=self.run_id, experiment_id=run.info.experiment_id)
-            self.set_tags({NOTE: text, tag_name(NOTE_MD5): bytes_md5(text.encode())})
+    def describe(self) -> None:
+        """Set the run's description for the values of its provenance, unless a user has edited the description.
+
+        No other process of the project changes either meanwhile, so that no older text replaces a newer one.
+        """
+        with exclusive():
+            run = self._client.get_run(self.run_id)
+            written, found = run.data.tags.get(tag_name(NOTE_MD5)), run.data.tags.get(NOTE, "")
+            if (bytes_md5(found.encode()) if found else None) == written:
+                values = read_provenance(self.run_id)
+                text = describe(values, run_id=self.run_id, experiment_id=run.info.experiment_id)
+                # one request: a text without its MD5 would count as one that a user has edited
+                self.set_tags({NOTE: text, tag_name(NOTE_MD5): bytes_md5(text.encode())})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Set the parameters that the run does not have yet.

@@ -31,6 +31,7 @@ EXPERIMENT = "dvc.experiment"
 PROJECT = "process.project"  # the folder of the project that made the run
 HARDWARE = "hardware."  # prefix of the parts of the hardware, on which the last bits of a model depend
 CHANGED_FILES = "git.changed"  # the files that differ from the commit, parameters included
+DIFFERENT = "parameters.different"  # the parameters that differ from the recipe: by name, the two values
 TRAINING = "training"  # the fingerprint of the training
 TRAIN_OUTPUTS = "outputs.train"
 NOTE_MD5 = "note.md5"  # of the description as it was written last, by which one that a user has edited is known
@@ -67,6 +68,14 @@ def tags_of(values: Values) -> dict[str, str]:
     """Return the tags for those of the values by which people or programs search runs."""
     names = [name for name in (*SEARCHED_BY_PEOPLE, *SEARCHED_BY_PROGRAMS) if values.get(name)]
     return {tag_name(name): as_text(values[name]) for name in names}
+
+
+def values_of(tags: Mapping[str, str]) -> dict[str, Any]:
+    """Return the values that a run has as tags; hidden tags are under the names of their values."""
+    found: dict[str, Any] = {name: tags[name] for name in (*SEARCHED_BY_PEOPLE, *SEARCHED_BY_PROGRAMS) if name in tags}
+    if TRAIN_OUTPUTS in found:
+        found[TRAIN_OUTPUTS] = json.loads(found[TRAIN_OUTPUTS])
+    return found | ({"git.commit": tags[COMMIT]} if COMMIT in tags else {})
 
 
 def as_text(value: Any) -> str:
@@ -108,7 +117,7 @@ def origin(code: CodeState, *, setup: RunSetup | None = None) -> dict[str, Any]:
     settings = get_settings()
     values = {
         "recipe": setup.recipe if setup else "",
-        "parameters.different": {name: list(pair) for name, pair in setup.differences.items()} if setup else {},
+        DIFFERENT: {name: list(pair) for name, pair in setup.differences.items()} if setup else {},
         "git.commit": code.commit or UNKNOWN,
         "git.dirty": code.dirty,
         CHANGED_FILES: [name.encode("utf-8", "replace").decode() for name in code.files],

@@ -9,10 +9,14 @@ from pipeline.core.network import is_server
 from pipeline.core.project import project_folder
 from pipeline.core.settings import get_settings
 from pipeline.core.sqlite import sqlite_path
+from pipeline.tracking.description import REPORT
+from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.provenance_file import Provenance, provenance_of
 from pipeline.tracking.search import find_runs_of_model
 from pipeline.tracking.store import connect, store_errors
 from pipeline.tracking.store_uri import tracking_uri
+
+FILE = "report.html"
 
 
 def find_recorded_run(model_md5: str) -> Provenance | None:
@@ -36,9 +40,12 @@ def link_of(run: Provenance) -> str:
 
 
 def log_report(run_id: str, path: Path) -> None:
-    """Record the report with the run, as `report.html` in its artifacts; it replaces an earlier one.
+    """Record the report with the run, as `report.html` in its artifacts; the run's description then links it.
+
+    It replaces an earlier one.
 
     Raises UserError or TemporaryError where the store cannot be reached.
     """
     with store_errors():
-        MlflowClient().log_text(run_id, path.read_text(encoding="utf-8"), "report.html")
+        MlflowClient().log_text(run_id, path.read_text(encoding="utf-8"), FILE)
+        RunLogger(run_id).record({REPORT: FILE})

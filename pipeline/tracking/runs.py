@@ -86,7 +86,7 @@ def training_run(
                 run.delete_tags({*TAGS_OF_ONE_PROCESS, *values})  # an earlier version had all values as tags
             start_provenance(run.run_id, values)
             run.set_tags(source_tags(code) | tags_of(values) | flow_run_tags())
-            run.describe(values)
+            run.describe()
             _log_environment(run, code.difference or b"")
         with run.sending():
             yield run
