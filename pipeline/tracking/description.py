@@ -5,10 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.tracking.links import run_page
+from pipeline.tracking.links import REPORT, run_page
 from pipeline.tracking.provenance import EXPERIMENT, REPRODUCES, Values
 
-REPORT = "report.html"  # an artifact of the run
 MAX_ROWS = 20  # of the table of parameters: MLflow cuts a description at 8000 characters
 MAX_VALUE_LENGTH = 60
 # all but letters, digits, `,`, `%`, `-`, spaces and the point of a number

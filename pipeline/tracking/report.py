@@ -9,6 +9,7 @@ from pipeline.core.network import is_server
 from pipeline.core.project import project_folder
 from pipeline.core.settings import get_settings
 from pipeline.core.sqlite import sqlite_path
+from pipeline.tracking.links import REPORT
 from pipeline.tracking.provenance_file import Provenance, provenance_of
 from pipeline.tracking.search import find_runs_of_model
 from pipeline.tracking.store import connect, store_errors
@@ -41,4 +42,4 @@ def log_report(run_id: str, path: Path) -> None:
     Raises UserError or TemporaryError where the store cannot be reached.
     """
     with store_errors():
-        MlflowClient().log_text(run_id, path.read_text(encoding="utf-8"), "report.html")
+        MlflowClient().log_text(run_id, path.read_text(encoding="utf-8"), REPORT)
