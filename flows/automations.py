@@ -26,7 +26,8 @@ START_SECONDS = 300
 ENDED = ("Completed", "Failed", "TimedOut", "Crashed", "Cancelled")
 
 # Jinja templates that Prefect's server fills in; `labels` come from `flows.flow_run`.
-FLOW_RUN = "{{ flow_run.name }}"
+DUE = 'due {{ flow_run.expected_start_time.strftime("%Y-%m-%d %H:%M") }} UTC'
+FLOW_RUN = f"{{{{ flow_run.name }}}}, {DUE}"  # nights of the same parameters have the same name
 REASON = f"""\
 Step: {{{{ flow_run.labels["{STEP_LABEL}"] or "none has begun" }}}}
 Reason: {{{{ flow_run.labels["{REASON_LABEL}"] or flow_run.state.message or "unknown" }}}}"""
@@ -35,8 +36,7 @@ Run: {{{{ flow_run|ui_url }}}}\
 {{% if flow_run.labels["{MLFLOW_LABEL}"] %}}
 MLflow: {{{{ flow_run.labels["{MLFLOW_LABEL}"] }}}}{{% endif %}}"""
 LATE = f"""\
-Reason: due at {{{{ flow_run.expected_start_time.strftime("%Y-%m-%d %H:%M") }}}} UTC and not started: no worker is \
-running, or it is busy; `python -m flows.health` checks it
+Reason: not started: no worker is running, or it is busy; `python -m flows.health` checks it
 {LINKS}"""
 OVERDUE = """\
 Reason: no run of {{ deployment.name }} has completed within HOURS hours: nights fail or hang, or the schedule is off; \

@@ -22,6 +22,7 @@ from uuid import UUID
 
 import psutil
 from prefect import get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
@@ -41,6 +42,7 @@ from pipeline.core.project import pipeline_cache_folder
 PROJECT_LABEL = "process.project"
 RUN_COUNT_LABEL = "process.run_count"
 LIVE = {"state": {"type": {"any_": [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]}}}
+CRASHED = {"state": {"type": {"any_": [StateType.CRASHED]}}}
 CHECKPOINT_DAYS = 14
 # how long a flow run may be live without a record of its process before it is reported
 MAX_TIME_WITHOUT_PROCESS = timedelta(hours=1)
@@ -106,38 +108,48 @@ def mlflow_runs(project: Path) -> Iterator[Finding]:
 
 
 def prefect_runs(project: Path) -> Iterator[Finding]:
-    """Find runs of this flow that Prefect has as running, pending or cancelling though their process is dead."""
+    """Find runs of this flow that are live in Prefect, or crashed with live task runs, though their process is dead.
+
+    The notifications set a flow run without heartbeats to Crashed, but not its task runs.
+    """
     found = current_server(project)
     if found is None:
         yield Finding("Prefect's flow runs were not checked: no server of this project is running")
         return
-    flow, live = FlowFilter.model_validate({"name": {"any_": [FLOW_NAME]}}), FlowRunFilter.model_validate(LIVE)
-    runs: list[FlowRun] = []
     with prefect_client(found.api_url) as client:
-        while page := client.read_flow_runs(
-            flow_filter=flow,
-            flow_run_filter=live,
-            sort=FlowRunSort.ID_DESC,
-            limit=MAX_RECORDS_PER_REQUEST,
-            offset=len(runs),
-        ):
-            runs += page
-    for run in runs:
+        live = _read_flow_runs(client, FlowRunFilter.model_validate(LIVE))
+        crashed = _read_flow_runs(client, FlowRunFilter.model_validate(CRASHED), TaskRunFilter.model_validate(LIVE))
+    for run in live:
         yield from _check_flow_run(run, url=found.api_url)
+    for run in crashed:
+        yield from _check_crashed_run(run, url=found.api_url)
+
+
+def _read_flow_runs(
+    client: SyncPrefectClient, runs: FlowRunFilter, task_runs: TaskRunFilter | None = None
+) -> list[FlowRun]:
+    """Return the runs of this flow that the filter accepts; with `task_runs`, those that have such task runs."""
+    found: list[FlowRun] = []
+    while page := client.read_flow_runs(
+        flow_filter=FlowFilter.model_validate({"name": {"any_": [FLOW_NAME]}}),
+        flow_run_filter=runs,
+        task_run_filter=task_runs,
+        sort=FlowRunSort.ID_DESC,
+        limit=MAX_RECORDS_PER_REQUEST,
+        offset=len(found),
+    ):
+        found += page
+    return found
 
 
 def _check_flow_run(run: FlowRun, *, url: str) -> Iterator[Finding]:
     """Find whether the process of a live flow run is dead, on another host or unknown."""
     assert run.state
     name = f"Prefect flow run {run.id} ({run.name}) is {run.state.name}"
-    labels = {key: str(value) for key, value in run.labels.items()}
-    # an earlier attempt of the flow run has registered another process
-    registered = run.state.type != StateType.PENDING and labels.get(RUN_COUNT_LABEL) == str(run.run_count)
-    state_of_process = process_state(labels) if registered else "unknown"
-    if state_of_process == "dead" and not is_held(Path(labels[PROJECT_LABEL]), str(run.id)):
+    labels, state_of_process = _process_of(run)
+    if state_of_process == "dead":
         make_state = Cancelled if run.state.type == StateType.CANCELLING else Crashed
-        message = f"its process {labels[PID]} on {labels[HOST]} ended without a final state"
-        state: State[Any] = make_state(message=message)
+        state: State[Any] = make_state(message=_reason(labels))
         what = f"{name}, but its process {labels[PID]} is dead"
         yield Finding(what, f"set to {state.name}", partial(_end_flow_run, run.id, state, url=url))
     elif state_of_process == "elsewhere":
@@ -147,15 +159,46 @@ def _check_flow_run(run: FlowRun, *, url: str) -> Iterator[Finding]:
         yield Finding(f"{name} since {run.state.timestamp:%Y-%m-%d %H:%M} UTC, by an unknown process", remedy)
 
 
-def _end_flow_run(run_id: UUID, state: State[Any], *, url: str) -> None:
-    """Set the flow run and its live task runs to the state, on the server whose API is at `url`."""
+def _check_crashed_run(run: FlowRun, *, url: str) -> Iterator[Finding]:
+    """Find whether the process of a crashed flow run with live task runs is dead."""
+    labels, state_of_process = _process_of(run)
+    if state_of_process == "dead":
+        what = f"Prefect flow run {run.id} ({run.name}) is Crashed, but has live task runs"
+        state: State[Any] = Crashed(message=_reason(labels))
+        yield Finding(what, "they are set to Crashed", partial(_end_flow_run, run.id, state, url=url, has_ended=True))
+
+
+def _process_of(run: FlowRun) -> tuple[dict[str, str], str]:
+    """Return the labels of a flow run, and the state of the process that they name: see `process_state`.
+
+    A process counts as alive while its workspace is held: its DVC process may live longer.
+    """
+    assert run.state
+    labels = {key: str(value) for key, value in run.labels.items()}
+    # an earlier attempt of the flow run has registered another process
+    registered = run.state.type != StateType.PENDING and labels.get(RUN_COUNT_LABEL) == str(run.run_count)
+    state = process_state(labels) if registered else "unknown"
+    is_alive = state == "dead" and is_held(Path(labels[PROJECT_LABEL]), str(run.id))
+    return labels, "alive" if is_alive else state
+
+
+def _reason(labels: dict[str, str]) -> str:
+    return f"its process {labels[PID]} on {labels[HOST]} ended without a final state"
+
+
+def _end_flow_run(run_id: UUID, state: State[Any], *, url: str, has_ended: bool = False) -> None:
+    """Set the flow run and its live task runs to the state, on the server whose API is at `url`.
+
+    The state of a flow run that has ended is not set: a second event would be a second notification.
+    """
     of_run, live = FlowRunFilter.model_validate({"id": {"any_": [run_id]}}), TaskRunFilter.model_validate(LIVE)
     with prefect_client(url) as client:
         for task in client.read_task_runs(
             flow_run_filter=of_run, task_run_filter=live, sort=TaskRunSort.ID_DESC, limit=MAX_RECORDS_PER_REQUEST
         ):
             client.set_task_run_state(task.id, state, force=True)
-        client.set_flow_run_state(run_id, state, force=True)
+        if not has_ended:
+            client.set_flow_run_state(run_id, state, force=True)
         mark_interrupted(client, run_id)
 
 

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
-from prefect import Task, get_client, get_run_logger, runtime
+from prefect import Task, get_run_logger, runtime
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.exceptions import PrefectException
 from prefect.states import Completed
 from prefect.utilities.urls import url_for
 
@@ -26,6 +24,7 @@ from flows.doctor import fix_leftovers, register_process
 from flows.dvc_client import StepError
 from flows.git import experiment_name, untracked_files
 from flows.live_progress import LiveProgress, artifact_key
+from flows.prefect_server import REQUEST_SECONDS, SERVER_ERRORS, brief_client
 from flows.reports import render, report_path
 from flows.run_log import log, shorten_logs, warn
 from flows.summary import Step, Summary, read_summary
@@ -46,7 +45,8 @@ DEFAULT_RECIPE = "digits"
 EXPECTED_ERRORS = (UserError, TemporaryError, StepError, OSError)
 # labels of a flow run: its latest step, the page of its MLflow run, and why it ended where Prefect cannot know it
 STEP_LABEL, MLFLOW_LABEL, REASON_LABEL = "pipeline.step", "pipeline.mlflow_run", "pipeline.reason"
-LABEL_SECONDS = 5
+# sqlite refuses a write at the same time as another: the server then answers with status 503
+LABEL_RETRIES = 2
 _CACHE_HIT_MESSAGES = {"restored": "restored from DVC's cache", "unchanged": "up to date"}
 
 
@@ -61,7 +61,7 @@ def is_temporary_failure(_task: Task[..., Any], _run: TaskRun, state: State[Any]
 
 def _label(flow_run_id: str, labels: dict[str, str]) -> None:
     """Add labels to a flow run, for the text of notifications; a server that does not answer must not end the run."""
-    with suppress(httpx.HTTPError, PrefectException), get_client(sync_client=True) as client:
+    with suppress(*SERVER_ERRORS), brief_client(retries=LABEL_RETRIES) as client:
         client.update_flow_run_labels(UUID(flow_run_id), {**labels})
 
 
@@ -70,7 +70,7 @@ def _end_without_worker(flow_run_id: str) -> None:
     reason = {REASON_LABEL: "its worker was killed, or ended without waiting for it"}
     labeling = threading.Thread(target=_label, args=(flow_run_id, reason), daemon=True)
     labeling.start()
-    labeling.join(LABEL_SECONDS)  # a server that hangs must not keep the run
+    labeling.join(REQUEST_SECONDS)  # a server that hangs must not keep the run
     os.kill(os.getpid(), signal.SIGTERM)
 
 

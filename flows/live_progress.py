@@ -9,22 +9,19 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 from uuid import UUID
 
-import httpx
-from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId, ArtifactFilterKey
-from prefect.exceptions import PrefectException
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.dvc_protocol import Outcome
+from flows.prefect_server import REQUEST_SECONDS, SERVER_ERRORS, brief_client
 from flows.progress_page import (
     DONE,
     RESTORED,
@@ -47,12 +44,9 @@ MAX_SECONDS_BETWEEN_UPDATES = 30.0  # Prefect stores each update as an event: a 
 UPDATES_PER_RUN_TIME = (
     100  # the time between two updates is the time since the start divided by this, within the limits
 )
-REQUEST_SECONDS = 5.0
 KIND = "progress"
 STAGES = tuple(folder.name for folder in (DOWNLOAD, NORMALIZE, TRAIN, EVALUATE))
 SHOWN_OUTCOMES = {"ran": DONE, "restored": RESTORED, "unchanged": UP_TO_DATE}
-# RuntimeError: Prefect raises it where the server has another version; ValueError: an answer that is not as expected
-SERVER_ERRORS = (httpx.HTTPError, PrefectException, OSError, RuntimeError, ValueError)
 
 
 def artifact_key(recipe: str, kind: str) -> str:
@@ -136,10 +130,11 @@ class LiveProgress:
     def _publish_until_end(self) -> None:
         """Publish the page when it has changed, and a last time at the end; this is what the thread runs."""
         published, due = None, 0.0
-        with (
-            temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
-            get_client(sync_client=True, httpx_settings={"timeout": REQUEST_SECONDS}) as client,
-        ):
+        with ExitStack() as stack:
+            try:
+                client = stack.enter_context(brief_client())
+            except SERVER_ERRORS:
+                return  # the run continues without published progress
             while True:
                 has_ended = self._ended.is_set()
                 page, now = self._current_page(), time.monotonic()

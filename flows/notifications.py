@@ -23,11 +23,13 @@ from pydantic import SecretStr
 from flows.automations import PREFIX, nightly_automations
 from flows.deployments import NIGHTLY
 from flows.prefect_server import MAX_RECORDS_PER_REQUEST, prefect_client
+from flows.settings import NOTIFY_ADDRESSES
 from pipeline.core.errors import UserError
 from pipeline.core.network import has_host, is_server
 from pipeline.core.settings import get_settings
 
-WEBHOOK, SLACK, EMAIL, HOURS = (f"PIPELINE_NOTIFY_{name}" for name in ("WEBHOOK", "SLACK", "EMAIL", "HOURS"))
+WEBHOOK, SLACK, EMAIL = NOTIFY_ADDRESSES
+HOURS = "PIPELINE_NOTIFY_HOURS"
 BLOCKS: dict[str, type[NotificationBlock]] = {
     "webhook": CustomWebhookNotificationBlock,
     "slack": SlackWebhook,

@@ -8,7 +8,7 @@ import httpx
 from prefect import get_client
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.exceptions import PrefectException, PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows import PROJECT, server
 from flows.settings import PrefectServer, configured_server, remedy
@@ -16,6 +16,9 @@ from pipeline.core.errors import TemporaryError, UserError, first_line, redact_u
 from pipeline.core.network import has_host, is_server
 
 MAX_RECORDS_PER_REQUEST = 200  # the server's default limit
+REQUEST_SECONDS = 5.0  # of `brief_client`
+# RuntimeError: Prefect raises it where the server has another version; ValueError: an answer that is not as expected
+SERVER_ERRORS = (httpx.HTTPError, PrefectException, OSError, RuntimeError, ValueError)
 
 
 def current_server(project: Path = PROJECT) -> PrefectServer | None:
@@ -58,6 +61,19 @@ def prefect_client(url: str) -> Iterator[SyncPrefectClient]:
         raise TemporaryError(
             f"{redact_url(url)}: {first_line(error)}; try again, or run `python -m flows.health`"
         ) from None
+
+
+@contextmanager
+def brief_client(*, retries: int = 0) -> Iterator[SyncPrefectClient]:
+    """Yield a client that waits at most REQUEST_SECONDS for an answer, and repeats a request at most `retries` times.
+
+    It is for what a flow run can do without. Opening it and each request raise one of SERVER_ERRORS on failure.
+    """
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: retries}),
+        get_client(sync_client=True, httpx_settings={"timeout": REQUEST_SECONDS}) as client,
+    ):
+        yield client
 
 
 def check_answers(url: str, source: str) -> None:

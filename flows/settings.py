@@ -25,6 +25,8 @@ from pipeline.core.sqlite import sqlite_uri
 API_URL_VARIABLE = "PREFECT_API_URL"
 # `make prefect-env` sets this to the same address, to mark PREFECT_API_URL as that of the project's own server
 OWN_API_URL_VARIABLE = "PIPELINE_OWN_PREFECT_API_URL"
+# addresses for messages about nights (`flows.notifications`): secrets that no stage needs
+NOTIFY_ADDRESSES = ("PIPELINE_NOTIFY_WEBHOOK", "PIPELINE_NOTIFY_SLACK", "PIPELINE_NOTIFY_EMAIL")
 OWN_SERVER_PROFILE = "ephemeral"  # a profile of Prefect's that names no server
 PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
 _SETTINGS_FOLDER = Path.cwd()  # Prefect has read its files of settings from here when it was imported

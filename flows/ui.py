@@ -197,6 +197,8 @@ def main() -> None:
         print(f"MLflow:  {page}{owner}")
         for name, runs in _tables_of_runs(mlflow):
             print(f"         {escape_control_chars(name)}: {runs}")
+        # within its pages, MLflow falls back to the mode GenAI until the switch in the side menu has been used
+        print('         If MLflow shows GenAI, press "Model training" in the side menu once; the browser remembers it.')
         print(f"Prefect: {prefect}\nCtrl-C stops the servers that this command has started.", flush=True)
         signal.pause()
 

@@ -17,7 +17,7 @@ from flows import PROJECT, notifications, server
 from flows.deployments import LOCAL_POOL, cli_environment, deploy_all, ensure_work_pool
 from flows.git import check_checkout
 from flows.prefect_server import current_server, ensure_server
-from flows.settings import OWN_API_URL_VARIABLE, PrefectServer
+from flows.settings import NOTIFY_ADDRESSES, OWN_API_URL_VARIABLE, PrefectServer
 from pipeline.core.errors import TemporaryError, UserError, report_errors
 
 STOP_SECONDS = 40  # a worker waits for its flow runs, which wait for their stages
@@ -31,8 +31,7 @@ def work(used: PrefectServer) -> int:
         "PREFECT_WORKER_QUERY_SECONDS": os.environ.get("PREFECT_WORKER_QUERY_SECONDS", QUERY_SECONDS),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(notifications.heartbeat_seconds()),
     }
-    addresses = (notifications.WEBHOOK, notifications.SLACK, notifications.EMAIL)  # secrets that no flow run needs
-    inherited = {name: value for name, value in os.environ.items() if name not in addresses}
+    inherited = {name: value for name, value in os.environ.items() if name not in NOTIFY_ADDRESSES}
     process = subprocess.Popen(
         command,
         cwd=PROJECT,

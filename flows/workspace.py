@@ -16,6 +16,7 @@ from flows.dvc_client import DvcClient, OnLine, StepError, describe_exit, start_
 from flows.dvc_protocol import Outcome
 from flows.git import apply_difference, find_repository, git_identity, take_snapshot
 from flows.live_progress import LiveProgress
+from flows.settings import NOTIFY_ADDRESSES
 from flows.workspace_folders import make_folder
 from pipeline.artifacts import ARTIFACTS
 from pipeline.core.errors import UserError
@@ -258,12 +259,16 @@ def _link_files(source: Path, target: Path) -> None:
 
 
 def stage_environment(project: Path, folder: Path, *, variables: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment variables of a flow run's DVC process and stages; `folder` is the folder of its clone."""
+    """Return the environment variables of a flow run's DVC process and stages; `folder` is the folder of its clone.
+
+    The addresses of notifications, which may have a password, are left out.
+    """
+    inherited = {name: value for name, value in git_environment().items() if name not in NOTIFY_ADDRESSES}
     return {
         # seconds between updates of DVC's progress bars: each update is a line in the flow run's log
         "TQDM_MININTERVAL": "5",
         **git_identity(project),
-        **git_environment(),
+        **inherited,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PIPELINE_PYTHON": sys.executable,  # for ./python; older commits use the PATH
         "SHELL": "/bin/sh",

@@ -134,8 +134,11 @@ class Site:
         ran = self.folder / "ran"
         wait_until(lambda: ran.exists() and stage in ran.read_text().split())
 
-    def start_run(self, name: str, *, deployment: str = NIGHTLY, state: State[Any] | None = None) -> UUID:
-        """Schedule a run for now, or create it in another state, and return its id; its `train` is not cached."""
+    def start_run(self, name: str | None = None, *, deployment: str = NIGHTLY, state: State[Any] | None = None) -> UUID:
+        """Schedule a run for now, or create it in another state, and return its id; its `train` is not cached.
+
+        A run that starts gets another name: see `flows.flow_run.name_flow_run`.
+        """
         overrides = {"train.epochs": int(time.time()) % 10_000}
         with get_client(sync_client=True) as client:
             found = client.read_deployment_by_name(deployment)
@@ -181,14 +184,14 @@ def show(what: str, receiver: Receiver, start: float) -> None:
 def show_all(site: Site, receiver: Receiver) -> None:
     """Cause one failure after the other, and print what is sent."""
     site.hold("train", status=2)
-    site.start_run("fails")
+    site.start_run()
     site.begins("train")
     show("a training fails", receiver, time.monotonic())
     for what, kill in {"the worker is killed": kill_worker, "worker and run are killed": kill_all}.items():
         if site.worker.poll() is not None:
             site.start_worker()
         site.hold("train", waits=True)
-        site.start_run(what.replace(" ", "-"))
+        site.start_run()
         site.begins("train")
         kill(site)
         show(what, receiver, time.monotonic())

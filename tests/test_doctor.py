@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from mlflow import MlflowClient
 from prefect import get_client
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import TaskRunSort
-from prefect.states import Running
+from prefect.states import Crashed, Running
 
 from flows import doctor, dvc_state, workspace_folders
 from flows.train_classifier import train_classifier
@@ -199,6 +200,22 @@ def test_a_flow_run_of_another_host_or_a_later_attempt_is_not_changed(
     with get_client(sync_client=True) as client:
         for run_id in (elsewhere, again, gone):
             client.delete_flow_run(run_id)  # type: ignore[arg-type]
+
+
+def test_the_live_task_runs_of_a_crashed_flow_run_are_ended_without_a_second_crash(tracked: Path, api_url: str) -> None:
+    process = start_training(tracked, 1, api_url=api_url)
+    [run_id] = workspaces(tracked)
+    with get_client(sync_client=True) as client:  # as the notifications do where no heartbeat comes
+        client.set_flow_run_state(UUID(run_id), Crashed(message="no heartbeat"))
+    assert findings_of(doctor.prefect_runs, tracked) == []
+    kill_all(process)
+    assert fix(doctor.prefect_runs, tracked) == [True]
+    assert set(task_states(run_id)) <= {"Completed", "Cached", "Crashed"}
+    assert progress_headline(run_id).startswith("## Interrupted in ")
+    state = flow_run(run_id).state
+    assert state
+    assert state.message == "no heartbeat"
+    assert findings_of(doctor.prefect_runs, tracked) == []
 
 
 def test_without_a_server_the_doctor_reports_that_prefect_was_not_checked(project: Path) -> None:

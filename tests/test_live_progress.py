@@ -10,7 +10,7 @@ import pytest
 from prefect import get_client
 from prefect.client.schemas.objects import Artifact
 from prefect.client.schemas.sorting import ArtifactSort
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL, temporary_settings
 
 from flows.live_progress import STAGES, LiveProgress, artifact_key, seconds_between_updates
 from flows.progress_page import DONE, Page, StageState, as_interrupted, as_line, as_markdown, format_seconds
@@ -86,6 +86,18 @@ def test_a_terminated_run_is_shown_as_interrupted(project: Path, api_url: str) -
     process.terminate()
     process.communicate()
     assert "| normalize | interrupted |" in str(wait_for("## Interrupted after ", known=known).data)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_client_that_cannot_be_opened_fails_no_run(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.pem")
+    with (
+        temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_API_SSL_CERT_FILE: missing}),
+        LiveProgress(tmp_path / "progress.json", recipe="digits", flow_run_id="0" * 32) as live,
+        live.stage("train"),
+    ):
+        pass
+    assert not live._thread.is_alive()
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

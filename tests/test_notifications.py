@@ -2,8 +2,10 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from uuid import UUID
 
@@ -12,13 +14,14 @@ from prefect import get_client
 from prefect.blocks.notifications import SlackWebhook
 from prefect.events import emit_event
 from prefect.events.schemas.automations import AutomationCore, EventTrigger
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL, temporary_settings
 from prefect.states import Running
 from pydantic import SecretStr
 
-from flows import automations, notifications
+from flows import automations, flow_run, notifications, workspace
 from pipeline.core.errors import UserError
 from pipeline.core.settings import get_settings
+from tests.conftest import PROJECT
 from tests.nights import TOKEN, MailReceiver, Receiver, Site, kill_worker, open_site
 from tests.test_flows import wait_until
 
@@ -27,6 +30,8 @@ FAST = {
     "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": "1",
     "PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY": "PT1S",
 }
+DUE = r"due \d{4}-\d\d-\d\d \d\d:\d\d UTC"
+NIGHT = rf"digits epochs=\d+, {DUE}"
 PAGE = r"http://127\.0\.0\.1:\d+/runs/flow-run/[0-9a-f-]{36}"
 
 
@@ -83,18 +88,15 @@ def test_a_failed_night_is_reported_and_a_run_that_a_person_starts_is_not(
     site: Site, receiver: Receiver, mailbox: MailReceiver
 ) -> None:
     site.hold("train", status=2)
-    by_hand = site.start_run("by-hand", deployment="train-classifier/on-demand")
+    by_hand = site.start_run(deployment="train-classifier/on-demand")
     wait_until(lambda: state_of(by_hand) == "Failed")
-    site.start_run("of-the-night")
+    site.start_run()
     lines = receiver.next().splitlines()
-    assert lines[:3] == [
-        "Nightly run failed: of-the-night",
-        "Step: train",
-        "Reason: train: train.device is 'cuda'; allowed: cpu",
-    ]
+    assert re.fullmatch(f"Nightly run failed: {NIGHT}", lines[0])
+    assert lines[1:3] == ["Step: train", "Reason: train: train.device is 'cuda'; allowed: cpu"]
     assert re.fullmatch(f"Run: {PAGE}", lines[3])
     mail = mailbox.messages.get(timeout=600)
-    assert "Subject: Nightly run failed: of-the-night" in mail
+    assert re.search(f"(?m)^Subject: Nightly run failed: {NIGHT}$", mail)
     assert "\nReason: train: train.device is 'cuda'; allowed: cpu\nRun: http" in mail
 
 
@@ -102,7 +104,7 @@ def test_the_message_links_the_mlflow_run_where_it_is_known(site: Site, receiver
     site.hold("evaluate", status=2)
     (site.folder / "train.result").write_text(json.dumps({"mlflow_run_id": "r-1"}))
     site.hold("train")
-    site.start_run("known")
+    site.start_run()
     text = receiver.next()
     assert "Step: evaluate" in text
     assert re.search(r"(?m)^MLflow: http://127\.0\.0\.1:\d+/.*r-1", text)
@@ -153,11 +155,11 @@ def test_a_killed_worker_a_silent_run_and_a_missed_night_are_reported(
 ) -> None:
     register()
     site.hold("train", waits=True)
-    site.start_run("interrupted")
+    site.start_run()
     site.begins("train")
     kill_worker(site)
     text = receiver.next()
-    assert text.startswith("Nightly run crashed: interrupted\nStep: train\nReason: its worker was killed")
+    assert re.match(f"Nightly run crashed: {NIGHT}\nStep: train\nReason: its worker was killed", text)
 
     for name, value in {"MIN_SILENT_SECONDS": 10, "HEARTBEATS_MISSED": 0, "START_SECONDS": 10}.items():
         monkeypatch.setattr(automations, name, value)
@@ -167,10 +169,11 @@ def test_a_killed_worker_a_silent_run_and_a_missed_night_are_reported(
     site.start_run("missed")
     send_heartbeat(silent)
     texts = dict(sorted(text.split("\n", 1) for text in (receiver.next() for _ in range(3))))
-    assert [*texts] == ["Nightly run crashed: silent", "Nightly run missed: missed", "Nightly run overdue"]
+    subjects = f"Nightly run crashed: silent, {DUE};Nightly run missed: missed, {DUE};Nightly run overdue"
+    assert re.fullmatch(subjects, ";".join(texts))
     crashed, missed, overdue = texts.values()
     assert "Reason: no heartbeat for 10 s: the run was killed" in crashed
-    assert re.match(r"Reason: due at \d{4}-\d\d-\d\d \d\d:\d\d UTC and not started: no worker is running", missed)
+    assert missed.startswith("Reason: not started: no worker is running")
     assert "Reason: no run of nightly has completed within" in overdue
     assert all(re.search(PAGE, text) for text in texts.values())
 
@@ -188,6 +191,38 @@ def send_heartbeat(run_id: UUID) -> None:
     deployment["prefect.resource.role"] = "deployment"
     resource = {"prefect.resource.id": f"prefect.flow-run.{run_id}", "prefect.resource.name": run.name}
     emit_event("prefect.flow-run.heartbeat", resource, related=[deployment])
+
+
+def test_a_label_for_the_message_ends_no_run_where_no_client_can_be_opened(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing.pem")
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_API_SSL_CERT_FILE: missing}):
+        flow_run._label(str(UUID(int=1)), {flow_run.STEP_LABEL: "train"})
+
+
+def test_a_label_for_the_message_is_sent_three_times_at_most_where_the_server_is_overloaded() -> None:
+    requests: list[str] = []
+
+    class Overloaded(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            self.send_response(503)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Overloaded) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{server.server_port}/api"}):
+            flow_run._label(str(UUID(int=1)), {flow_run.STEP_LABEL: "train"})
+        server.shutdown()
+    assert len(requests) == 3
+
+
+def test_no_stage_gets_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (notifications.WEBHOOK, notifications.SLACK, notifications.EMAIL):
+        monkeypatch.setenv(name, TOKEN)
+    environment = workspace.stage_environment(PROJECT, tmp_path, variables={})
+    assert TOKEN not in environment.values()
 
 
 def test_the_time_to_the_next_completed_night_begins_again_with_each() -> None:

@@ -51,9 +51,9 @@ def test_both_servers_answer_and_ctrl_c_leaves_no_process(tmp_path: Path, stores
     mlflow_port, prefect_port = free_port(), free_port()
     with open_ui(tmp_path, mlflow_port=mlflow_port, prefect_port=prefect_port) as process:
         assert process.stdout
-        lines = [process.stdout.readline() for _ in range(3)]
+        lines = [process.stdout.readline() for _ in range(4)]
         assert lines[0] == f"MLflow:  http://127.0.0.1:{mlflow_port}/#/experiments?workflowType=machine_learning\n"
-        assert lines[1] == f"Prefect: http://127.0.0.1:{prefect_port}\n"
+        assert lines[2] == f"Prefect: http://127.0.0.1:{prefect_port}\n"
         assert server.answers(f"http://127.0.0.1:{mlflow_port}/")
         assert server.answers(f"http://127.0.0.1:{prefect_port}/")
         children = psutil.Process(process.pid).children(recursive=True)
