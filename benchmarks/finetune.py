@@ -12,11 +12,13 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from benchmarks.results import ON_CPU, REMOVED_VARIABLES, run, set_params
 from benchmarks.setting import clone, positive, scratch, timed
 from benchmarks.table import header, median_ratio, table
 from pipeline.core.errors import UserError, report_errors
+from pipeline.core.step_progress import PROGRESS_FILE, read_progress
 
 ROUNDS = 3
 PARAMS = ("train.epochs=1", "train.color_jitter=0.4", "train.cpu_kernels=native", "normalize.test_fraction=0.01")
@@ -30,8 +32,16 @@ OURS, TIMMS = "this pipeline", "timm's train.py"
 
 def speed_of_pipeline(folder: Path) -> float:
     """Train in the clone; return the images per second of the epoch."""
-    _, output = timed(sys.executable, "-m", "pipeline.train", cwd=folder, without=REMOVED_VARIABLES)
-    return _last_number(r"\| ([\d,]+) images/s", output)
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary) / "progress.json"
+        variables = ("env", f"{PROGRESS_FILE}={path}")
+        timed(*variables, sys.executable, "-m", "pipeline.train", cwd=folder, without=REMOVED_VARIABLES)
+        progress = read_progress(path)
+    assert progress
+    assert progress.training
+    assert progress.training.last
+    assert progress.training.last.images_per_second
+    return progress.training.last.images_per_second
 
 
 def speed_of_timm(script: Path, images: Path, *, output: Path) -> float:

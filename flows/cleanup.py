@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import chdir, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from flows.dvc_cleanup import (
 )
 from flows.dvc_history import DvcExperiment, History, add_folder_contents, check_only_project, list_experiments
 from flows.dvc_state import cache_folder
-from flows.reports import existing_reports
+from flows.reports import reports_without
 from flows.workspace import existing_store
 from pipeline.core.errors import (
     PartialError,
@@ -65,7 +65,7 @@ class Plan:
     @property
     def is_empty(self) -> bool:
         """Return whether there is nothing to remove."""
-        return not (self.experiments or self.runs or self.entries or self.objects)
+        return not (self.experiments or self.reports or self.runs or self.entries or self.objects)
 
 
 def make_plan(project: Path, *, keep: int) -> Plan:
@@ -89,13 +89,13 @@ def make_plan(project: Path, *, keep: int) -> Plan:
     entries = run_cache_entries(project, objects)
     plan = Plan(
         experiments=tuple(old),
-        reports=tuple(existing_reports(project, (one.name for one in old))),
+        reports=tuple(reports_without(project, {one.name for one in staying})),
         runs=tuple(removed.values()),
         entries=tuple(entries),
         objects=tuple(objects),
         kept=tuple(dict.fromkeys(kept)),
     )
-    if existing_store(project) is None and not plan.is_empty:
+    if existing_store(project) is None and not replace(plan, reports=()).is_empty:
         raise UserError(
             f"MLflow's store {sqlite_path(tracking_uri(project))} does not exist, so the models in use are not known; "
             "nothing was removed; set MLFLOW_TRACKING_URI to the store of this project, as for its trainings"

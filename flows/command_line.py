@@ -12,6 +12,7 @@ from typing import Any
 from prefect import Flow
 from prefect.client.schemas.objects import State
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
+from prefect.utilities.urls import url_for
 
 from flows import PROJECT
 from flows.checks import check_inputs
@@ -19,6 +20,7 @@ from flows.dvc_client import StepError
 from flows.form import Overrides
 from flows.git import check_checkout
 from flows.prefect_server import ensure_server
+from flows.run_log import leave_failure_to_caller
 from flows.settings import PrefectServer
 from flows.summary import Summary
 from flows.summary_text import as_text
@@ -49,10 +51,11 @@ def main(flow: TrainClassifier) -> None:
         overrides = read_overrides(arguments)
         check_recording(tracking_uri(PROJECT))
         check_connection(tracking_uri(PROJECT))
+        leave_failure_to_caller()
         with temporary_settings(_server_settings(ensure_server())):
             values = Overrides.model_validate(overrides)
             state: State[Summary] = flow(arguments.recipe, values, arguments.keep_workspace, return_state=True)
-        status = report(state, recipe=arguments.recipe, images=arguments.images, overrides=arguments.overrides)
+            status = report(state, recipe=arguments.recipe, images=arguments.images, overrides=arguments.overrides)
         kept_clone = KEPT_CLONES / str(state.state_details.flow_run_id)
         if kept_clone.is_dir():
             print(f"kept the clone: {kept_clone}", file=sys.stderr)
@@ -125,7 +128,7 @@ def _server_settings(server: PrefectServer) -> dict[Any, Any]:
 
 
 def report(state: State[Any], *, recipe: str, images: str | None = None, overrides: Sequence[str] = ()) -> int:
-    """Print the summary, or the reason for the failure in one line, and return the exit status."""
+    """Print the summary, or the reason for the failure and what to do next, and return the exit status."""
     if state.is_completed():
         print(as_text(state.result(), recipe=recipe, images=images, overrides=overrides))
         return 0
@@ -137,8 +140,13 @@ def report(state: State[Any], *, recipe: str, images: str | None = None, overrid
         )
         return EXIT_INTERRUPTED
     error = state.result(raise_on_failure=False)
+    status = _exit_status(error)
+    page = redact_url(url_for("flow-run", obj_id=state.state_details.flow_run_id) or "unknown")
+    remedy = "correct that, then run" if status == EXIT_USER else "run"
     print(f"error: {error or state.message}", file=sys.stderr)
-    return _exit_status(error)
+    print(f"Prefect's page of this run: {page}", file=sys.stderr)
+    print(f"next: {remedy} the same command again; steps that are done are cached", file=sys.stderr)
+    return status
 
 
 def _exit_status(error: object) -> int:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -24,7 +25,7 @@ from flows.dvc_client import StepError
 from flows.git import experiment_name, untracked_files
 from flows.live_progress import LiveProgress, artifact_key
 from flows.prefect_server import REQUEST_SECONDS, SERVER_ERRORS, brief_client
-from flows.reports import MODULE, render, report_path
+from flows.reports import render, report_path
 from flows.run_log import log, shorten_logs, warn
 from flows.summary import Step, Summary, read_summary
 from flows.summary_page import as_markdown, as_title
@@ -35,6 +36,7 @@ from pipeline.core.errors import EXIT_TEMPORARY, TemporaryError, UserError, reda
 from pipeline.core.processes import call_at_parent_end
 from pipeline.core.yaml import dump_yaml
 from pipeline.recipes import compose
+from pipeline.tracking.links import REPORT
 from pipeline.tracking.run_title import RunSetup, read_setup
 
 DEFAULT_RECIPE = "digits"
@@ -193,9 +195,6 @@ def save(workspace: Workspace) -> str | None:
 
 def make_report(workspace: Workspace, steps: Sequence[Step]) -> Path | None:
     """Render the report of the experiment, and return its path; a failure is a warning, and the result None."""
-    if not (workspace.folder / MODULE).exists():
-        log(f"no report is made, since this commit has no {MODULE}")
-        return None
     target = report_path(PROJECT, workspace.experiment)
     seconds = {step.stage: step.seconds for step in steps if step.outcome == "ran"}
     try:
@@ -223,10 +222,15 @@ def summarize(
         mlflow_run_id=mlflow_run_id,
         report=report,
     )
+    links = {"mlflow": "", "report": ""}
+    if mlflow_run_id:
+        page = partial(mlflow_page, mlflow_run_id, experiment_id=workspace.mlflow_experiment_id)
+        links = {"mlflow": page(), "report": page(artifact=REPORT) if report else ""}
     text = as_markdown(
         summary,
         folder=workspace.folder,
-        mlflow_link=mlflow_page(mlflow_run_id, experiment_id=workspace.mlflow_experiment_id) if mlflow_run_id else None,
+        mlflow_link=links["mlflow"],
+        report_link=links["report"],
         flow_run_link=workspace.environment["PIPELINE_FLOW_RUN_LINK"],
     )
     create_markdown_artifact(text, key=artifact_key(setup.recipe, "summary"), description=as_title(summary))

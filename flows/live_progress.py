@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,6 +25,7 @@ from flows.prefect_server import REQUEST_SECONDS, SERVER_ERRORS, brief_client
 from flows.progress_page import (
     DONE,
     RESTORED,
+    RUNNING,
     UP_TO_DATE,
     WAITING,
     Page,
@@ -104,8 +104,8 @@ class LiveProgress:
     def stage(self, name: str) -> Iterator[ShownStage]:
         """Show a stage as running in the block, and how it ended after it; only an `Exception` is a failure."""
         self._path.unlink(missing_ok=True)  # that of the stage before, or of an earlier attempt
-        self._show(StageState(name, f"running since {_now()}"))
         start, shown, state = time.monotonic(), ShownStage(), "interrupted"
+        self._show(StageState(name, RUNNING, start=start - self._start))
         try:
             yield shown
             state = SHOWN_OUTCOMES.get(shown.outcome or "ran", DONE)
@@ -147,7 +147,7 @@ class LiveProgress:
 
     def _publish(self, page: Page, client: SyncPrefectClient) -> bool:
         """Create or update the artifact, and return whether the server accepted it."""
-        description, text = as_line(page), as_markdown(page, updated=_now())
+        description, text = as_line(page), as_markdown(page, elapsed=time.monotonic() - self._start)
         try:
             self._artifact_id = self._artifact_id or self._find_artifact(client)
             if self._artifact_id:
@@ -187,11 +187,6 @@ def mark_interrupted(client: SyncPrefectClient, flow_run_id: UUID) -> None:
         text = as_interrupted(str(artifact.data))
         if text != artifact.data:
             client.update_artifact(artifact.id, ArtifactUpdate(data=text, description="Interrupted: it was killed"))
-
-
-def _now() -> str:
-    """Return the time as text."""
-    return f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def seconds_between_updates(run_time: float) -> float:

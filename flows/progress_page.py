@@ -9,7 +9,7 @@ from pipeline.core.step_progress import StepProgress, TrainingProgress
 
 BAR_LENGTH = 30
 RUNNING_HEADLINE, RELOAD_HINT = "## Running: ", "; reload the page for newer values"
-WAITING = "waiting"
+WAITING, RUNNING = "waiting", "running"
 DONE, RESTORED, UP_TO_DATE = "done", "restored from DVC's cache", "up to date"
 
 RunState = Literal["running", "finished", "failed", "interrupted"]
@@ -17,11 +17,15 @@ RunState = Literal["running", "finished", "failed", "interrupted"]
 
 @dataclass(frozen=True)
 class StageState:
-    """A stage of a flow run: its state as text, such as `waiting` or `running`, and its seconds once it has ended."""
+    """A stage of a flow run: its state as text, such as `waiting` or `running`, and its seconds once it has ended.
+
+    `start` is when it began, in seconds after the start of the flow run.
+    """
 
     name: str
     state: str = WAITING
     seconds: float | None = None
+    start: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,25 +46,32 @@ class Page:
 
 def as_line(page: Page) -> str:
     """Return the page in one line, the most important first: the page of a flow run shows its first 40 characters."""
+    if page.state == "failed" and page.reason:
+        stage = _current_stage(page)
+        return f"Failed in {stage}: {page.reason.removeprefix(f'{stage}: ')}"
     if page.state != "running":
         return _headline(page)
-    parts = [_current_step(page)]
-    if page.progress:
-        parts += [*_percentage(page.progress), *_time_left(page.progress)]
-    if page.training and page.training.last:
-        parts.append(f"validation {page.training.last.validation_accuracy:.2%}")
-    return " · ".join(parts)
+    if page.progress is None:
+        return _current_step(page)
+    left = [text.replace("at most", "≤") for text in _time_left(page.progress)]
+    training = page.progress.training
+    if training is None:
+        return " · ".join([*left, _current_step(page), *_percentage(page.progress)])
+    accuracy = [f"{training.last.validation_accuracy:.1%} validation accuracy"] if training.last else []
+    epoch = f"epoch {_current_epoch(training)}/{training.epochs}"
+    return " · ".join([*left, epoch, *accuracy])
 
 
-def as_markdown(page: Page, *, updated: str) -> str:
-    """Return the page as Markdown; `updated` is the time of the update as text."""
+def as_markdown(page: Page, *, elapsed: float) -> str:
+    """Return the page as Markdown; `elapsed` is the time of the update, in seconds after the start of the flow run."""
     parts = [f"{RUNNING_HEADLINE}{_current_step(page)}" if page.state == "running" else f"## {_headline(page)}"]
     if page.reason:
         parts.append(f"```text\n{page.reason.replace('`', chr(39))}\n```")
     if page.state == "running" and page.progress:
         parts.append(_bar(page.progress))
-    parts += [*_training_table(page.training), _stage_table(page.stages)]
-    parts.append(f"As of {updated}{RELOAD_HINT if page.state == 'running' else ''}")
+    parts += [*_training_table(page.training), _stage_table(page.stages, elapsed=elapsed)]
+    if page.state == "running":
+        parts.append(f"As of {format_seconds(elapsed)} after the start{RELOAD_HINT}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -68,7 +79,8 @@ def as_interrupted(text: str) -> str:
     """Return the Markdown of a running flow run as that of one that was killed; that of an ended one is unchanged."""
     if not text.startswith(RUNNING_HEADLINE):
         return text
-    lines = text.replace(RUNNING_HEADLINE, "## Interrupted in ", 1).removesuffix(f"{RELOAD_HINT}\n").splitlines()
+    ended = text.replace(RUNNING_HEADLINE, "## Interrupted in ", 1).replace(f"| {RUNNING} |", "| interrupted |")
+    lines = ended.removesuffix(f"{RELOAD_HINT}\n").splitlines()
     return "\n".join(line for line in lines if not line.startswith(("`█", "`░"))) + "\n"
 
 
@@ -80,16 +92,25 @@ def _headline(page: Page) -> str:
     )
 
 
+def _current_stage(page: Page) -> str:
+    """Return the first step that is not done."""
+    unfinished = (stage.name for stage in page.stages if stage.state not in (DONE, RESTORED, UP_TO_DATE))
+    return next(unfinished, "save the experiment")
+
+
 def _current_step(page: Page) -> str:
     """Return the first step that is not done and, as far as known, where in it the run is."""
-    stage = next((stage.name for stage in page.stages if stage.state not in (DONE, RESTORED, UP_TO_DATE)), None)
-    if stage is None:
-        return "save the experiment"
-    if page.progress is None:
+    stage = _current_stage(page)
+    if page.progress is None or stage not in {each.name for each in page.stages}:
         return stage
     if training := page.progress.training:
-        return f"{stage}, epoch {min(training.epochs_done + 1, training.epochs)} of {training.epochs}"
+        return f"{stage}, epoch {_current_epoch(training)} of {training.epochs}"
     return stage if page.progress.title == stage else f"{stage}, {page.progress.title}"
+
+
+def _current_epoch(training: TrainingProgress) -> int:
+    """Return the number of the epoch that runs or, at the end, of the last one."""
+    return min(training.epochs_done + 1, training.epochs)
 
 
 def _bar(progress: StepProgress) -> str:
@@ -133,23 +154,24 @@ def _training_table(training: TrainingProgress | None) -> list[str]:
     if training is None:
         return []
     header = ["", "loss", "accuracy"]
-    last, best = training.last, training.best_validation_accuracy
+    last, best = training.last, training.best
     if last is None or best is None:
         loss = training.step_loss
         return [] if loss is None else [_table(header, [("last logged step", f"{loss:.4f}", "known after epoch 1")])]
     rows = [
         (f"train, epoch {last.epoch}", f"{last.train_loss:.4f}", f"{last.train_accuracy:.2%}"),
         (f"validation, epoch {last.epoch}", f"{last.validation_loss:.4f}", f"**{last.validation_accuracy:.2%}**"),
-        ("best validation", "", f"{best:.2%}"),
+        (f"best validation, epoch {best.epoch}", f"{best.validation_loss:.4f}", f"{best.validation_accuracy:.2%}"),
     ]
     return [_table(header, rows)]
 
 
-def _stage_table(stages: Sequence[StageState]) -> str:
-    """Return a table of the stages with state and time."""
-    rows = [
-        (stage.name, stage.state, "" if stage.seconds is None else format_seconds(stage.seconds)) for stage in stages
-    ]
+def _stage_table(stages: Sequence[StageState], *, elapsed: float) -> str:
+    """Return a table of the stages with state and time, of a running one the time so far."""
+    rows = []
+    for stage in stages:
+        seconds = elapsed - stage.start if stage.state == RUNNING and stage.start is not None else stage.seconds
+        rows.append((stage.name, stage.state, "" if seconds is None else format_seconds(seconds)))
     return _table(["step", "state", "time"], rows)
 
 

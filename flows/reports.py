@@ -6,14 +6,13 @@ leave it out, since MLflow has the page too.
 
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from pipeline.artifacts import ARTIFACTS
 from pipeline.core.errors import UserError, escape_control_chars
 
 REPORTS = ARTIFACTS / "reports"
-MODULE = Path("pipeline/report.py")
 MAX_SECONDS = 600  # a page takes seconds; a flow run must not wait forever for a store that does not answer
 
 
@@ -22,10 +21,9 @@ def report_path(project: Path, experiment: str) -> Path:
     return project / REPORTS / f"{experiment}.html"
 
 
-def existing_reports(project: Path, experiments: Iterable[str]) -> list[Path]:
-    """Return the reports of these experiments that exist."""
-    paths = [report_path(project, name) for name in experiments]
-    return [path for path in paths if path.is_file()]
+def reports_without(project: Path, experiments: Collection[str]) -> list[Path]:
+    """Return the reports of all experiments but these, also of those that `dvc exp remove` has removed."""
+    return [path for path in sorted((project / REPORTS).glob("*.html")) if path.stem not in experiments]
 
 
 def render(clone: Path, target: Path, *, environment: Mapping[str, str], seconds: Mapping[str, float]) -> list[str]:

@@ -4,6 +4,7 @@ import logging
 import re
 
 from prefect import get_run_logger
+from prefect.logging.configuration import setup_logging
 
 from flows.dvc_client import StepError
 from pipeline.core.errors import TemporaryError, UserError
@@ -14,6 +15,8 @@ _NOISE = re.compile(
     r"|Crash detected! Execution was aborted by (an interrupt|a termination) signal"
 )
 _INTERRUPTION = re.compile(r"Finished in state Crashed\('Execution was aborted by (an interrupt|a termination) signal")
+# what the terminal of `make run` leaves out too, since the last lines there report the error
+_FAILURE = re.compile(r"error: |Finished in state Failed\(")
 _SIGNALS = {"an interrupt": "interrupted with Ctrl-C", "a termination": "ended by SIGTERM"}
 
 
@@ -23,7 +26,7 @@ class _Filter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if isinstance(error, (StepError, UserError, TemporaryError)):
-            record.msg, record.args, record.exc_info = str(error), (), None
+            record.msg, record.args, record.exc_info = f"error: {error}", (), None
         if interruption := _INTERRUPTION.match(record.getMessage()):
             record.msg, record.args = _SIGNALS[interruption[1]], ()
         return not _NOISE.match(record.getMessage())
@@ -33,6 +36,13 @@ def shorten_logs() -> None:
     """Let Prefect's loggers of flow runs and task runs use the filter."""
     for name in ("prefect.task_runs", "prefect.flow_runs"):
         logging.getLogger(name).addFilter(_Filter())
+
+
+def leave_failure_to_caller() -> None:
+    """Leave the error with which a flow run fails out of the terminal, since the caller prints it; Prefect keeps it."""
+    setup_logging()
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: not _FAILURE.match(record.getMessage()))
 
 
 def log(line: str) -> None:

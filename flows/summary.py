@@ -101,17 +101,16 @@ def read_summary(
 
 
 def _read_classes(folder: Path, *, train_images: Mapping[str, int]) -> list[ClassResult]:
-    """Return the result of each class; `evaluate` of older commits does not write the number of correct images."""
+    """Return the result of each class."""
     classes = []
     for row in read_csv(folder / EVALUATE / "per_class.csv"):
         images, recall = int(row["images"]), _fraction(row["recall"])
-        correct = row.get("num_correct") or round(images * (recall or 0))
         classes.append(
             ClassResult(
                 row["class"],
                 train_images=train_images[row["class"]],
                 test_images=images,
-                num_correct=int(correct),
+                num_correct=int(row["num_correct"]),
                 precision=_fraction(row["precision"]),
                 recall=recall if images else None,
             )
@@ -143,20 +142,30 @@ def _describe_worst(classes: Sequence[ClassResult]) -> str:
     if worst is None:
         return "unknown: no class has test images"
     name = escape_control_chars(worst.name)
-    return f"{name}: recall {worst.recall:.2%}, {worst.num_correct:,} of {worst.test_images:,} images"
+    return f"class '{name}': recall {worst.recall:.2%}, {worst.num_correct:,} of {worst.test_images:,} images"
 
 
 def describe_baseline(summary: Summary) -> str:
     """Return the difference to the committed test accuracy in percentage points, or why there is none."""
-    found = summary.baseline.comparison
+    baseline, found = summary.baseline, summary.baseline.comparison
     if found is None:
-        return f"none: {summary.baseline.reason}"
-    points, low, high = (100 * value for value in (found.difference, found.difference_low, found.difference_high))
-    meaning = "" if found.is_significant else ", which may be chance"
+        remedy = "" if baseline.is_this_model else "; apply this experiment and commit to have one"
+        return f"none: {baseline.reason}{remedy}"
+    low, high = found.difference_low, found.difference_high
+    if found.is_significant:
+        low, high = sorted((low, high), key=abs)
+        interval = f"{100 * abs(low):.1f} to {_points(high, digits=1)}"
+    else:
+        interval = f"{_points(low, digits=1)} to {_points(high, digits=1)}: it may be chance"
     return (
-        f"{points:+.2f} points against {found.accuracy:.2%}, which is committed (95% interval of the difference "
-        f"{low:+.2f} to {high:+.2f}){meaning}"
+        f"{_points(found.difference, digits=2)} the results committed with the project "
+        f"({found.accuracy:.2%}; 95% interval of the difference {interval})"
     )
+
+
+def _points(difference: float, *, digits: int) -> str:
+    """Return a difference of two fractions in percentage points as text, such as `5.35 points below`."""
+    return f"{100 * abs(difference):.{digits}f} points {'below' if difference < 0 else 'above'}"
 
 
 def describe_time(summary: Summary) -> str:

@@ -9,6 +9,7 @@ from flows.reports import REPORTS
 from flows.summary import Summary, describe_baseline, describe_results, describe_time
 from pipeline.artifacts import EVALUATE, TRAIN
 from pipeline.core.errors import escape_control_chars
+from pipeline.tracking.links import REPORT
 
 CURVES = TRAIN / "curves.png"
 CONFUSION_MATRIX = EVALUATE / "confusion_matrix.png"
@@ -20,8 +21,8 @@ def as_title(summary: Summary) -> str:
     return f"{_escape(summary.setup.title)}: {summary.metrics['accuracy']:.2%}"
 
 
-def as_markdown(summary: Summary, *, folder: Path, mlflow_link: str | None, flow_run_link: str) -> str:
-    """Return the Prefect artifact: results, what differs, pictures from `folder`, places, all metrics."""
+def as_markdown(summary: Summary, *, folder: Path, mlflow_link: str, report_link: str, flow_run_link: str) -> str:
+    """Return the Prefect artifact: results, what differs, pictures from `folder`, places; links may be empty."""
     validation = f"validation accuracy {summary.validation_accuracy:.2%} in epoch {summary.selected_epoch}"
     curves = f"Learning curves: loss and accuracy by epoch; {validation}, whose weights are selected"
     results = [*describe_results(summary), ("baseline", describe_baseline(summary))]
@@ -39,9 +40,7 @@ def as_markdown(summary: Summary, *, folder: Path, mlflow_link: str | None, flow
         "## Confusion matrix",
         _picture(folder, CONFUSION_MATRIX, text=matrix),
         "## Where to find it",
-        _list(_places(summary, mlflow_link=mlflow_link, flow_run_link=flow_run_link)),
-        "## All metrics",
-        _table(["metric", "value"], [(_escape(name), _format(value)) for name, value in summary.metrics.items()]),
+        _list(_places(summary, mlflow_link=mlflow_link, report_link=report_link, flow_run_link=flow_run_link)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -66,26 +65,26 @@ def _picture(folder: Path, path: Path, *, text: str) -> str:
     return f"![{_escape(text)}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
 
 
-def _places(summary: Summary, *, mlflow_link: str | None, flow_run_link: str) -> list[str]:
+def _places(summary: Summary, *, mlflow_link: str, report_link: str, flow_run_link: str) -> list[str]:
     """Return a line for each tool that has the run, and the command that lists all ids."""
-    mlflow = f"[{summary.mlflow_run_id}]({mlflow_link}) (`make ui` serves its page)" if mlflow_link else "unknown"
-    which = (
-        "the earlier one that made this model" if mlflow_link and summary.has_cached_model else "curves, model, files"
-    )
-    flow_run = f"[{summary.flow_run_id}]({flow_run_link})" if flow_run_link else f"`{summary.flow_run_id}`"
+    title = _escape(summary.setup.title)
+    run = "the earlier run that made this model" if summary.has_cached_model else title
     report = f"`{REPORTS / summary.report.name}` in the project" if summary.report else "none; the log has the reason"
+    if report_link:
+        report = f"[{REPORT}]({report_link}) in MLflow, and {report}"
     return [
-        f"MLflow run, {which}: {mlflow}",
-        f"Prefect flow run: {flow_run}",
         f"report: {report}",
-        f"copy the files into the checkout: `dvc exp apply {summary.experiment}`",
+        f"MLflow run with curves, model, files: {f'[{run}]({mlflow_link})' if mlflow_link else 'unknown'}",
+        "`make ui` serves MLflow's pages",
+        f"Prefect flow run: {f'[{title}]({flow_run_link})' if flow_run_link else title}",
+        f"use this model in the checkout (replaces the files in `artifacts/`): `dvc exp apply {summary.experiment}`",
         f"list all ids and files: `python -m flows.trace {summary.experiment}`",
         f"time: {describe_time(summary)}",
     ]
 
 
 def _format(value: object) -> str:
-    """Return a value of a metric or a parameter as text."""
+    """Return the value of a parameter as text."""
     if value is None:
         return "null"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

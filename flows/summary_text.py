@@ -19,20 +19,21 @@ def as_text(summary: Summary, *, recipe: str, images: str | None = None, overrid
 
     `images` is the folder of the user's own images, if the command named one, and `overrides` are its values of SET.
     """
-    commands = [
-        (f".venv/bin/dvc exp apply {summary.experiment}", "copy the results into your checkout"),
-        ("make ui", "open the curves, compare runs"),
-    ]
+    use = [(f".venv/bin/dvc exp apply {summary.experiment}", "use this model here (replaces the files in artifacts/)")]
+    commands = [("make ui", "open the curves, compare runs")]
     lines = ["", *_aligned(_rows(summary))]
     if recipe == "digits":
         commands.append((f"make run RECIPE={SUGGESTED_RECIPE}", "train on CIFAR-10 (downloads 170 MB)"))
     elif summary.params.download.dataset == "imagefolder":
-        commands[1:1] = [(".venv/bin/python -m pipeline.predict photo.jpg", "then classify other images")]
+        use.append((".venv/bin/python -m pipeline.predict photo.jpg", "then classify other images"))
         commands += _suggestions(summary, recipe=recipe, images=images, overrides=overrides)
         lines += ["", *_class_table(summary)]
     else:
         commands.append(("make experiments", "list the experiments since the last commit"))
-    return "\n".join([*lines, "", "Next:", *_commands(commands)])
+    compared = summary.baseline.comparison
+    is_worse = compared is not None and compared.is_significant and compared.difference < 0
+    read = ["  open the report in a browser: its address is above"] if summary.report else []
+    return "\n".join([*lines, "", "Next:", *read, *_commands([*commands, *use] if is_worse else [*use, *commands])])
 
 
 def _rows(summary: Summary) -> list[tuple[str, str]]:
@@ -53,11 +54,11 @@ def _rows(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _differences(summary: Summary) -> str:
-    """Return the parameters that differ from the recipe, with the recipe's values."""
+    """Return the parameters that differ from the recipe, with the recipe's values, one a line."""
     found = summary.setup.differences
     if not found:
         return f"nothing: all parameters are those of recipe {summary.setup.recipe}"
-    return ", ".join(f"{name} {_value(old)} → {_value(new)}" for name, (old, new) in found.items())
+    return "\n".join(f"{name} {_value(old)} → {_value(new)}" for name, (old, new) in found.items())
 
 
 def _value(value: object) -> str:
@@ -69,7 +70,11 @@ def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
     indent = max(len(name) for name, _ in rows) + GAP
     lines = []
     for name, value in rows:
-        parts = textwrap.wrap(value, WIDTH - indent, break_long_words=False, break_on_hyphens=False)
+        parts = [
+            part
+            for line in value.splitlines()
+            for part in textwrap.wrap(line, WIDTH - indent, break_long_words=False, break_on_hyphens=False)
+        ]
         lines += [f"{name if number == 0 else '':<{indent}}{part}" for number, part in enumerate(parts)]
     return lines
 

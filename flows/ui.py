@@ -50,9 +50,12 @@ MLFLOW_VARIABLES_NOT_PASSED_ON = (
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def mlflow_page(run_id: str, *, experiment_id: str | None, project: Path = PROJECT) -> str:
-    """Return the address of a run's page: on the server that MLFLOW_TRACKING_URI names, else on that of `make ui`."""
-    page = run_page(run_id, experiment_id=experiment_id)
+def mlflow_page(run_id: str, *, experiment_id: str | None, artifact: str | None = None, project: Path = PROJECT) -> str:
+    """Return the address of the page of a run, or of an artifact of the run.
+
+    It is on the server that MLFLOW_TRACKING_URI names, else on that of `make ui`.
+    """
+    page = run_page(run_id, experiment_id=experiment_id, artifact=artifact)
     uri = tracking_uri(project)
     if is_server(uri):
         return _address(uri, page)

@@ -26,6 +26,7 @@ from pipeline.artifacts import (
 )
 from pipeline.core.errors import UserError, report_errors
 from pipeline.core.processes import cpu_name
+from pipeline.core.progress import format_time_left
 from pipeline.core.results import StepResult, write_result
 from pipeline.core.settings import get_settings
 from pipeline.core.stage_code import code_md5
@@ -332,18 +333,25 @@ def report_step(step: int, loss: float, learning_rate: float, *, run: RunLogger)
 
 
 def report_epoch(epoch: Epoch, images_per_second: float, *, params: TrainParams, run: RunLogger) -> None:
-    """Log a finished epoch to MLflow, and print it as one line."""
+    """Log a finished epoch to MLflow, and print it as one line; a terminal of 80 columns has room for 64."""
     run.log({**_metrics(epoch), "speed/images_per_second": images_per_second}, step=epoch.epoch)
     announce_epoch(epoch, images_per_second)
-    bars = 10 * epoch.epoch // params.epochs
-    macro_f1 = f" macro F1 {epoch.validation_macro_f1:.1%}" if params.select_by == "macro_f1" else ""
-    print(
-        f"epoch {epoch.epoch:>{len(str(params.epochs))}}/{params.epochs} {'█' * bars}{'░' * (10 - bars)} "
-        f"loss {epoch.train_loss:.3f} accuracy {epoch.train_accuracy:.1%} | "
-        f"validation {epoch.validation_loss:.3f} {epoch.validation_accuracy:.1%}{macro_f1} | "
-        f"{images_per_second:,.0f} images/s",
-        flush=True,
-    )
+    validation = f"acc {epoch.validation_accuracy:.1%}"
+    if params.select_by == "macro_f1":
+        validation += f" F1 {epoch.validation_macro_f1:.1%}"
+    else:
+        validation = f"loss {epoch.validation_loss:.3f} {validation}"
+    number = f"{epoch.epoch:>{len(str(params.epochs))}}/{params.epochs}"
+    print(f"epoch {number} loss {epoch.train_loss:.3f} | val {validation}{_time_left(epoch, params)}", flush=True)
+
+
+def _time_left(epoch: Epoch, params: TrainParams) -> str:
+    """Return the estimated time left after an epoch, as the end of its line; empty while it is unknown."""
+    seconds = reporter().seconds_left()
+    if seconds is None or epoch.epoch == params.epochs:
+        return ""
+    at_most = "" if params.early_stopping_epochs is None else "≤"
+    return f" | {at_most}{format_time_left(seconds)} left"
 
 
 def _write(

@@ -201,7 +201,7 @@ def test_a_flow_run_saves_an_experiment_and_does_not_change_the_checkout(project
     assert status == 0, text
     assert files(project) == before
     assert ran(project) == list(STAGES)
-    assert "train     | train begins" in text
+    assert "train: train begins" in text
     assert "98.30% (95% interval 96.40% to 99.30%)" in text
     [name] = dvc(project, "exp", "list", "--name-only").split()
     assert name.startswith("digits-epochs-9-")
@@ -275,7 +275,10 @@ def test_an_error_of_a_stage_is_reported_in_one_line(
     state = run_here()
     assert (state.name, state.message) == ("Failed", "train: train.device is 'cuda'; allowed: cpu")
     assert command_line.report(state, recipe="digits") == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "error: train: train.device is 'cuda'; allowed: cpu"
+    error, page, advice = capsys.readouterr().err.splitlines()[-3:]
+    assert error == "error: train: train.device is 'cuda'; allowed: cpu"
+    assert page.endswith(f"/runs/flow-run/{state.state_details.flow_run_id}")
+    assert advice.startswith("next: correct that, then run the same command again")
     assert ran(project) == ["download", "normalize", "train"]
     assert "refs/exps" not in output(project, "git", "for-each-ref").decode()
 
@@ -285,6 +288,7 @@ def test_a_failing_stage_leaves_no_traceback_in_the_terminal(project: Path, api_
     status, text = run(project, api_url=api_url)
     assert status == 1
     assert "Traceback" not in text
+    assert text.count("train.device is 'cuda'") == 1
     assert ran(project) == ["download"]
 
 

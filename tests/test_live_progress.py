@@ -27,9 +27,10 @@ run_here = test_flows.run_here
 
 BAR = "█"
 EPOCH = EpochProgress(2, 0.41, 0.88, 0.39, 0.9025, 3200.0)
-TRAINING = TrainingProgress(20, may_end_early=False, epochs_done=2, last=EPOCH, best_validation_accuracy=0.95)
+BEST = EpochProgress(1, 0.61, 0.8, 0.37, 0.95, 3100.0)
+TRAINING = TrainingProgress(20, may_end_early=False, epochs_done=2, last=EPOCH, best=BEST)
 STEP = StepProgress("epoch 3", 40, 63, "steps", fraction=0.5, seconds_elapsed=70, seconds_left=134, training=TRAINING)
-RUNNING = [StageState("download", DONE, 1), StageState("normalize", DONE, 2), StageState("train", "running")]
+RUNNING = [StageState("download", DONE, 1), StageState("normalize", DONE, 2), StageState("train", "running", start=5)]
 
 
 def artifacts() -> list[Artifact]:
@@ -56,7 +57,7 @@ def test_one_artifact_is_updated_while_a_step_prints_nothing_until_the_run_is_fi
         values = {"title": "normalize", "done": done, "total": 50_000, "unit": "images", "fraction": done / 50_000}
         (folder / PROGRESS).write_text(json.dumps(values))
         updated = wait_for(f"normalize: {done:,} of 50,000 images", known=known)
-    assert updated.description == "normalize · 48%"
+    assert str(updated.description).endswith("normalize · 48%")
     (project.parent / "normalize.wait").unlink()
     process.communicate()
     [last] = [artifact for artifact in artifacts() if artifact.id not in known]
@@ -72,6 +73,7 @@ def test_a_failed_run_shows_no_bar_but_its_error(project: Path, run_here: Callab
     run_here()
     [artifact] = [each for each in artifacts() if each.id not in known]
     text = str(artifact.data)
+    assert artifact.description == "Failed in train: train.device is 'cuda'; allowed: cpu"
     assert text.startswith("## Failed after ")
     assert "train: train.device is 'cuda'; allowed: cpu" in text
     assert [state in text for state in ("| train | failed |", "| evaluate | not run |")] == [True, True]
@@ -111,38 +113,41 @@ def test_a_server_that_does_not_answer_fails_no_run(tmp_path: Path, error: type[
 
 
 def test_a_running_training_is_shown_with_epoch_bar_losses_and_time_left() -> None:
-    text = as_markdown(Page("running", RUNNING, progress=STEP, training=TRAINING), updated="12:40:03 UTC")
+    text = as_markdown(Page("running", RUNNING, progress=STEP, training=TRAINING), elapsed=143)
     assert text.startswith("## Running: train, epoch 3 of 20\n")
     assert f"`{BAR * 15}{'░' * 15}` **50%** · 2 min 10 s left · 1 min 10 s so far · 3,200 images/s" in text
     assert "epoch 3: 40 of 63 steps" in text
     assert "| train, epoch 2 | 0.4100 | 88.00% |\n| validation, epoch 2 | 0.3900 | **90.25%** |" in text
-    assert "| best validation |  | 95.00% |" in text
-    assert "As of 12:40:03 UTC; reload the page" in text
+    assert "| best validation, epoch 1 | 0.3700 | 95.00% |" in text
+    assert "| train | running | 2 min 18 s |" in text
+    assert "As of 2 min 23 s after the start; reload the page" in text
 
 
 def test_the_progress_of_a_killed_run_is_shown_as_interrupted_without_a_bar() -> None:
-    running = as_markdown(Page("running", RUNNING, progress=STEP, training=TRAINING), updated="12:40:03 UTC")
+    running = as_markdown(Page("running", RUNNING, progress=STEP, training=TRAINING), elapsed=143)
     killed = as_interrupted(running)
     assert killed.startswith("## Interrupted in train, epoch 3 of 20\n")
     assert BAR not in killed
-    assert killed.endswith("As of 12:40:03 UTC\n")
+    assert "| train | interrupted | 2 min 18 s |" in killed
+    assert killed.endswith("As of 2 min 23 s after the start\n")
     assert as_interrupted(killed) == killed
 
 
 def test_the_line_begins_with_what_the_flow_runs_page_has_space_for() -> None:
-    early = TrainingProgress(20, may_end_early=True, epochs_done=2, last=EPOCH, best_validation_accuracy=0.95)
-    for training, left in ((TRAINING, "2 min 10 s left"), (early, "at most 2 min 10 s left")):
+    early = TrainingProgress(20, may_end_early=True, epochs_done=2, last=EPOCH, best=BEST)
+    for training, left in ((TRAINING, "2 min 10 s left"), (early, "≤ 2 min 10 s left")):
         progress = StepProgress("epoch 3", 4, 6, "steps", fraction=0.5, seconds_left=134, training=training)
         line = as_line(Page("running", RUNNING, progress=progress, training=training))
-        assert line == f"train, epoch 3 of 20 · 50% · {left} · validation 90.25%"
+        assert line == f"{left} · epoch 3/20 · 90.2% validation accuracy"
+        assert "90.2%" in line[:40]
 
 
 def test_an_unknown_total_or_time_left_is_not_guessed() -> None:
     fetching = StepProgress("fetching", 12_000_000, None, "B")
-    text = as_markdown(Page("running", [StageState("download", "running")], progress=fetching), updated="")
+    text = as_markdown(Page("running", [StageState("download", "running")], progress=fetching), elapsed=0)
     assert "fetching: 12.0MB\n" in text
     assert "time left not known yet" in as_markdown(
-        Page("running", RUNNING, progress=StepProgress("epoch 1", 0, 9, "steps", fraction=0.0)), updated=""
+        Page("running", RUNNING, progress=StepProgress("epoch 1", 0, 9, "steps", fraction=0.0)), elapsed=0
     )
 
 

@@ -3,13 +3,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 
 from pipeline.core import step_progress
-from pipeline.core.progress import progress
+from pipeline.core.progress import format_time_left, progress
 from pipeline.core.step_progress import PROGRESS_FILE, EpochProgress, Pace, StepProgress, read_progress, reporter
 from pipeline.tracking.training_progress import announce_epoch, announce_training
+from pipeline.train import report_epoch
 from pipeline.training.checkpoints import Checkpoint
 from pipeline.training.state import Epoch
 from tests.conftest import train_params
@@ -118,7 +120,7 @@ def test_a_resumed_training_measures_only_its_own_steps(
     assert (written.done, written.fraction, written.seconds_elapsed, written.seconds_left) == (7, 27 / 50, 6.0, 46.0)
     assert written.training
     assert written.training.may_end_early == may_end_early
-    assert (written.training.epochs_done, written.training.best_validation_accuracy) == (2, 0.9)
+    assert (written.training.epochs_done, written.training.best) == (2, EpochProgress(1, 0.5, 0.8, 0.6, 0.9))
 
 
 def test_the_end_of_an_epoch_is_written_at_once_with_the_best_accuracy_so_far(file: Path, clock: Clock) -> None:
@@ -130,9 +132,29 @@ def test_the_end_of_an_epoch_is_written_at_once_with_the_best_accuracy_so_far(fi
         training = read(file).training
         assert training
         assert training.last == EpochProgress(number, 0.5, 0.8, 0.6, accuracy, 123.0)
-        assert training.best_validation_accuracy == 0.9
+        assert training.best == EpochProgress(1, 0.5, 0.8, 0.6, 0.9, 123.0)
     assert (read(file).fraction, read(file).title, read(file).done) == (1.0, "epoch 2", 10)
     assert clock.seconds == 0.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(45.4, "45 s"), (59.6, "1 min"), (5940, "99 min"), (5990, "1.7 h"), (90_000, "25.0 h")]
+)
+def test_the_time_left_has_one_unit(seconds: float, text: str) -> None:
+    assert format_time_left(seconds) == text
+
+
+def test_the_line_of_an_epoch_has_the_time_left_and_fits_a_terminal_of_80_columns(
+    file: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = train_params(**QUICK | {"epochs": 40, "early_stopping_epochs": 3})
+    announce_training(None, params=params, num_train_images=160)
+    for clock.seconds in (0.0, 18.0):
+        reporter().advance(10)
+    report_epoch(epoch(2, 0.5), 123.0, params=params, run=MagicMock())
+    line = capsys.readouterr().out.rstrip()
+    assert line == "epoch  2/40 loss 0.500 | val loss 0.600 acc 50.0% | ≤11 min left"
+    assert len(f"13:34:05 train: {line}") <= 80
 
 
 @pytest.mark.slow

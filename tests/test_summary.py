@@ -20,6 +20,7 @@ from tests.conftest import PROJECT
 
 METRICS = {"accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 0.95, "loss": 0.25}
 EXPERIMENT = "digits-lr-0-03-epochs-6-3fa9c1"
+BETTER, WORSE = (Baseline(compare(METRICS, accuracy=accuracy, number=200, commit="abc")) for accuracy in (0.85, 0.99))
 DIFFERENCES = {"train.learning_rate": (0.05, 0.03), "train.epochs": (20, 6)}
 
 
@@ -30,7 +31,7 @@ def in_project(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def summary(*train_images: int, recipe: str = "my_images", **changes: str) -> Summary:
     classes = [
-        ClassResult(f"class {index}", number, 5, num_correct=2, precision=0.5, recall=index / len(train_images))
+        ClassResult(f"{index}", number, 5, num_correct=2, precision=0.5, recall=index / len(train_images))
         for index, number in enumerate(train_images)
     ]
     overrides = {f"train.{name}": value for name, value in changes.items()}
@@ -46,9 +47,18 @@ def summary(*train_images: int, recipe: str = "my_images", **changes: str) -> Su
         check_params(compose(recipe, overrides), origin=recipe),
         validation_accuracy=0.8,
         selected_epoch=7,
-        baseline=Baseline(compare(METRICS, accuracy=0.85, number=200, commit="abc")),
+        baseline=BETTER,
         report=Path(f"/my photos/artifacts/reports/{EXPERIMENT}.html"),
     )
+
+
+def as_page(summary: Summary, *, folder: Path = Path()) -> str:
+    links = {
+        "mlflow_link": "http://host/#/runs/abc",
+        "report_link": "http://host/#/report",
+        "flow_run_link": "http://f",
+    }
+    return as_markdown(summary, folder=folder, **links)
 
 
 def test_the_table_answers_what_a_reader_asks_in_this_order() -> None:
@@ -65,8 +75,8 @@ def test_the_table_answers_what_a_reader_asks_in_this_order() -> None:
         "experiment",
         "time",
     ]
-    assert "90.00% (95% interval 80.00% to 95.00%)\nworst class    class 0: recall 0.00%, 2 of 5 images\n" in text
-    assert "differs        train.learning_rate 0.05 → 0.03, train.epochs 20 → 6\n" in text
+    assert "90.00% (95% interval 80.00% to 95.00%)\nworst class    class '0': recall 0.00%, 2 of 5 images\n" in text
+    assert "differs        train.learning_rate 0.05 → 0.03\n               train.epochs 20 → 6\n" in text
     assert f"report         file:///my%20photos/artifacts/reports/{EXPERIMENT}.html\n" in text
     assert not [line for line in text.splitlines() if len(line) > WIDTH and "file://" not in line]
 
@@ -83,31 +93,45 @@ def test_the_accuracy_of_the_weights_of_the_last_epoch_is_not_taken_for_that_of_
 def test_a_run_that_changes_nothing_differs_in_nothing() -> None:
     same = replace(summary(5, recipe="digits"), setup=RunSetup("digits", "", {}))
     assert "nothing: all parameters are those of recipe digits\n" in as_text(same, recipe="digits")
-    assert "nothing from recipe digits" in as_markdown(same, folder=Path(), mlflow_link=None, flow_run_link="")
+    assert "nothing from recipe digits" in as_page(same)
 
 
 @pytest.mark.parametrize(
     ("baseline", "text"),
     [
-        (Baseline(compare(METRICS, accuracy=0.85, number=200, commit="abc")), "+5.00 points against 85.00%, which is "),
-        (Baseline(compare(METRICS, accuracy=0.85, number=200, commit="abc")), "), which may be chance"),
-        (Baseline(compare(METRICS, accuracy=0.99, number=200, commit="abc")), "difference -19.03 to -3.38)"),
-        (Baseline(reason="these are the results in the commit abc"), "none: these are the results in the commit abc"),
+        (
+            BETTER,
+            "5.00 points above the results committed with the project (85.00%; 95% interval of the difference "
+            "5.9 points below to 12.5 points above: it may be chance)",
+        ),
+        (
+            WORSE,
+            "9.00 points below the results committed with the project (99.00%; 95% interval of the difference "
+            "3.4 to 19.0 points below)",
+        ),
+        (Baseline(reason="these are of abc", is_this_model=True), "none: these are of abc"),
+        (Baseline(reason="abc has none"), "none: abc has none; apply this experiment and commit to have one"),
     ],
 )
 def test_the_difference_to_the_committed_accuracy_is_stated_with_its_uncertainty(baseline: Baseline, text: str) -> None:
-    assert text in describe_baseline(replace(summary(5), baseline=baseline))
+    assert describe_baseline(replace(summary(5), baseline=baseline)) == text
+
+
+def test_a_model_that_is_worse_than_the_baseline_is_applied_last() -> None:
+    for baseline, last in ((BETTER, "list the experiments since the last commit"), (WORSE, "the files in artifacts/)")):
+        lines = as_text(replace(summary(5, recipe="digits"), baseline=baseline), recipe="cifar10_lenet").splitlines()
+        assert lines[lines.index("Next:") + 1] == "  open the report in a browser: its address is above"
+        assert lines[-1].endswith(last)
 
 
 @pytest.mark.parametrize(
     ("row", "recall", "correct"),
     [
-        ({"images": 8, "precision": 0.5, "recall": 0.25, "f1": 0.3}, 0.25, 2),
         ({"images": 8, "num_correct": 3, "precision": "", "recall": 0.375}, 0.375, 3),
         ({"images": 0, "num_correct": 0, "precision": "", "recall": ""}, None, 0),
     ],
 )
-def test_a_class_is_read_from_tables_of_older_commits_too(
+def test_a_class_is_read_from_its_row_of_the_table(
     tmp_path: Path, row: dict[str, Any], recall: float | None, correct: int
 ) -> None:
     for folder in ("train", "normalize", "evaluate"):
@@ -133,7 +157,7 @@ def test_a_class_is_read_from_tables_of_older_commits_too(
 
 def test_the_classes_are_listed_with_their_test_images() -> None:
     text = as_text(summary(12, 20), recipe="my_images")
-    assert "class    test images   recall  precision\nclass 0            5     0.0%      50.0%\n" in text
+    assert "class  test images   recall  precision\n0                5     0.0%      50.0%\n" in text
     assert "test images  " not in as_text(summary(12, 20, recipe="digits"), recipe="digits")
 
 
@@ -141,20 +165,20 @@ def test_a_value_that_is_undefined_is_a_dash() -> None:
     found = summary(12, 20)
     classes = [replace(found.classes[0], precision=None, recall=None), found.classes[1]]
     text = as_text(replace(found, classes=classes), recipe="my_images")
-    assert "class 0            5        -          -\n" in text
-    assert "worst class    class 1: recall 50.00%" in text
+    assert "0                5        -          -\n" in text
+    assert "worst class    class '1': recall 50.00%" in text
 
 
 def test_the_precision_of_a_class_that_is_never_predicted_is_undefined() -> None:
     found = summary(12, 20)
     changed = replace(found, classes=[replace(found.classes[0], precision=None), found.classes[1]])
-    assert "class 0            5     0.0%          -\n" in as_text(changed, recipe="my_images")
+    assert "0                5     0.0%          -\n" in as_text(changed, recipe="my_images")
 
 
 def test_of_many_classes_those_of_the_lowest_recall_are_listed() -> None:
     text = as_text(summary(*[5] * 30), recipe="my_images")
-    assert "class 19 " in text
-    assert "class 20 " not in text
+    assert "\n19 " in text
+    assert "\n20 " not in text
     assert "10 more classes, of higher recall" in text
 
 
@@ -185,23 +209,22 @@ def test_the_page_has_the_pictures_with_alternative_texts(tmp_path: Path) -> Non
     for name in ("train/curves.png", "evaluate/confusion_matrix.png"):
         (tmp_path / "artifacts" / name).parent.mkdir(parents=True)
         (tmp_path / "artifacts" / name).write_bytes(b"\x89PNG")
-    text = as_markdown(summary(5), folder=tmp_path, mlflow_link="http://host/#/runs/abc", flow_run_link="http://f")
+    text = as_page(summary(5), folder=tmp_path)
     assert re.findall(r"!\[(\w+ \w+).*\]\(data:image/png;base64,iVBORw==\)", text) == [
         "Learning curves",
         "Confusion matrix",
     ]
-    assert "[abc](http://host/#/runs/abc)" in text
+    assert r"[my\_images lr\=0\.03 epochs\=6](http://host/#/runs/abc)" in text
+    assert f"[report.html](http://host/#/report) in MLflow, and `artifacts/reports/{EXPERIMENT}.html`" in text
     assert "| train\\.learning\\_rate | 0\\.05 | 0\\.03 |" in text
     (tmp_path / "artifacts/train/curves.png").write_bytes(b"x" * (MAX_PICTURE_BYTES + 1))
-    assert "`artifacts/train/curves.png` is too large" in as_markdown(
-        summary(5), folder=tmp_path, mlflow_link=None, flow_run_link=""
-    )
+    assert "`artifacts/train/curves.png` is too large" in as_page(summary(5), folder=tmp_path)
 
 
 def test_names_from_outside_have_no_effect_on_the_page() -> None:
     name = "<img src=x>|![a](http://evil)\n# `b`"
     found = replace(summary(5), classes=[ClassResult(name, 5, 5, num_correct=0, precision=0.0, recall=0.0)])
     found = replace(found, setup=RunSetup("digits", "", {"download.folder": ("data", name)}))
-    text = as_markdown(found, folder=Path(), mlflow_link=None, flow_run_link="")
+    text = as_page(found)
     escaped = r"\<img src\=x\>\|\!\[a\]\(http\:\/\/evil\)\\n\# \`b\`"
     assert text.count(escaped) == text.count("evil") == 2

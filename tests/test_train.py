@@ -1,6 +1,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -439,7 +440,7 @@ def test_the_step_writes_models_history_and_curves(workspace: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     names = sorted(path.name for path in (workspace / "artifacts" / "train").iterdir())
     assert names == ["best.safetensors", "checksums.md5", "curves.png", "history.csv", "last.safetensors", "model.json"]
-    assert done.stdout.splitlines()[-1].startswith("epoch 2/2 ██████████ loss")
+    assert re.fullmatch(r"epoch 2/2 loss \d+\.\d{3} \| val loss \d+\.\d{3} acc \d+\.\d%", done.stdout.splitlines()[-1])
 
 
 def test_missing_input_ends_the_step_with_status_2(workspace: Path) -> None:

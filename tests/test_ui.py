@@ -68,6 +68,8 @@ def test_links_use_the_port_of_mlflows_server(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("MLFLOW_PORT", raising=False)
     assert ui.mlflow_page("a", experiment_id="1", project=tmp_path) == f"http://127.0.0.1:5000{PAGE}"
+    report = ui.mlflow_page("a", experiment_id="1", artifact="report.html", project=tmp_path)
+    assert report == f"http://127.0.0.1:5000{PAGE.replace('?', '/artifacts/report.html?')}"
     (tmp_path / ".prefect").mkdir()
     record = {"pid": os.getpid(), "started": start_of(os.getpid()), "port": 5003}
     write_json(tmp_path / ".prefect" / "mlflow.json", record)

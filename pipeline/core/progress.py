@@ -79,6 +79,14 @@ class _LogLines:
         return f"{' of '.join(f'{count:,}' for count in amounts)} {self._unit}"
 
 
+def format_time_left(seconds: float) -> str:
+    """Return an estimated time as text with one unit, such as `45 s`, `3 min` or `2.5 h`."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 99.5 else f"{minutes / 60:.1f} h"
+
+
 def format_bytes(size: int) -> str:
     """Return a size in bytes as text, such as `163 MB`."""
     return f"{tqdm.format_sizeof(size)}B" if size >= 1000 else f"{size} bytes"

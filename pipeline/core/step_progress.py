@@ -6,6 +6,7 @@ ignored. `pipeline.core.progress` reports all bars, `pipeline.train` what belong
 
 import functools
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -39,14 +40,15 @@ class TrainingProgress:
     """What is known of a training besides the bar of its current epoch.
 
     `last` is the last finished epoch, `epochs_done` the number of finished ones, those before a resumption included.
-    `step_loss` is the last logged loss of a step. A training that `may_end_early` takes at most the estimated time.
+    `best` is the epoch of the highest validation accuracy and, of equal ones, the lowest validation loss. `step_loss`
+    is the last logged loss of a step. The estimated time of a training that `may_end_early` is an upper limit.
     """
 
     epochs: int
     may_end_early: bool
     epochs_done: int = 0
     last: EpochProgress | None = None
-    best_validation_accuracy: float | None = None
+    best: EpochProgress | None = None
     step_loss: float | None = None
 
 
@@ -67,6 +69,11 @@ class StepProgress:
     seconds_elapsed: float = 0.0
     seconds_left: float | None = None
     training: TrainingProgress | None = None
+
+
+def best_of(epochs: Sequence[EpochProgress]) -> EpochProgress | None:
+    """Return the epoch of the highest validation accuracy, then the lowest validation loss, then the latest."""
+    return max(epochs, key=lambda each: (each.validation_accuracy, -each.validation_loss, each.epoch), default=None)
 
 
 class Pace:
@@ -144,11 +151,15 @@ class ProgressReporter:
     def end_epoch(self, epoch: EpochProgress) -> None:
         """Write the result of an epoch of the training; the bar then is that of the next epoch, if there is one."""
         if self._training:
-            best = max(self._training.best_validation_accuracy or 0.0, epoch.validation_accuracy)
-            self._training = replace(self._training, epochs_done=epoch.epoch, last=epoch, best_validation_accuracy=best)
+            best = best_of([self._training.best or epoch, epoch])
+            self._training = replace(self._training, epochs_done=epoch.epoch, last=epoch, best=best)
             if epoch.epoch < self._training.epochs:
                 self._bar, self._done = replace(self._bar, title=f"epoch {epoch.epoch + 1}"), 0
             self._write()
+
+    def seconds_left(self) -> float | None:
+        """Return the estimated seconds until the end of the training, or None while it cannot be estimated."""
+        return self._pace.seconds_left() if self._training else None
 
     def _write_if_due(self) -> None:
         if time.monotonic() - self._last_write >= SECONDS_BETWEEN_WRITES:

@@ -21,7 +21,7 @@ def confusion_matrix(counts: npt.NDArray[np.int64], *, class_names: Sequence[str
     figure = Figure(figsize=(size, size * 0.9), layout="constrained")
     axes = figure.subplots()
     fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure.colorbar(axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1), label="share of the actual class", shrink=0.8)
+    figure.colorbar(axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1), label="fraction of the row", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="actual")
     if len(class_names) <= MAX_LABELED_CLASSES:
         ticks = range(len(class_names))

@@ -35,10 +35,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The comparison with the committed results, or the reason why there is none, as the end of a sentence."""
+    """The comparison with the committed results, or the reason why there is none, as the end of a sentence.
+
+    There is none where the committed results are those of this model, `is_this_model`.
+    """
 
     comparison: Comparison | None = None
     reason: str = ""
+    is_this_model: bool = False
 
 
 def find_baseline(metrics: Mapping[str, Any], *, data_md5: Mapping[str, str], folder: Path = Path()) -> Baseline:
@@ -63,7 +67,7 @@ def find_baseline(metrics: Mapping[str, Any], *, data_md5: Mapping[str, str], fo
     if not same_data:
         return Baseline(reason=f"the results in the commit {commit} are of other test images")
     if all(committed.get(name) == metrics.get(name) for name in ("accuracy", "loss")):
-        return Baseline(reason=f"these are the results in the commit {commit}")
+        return Baseline(reason=f"these are the results in the commit {commit}", is_this_model=True)
     return Baseline(compare(metrics, accuracy=accuracy, number=number, commit=commit))
 
 

@@ -9,7 +9,8 @@ from pipeline.core.git import UNKNOWN
 from pipeline.tracking.links import run_page
 from pipeline.tracking.provenance import DIFFERENT, EXPERIMENT, REPRODUCES, Values
 
-REPORT = "report"  # the value of the provenance that names the report among the run's artifacts
+REPORT_KEY = "report"  # the value of the provenance that names the report among the run's artifacts
+ACCURACY = "result.accuracy"
 MAX_ROWS = 20  # of the table of parameters: MLflow cuts a description at 8000 characters
 MAX_VALUE_LENGTH = 60
 # all but letters, digits, `,`, `%`, `-`, spaces and the point of a number
@@ -23,25 +24,27 @@ def escape_markdown(text: str) -> str:
 
 def describe(values: Values, *, run_id: str, experiment_id: str) -> str:
     """Return the description of a run with the values of its provenance."""
-    report = values.get(REPORT, "")
+    report = values.get(REPORT_KEY, "")
     page = run_page(run_id, experiment_id=experiment_id, artifact=report)
+    is_evaluated = ACCURACY in values  # a run that failed has no experiment
     places = {
         "Report": f"[{escape_markdown(report)}]({page})" if report else "",
         "Prefect": _link(values),
-        "DVC experiment": _code(f"dvc exp apply {values[EXPERIMENT]}") if EXPERIMENT in values else "",
+        "DVC experiment": _code(f"dvc exp apply {values[EXPERIMENT]}") if is_evaluated and EXPERIMENT in values else "",
         "Reproduces": _code(values[REPRODUCES]) if REPRODUCES in values else "",
     }
     listed = "\n".join(f"- {name}: {place}" for name, place in places.items() if place)
-    return "\n\n".join(filter(None, [_result(values), "\n".join(_differences(values)), listed]))
+    # MLflow folds all but the first lines, so that a long table comes last
+    return "\n\n".join(filter(None, [_result(values), listed, "\n".join(_differences(values))]))
 
 
 def _result(values: Values) -> str:
     """Return test accuracy with its interval, and validation accuracy of the selected epoch, as far as known."""
     parts = []
-    if "result.accuracy" in values:
+    if ACCURACY in values:
         low, high = (values.get(f"result.accuracy_{end}") for end in ("low", "high"))
         interval = "" if low is None or high is None else f" (95% interval {low:.2%} to {high:.2%})"
-        parts.append(f"**Test accuracy {values['result.accuracy']:.2%}**{interval}")
+        parts.append(f"**Test accuracy {values[ACCURACY]:.2%}**{interval}")
     if "selected.validation_accuracy" in values:
         accuracy, epoch = float(values["selected.validation_accuracy"]), escape_markdown(str(values["selected.epoch"]))
         parts.append(f"validation accuracy {accuracy:.2%} in epoch {epoch}, whose weights are selected")

@@ -7,6 +7,7 @@ MODE = "workflowType=machine_learning"
 EXPERIMENTS_PAGE = f"#/experiments?{MODE}"
 RESULTS_VIEW = "results"  # the name of the shared view of the table of runs that has columns of metrics
 VIEW_TAG = f"mlflow.sharedViewState.{RESULTS_VIEW}"  # of an experiment: MLflow keeps the view there
+REPORT = "report.html"  # an artifact of a run
 UNKNOWN_EXPERIMENT = "0"  # MLflow shows the run all the same, beside the menu of the experiment 0
 
 

@@ -9,14 +9,13 @@ from pipeline.core.network import is_server
 from pipeline.core.project import project_folder
 from pipeline.core.settings import get_settings
 from pipeline.core.sqlite import sqlite_path
-from pipeline.tracking.description import REPORT
+from pipeline.tracking.description import REPORT_KEY
+from pipeline.tracking.links import REPORT
 from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.provenance_file import Provenance, provenance_of
 from pipeline.tracking.search import find_runs_of_model
 from pipeline.tracking.store import connect, store_errors
 from pipeline.tracking.store_uri import tracking_uri
-
-FILE = "report.html"
 
 
 def find_recorded_run(model_md5: str) -> Provenance | None:
@@ -47,5 +46,5 @@ def log_report(run_id: str, path: Path) -> None:
     Raises UserError or TemporaryError where the store cannot be reached.
     """
     with store_errors():
-        MlflowClient().log_text(run_id, path.read_text(encoding="utf-8"), FILE)
-        RunLogger(run_id).record({REPORT: FILE})
+        MlflowClient().log_text(run_id, path.read_text(encoding="utf-8"), REPORT)
+        RunLogger(run_id).record({REPORT_KEY: REPORT})

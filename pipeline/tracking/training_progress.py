@@ -1,6 +1,6 @@
 """Report the progress of a training to the flow run that displays it."""
 
-from pipeline.core.step_progress import EpochProgress, TrainingProgress, reporter
+from pipeline.core.step_progress import EpochProgress, TrainingProgress, best_of, reporter
 from pipeline.params import TrainParams
 from pipeline.training.checkpoints import Checkpoint
 from pipeline.training.state import Epoch
@@ -9,12 +9,13 @@ from pipeline.training.state import Epoch
 def announce_training(start: Checkpoint | None, *, params: TrainParams, num_train_images: int) -> None:
     """Report the length of the training and, from the checkpoint `start`, what was done before it resumed."""
     history = [Epoch(**row) for row in start.state["history"]] if start else []
+    done = [_progress_of(epoch, None) for epoch in history]
     training = TrainingProgress(
         epochs=params.epochs,
         may_end_early=params.early_stopping_epochs is not None,
         epochs_done=len(history),
-        last=_progress_of(history[-1], None) if history else None,
-        best_validation_accuracy=max((epoch.validation_accuracy for epoch in history), default=None),
+        last=done[-1] if done else None,
+        best=best_of(done),
     )
     steps_per_epoch = num_train_images // params.batch_size
     reporter().begin_training(training, steps_done=start.step if start else 0, steps_per_epoch=steps_per_epoch)
