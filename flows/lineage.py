@@ -52,7 +52,8 @@ from pipeline.tracking.store_uri import tracking_uri
 NAME_TAGS = ("dvc.experiment", "prefect.flow_run_id", "prefect.flow_run_name", COMMIT)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _SHORT_ID = re.compile(r"[0-9a-f]{7,31}|[0-9a-f]{33,39}")  # 32 digits are an MLflow run or an MD5, 40 are a commit
-_QUERYABLE = re.compile(r"[^'`\\]{1,250}")  # text without characters that end a string in a query to MLflow
+# text that can be a string in a query to MLflow: with one kind of quotation marks at most
+_QUERYABLE = re.compile(r"(?!.*'.*\"|.*\".*')[^`\\]{1,250}")
 
 
 class Sources:
@@ -220,7 +221,8 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
     """Return the MLflow runs, the experiments and the flow runs that a full id or a name identifies."""
     flow_runs, commit = sources.flow_runs(wanted), find_commit(sources.project, wanted)
     names = {wanted, commit or wanted, *(run.run_id for run in flow_runs)}
-    runs = [run for name in sorted(names) for tag in NAME_TAGS for run in sources.runs(tag, name)]
+    tagged = [(tag, name, run) for name in sorted(names) for tag in NAME_TAGS for run in sources.runs(tag, name)]
+    runs = [run for tag, name, run in tagged if run.tags[tag] == name]  # not those of which `%` matches any text
     runs += [run for name in sorted(names) for run in sources.runs(f"{FLOW_RUN}{name}", "%")]
     model = sources.model_of(commit) if commit else None
     if re.fullmatch(r"[0-9a-f]{32}(\.dir)?", wanted):  # the MD5 of the folder artifacts/train, or of the model

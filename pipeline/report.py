@@ -15,6 +15,7 @@ from pathlib import Path
 from pipeline.artifacts import write_text
 from pipeline.core.errors import TemporaryError, UserError, first_line, report_errors
 from pipeline.core.project import project_folder
+from pipeline.core.settings import get_settings
 from pipeline.params import load_params
 from pipeline.reporting.baseline import find_baseline
 from pipeline.reporting.commands import REPORT
@@ -22,6 +23,7 @@ from pipeline.reporting.data import read_content
 from pipeline.reporting.facts import find_facts
 from pipeline.reporting.model import best_weights_md5, describe_model
 from pipeline.reporting.page import STEPS, Report, render
+from pipeline.tracking.provenance_file import Provenance
 from pipeline.tracking.report import log_report
 
 
@@ -63,13 +65,24 @@ def main() -> None:
     arguments = parser.parse_args()
     with report_errors():
         report = collect(seconds=parse_seconds(arguments.seconds), output=arguments.output)
+        if arguments.output.is_dir():
+            raise UserError(f"--output: {arguments.output} is a folder; allowed: a file; name one")
         write_text(arguments.output, render(report))
         print(f"report {arguments.output.resolve().as_uri()}", flush=True)
-        if run := report.facts.recorded:
+        run = report.facts.recorded
+        if run and _is_its_page(run):
             try:
                 log_report(run.run_id, arguments.output)
             except (UserError, TemporaryError) as error:
                 print(f"warning: the report is not in MLflow: {first_line(error)}", file=sys.stderr, flush=True)
+
+
+def _is_its_page(run: Provenance) -> bool:
+    """Return whether the page is that of the run's own experiment, or the first one of the run.
+
+    A later flow run that has a cache hit for the model knows neither the times of the training nor its other names.
+    """
+    return run.experiment == get_settings().experiment or not run.has_report
 
 
 def parse_seconds(values: Sequence[str]) -> dict[str, float]:

@@ -223,11 +223,11 @@ def test_names_from_outside_are_no_markup_in_a_description() -> None:
     plain = escape_markdown(name)
     assert not set("|`[]<>_\n.") & set(plain.replace("0.03", ""))
     assert text.splitlines() == [
+        f"- Prefect: {plain}",
+        "",
         f"| parameter | recipe {plain} | this run |",
         "| --- | --- | --- |",
         f"| train&#46;weights | null | {escape_markdown(name[:59] + '…')} |",
-        "",
-        f"- Prefect: {plain}",
     ]
 
 
@@ -298,6 +298,23 @@ def test_a_name_of_several_runs_leads_to_all_of_them_newest_first(workspace: Pat
     second = finished_training("other")
     found, _ = trace(workspace, "digits epochs=3")
     assert [one.run.run_id for one in found if one.run] == [second, first]
+
+
+@pytest.mark.parametrize("name", ["my_images Bob's 100% x", 'my_images "odd" 100%'])
+def test_a_name_with_quotation_marks_leads_to_its_run(workspace: Path, name: str) -> None:
+    run_id = finished_training()
+    MlflowClient().update_run(run_id, name=name)
+    start_repository(workspace)
+    found, _ = trace(workspace, name)
+    assert [one.run.run_id for one in found if one.run] == [run_id]
+
+
+def test_a_percent_sign_in_a_name_stands_for_itself(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_variables(monkeypatch, PIPELINE_EXPERIMENT="digits-1", PIPELINE_FLOW_RUN_ID="f")
+    finished_training()
+    start_repository(workspace)
+    with pytest.raises(UserError, match="digits%: no training belongs to it"):
+        trace(workspace, "digits%")
 
 
 def test_the_provenance_of_a_run_has_plain_values(workspace: Path) -> None:

@@ -46,6 +46,7 @@ RUN = Provenance(
     page=HOSTILE,
     experiment=HOSTILE,
     flow_run_name=HOSTILE,
+    has_report=False,
 )
 SETUP = RunSetup(HOSTILE, HOSTILE, {"train.model": (HOSTILE, HOSTILE)})
 
@@ -329,6 +330,39 @@ def test_metrics_of_other_predictions_are_refused(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"metrics\.json: not of the predictions in "):
         read_content()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("evaluate/metrics.json", "{}"),
+        ("evaluate/metrics.json", "[]"),
+        ("evaluate/calibration.json", '{"temperature": 1.0}'),
+        ("evaluate/per_class.csv", "class,images\ncat,3\n"),
+        ("train/history.csv", "epoch,train_loss\n1,0.5\n"),
+        ("download/source.json", "[]"),
+    ],
+)
+def test_a_file_of_an_earlier_version_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str
+) -> None:
+    shutil.copytree(folder / "artifacts", tmp_path / "artifacts")
+    (tmp_path / "artifacts/download").mkdir(exist_ok=True)
+    (tmp_path / "artifacts" / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"artifacts/{re.escape(name)}: lacks .*run `dvc repro`"):
+        read_content()
+
+
+@pytest.mark.parametrize(
+    ("current", "has_report", "expected"), [("mine", True, True), ("other", False, True), ("other", True, False)]
+)
+def test_a_flow_run_with_a_cache_hit_keeps_the_page_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, current: str, has_report: bool, expected: bool
+) -> None:
+    monkeypatch.setenv("PIPELINE_EXPERIMENT", current)
+    get_settings.cache_clear()
+    assert report._is_its_page(replace(RUN, experiment="mine", has_report=has_report)) is expected
 
 
 def test_gpu_hours_are_of_all_processes_and_unknown_without_a_record() -> None:

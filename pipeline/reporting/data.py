@@ -35,6 +35,21 @@ PREDICTIONS = EVALUATE / "predictions.parquet"
 SURE = 0.9  # the probability from which the report calls the model sure
 Row = Mapping[str, Any]
 
+METRICS = ("accuracy", "accuracy_low", "accuracy_high", "loss", "test_images")
+HISTORY_COLUMNS = (
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "validation_loss",
+    "validation_accuracy",
+    SELECTED_COLUMN,
+)
+CLASS_COLUMNS = (
+    "class",
+    "images",
+    *(f"{score}{end}" for score in ("recall", "precision", "f1") for end in ("", "_low", "_high")),
+)
+
 
 @dataclass(frozen=True)
 class Content:
@@ -95,18 +110,20 @@ def read_content() -> Content:
     predictions, dataset = read_predictions(PREDICTIONS), read_json(NORMALIZE / "dataset.json")
     if predictions.class_names != info.class_names or not np.array_equal(predictions.actual, test_labels):
         raise UserError(f"{PREDICTIONS}: not of the test images in {NORMALIZE}; run `dvc repro`")
-    metrics = read_json(EVALUATE / "metrics.json")
+    metrics = _read_values(
+        EVALUATE / "metrics.json", ("accuracy", "accuracy_low", "accuracy_high", "loss", "test_images")
+    )
     if metrics["test_images"] != len(predictions) or metrics["accuracy"] != float(predictions.is_correct.mean()):
         raise UserError(f"{EVALUATE / 'metrics.json'}: not of the predictions in {PREDICTIONS}; run `dvc repro`")
     source = DOWNLOAD / "source.json"
     return Content(
         info=info,
         dataset=dataset,
-        source=read_json(source) if source.exists() else {},
-        history=_read_table(TRAIN / HISTORY, text=(SELECTED_COLUMN,)),
+        source=_read_values(source, ()) if source.exists() else {},
+        history=_read_table(TRAIN / HISTORY, columns=HISTORY_COLUMNS, text=(SELECTED_COLUMN,)),
         metrics=metrics,
-        per_class=_read_table(EVALUATE / "per_class.csv", text=("class",)),
-        calibration=read_json(EVALUATE / "calibration.json"),
+        per_class=_read_table(EVALUATE / "per_class.csv", columns=CLASS_COLUMNS, text=("class",)),
+        calibration=_read_values(EVALUATE / "calibration.json", ("temperature", "num_bins", "raw", "calibrated")),
         predictions=replace(predictions, names=shown_names(predictions.names, dataset=dataset)),
         test_images=test_images,
         train_images=train_images,
@@ -158,10 +175,23 @@ def frequent_confusions(
     ]
 
 
-def _read_table(path: Path, *, text: Sequence[str]) -> list[Row]:
+def _read_values(path: Path, required: Sequence[str]) -> Row:
+    """Return the values of a JSON file; raises UserError where it is missing, damaged or lacks a required one."""
+    values = read_json(path)
+    if not isinstance(values, dict) or not values.keys() >= set(required):
+        raise UserError(_incomplete(path, required))
+    return values
+
+
+def _incomplete(path: Path, required: Sequence[str]) -> str:
+    """Return the error message for a file that lacks some of the required values, such as one of an earlier version."""
+    return f"{path}: lacks some of {', '.join(required) or 'its values'}; run `dvc repro` to make it again"
+
+
+def _read_table(path: Path, *, columns: Sequence[str], text: Sequence[str]) -> list[Row]:
     """Return the rows of a table, with numbers but in the columns `text`; an empty value is None.
 
-    Raises UserError where the table is missing or damaged.
+    Raises UserError where the table is missing or damaged, or lacks one of the columns.
     """
     try:
         rows = read_csv(path)
@@ -174,6 +204,8 @@ def _read_table(path: Path, *, text: Sequence[str]) -> list[Row]:
         table = []
     if not table:
         raise UserError(f"{path}: damaged; remove it and run `dvc repro` to make it again")
+    if not table[0].keys() >= set(columns):
+        raise UserError(_incomplete(path, columns))
     return table
 
 

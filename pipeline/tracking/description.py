@@ -26,7 +26,7 @@ def describe(values: Values, *, run_id: str, experiment_id: str) -> str:
     """Return the description of a run with the values of its provenance."""
     report = values.get(REPORT_KEY, "")
     page = run_page(run_id, experiment_id=experiment_id, artifact=report)
-    is_evaluated = ACCURACY in values  # a run that failed has no experiment
+    is_evaluated = "outputs.evaluate" in values  # a run that failed has no experiment
     places = {
         "Report": f"[{escape_markdown(report)}]({page})" if report else "",
         "Prefect": _link(values),

@@ -23,6 +23,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.git import UNKNOWN
 from pipeline.core.network import is_server
 from pipeline.core.project import artifact_folder, project_folder
+from pipeline.tracking.description import REPORT_KEY
 from pipeline.tracking.links import run_page
 from pipeline.tracking.provenance import (
     CHANGED_FILES,
@@ -63,6 +64,7 @@ class Provenance:
     page: str
     experiment: str
     flow_run_name: str
+    has_report: bool
 
 
 def provenance_of(run: Run) -> Provenance:
@@ -82,6 +84,7 @@ def provenance_of(run: Run) -> Provenance:
         page=run_page(run.run_id, experiment_id=run.experiment_id),
         experiment=values.get(EXPERIMENT, "") if trained else UNKNOWN,
         flow_run_name=values.get("prefect.flow_run_name", "") if trained else UNKNOWN,
+        has_report=REPORT_KEY in values,
     )
 
 

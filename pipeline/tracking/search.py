@@ -53,7 +53,7 @@ def find_runs(tags: Mapping[str, str], *, status: str | None = None, with_delete
     found: dict[str, Run] = {}
     # an earlier version did not hide tags: its runs have them under other names
     for named in {frozenset(tags.items()), frozenset((tag_name(name), value) for name, value in tags.items())}:
-        conditions = [f"tags.`{name}` {'LIKE' if '%' in value else '='} '{value}'" for name, value in named]
+        conditions = [f"tags.`{name}` {'LIKE' if '%' in value else '='} {_quoted(value)}" for name, value in named]
         if status:
             conditions.append(f"attributes.status = '{status}'")
         found |= {run.run_id: run for run in _search(*conditions, with_deleted=with_deleted)}
@@ -61,8 +61,13 @@ def find_runs(tags: Mapping[str, str], *, status: str | None = None, with_delete
 
 
 def find_runs_by_name(name: str) -> list[Run]:
-    """Return the runs of this name, newest first; the name must not have a `'`."""
-    return _search(f"attributes.run_name = '{name}'")
+    """Return the runs of this name, newest first; the name must not have both kinds of quotation marks."""
+    return _search(f"attributes.run_name = {_quoted(name)}")
+
+
+def _quoted(text: str) -> str:
+    """Return text as a string in a query to MLflow, as of a folder `Bob's photos`."""
+    return f'"{text}"' if "'" in text else f"'{text}'"
 
 
 def find_runs_by_prefix(prefix: str) -> list[Run]:
