@@ -20,6 +20,7 @@ from pipeline.params import PARAMS_FILE, RECIPES_FOLDER
 MAX_DIFFERENCES = 4  # in a title
 MAX_VALUE_LENGTH = 20  # of a value in a title
 FOLDER_PARAM = "download.folder"
+PLACES = (FOLDER_PARAM, "download.urls", "download.timeout_seconds")  # where data are from; a title does not name them
 SHORT_NAMES = {"train.learning_rate": "lr", "train.weight_decay": "wd", "train.batch_size": "batch"}
 
 Values = Mapping[str, Any]  # raw parameters by section: {"train": {"epochs": 3, …}, …}
@@ -40,7 +41,7 @@ class RunSetup:
     @property
     def title(self) -> str:
         """Return recipe, folder of images and the first differences in one line, as in `digits lr=0.03 epochs=6`."""
-        changed = {name: pair for name, pair in self.differences.items() if name != FOLDER_PARAM}
+        changed = {name: pair for name, pair in self.differences.items() if name not in PLACES}
         names = sorted(changed, key=lambda name: not name.startswith("train."))
         parts = [f"{_short_name(name)}={_short_value(changed[name][1])}" for name in names[:MAX_DIFFERENCES]]
         more = [f"+{len(names) - MAX_DIFFERENCES} more"] if len(names) > MAX_DIFFERENCES else []
