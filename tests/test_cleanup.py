@@ -227,7 +227,7 @@ def test_a_run_without_project_in_a_store_outside_the_project_stays(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/shared.db")
     get_settings.cache_clear()
     clean_up(project, keep=1, dry_run=False)
-    assert f"kept        MLflow run {first.run_id} (first): it is not certain" in capsys.readouterr().out
+    assert f"kept        MLflow run {first.run_id} ({first.name}): it is not certain" in capsys.readouterr().out
     assert "first" not in experiments(project)
     assert first.run_id in {run.run_id for run in find_runs({"model.md5": "%"})}
     assert (project / "mlartifacts" / first.run_id).is_dir()

@@ -82,7 +82,8 @@ def examine(project: Path, *arguments: str, api_url: str) -> tuple[int, str]:
         text=True,
         check=False,
     )
-    assert done.stderr == ""
+    # on a loaded machine, Prefect warns at exit that it is still sending an event
+    assert not [line for line in done.stderr.splitlines() if "Still processing items" not in line]
     return done.returncode, done.stdout
 
 

@@ -193,7 +193,7 @@ def test_a_colleague_pulls_from_the_remote_that_the_commands_of_the_docs_set(
 
 def output_md5s() -> dict[str, str]:
     """Return the MD5 of each output of the stages, by its path."""
-    return {str(path): file_md5(path) for path in sorted(Path("artifacts").rglob("*")) if path.is_file()}
+    return {str(path): file_md5(path) for path in sorted(Path("artifacts").glob("*/**/*")) if path.is_file()}
 
 
 def test_a_read_only_project_is_reported_in_one_line(project: Path) -> None:
