@@ -67,7 +67,7 @@ def _picture(folder: Path, path: Path, *, text: str) -> str:
 
 def _places(summary: Summary, *, mlflow_link: str, report_link: str, flow_run_link: str) -> list[str]:
     """Return a line for each tool that has the run, and the command that lists all ids."""
-    title = _escape(summary.setup.title)
+    title = _escape(summary.setup.title).replace("\\_", "_")  # Prefect's page would show the backslash in a link
     run = "the earlier run that made this model" if summary.has_cached_model else title
     report = f"`{REPORTS / summary.report.name}` in the project" if summary.report else "none; the log has the reason"
     if report_link:

@@ -1,6 +1,6 @@
 """Read the parameters in `params.yaml` into frozen, typed models; a missing key is an error, and an unknown one."""
 
-import sys
+import runpy
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -371,5 +371,5 @@ def check_params(values: Mapping[str, Any], *, origin: str, overridden: Collecti
 SECTIONS: Mapping[str, type[Section]] = Params.__annotations__
 
 
-if __name__ == "__main__":
-    sys.exit("error: python -m pipeline.params: this command is now `python -m pipeline.recipes`; run that")
+if __name__ == "__main__":  # the former name of the command, which scripts of users have
+    runpy.run_module("pipeline.recipes", run_name="__main__")

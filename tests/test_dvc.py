@@ -13,6 +13,7 @@ import pytest
 
 from pipeline.artifacts import NORMALIZE, bytes_md5, file_md5, verify
 from pipeline.core.errors import UserError
+from pipeline.core.git import git
 from pipeline.core.stage_code import stage_names
 from pipeline.core.yaml import read_yaml
 from tests.conftest import PROJECT, copy_project
@@ -57,6 +58,14 @@ def project(reproduced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(shutil.copytree(reproduced, tmp_path / "project"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return Path.cwd()
+
+
+def test_the_report_is_made_and_a_second_repro_leaves_it_and_git_as_they_are(project: Path) -> None:
+    report, changed = Path("artifacts/report.html").read_bytes(), git(project, "status", "--porcelain")
+    assert "report.html" not in changed
+    dvc("repro")
+    assert git(project, "status", "--porcelain") == changed
+    assert Path("artifacts/report.html").read_bytes() == report
 
 
 def test_a_second_repro_runs_nothing_and_a_change_runs_each_dependent_stage_once(project: Path) -> None:
