@@ -67,7 +67,8 @@ def _picture(folder: Path, path: Path, *, text: str) -> str:
 
 def _places(summary: Summary, *, mlflow_link: str, report_link: str, flow_run_link: str) -> list[str]:
     """Return a line for each tool that has the run, and the command that lists all ids."""
-    title = _escape(summary.setup.title).replace("\\_", "_")  # Prefect's page would show the backslash in a link
+    # in the text of a link, Prefect's page shows the backslash before characters that need none, such as `=`
+    title = re.sub(r"\\([-_.,:=+%/() ])", r"\1", _escape(summary.setup.title))
     run = "the earlier run that made this model" if summary.has_cached_model else title
     report = f"`{REPORTS / summary.report.name}` in the project" if summary.report else "none; the log has the reason"
     if report_link:

@@ -214,7 +214,7 @@ def test_the_page_has_the_pictures_with_alternative_texts(tmp_path: Path) -> Non
         "Learning curves",
         "Confusion matrix",
     ]
-    assert r"[my\_images lr\=0\.03 epochs\=6](http://host/#/runs/abc)" in text
+    assert "[my_images lr=0.03 epochs=6](http://host/#/runs/abc)" in text
     assert f"[report.html](http://host/#/report) in MLflow, and `artifacts/reports/{EXPERIMENT}.html`" in text
     assert "| train\\.learning\\_rate | 0\\.05 | 0\\.03 |" in text
     (tmp_path / "artifacts/train/curves.png").write_bytes(b"x" * (MAX_PICTURE_BYTES + 1))
