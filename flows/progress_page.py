@@ -157,13 +157,17 @@ def _training_table(training: TrainingProgress | None) -> list[str]:
     last, best = training.last, training.best
     if last is None or best is None:
         loss = training.step_loss
-        return [] if loss is None else [_table(header, [("last logged step", f"{loss:.4f}", "known after epoch 1")])]
+        return (
+            []
+            if loss is None
+            else [markdown_table(header, [("last logged step", f"{loss:.4f}", "known after epoch 1")])]
+        )
     rows = [
         (f"train, epoch {last.epoch}", f"{last.train_loss:.4f}", f"{last.train_accuracy:.2%}"),
         (f"validation, epoch {last.epoch}", f"{last.validation_loss:.4f}", f"**{last.validation_accuracy:.2%}**"),
         (f"best validation, epoch {best.epoch}", f"{best.validation_loss:.4f}", f"{best.validation_accuracy:.2%}"),
     ]
-    return [_table(header, rows)]
+    return [markdown_table(header, rows)]
 
 
 def _stage_table(stages: Sequence[StageState], *, elapsed: float) -> str:
@@ -172,11 +176,11 @@ def _stage_table(stages: Sequence[StageState], *, elapsed: float) -> str:
     for stage in stages:
         seconds = elapsed - stage.start if stage.state == RUNNING and stage.start is not None else stage.seconds
         rows.append((stage.name, stage.state, "" if seconds is None else format_seconds(seconds)))
-    return _table(["step", "state", "time"], rows)
+    return markdown_table(["step", "state", "time"], rows)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; the cells must be free of `|`."""
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table; its cells are Markdown, without an unescaped `|`."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 

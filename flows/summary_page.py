@@ -2,9 +2,10 @@
 
 import base64
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
+from flows.progress_page import markdown_table
 from flows.reports import REPORTS
 from flows.summary import Summary, describe_baseline, describe_results, describe_time
 from pipeline.artifacts import EVALUATE, TRAIN
@@ -52,7 +53,9 @@ def _differences(summary: Summary) -> str:
         (_escape(name), _escape(_format(old)), _escape(_format(new)))
         for name, (old, new) in summary.setup.differences.items()
     ]
-    return _table(["parameter", f"recipe {recipe}", "this run"], rows) if rows else f"nothing from recipe {recipe}"
+    return (
+        markdown_table(["parameter", f"recipe {recipe}", "this run"], rows) if rows else f"nothing from recipe {recipe}"
+    )
 
 
 def _picture(folder: Path, path: Path, *, text: str) -> str:
@@ -99,9 +102,3 @@ def _escape(text: str) -> str:
 def _list(lines: Iterable[str]) -> str:
     """Return a Markdown list; Prefect's page wraps its lines, unlike those of a table."""
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table; its cells are Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
