@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.evaluation.predictions import Predictions, Probabilities
 
@@ -16,13 +17,10 @@ def calibration(predictions: Predictions, probabilities: Probabilities) -> dict[
     probability of its predicted class, and the error is the mean over all images of the absolute difference between the
     accuracy and the mean probability in its bin. Both are None in a bin without images. They are fractions.
     """
-    confidences = predictions.confidences(probabilities).astype(np.float64)
-    bins = np.clip(np.ceil(confidences * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
-    counts = np.bincount(bins, minlength=NUM_BINS)
-    num_correct = np.bincount(bins, weights=predictions.is_correct, minlength=NUM_BINS)
-    confidence_sums = np.bincount(bins, weights=confidences, minlength=NUM_BINS)
+    confidences = predictions.confidences(probabilities)
+    counts, num_correct, confidence_sums = _bin_sums(confidences, predictions.is_correct)
     return {
-        "expected_calibration_error": float(np.abs(num_correct - confidence_sums).sum() / len(predictions)),
+        "expected_calibration_error": expected_calibration_error(confidences, predictions.is_correct),
         "bins": [
             {
                 "lower": index / NUM_BINS,
@@ -34,3 +32,20 @@ def calibration(predictions: Predictions, probabilities: Probabilities) -> dict[
             for index, count in enumerate(counts)
         ],
     }
+
+
+def expected_calibration_error(confidences: npt.NDArray[np.float32], is_correct: npt.NDArray[np.bool_]) -> float:
+    """Return the expected calibration error from the probabilities of the predicted classes, (N,) both."""
+    _, num_correct, confidence_sums = _bin_sums(confidences, is_correct)
+    return float(np.abs(num_correct - confidence_sums).sum() / len(confidences))
+
+
+def _bin_sums(
+    confidences: npt.NDArray[np.float32], is_correct: npt.NDArray[np.bool_]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    """Return the number of images, that of correct ones and the sum of the probabilities in each bin: (NUM_BINS,)."""
+    exact = confidences.astype(np.float64)
+    bins = np.clip(np.ceil(exact * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
+    counts = np.bincount(bins, minlength=NUM_BINS)
+    num_correct = np.bincount(bins, weights=is_correct, minlength=NUM_BINS)
+    return counts, num_correct, np.bincount(bins, weights=exact, minlength=NUM_BINS)

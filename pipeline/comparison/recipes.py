@@ -1,0 +1,124 @@
+"""Answer whether one recipe is better than another, from several seeds of each."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from pipeline.comparison.models import Difference, Verdict, verdict_of
+from pipeline.comparison.paired import LEVEL, POWER
+from pipeline.core.errors import UserError
+from pipeline.evaluation.intervals import Interval
+
+Values = npt.NDArray[np.float64]
+RESAMPLES = 10_000
+FEWEST_FOR_BOOTSTRAP = 4  # with fewer models, the bootstrap's intervals are too narrow
+
+
+@dataclass(frozen=True)
+class RecipeComparison:
+    """The comparison of two recipes by their models' accuracies on the same images.
+
+    `accuracies_a` and `accuracies_b` have one value for each seed; `accuracy` the means and the interval of their
+    difference. `detectable` is the smallest true difference that this number of seeds shows with 80 % power.
+    """
+
+    accuracies_a: tuple[float, ...]
+    accuracies_b: tuple[float, ...]
+    accuracy: Difference
+    level: float
+    detectable: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """Return what is shown of recipe A."""
+        return verdict_of(self.accuracy.difference, is_shown=not self.accuracy.low <= 0 <= self.accuracy.high)
+
+
+def compare_recipes(
+    correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_], *, level: float = LEVEL, seed: int = 0
+) -> RecipeComparison:
+    """Compare two recipes; the arrays (number of models, N) tell which of the same N images each model gets right.
+
+    The interval covers both that other seeds give other models, and that other images may suit one recipe better: see
+    `mean_difference_interval` and `_image_variance`. Raises UserError where a recipe has fewer than two models.
+    """
+    for name, correct in (("first", correct_a), ("second", correct_b)):
+        if len(correct) < 2:
+            raise UserError(
+                f"the {name} recipe has {len(correct)} model; allowed: two or more seeds of each, since a single one "
+                "does not show how much the seed matters; train more: `make run RECIPE=… SEEDS=5`"
+            )
+    a, b = correct_a.mean(1), correct_b.mean(1)
+    of_images = math.sqrt(_image_variance(correct_a, correct_b))
+    low, high = mean_difference_interval(a, b, other_deviation=of_images, level=level, seed=seed)
+    return RecipeComparison(
+        accuracies_a=tuple(map(float, a)),
+        accuracies_b=tuple(map(float, b)),
+        accuracy=Difference(float(a.mean()), float(b.mean()), low, high),
+        level=level,
+        detectable=_detectable(a, b, other_deviation=of_images, level=level),
+    )
+
+
+def mean_difference_interval(
+    a: Values, b: Values, *, other_deviation: float = 0.0, level: float = LEVEL, seed: int = 0
+) -> Interval:
+    """Return the interval of the difference of two means over models, by a bootstrap over the models.
+
+    With few models, percentiles of a bootstrap are too narrow; they are expanded as in Hesterberg 2015, "What teachers
+    should know about the bootstrap", The American Statistician 69:371-386, section 3.3, with the degrees of freedom of
+    Welch 1947. With fewer than four models of a recipe it is Welch's t-interval. `other_deviation` is the standard
+    deviation of a further, independent error of the difference.
+    """
+    estimate, freedom = float(a.mean() - b.mean()), _degrees_of_freedom(a, b)
+    quantile = float(stats.t.isf(level / 2, freedom))
+    if min(len(a), len(b)) < FEWEST_FOR_BOOTSTRAP:
+        half = quantile * math.hypot(_standard_error(a, b), other_deviation)
+        return estimate - half, estimate + half
+    generator = np.random.default_rng(seed)
+    draws = _resampled_errors(a, generator) - _resampled_errors(b, generator)
+    draws += generator.normal(0.0, other_deviation, RESAMPLES)
+    tail = float(stats.norm.sf(quantile))
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return estimate + float(low), estimate + float(high)
+
+
+def _resampled_errors(values: Values, generator: np.random.Generator) -> Values:
+    """Return how far means of resampled models are from the mean: (RESAMPLES,), with an unbiased variance."""
+    means: Values = values[generator.integers(0, len(values), (RESAMPLES, len(values)))].mean(1)
+    errors: Values = (means - values.mean()) * math.sqrt(len(values) / (len(values) - 1))
+    return errors
+
+
+def _standard_error(a: Values, b: Values) -> float:
+    """Return the standard error of the difference of the means over models."""
+    return math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
+
+
+def _degrees_of_freedom(a: Values, b: Values) -> float:
+    """Return the degrees of freedom of Welch's test; models that are all equal give those of equal variances."""
+    found = float(stats.ttest_ind(a, b, equal_var=False).df) if _standard_error(a, b) > 0 else math.nan
+    return found if math.isfinite(found) else len(a) + len(b) - 2
+
+
+def _image_variance(correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_]) -> float:
+    """Return the variance of the difference of the mean accuracies that is due to the choice of the images.
+
+    It is that of the recipes' difference from image to image, less the part that is due to the models (the expected
+    mean squares of a two-way random model: Gallas 2006, "One-shot estimate of MRMC variance", Academic Radiology
+    13:353-362); it is 0 where the models explain all of it, as for two groups of one recipe.
+    """
+    number = correct_a.shape[1]
+    by_image = correct_a.mean(0) - correct_b.mean(0)
+    of_models = sum((each.var(0, ddof=1) / len(each)).mean() for each in (correct_a, correct_b))
+    return float(max(0.0, by_image.var(ddof=1) - of_models) / number) if number > 1 else 0.0
+
+
+def _detectable(a: Values, b: Values, *, other_deviation: float, level: float) -> float:
+    """Return the smallest difference of the means that is shown with 80 % power, by the normal approximation."""
+    freedom = _degrees_of_freedom(a, b)
+    quantiles = stats.t.isf(level / 2, freedom) + stats.t.ppf(POWER, freedom)
+    return float(quantiles * math.hypot(_standard_error(a, b), other_deviation))
