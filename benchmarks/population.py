@@ -14,6 +14,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from itertools import product
@@ -30,7 +31,7 @@ from pipeline.artifacts import NORMALIZE, read_split
 from pipeline.core.errors import UserError, report_errors
 from pipeline.models.inference import logits_of, probabilities_of
 from pipeline.params import Params, check_params
-from pipeline.recipes import compose
+from pipeline.recipes import compose, parse_overrides
 from pipeline.training.loop import train
 from pipeline.training.temperature import fit_temperature
 
@@ -38,10 +39,9 @@ KEPT_SPLITS = ("validation", "test")
 LABELS = "labels.npz"
 
 
-def train_seed(recipe: str, seed: int, *, arrays: Path, threads: int) -> dict[str, Any]:
-    """Train one model; return the seconds of the training and the calibrated probabilities of the kept splits."""
-    changes = {"train.seed": seed, "train.cpu_threads": threads}
-    params: Params = check_params(compose(recipe, changes), origin=recipe)
+def train_seed(recipe: str, overrides: Mapping[str, Any], *, arrays: Path) -> dict[str, Any]:
+    """Train one model; return seconds, test accuracy, and the calibrated probabilities of the kept splits."""
+    params: Params = check_params(compose(recipe, overrides), origin=recipe)
     classifier, splits = load(params.train, arrays)
     classifier.to(splits["train"].labels.device)
     start = time.perf_counter()
@@ -69,6 +69,7 @@ def train_all(arguments: argparse.Namespace, arrays: Path) -> int:
         (recipe, seed, out / f"{recipe}-{seed}.npz") for seed, recipe in product(arguments.seeds, arguments.recipes)
     ]
     missing = iter([each for each in wanted if not each[-1].exists()])
+    overrides = {"train.cpu_threads": arguments.threads, **parse_overrides(arguments.overrides)}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
         running = {}
@@ -78,7 +79,8 @@ def train_all(arguments: argparse.Namespace, arrays: Path) -> int:
             following = next(missing, None) if time.monotonic() < deadline else None
             if following:
                 recipe, seed, path = following
-                running[pool.submit(train_seed, recipe, seed, arrays=arrays, threads=arguments.threads)] = path
+                changes = {**overrides, "train.seed": seed}
+                running[pool.submit(train_seed, recipe, changes, arrays=arrays)] = path
 
         for _ in range(arguments.processes):
             begin()
@@ -128,6 +130,7 @@ def parse_arguments() -> argparse.Namespace:
     source.add_argument("--packed", type=Path, metavar="FILE", help="of python -m benchmarks.gpu.pack")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="trainings at a time; default: 1")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of each training; default: 2")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", dest="overrides")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no training after this time")
     arguments = parser.parse_args()
     arguments.seeds = range(arguments.seeds)
