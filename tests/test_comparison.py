@@ -47,9 +47,9 @@ def correct(accuracies: list[float], *, images: int = 1000, seed: int = 0) -> Co
 # "Statistical Analysis of Contingency Tables", chapter 8; the values are those of its R package contingencytables
 @pytest.mark.parametrize(
     ("only_a", "only_b", "number", "p_value", "interval"),
-    [(1, 7, 21, 0.0390625, (-0.517, -0.026)), (6, 16, 161, 0.034690, (-0.1240, -0.0054))],
+    [(1, 7, 21, 0.0703125, (-0.517, -0.026)), (6, 16, 161, 0.052479, (-0.1240, -0.0054))],
 )
-def test_mid_p_value_and_interval_of_a_difference_are_the_published_ones(
+def test_exact_p_value_and_interval_of_a_difference_are_the_published_ones(
     only_a: int, only_b: int, number: int, p_value: float, interval: tuple[float, float]
 ) -> None:
     assert mcnemar(only_a, only_b) == pytest.approx(p_value, abs=1e-6)
@@ -71,6 +71,16 @@ def test_an_interval_is_within_the_possible_differences_and_contains_the_estimat
         assert low < high
         assert difference_interval(only_b, only_a, number) == pytest.approx((-high, -low), abs=1e-9)
         assert 0 <= mcnemar(only_a, only_b) == mcnemar(only_b, only_a) <= 1
+
+
+def test_equal_models_are_called_different_with_at_most_the_probability_of_the_level() -> None:
+    """With a mid-p-value, it would be 7.7 % with 16 discordant images."""
+    for discordant in (*range(1, 60), 137, 300):
+        shown = [
+            compare_accuracies(both=0, only_a=each, only_b=discordant - each, neither=300).verdict != "not shown"
+            for each in range(discordant + 1)
+        ]
+        assert stats.binom.pmf(np.arange(discordant + 1), discordant, 0.5) @ shown <= 0.05
 
 
 def test_without_discordant_images_nothing_is_shown() -> None:

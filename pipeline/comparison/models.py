@@ -108,8 +108,8 @@ def compare_models(pairing: Pairing, *, level: float = LEVEL, seed: int = 0) -> 
     number = len(pairing)
     if number < 2:
         raise UserError(
-            "found 1 image on which both models can be compared; allowed: two or more, since one does not show how much "
-            "images differ; evaluate the models on a larger split"
+            "found 1 image on which both models can be compared; allowed: two or more, since one image does not show "
+            "how much images differ; evaluate the models on a larger split"
         )
     right_a, right_b = pairing.a.is_correct, pairing.b.is_correct
     both, only_a, only_b = (int(each.sum()) for each in (right_a & right_b, right_a & ~right_b, right_b & ~right_a))
