@@ -93,13 +93,15 @@ def is_shown(only_a: int, only_b: int, *, images: int) -> bool:
     return found.verdict != "not shown"
 
 
-def swapped(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_], *, draws: int, seed: int) -> Correct:
+def swap(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_], *, draws: int, seed: int) -> Correct:
     """Return for each discordant image (draws, discordant) whether A alone gets it right after a swap by chance.
 
     A swap changes nothing for an image that both models get right or wrong.
     """
     only_a = a[a != b]
-    return np.random.default_rng(seed).integers(0, 2, (draws, len(only_a)), np.uint8).astype(bool) ^ only_a
+    is_swapped = np.random.default_rng(seed).integers(0, 2, (draws, len(only_a)), np.uint8) == 1
+    swapped: Correct = is_swapped != only_a
+    return swapped
 
 
 def shown_draws(drawn: Correct, *, images: int) -> int:
@@ -131,7 +133,7 @@ def model_rows(population: Population, *, draws: int) -> list[list[str]]:
     for seed, ((name, a, b), images) in enumerate(itertools.product(pairs, sizes(total))):
         chosen = np.sort(np.random.default_rng(seed).permutation(total)[:images])
         right_a, right_b, actual = a[chosen], b[chosen], population.actual[chosen]
-        drawn = swapped(right_a, right_b, draws=draws, seed=seed)
+        drawn = swap(right_a, right_b, draws=draws, seed=seed)
         with_class = draws_with_a_class(drawn, actual[right_a != right_b], num_classes=num_classes)
         exact = exact_level(drawn.shape[1], images=images)
         shares = share(shown_draws(drawn, images=images), draws), share(with_class, draws)

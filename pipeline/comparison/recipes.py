@@ -121,7 +121,7 @@ def image_variance(correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.b
     as for two groups of one recipe. Where the models of each recipe are equally accurate, as happens with two seeds and
     few images, that part is not subtracted, since the accuracies do not show it.
     """
-    number = correct_a.shape[1]
+    number: int = correct_a.shape[1]
     if number < 2:
         return 0.0
     by_image = float((correct_a.mean(0) - correct_b.mean(0)).var(ddof=1))
