@@ -64,6 +64,7 @@ def detectable_difference(
     `discordance` is the fraction of images that one of the two models alone gets right. None where even the largest
     possible difference, which equals the discordance, is shown less often. Source: Connor 1987, "Sample size for
     testing differences in proportions for the paired-sample design", Biometrics 43:207-211, solved for the difference.
+    It is a normal approximation: with 374 to 10,000 images, the exact test's power is 77 to 79 % instead of 80 %.
     """
     of_level, of_power = stats.norm.isf(level / sides), stats.norm.ppf(power)
 
