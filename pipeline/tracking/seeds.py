@@ -7,7 +7,7 @@ that were trained for it below it.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from mlflow import MlflowClient
@@ -16,8 +16,8 @@ from pipeline.core.errors import UserError
 from pipeline.core.git import code_state
 from pipeline.core.processes import this_process
 from pipeline.core.project import project_folder
-from pipeline.params import PARAMS_FILE
-from pipeline.tracking.experiments import experiment_id
+from pipeline.params import PARAMS_FILE, DownloadParams
+from pipeline.tracking.experiments import experiment_id, experiment_name
 from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.provenance import (
     CHILDREN,
@@ -26,6 +26,7 @@ from pipeline.tracking.provenance import (
     PROJECT,
     SEEDS,
     TAGS_OF_ONE_PROCESS,
+    TRAINING,
     Values,
     source_tags,
     tags_of,
@@ -64,10 +65,8 @@ def children(run_id: str) -> list[Child]:
     """
     run = find_run(run_id)
     if run is None or not is_parent(run):
-        raise UserError(
-            f"MLflow run {run_id}: found {'a run without the tag seeds' if run else 'no such run'}; allowed: the run of "
-            "a command with SEEDS; name another run"
-        )
+        found = "a run of one seed" if run else "no such run"
+        raise UserError(f"MLflow run {run_id}: found {found}; allowed: the run over the seeds of SEEDS=…; name another")
     with store_errors():
         rows = read_provenance(run_id).get(CHILDREN, [])
     return [Child(*(row[name] for name in ("seed", "run_id", "experiment", "model_md5"))) for row in rows]
@@ -86,32 +85,51 @@ class SeedsRun:
     `resumed` is whether an earlier process began it.
     """
 
-    def __init__(self, run: RunLogger, *, started: float, resumed: bool) -> None:
-        self.run_id, self.experiment_id = run.run_id, run.experiment_id
+    def __init__(self, logger: RunLogger, *, started: float, resumed: bool) -> None:
+        self.run_id, self.experiment_id = logger.run_id, logger.experiment_id
         self.started, self.resumed = started, resumed
-        self._run = run
+        self._logger = logger
 
-    def record_children(self, found: Sequence[tuple[Child, Mapping[str, Any]]]) -> None:
-        """Record the finished children, each with values for the description, such as its test accuracy."""
+    def start(self, params: Mapping[str, Any], *, values: Values) -> None:
+        """Log the parameters that all seeds share, and record code, seeds and flow run."""
         with store_errors():
-            self._run.record({CHILDREN: [{**asdict(child), **values} for child, values in found]})
+            self._logger.log_params(params)
+            self._logger.record(values)
+
+    def record_children(self, rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        """Record the finished seeds, and return the seconds of their trainings as far as MLflow knows them.
+
+        A row has seed, experiment, model_md5 and, for the description, test_accuracy and validation_accuracy.
+        """
+        with store_errors():
+            makers = [find_maker(experiment=row["experiment"], model_md5=row["model_md5"]) for row in rows]
+            found = [{**row, "run_id": run.run_id if run else None} for row, run in zip(rows, makers, strict=True)]
+            self._logger.record({CHILDREN: found})
+        return [(run.ended - run.started) / 1000 for run in makers if run and run.ended and TRAINING in run.tags]
 
     def finish(self, metrics: Mapping[str, float], *, values: Values) -> None:
         """Log the metrics over all children, and record values of the description."""
         with store_errors():
-            self._run.log(metrics, step=0)
-            self._run.flush()
-            self._run.record(values)
+            self._logger.log(metrics, step=0)
+            self._logger.flush()
+            self._logger.record(values)
 
 
 @contextmanager
 def seeds_run(
-    *, experiment: str, title: str, seeds: Sequence[int], command_md5: str, params: Mapping[str, Any], values: Values
+    *,
+    data_params: DownloadParams,
+    title: str,
+    seeds: Sequence[int],
+    command_md5: str,
+    params: Mapping[str, Any],
+    values: Values,
 ) -> Iterator[SeedsRun]:
     """Open the MLflow run over several seeds, and end it: as FINISHED, FAILED, or KILLED after an interruption.
 
-    The unfinished run of the same command, by `command_md5`, is resumed; else the run is new, named `title`. Raises
-    UserError or TemporaryError where the store cannot be reached.
+    It is in the MLflow experiment of the data set that `data_params` name. The unfinished run of the same command, by
+    `command_md5`, is resumed; else the run is new, named `title`. Raises UserError or TemporaryError where the store
+    cannot be reached.
     """
     project = project_folder()
     connect(tracking_uri(project))
@@ -119,20 +137,18 @@ def seeds_run(
     code = code_state(project, tracked=str(PARAMS_FILE))
     own = {SEEDS: list(seeds), COMMAND_MD5: command_md5, PROJECT: str(project), "git.dirty": code.dirty, **values}
     tags = source_tags(code, program=PROGRAM) | tags_of({**own, **this_process()})
+    experiment = experiment_name(data_params.dataset, folder=data_params.folder)
     with store_errors():
         run = _resume(command_md5, project=str(project), tags=tags) or _create(experiment, title=title, tags=tags)
         ensure_results_view(run.run_id)
         status = "FAILED"
     try:
-        with store_errors():
-            run._run.log_params(params)
-            run._run.record(own)
+        run.start(params, values=own)
         yield run
         status = "FINISHED"
-    except Exception:
-        raise
-    except BaseException:  # Ctrl-C, SIGTERM, or a cancellation in Prefect
-        status = "KILLED"
+    except BaseException as error:
+        if not isinstance(error, Exception):  # Ctrl-C, SIGTERM, or a cancellation in Prefect
+            status = "KILLED"
         raise
     finally:
         with warn_on_failure(f"MLflow run {run.run_id} could not be ended"):
