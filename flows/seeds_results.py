@@ -21,6 +21,7 @@ from pipeline.core.yaml import parse_yaml
 from pipeline.params import PARAMS_FILE
 from pipeline.reporting.baseline import METRICS_FILE
 
+DVC_FILES = ".dvc/tmp"  # a folder whose files DVC adds to an experiment
 VALIDATION = "validation_"  # the beginning of the columns of the history that have metrics of the validation split
 ACCURACY = "accuracy"
 WITHOUT_DUPLICATES = "accuracy_without_duplicates"
@@ -74,7 +75,7 @@ def _is_of(project: Path, experiment: DvcExperiment, *, params: Mapping[str, Any
         return False
     if found != params:
         return False
-    others = [f":(exclude){name}" for name in PARAMETER_FILES]
+    others = [f":(exclude){name}" for name in (*PARAMETER_FILES, DVC_FILES)]
     return not git(
         project, "diff", "--name-only", snapshot.commit, experiment.commit, "--", ".", EXCLUDE_OUTPUTS, *others
     )
