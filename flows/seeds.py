@@ -6,7 +6,7 @@ were saved since that parent began, and trains only the seeds that are missing.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import chdir, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,6 +16,7 @@ from uuid import UUID
 from prefect import Flow, runtime
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.client.schemas.objects import State
+from prefect.exceptions import PrefectException
 from prefect.utilities.urls import url_for
 
 from flows import PROJECT
@@ -27,6 +28,7 @@ from flows.prefect_server import SERVER_ERRORS, brief_client
 from flows.run_log import log, warn
 from flows.seed_values import SEED_PARAM
 from flows.seeds_plan import Plan, make_plan
+from flows.seeds_pool import deployment_with_room, train_side_by_side
 from flows.seeds_results import ACCURACY, SeedResult, charted, find_result
 from flows.seeds_summary import SeedsSummary, as_markdown, as_title, format_figure
 from flows.ui import mlflow_page
@@ -106,7 +108,7 @@ class Parent:
                 log(f"seed {seed} is finished: {self._results[seed].experiment}")
         self._record()
         for choose in (self._missing, self._outdated):
-            for seed, state in train_in_turn(train_one, self._plan, choose(), keep_workspace=keep_workspace):
+            for seed, state in train_all(train_one, self._plan, choose(), keep_workspace=keep_workspace):
                 self._add(seed, state)
 
     def finish(self, *, seconds: float) -> SeedsSummary:
@@ -158,8 +160,9 @@ class Parent:
                 f"seed {seed}: test accuracy {accuracy}, {one.experiment}; {len(self._results)} of {num_seeds} are done"
             )
         else:
-            error = None if state.is_completed() else state.result(raise_on_failure=False)
-            reason = "its experiment was removed" if state.is_completed() else first_line(error or state.message)
+            error = _error_of(state)
+            reason = "its experiment was removed, or is not in this checkout" if state.is_completed() else ""
+            reason = reason or first_line(error or state.message or state.name)
             self._failures[seed] = reason, exit_status(error)
             warn(f"seed {seed} failed: {reason}")
             if (kept := KEPT_CLONES / str(state.state_details.flow_run_id)).is_dir():
@@ -196,6 +199,13 @@ class Parent:
             self._artifact_id = client.create_artifact(artifact).id
 
 
+def _error_of(state: State[Any]) -> object:
+    """Return the error of a failed flow run; None where it ran in another process, which leaves only a message."""
+    with suppress(PrefectException):
+        return None if state.is_completed() else state.result(raise_on_failure=False)
+    return None
+
+
 def _as_row(one: SeedResult) -> dict[str, Any]:
     """Return a result as the MLflow run over the seeds lists it."""
     return {
@@ -207,16 +217,21 @@ def _as_row(one: SeedResult) -> dict[str, Any]:
     }
 
 
-def train_in_turn(
-    train_one: TrainOne, plan: Plan, seeds: Iterable[int], *, keep_workspace: bool
+def train_all(
+    train_one: TrainOne, plan: Plan, seeds: Sequence[int], *, keep_workspace: bool
 ) -> Iterator[tuple[int, State[Any]]]:
-    """Train the seeds one after another in this process, and yield the final state of each seed's flow run.
+    """Train the seeds, and yield the final state of each seed's flow run.
 
-    Raises KeyboardInterrupt where a flow run was interrupted.
+    They are trained side by side where the parent's work pool has room, else one after another in this process. Raises
+    KeyboardInterrupt where a flow run in this process was interrupted.
     """
-    for seed in seeds:
-        state = _train(train_one, plan, seed, keep_workspace=keep_workspace)
-        if state.is_cancelled():
+    deployment = deployment_with_room() if len(seeds) > 1 else None
+    pairs: Iterable[tuple[int, State[Any] | None]] = ((seed, None) for seed in seeds)
+    if deployment:
+        pairs = train_side_by_side(train_one, plan, seeds, deployment=deployment, keep_workspace=keep_workspace)
+    for seed, known in pairs:
+        state = known or _train(train_one, plan, seed, keep_workspace=keep_workspace)
+        if state.is_cancelled() and not known:
             raise KeyboardInterrupt
         yield seed, state
 

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from flows.progress_page import markdown_table
-from flows.seeds_results import ACCURACY, WITHOUT_DUPLICATES, SeedResult, Spread, best_on_validation, spreads
+from flows.seeds_results import ACCURACY, WITHOUT_DUPLICATES, SeedResult, Spread, best_on_validation, spread, spreads
 from flows.summary_page import escape
 from flows.summary_text import aligned, command_lines
 
 FRACTIONS = ("accuracy", "balanced_accuracy", "macro_f1", "top_")  # how the names of metrics in percent begin
+SHOWN_METRICS = (ACCURACY, "macro_f1", "loss")  # of the test split, in the tables
 
 
 @dataclass(frozen=True)
@@ -75,49 +76,66 @@ def _in_prose(found: Spread) -> str:
 def as_text(summary: SeedsSummary) -> str:
     """Return the end of `make run SEEDS=5`: a table of the seeds, mean and deviation, the best one, next commands."""
     best = summary.best
-    figure = format_figure(summary.select_by, best.validation[summary.select_by])
+    accuracy = format_spread(ACCURACY, spreads(summary.results)[ACCURACY])
     rows = [
-        *((f"test {name}", format_spread(name, found)) for name, found in spreads(summary.results).items()),
-        ("mean ± sd", f"over {len(summary.seeds)} seeds; sd is the standard deviation of a sample (divisor n - 1)"),
-        ("best", f"seed {best.seed}: {figure} validation {summary.select_by}, experiment {best.experiment}"),
-        ("MLflow run", f"{summary.mlflow_run_id}, with the runs of the seeds below it"),
+        ("test accuracy", f"{accuracy} (mean ± sample standard deviation over {len(summary.seeds)} seeds)"),
+        ("best", f"seed {best.seed} on the validation split: {_validation(summary, best)}, {best.experiment}"),
+        ("MLflow run", f"{summary.mlflow_run_id} (the runs of the seeds are below it)"),
         ("Prefect run", summary.flow_run_id),
-        ("record", record_row(summary)),
         ("time", f"{summary.seconds:.1f} s"),
     ]
     commands = [
         (f".venv/bin/dvc exp apply {best.experiment}", "use the best model here (replaces the files in artifacts/)"),
         (
             f".venv/bin/python -m flows.compare {summary.mlflow_run_id} OTHER",
-            "is this recipe better than another one, with several seeds too?",
+            "is this recipe better than another one that has several seeds too?",
         ),
         ("make ui", "open the curves, compare the seeds"),
     ]
-    return "\n".join(["", *_seed_table(summary), "", *aligned(rows), "", "Next:", *command_lines(commands)])
+    record = ["A row for the records, as in README.md:", f"  {record_row(summary)}"]
+    return "\n".join(
+        ["", *_seed_table(summary), "", *aligned(rows), "", *record, "", "Next:", *command_lines(commands)]
+    )
+
+
+def _validation(summary: SeedsSummary, one: SeedResult) -> str:
+    """Return the figure by which a seed is compared with the others, as in `accuracy 99.28%`."""
+    return f"{summary.select_by} {format_figure(summary.select_by, one.validation[summary.select_by])}"
 
 
 def _seed_table(summary: SeedsSummary) -> Iterator[str]:
-    """Yield the lines of a table with a line for each seed."""
+    """Yield the lines of a table with a line for each seed, then mean and standard deviation."""
     heads, rows = _table(summary)
-    widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-    for row in [heads, *rows]:
-        yield "  ".join(f"{cell:>{width}}" for cell, width in zip(row[:-1], widths, strict=False)) + f"  {row[-1]}"
+    lines = [heads, *rows, *([*row, ""] for row in _spread_rows(summary))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    for line in lines:
+        cells = [f"{cell:>{width}}" for cell, width in zip(line[:-1], widths[:-1], strict=True)]
+        yield "  ".join([*cells, line[-1]]).rstrip()
+
+
+def _columns(summary: SeedsSummary) -> dict[str, list[tuple[str, float]]]:
+    """Return the columns of figures by their heads: for each seed the name of the metric and its value."""
+    names = [name for name in SHOWN_METRICS if all(name in one.metrics for one in summary.results)]
+    columns = {f"test {name}": [(name, one.metrics[name]) for one in summary.results] for name in names}
+    chosen = [(summary.select_by, one.validation[summary.select_by]) for one in summary.results]
+    return {**columns, f"validation {summary.select_by}": chosen}
 
 
 def _table(summary: SeedsSummary) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and the rows of a table of the seeds."""
-    heads = ["seed", "test accuracy", "test loss", f"validation {summary.select_by}", "experiment"]
-    rows = [
-        [
-            str(one.seed),
-            format_figure(ACCURACY, one.metrics[ACCURACY]),
-            format_figure("loss", one.metrics["loss"]) if "loss" in one.metrics else "",
-            format_figure(summary.select_by, one.validation[summary.select_by]),
-            one.experiment,
-        ]
-        for one in summary.results
+    """Return the heads and the rows of a table of the seeds; the last column is the experiment."""
+    columns = _columns(summary)
+    cells = [[format_figure(*figure) for figure in row] for row in zip(*columns.values(), strict=True)]
+    rows = [[str(one.seed), *row, one.experiment] for one, row in zip(summary.results, cells, strict=True)]
+    return ["seed", *columns, "experiment"], rows
+
+
+def _spread_rows(summary: SeedsSummary) -> list[list[str]]:
+    """Return the rows of mean and standard deviation, without the column of the experiment."""
+    columns = [(figures[0][0], spread([value for _, value in figures])) for figures in _columns(summary).values()]
+    return [
+        ["mean", *(format_figure(name, one.mean) for name, one in columns)],
+        ["sd", *(format_figure(name, one.deviation) for name, one in columns)],
     ]
-    return heads, rows
 
 
 def as_markdown(summary: SeedsSummary, *, mlflow_link: str) -> str:

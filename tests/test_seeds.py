@@ -1,0 +1,208 @@
+"""Several seeds are trained below one flow run, resumed after a kill, and summarized; the stages take no time."""
+
+import math
+import shutil
+import signal
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import get_client
+
+from flows import command_line, flow_run, seeds, seeds_plan, train_classifier
+from flows.seed_values import parse_seeds, seed_of_day, seeds_from
+from flows.seeds_results import SeedResult, best_on_validation, charted, spreads
+from flows.seeds_summary import SeedsSummary, as_markdown, as_text, record_row
+from pipeline.core.errors import UserError
+from pipeline.tracking.search import Run, find_runs
+from pipeline.tracking.seeds import children
+from pipeline.tracking.store import connect
+from tests.test_flows import dvc, make_project, output, ran, run, start_run
+
+FAIL_IN_SEED_1 = """
+if stage == "train" and "seed: 1\\n" in Path("params.yaml").read_text().partition("train:")[2]:
+    if (control / "fail").exists():
+        sys.exit("error: out of memory")
+"""
+
+
+def result(seed: int, accuracy: float, *, validation: float = 0.9, loss: float = 0.3) -> SeedResult:
+    metrics = {"loss": loss, "accuracy": accuracy, "accuracy_low": 0.1, "test_images": 100, "test_duplicates": 0}
+    return SeedResult(
+        seed,
+        f"digits-{seed}",
+        1,
+        metrics=metrics,
+        validation={"accuracy": validation, "loss": loss},
+        data_md5="0",
+        model_md5=f"{seed}",
+    )
+
+
+def summary(*accuracies: float) -> SeedsSummary:
+    results = [result(seed, accuracy) for seed, accuracy in enumerate(accuracies)]
+    return SeedsSummary(
+        title="digits seeds=0-2",
+        recipe="digits",
+        seeds=[0, 1, 2],
+        select_by="accuracy",
+        command="make run RECIPE=digits SEEDS=3",
+        flow_run_id="f",
+        mlflow_run_id="m",
+        results=results,
+        errors={2: "train: out of memory"},
+        train_seconds=[7.0, 9.0, 8.0],
+    )
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_store: Path) -> Path:
+    monkeypatch.setenv("TOY", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = make_project(tmp_path)
+    shutil.copy(mlflow_store / "mlflow.db", folder)
+    return folder
+
+
+@pytest.fixture
+def run_here(project: Path, api_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Return a function that runs the flow for three seeds in this process, and returns its state."""
+    for module in (flow_run, seeds, seeds_plan):
+        monkeypatch.setattr(module, "PROJECT", project)
+    return lambda: train_classifier.train_classifier("digits", {}, seeds=3, return_state=True)
+
+
+def parents(project: Path) -> list[Run]:
+    connect(f"sqlite:///{project}/mlflow.db")
+    return find_runs({"seeds": "%"})
+
+
+def experiments(project: Path) -> list[str]:
+    return sorted(dvc(project, "exp", "list", "--name-only").split())
+
+
+def test_each_seed_is_an_experiment_and_the_parent_lists_them(
+    project: Path, run_here: Callable[[], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = run_here()
+    assert command_line.report(state, recipe="digits") == 0
+    names = [one.experiment for one in state.result().results]
+    assert experiments(project) == sorted(names)
+    assert [name.rpartition("-")[0] for name in names] == ["digits", "digits-seed-1", "digits-seed-2"]
+    assert f".venv/bin/dvc exp apply {names[0]}" in capsys.readouterr().out
+    [parent] = parents(project)
+    assert (parent.name, parent.status, parent.tags["seeds"]) == ("digits seeds=0-2", "FINISHED", "[0, 1, 2]")
+    assert (parent.metrics["test/accuracy"], parent.metrics["sd/accuracy"]) == (0.983, 0.0)
+    assert [(child.seed, child.experiment) for child in children(parent.run_id)] == list(enumerate(names))
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(state.state_details.flow_run_id).name == "digits seeds=0-2"
+
+
+def test_a_seed_that_fails_leaves_the_others_and_the_same_command_resumes(
+    project: Path, run_here: Callable[[], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy = (project / "toy.py").read_text()
+    (project / "toy.py").write_text(toy.replace('print(f"{stage} begins")', FAIL_IN_SEED_1))
+    (project.parent / "fail").touch()
+    failed = run_here()
+    assert command_line.report(failed, recipe="digits") == 1
+    error = capsys.readouterr().err
+    assert "1 of 3 seeds have no result: seed 1: train: " in error
+    assert "the same command resumes with the missing ones" in error
+    before = experiments(project)
+    assert len(before) == 2
+    (project.parent / "fail").unlink()
+    assert run_here().is_completed()
+    assert set(before) < set(experiments(project))
+    assert len(experiments(project)) == 3
+    assert [run.status for run in parents(project)] == ["FINISHED"]
+
+
+def test_all_seeds_train_with_the_files_that_the_checkout_had_at_the_start(
+    project: Path, run_here: Callable[[], Any]
+) -> None:
+    toy = project / "toy.py"
+    change = f"\nif stage == 'evaluate': Path({str(toy)!r}).open('a').write('# edited')\n"
+    toy.write_text(toy.read_text() + change)
+    names = [one.experiment for one in run_here().result().results]
+    assert "# edited" in toy.read_text()
+    for name in names:
+        assert b"# edited" not in output(project, "git", "show", f"{name_to_commit(project, name)}:toy.py")[-20:]
+
+
+def name_to_commit(project: Path, name: str) -> str:
+    [line] = [one for one in output(project, "git", "for-each-ref").decode().splitlines() if one.endswith(f"/{name}")]
+    return line.split()[0]
+
+
+def test_a_killed_parent_resumes_with_the_missing_seeds(project: Path, api_url: str) -> None:
+    process = start_run(project, "--seeds", "3", api_url=api_url)
+    assert process.stdout
+    next(line for line in process.stdout if "1 of 3 are done" in line)
+    (project.parent / "train.wait").touch()
+    next(line for line in process.stdout if "train begins" in line)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    [finished] = experiments(project)
+    (project.parent / "train.wait").unlink()
+    status, text = run(project, "--seeds", "3", api_url=api_url)
+    assert status == 0, text
+    assert f"seed 0 is finished: {finished}" in text
+    assert len(experiments(project)) == 3
+    assert finished in experiments(project)
+    assert ran(project).count("evaluate") == 3
+    [parent] = parents(project)
+    assert (parent.status, len(children(parent.run_id))) == ("FINISHED", 3)
+
+
+def test_mean_and_sample_deviation_are_those_of_each_test_metric() -> None:
+    results = [result(0, 0.9), result(1, 0.8, loss=0.5), result(2, 1.0, loss=0.4)]
+    found = spreads(results)
+    assert list(found) == ["accuracy", "loss"]
+    assert found["accuracy"].mean == pytest.approx(0.9)
+    assert found["accuracy"].deviation == pytest.approx(0.1)  # sqrt((0 + 0.01 + 0.01) / 2)
+    assert found["loss"].deviation == pytest.approx(0.1)
+    assert next(iter(charted(results))) == "test/accuracy"
+    assert math.isclose(charted(results)["selected/validation_accuracy"], 0.9)
+
+
+@pytest.mark.parametrize(("select_by", "best"), [("accuracy", 2), ("loss", 0)])
+def test_the_best_seed_is_that_of_the_validation_split(select_by: str, best: int) -> None:
+    results = [
+        result(0, 0.9, validation=0.90, loss=0.1),
+        result(1, 1.0, validation=0.95, loss=0.3),
+        result(2, 0.8, validation=0.95, loss=0.2),
+    ]
+    assert best_on_validation(results, select_by=select_by).seed == best
+
+
+def test_the_row_for_the_records_is_one_of_the_readme() -> None:
+    row = "| `digits` | 90.0 % ± 10.0 | there are none | 8 s | `make run RECIPE=digits SEEDS=3` |"
+    assert record_row(summary(0.9, 0.8, 1.0)) == row
+    assert f"  {row}" in as_text(summary(0.9, 0.8, 1.0)).splitlines()
+
+
+def test_the_page_of_an_unfinished_parent_names_the_missing_seed_and_the_reason() -> None:
+    text = as_markdown(summary(0.9, 0.8), mlflow_link="http://127.0.0.1:5000")
+    assert "2 of 3 seeds are finished" in text
+    assert "- seed 2: train\\: out of memory" in text
+    assert "resumes with them: `make run RECIPE=digits SEEDS=3`" in text
+    assert "±" not in text
+
+
+def test_seeds_of_two_days_differ_and_a_day_begins_at_midnight_utc() -> None:
+    night = datetime(2026, 1, 2, 2, 30, tzinfo=UTC)
+    assert seed_of_day(night) == 20455
+    assert seed_of_day(night.astimezone(timezone(timedelta(hours=-8)))) == 20455
+    tomorrow = seed_of_day(night + timedelta(days=1), seeds=5)
+    assert set(seeds_from(seed_of_day(night, seeds=5), 5)).isdisjoint(seeds_from(tomorrow, 5))
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "2.5", "five", "", "1 2", "9999999999"])
+def test_a_number_of_seeds_that_is_not_allowed_is_one_line(text: str) -> None:
+    with pytest.raises(UserError, match=r"^--seeds: found .*; allowed: a whole number of 1 or more"):
+        parse_seeds(text)
+    with pytest.raises(UserError, match="allowed: seeds below 4294967296"):
+        seeds_from(2**32 - 1, 2)
