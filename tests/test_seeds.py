@@ -12,6 +12,7 @@ import pytest
 from prefect import get_client
 
 from flows import command_line, flow_run, seeds, seeds_plan, train_classifier
+from flows.form import Overrides
 from flows.seed_values import parse_seeds, seed_of_day, seeds_from
 from flows.seeds_results import SeedResult, best_on_validation, charted, spreads
 from flows.seeds_summary import SeedsSummary, as_markdown, as_text, record_row
@@ -21,8 +22,8 @@ from pipeline.tracking.seeds import children
 from pipeline.tracking.store import connect
 from tests.test_flows import dvc, make_project, output, ran, run, start_run
 
-FAIL_IN_SEED_1 = """
-if stage == "train" and "seed: 1\\n" in Path("params.yaml").read_text().partition("train:")[2]:
+FAIL_IN_SEED_0 = """
+if stage == "train" and "seed: 0\\n" in Path("params.yaml").read_text().partition("train:")[2]:
     if (control / "fail").exists():
         sys.exit("error: out of memory")
 """
@@ -68,10 +69,10 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_store: Path)
 
 @pytest.fixture
 def run_here(project: Path, api_url: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Return a function that runs the flow for three seeds in this process, and returns its state."""
+    """Return a function that runs the flow for two seeds in this process, and returns its state."""
     for module in (flow_run, seeds, seeds_plan):
         monkeypatch.setattr(module, "PROJECT", project)
-    return lambda: train_classifier.train_classifier("digits", {}, seeds=3, return_state=True)
+    return lambda: train_classifier.train_classifier("digits", {}, seeds=2, return_state=True)
 
 
 def parents(project: Path) -> list[Run]:
@@ -83,78 +84,70 @@ def experiments(project: Path) -> list[str]:
     return sorted(dvc(project, "exp", "list", "--name-only").split())
 
 
-def test_each_seed_is_an_experiment_and_the_parent_lists_them(
+def test_each_seed_is_an_experiment_with_the_files_of_the_start_and_the_parent_lists_them(
     project: Path, run_here: Callable[[], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    toy = project / "toy.py"
+    edit = (
+        f"if stage == 'evaluate':\n    with Path({str(toy)!r}).open('a') as file:\n        print('# edit', file=file)\n"
+    )
+    toy.write_text(toy.read_text() + edit)
+    before = toy.read_text()
     state = run_here()
+    assert toy.read_text() == before + "# edit\n" * 2
     assert command_line.report(state, recipe="digits") == 0
     names = [one.experiment for one in state.result().results]
     assert experiments(project) == sorted(names)
-    assert [name.rpartition("-")[0] for name in names] == ["digits", "digits-seed-1", "digits-seed-2"]
+    assert [name.rpartition("-")[0] for name in names] == ["digits", "digits-seed-1"]
+    assert {output(project, "git", "show", f"{commit_of(project, name)}:toy.py").decode() for name in names} == {before}
     assert f".venv/bin/dvc exp apply {names[0]}" in capsys.readouterr().out
     [parent] = parents(project)
-    assert (parent.name, parent.status, parent.tags["seeds"]) == ("digits seeds=0-2", "FINISHED", "[0, 1, 2]")
+    assert (parent.name, parent.status, parent.tags["seeds"]) == ("digits seeds=0-1", "FINISHED", "[0, 1]")
     assert (parent.metrics["test/accuracy"], parent.metrics["sd/accuracy"]) == (0.983, 0.0)
     assert [(child.seed, child.experiment) for child in children(parent.run_id)] == list(enumerate(names))
     with get_client(sync_client=True) as client:
-        assert client.read_flow_run(state.state_details.flow_run_id).name == "digits seeds=0-2"
+        assert client.read_flow_run(state.state_details.flow_run_id).name == "digits seeds=0-1"
 
 
 def test_a_seed_that_fails_leaves_the_others_and_the_same_command_resumes(
     project: Path, run_here: Callable[[], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    toy = (project / "toy.py").read_text()
-    (project / "toy.py").write_text(toy.replace('print(f"{stage} begins")', FAIL_IN_SEED_1))
+    text = (project / "toy.py").read_text()
+    (project / "toy.py").write_text(text.replace('print(f"{stage} begins")', FAIL_IN_SEED_0))
     (project.parent / "fail").touch()
-    failed = run_here()
-    assert command_line.report(failed, recipe="digits") == 1
+    assert command_line.report(run_here(), recipe="digits") == 1
     error = capsys.readouterr().err
-    assert "1 of 3 seeds have no result: seed 1: train: " in error
+    assert "1 of 2 seeds have no result: seed 0: train: " in error
     assert "the same command resumes with the missing ones" in error
-    before = experiments(project)
-    assert len(before) == 2
+    [finished] = experiments(project)
     (project.parent / "fail").unlink()
-    assert run_here().is_completed()
-    assert set(before) < set(experiments(project))
-    assert len(experiments(project)) == 3
+    assert run_here().result().results[1].experiment == finished
+    assert len(experiments(project)) == 2
     assert [run.status for run in parents(project)] == ["FINISHED"]
 
 
-def test_all_seeds_train_with_the_files_that_the_checkout_had_at_the_start(
-    project: Path, run_here: Callable[[], Any]
-) -> None:
-    toy = project / "toy.py"
-    change = f"\nif stage == 'evaluate': Path({str(toy)!r}).open('a').write('# edited')\n"
-    toy.write_text(toy.read_text() + change)
-    names = [one.experiment for one in run_here().result().results]
-    assert "# edited" in toy.read_text()
-    for name in names:
-        assert b"# edited" not in output(project, "git", "show", f"{name_to_commit(project, name)}:toy.py")[-20:]
-
-
-def name_to_commit(project: Path, name: str) -> str:
+def commit_of(project: Path, name: str) -> str:
     [line] = [one for one in output(project, "git", "for-each-ref").decode().splitlines() if one.endswith(f"/{name}")]
     return line.split()[0]
 
 
 def test_a_killed_parent_resumes_with_the_missing_seeds(project: Path, api_url: str) -> None:
-    process = start_run(project, "--seeds", "3", api_url=api_url)
+    process = start_run(project, "--seeds", "2", api_url=api_url)
     assert process.stdout
-    next(line for line in process.stdout if "1 of 3 are done" in line)
+    next(line for line in process.stdout if "1 of 2 are done" in line)
     (project.parent / "train.wait").touch()
     next(line for line in process.stdout if "train begins" in line)
     process.send_signal(signal.SIGKILL)
     process.wait()
     [finished] = experiments(project)
     (project.parent / "train.wait").unlink()
-    status, text = run(project, "--seeds", "3", api_url=api_url)
+    status, text = run(project, "--seeds", "2", api_url=api_url)
     assert status == 0, text
     assert f"seed 0 is finished: {finished}" in text
-    assert len(experiments(project)) == 3
-    assert finished in experiments(project)
-    assert ran(project).count("evaluate") == 3
+    assert len(experiments(project)) == 2
+    assert ran(project).count("evaluate") == 2
     [parent] = parents(project)
-    assert (parent.status, len(children(parent.run_id))) == ("FINISHED", 3)
+    assert (parent.status, children(parent.run_id)[0].experiment) == ("FINISHED", finished)
 
 
 def test_mean_and_sample_deviation_are_those_of_each_test_metric() -> None:
@@ -206,3 +199,10 @@ def test_a_number_of_seeds_that_is_not_allowed_is_one_line(text: str) -> None:
         parse_seeds(text)
     with pytest.raises(UserError, match="allowed: seeds below 4294967296"):
         seeds_from(2**32 - 1, 2)
+
+
+def test_a_seed_of_the_day_and_one_among_the_overrides_contradict_each_other() -> None:
+    overrides = Overrides.model_validate({"train.seed": 3})
+    assert flow_run.choose_overrides(overrides, seeds=1, vary_seed=False) == {"train.seed": 3}
+    with pytest.raises(UserError, match=r"vary_seed: found true, and train.seed=3 among the overrides; allowed"):
+        flow_run.choose_overrides(overrides, seeds=1, vary_seed=True)
