@@ -230,7 +230,9 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
         model = sources.listing(f"{wanted.removesuffix('.dir')}.dir").get(BEST_WEIGHTS, wanted)
     if model:
         runs += sources.runs(TRAIN_OUTPUTS, f"%{model}%") or sources.runs_of_model(model)
-    runs = [run for run in runs if REPRODUCES not in run.tags and not (is_parent(run) and run.tags[COMMIT] == commit)]
+    runs = [
+        run for run in runs if REPRODUCES not in run.tags and not (is_parent(run) and run.tags.get(COMMIT) == commit)
+    ]
     if sources.has_mlflow and _QUERYABLE.fullmatch(wanted):
         runs += [*find_runs_by_name(wanted), *filter(None, [find_run(wanted)])]
     names |= {run.experiment for run in flow_runs if run.experiment}

@@ -6,8 +6,8 @@ were saved since that parent began, and trains only the seeds that are missing.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import chdir, suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import chdir, closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -107,9 +107,10 @@ class Parent:
             if self._find(seed) and self._run.resumed:
                 log(f"seed {seed} is finished: {self._results[seed].experiment}")
         self._record()
-        for choose in (self._missing, self._outdated):
-            for seed, state in train_all(train_one, self._plan, choose(), keep_workspace=keep_workspace):
-                self._add(seed, state)
+        for choose in (self._missing, self._drop_outdated):
+            with closing(train_all(train_one, self._plan, choose(), keep_workspace=keep_workspace)) as ended:
+                for seed, state in ended:
+                    self._add(seed, state)
 
     def finish(self, *, seconds: float) -> SeedsSummary:
         """Record the figures over all seeds, and return the summary; raises StepError where a seed has no result."""
@@ -132,12 +133,17 @@ class Parent:
         """Return the seeds without a result."""
         return [seed for seed in self._plan.seeds if seed not in self._results]
 
-    def _outdated(self) -> list[int]:
-        """Return the seeds whose data differ from those of the newest result, as after a change of the folder."""
+    def _drop_outdated(self) -> list[int]:
+        """Drop the results whose data differ from those of the newest one, and return their seeds.
+
+        The data differ where the user's folder has changed between two seeds.
+        """
         if not self._results:
             return []
         newest = max(self._results.values(), key=lambda one: one.created)
         found = [seed for seed, one in self._results.items() if one.data_md5 != newest.data_md5]
+        for seed in found:
+            del self._results[seed]
         if found:
             warn(f"the data have changed since seeds {', '.join(map(str, found))} were trained: they are trained again")
         return found
@@ -219,21 +225,22 @@ def _as_row(one: SeedResult) -> dict[str, Any]:
 
 def train_all(
     train_one: TrainOne, plan: Plan, seeds: Sequence[int], *, keep_workspace: bool
-) -> Iterator[tuple[int, State[Any]]]:
+) -> Generator[tuple[int, State[Any]]]:
     """Train the seeds, and yield the final state of each seed's flow run.
 
     They are trained side by side where the parent's work pool has room, else one after another in this process. Raises
     KeyboardInterrupt where a flow run in this process was interrupted.
     """
     deployment = deployment_with_room() if len(seeds) > 1 else None
-    pairs: Iterable[tuple[int, State[Any] | None]] = ((seed, None) for seed in seeds)
+    pairs: Generator[tuple[int, State[Any] | None]] = ((seed, None) for seed in seeds)
     if deployment:
         pairs = train_side_by_side(train_one, plan, seeds, deployment=deployment, keep_workspace=keep_workspace)
-    for seed, known in pairs:
-        state = known or _train(train_one, plan, seed, keep_workspace=keep_workspace)
-        if state.is_cancelled() and not known:
-            raise KeyboardInterrupt
-        yield seed, state
+    with closing(pairs):
+        for seed, known in pairs:
+            state = known or _train(train_one, plan, seed, keep_workspace=keep_workspace)
+            if state.is_cancelled() and not known:
+                raise KeyboardInterrupt
+            yield seed, state
 
 
 def _train(train_one: TrainOne, plan: Plan, seed: int, *, keep_workspace: bool) -> State[Any]:

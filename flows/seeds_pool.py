@@ -7,7 +7,7 @@ trains a seed itself when none of its seeds has been started for a while.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
@@ -49,7 +49,7 @@ def deployment_with_room() -> UUID | None:
 
 def train_side_by_side(
     train_one: Flow[..., State[Any]], plan: Plan, seeds: Sequence[int], *, deployment: UUID, keep_workspace: bool
-) -> Iterator[tuple[int, State[Any] | None]]:
+) -> Generator[tuple[int, State[Any] | None]]:
     """Start a run of the deployment for each seed, and yield each seed with its final state when it has ended.
 
     The state is None where the pool has not started any seed for a while: the caller is to train that one. When the

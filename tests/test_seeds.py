@@ -4,6 +4,7 @@ import math
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ from prefect import get_client
 
 from flows import command_line, flow_run, seeds, seeds_plan, train_classifier
 from flows.form import Overrides
+from flows.reproduce import find
 from flows.seed_values import parse_seeds, seed_of_day, seeds_from
 from flows.seeds_results import SeedResult, best_on_validation, charted, spreads
 from flows.seeds_summary import SeedsSummary, as_markdown, as_text, record_row
 from pipeline.core.errors import UserError
+from pipeline.core.settings import get_settings
 from pipeline.tracking.search import Run, find_runs
-from pipeline.tracking.seeds import children
+from pipeline.tracking.seeds import SeedsRun, children, seeds_run
 from pipeline.tracking.store import connect
+from tests.conftest import params
 from tests.test_flows import dvc, make_project, output, ran, run, start_run
+from tests.test_provenance import training
 
 FAIL_IN_SEED_0 = """
 if stage == "train" and "seed: 0\\n" in Path("params.yaml").read_text().partition("train:")[2]:
@@ -148,6 +153,61 @@ def test_a_killed_parent_resumes_with_the_missing_seeds(project: Path, api_url: 
     assert ran(project).count("evaluate") == 2
     [parent] = parents(project)
     assert (parent.status, children(parent.run_id)[0].experiment) == ("FINISHED", finished)
+
+
+def open_parent(command_md5: str) -> AbstractContextManager[SeedsRun]:
+    return seeds_run(
+        data_params=params().download,
+        title="digits seeds=0-1",
+        seeds=[0, 1],
+        command_md5=command_md5,
+        params={"train.epochs": 3},
+        values={"recipe": "digits"},
+    )
+
+
+def interrupt(command_md5: str) -> str:
+    with suppress(KeyboardInterrupt), open_parent(command_md5) as parent:
+        raise KeyboardInterrupt
+    return parent.run_id
+
+
+def test_an_interrupted_parent_is_resumed_by_the_same_command_and_a_finished_one_is_not(workspace: Path) -> None:
+    interrupted = interrupt("a")
+    assert [run.status for run in find_runs({"seeds": "%"})] == ["KILLED"]
+    assert interrupt("b") != interrupted
+    with open_parent("a") as parent:
+        assert (parent.run_id, parent.resumed) == (interrupted, True)
+    with open_parent("a") as another:
+        assert (another.run_id == interrupted, another.resumed) == (False, False)
+
+
+def test_a_seed_is_below_its_parent_and_one_from_the_cache_is_only_listed(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with training() as run:
+        run.record({"model.md5": "c" * 32})
+    cached = run.run_id
+    with open_parent("a") as parent:
+        monkeypatch.setenv("PIPELINE_PARENT_RUN", parent.run_id)
+        get_settings.cache_clear()
+        with training(training="own") as run:
+            run.record({"model.md5": "d" * 32})
+        rows = [{"seed": 0, "model_md5": "c" * 32}, {"seed": 1, "model_md5": "d" * 32}, {"seed": 2, "model_md5": None}]
+        figures = {"test_accuracy": 0.9, "validation_accuracy": 0.8}
+        parent.record_children([{**row, **figures, "experiment": f"digits-{row['seed']}"} for row in rows])
+    assert [child.run_id for child in children(parent.run_id)] == [cached, run.run_id, None]
+    assert [found.run_id for found in find_runs({"mlflow.parentRunId": parent.run_id})] == [run.run_id]
+    note = find_runs({"seeds": "%"})[0].tags["mlflow.note.content"]
+    assert f"/runs/{cached}?" in note
+    with pytest.raises(UserError, match="found a run of one seed; allowed: the run over the seeds"):
+        children(cached)
+
+
+def test_a_parent_is_no_model_that_could_be_reproduced(workspace: Path) -> None:
+    parent = interrupt("a")
+    with pytest.raises(UserError, match="found a run over several seeds; allowed: that of one seed: none, as none is"):
+        find(workspace, parent)
 
 
 def test_mean_and_sample_deviation_are_those_of_each_test_metric() -> None:
