@@ -29,8 +29,8 @@ from flows.run_log import log, warn
 from flows.seed_values import SEED_PARAM
 from flows.seeds_plan import Plan, make_plan
 from flows.seeds_pool import deployment_with_room, train_side_by_side
-from flows.seeds_results import ACCURACY, SeedResult, charted, find_result
-from flows.seeds_summary import SeedsSummary, as_markdown, as_title, format_figure
+from flows.seeds_results import ACCURACY, SeedResult, charted, find_result, spreads
+from flows.seeds_summary import SeedsSummary, as_markdown, as_title, format_figure, format_spread, record_row
 from flows.ui import mlflow_page
 from flows.workspace import KEPT_CLONES
 from pipeline.core.errors import first_line, redact_url
@@ -125,7 +125,12 @@ class Parent:
         best = self._summary.best
         self._run.finish(
             charted(self._summary.results),
-            values={"best.seed": best.seed, "best.experiment": best.experiment},
+            values={
+                "best.seed": best.seed,
+                "best.experiment": best.experiment,
+                "result.spread": format_spread(ACCURACY, spreads(self._summary.results)[ACCURACY]),
+                "result.record": record_row(self._summary),
+            },
         )
         return self._summary
 

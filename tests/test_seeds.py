@@ -4,27 +4,32 @@ import math
 import shutil
 import signal
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import pytest
 from prefect import get_client
+from prefect.client.schemas.objects import State
+from prefect.states import Scheduled
 
-from flows import command_line, flow_run, seeds, seeds_plan, train_classifier
+from flows import command_line, flow_run, seeds, seeds_plan, seeds_pool, train_classifier
 from flows.form import Overrides
 from flows.reproduce import find
 from flows.seed_values import parse_seeds, seed_of_day, seeds_from
 from flows.seeds_results import SeedResult, best_on_validation, charted, spreads
 from flows.seeds_summary import SeedsSummary, as_markdown, as_text, record_row
+from flows.workspace_folders import FOLDER
 from pipeline.core.errors import UserError
 from pipeline.core.settings import get_settings
 from pipeline.tracking.search import Run, find_runs
 from pipeline.tracking.seeds import SeedsRun, children, seeds_run
 from pipeline.tracking.store import connect
 from tests.conftest import params
-from tests.test_flows import dvc, make_project, output, ran, run, start_run
+from tests.test_flows import dvc, make_project, ran, run, start_run
 from tests.test_provenance import training
 
 FAIL_IN_SEED_0 = """
@@ -89,31 +94,6 @@ def experiments(project: Path) -> list[str]:
     return sorted(dvc(project, "exp", "list", "--name-only").split())
 
 
-def test_each_seed_is_an_experiment_with_the_files_of_the_start_and_the_parent_lists_them(
-    project: Path, run_here: Callable[[], Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    toy = project / "toy.py"
-    edit = (
-        f"if stage == 'evaluate':\n    with Path({str(toy)!r}).open('a') as file:\n        print('# edit', file=file)\n"
-    )
-    toy.write_text(toy.read_text() + edit)
-    before = toy.read_text()
-    state = run_here()
-    assert toy.read_text() == before + "# edit\n" * 2
-    assert command_line.report(state, recipe="digits") == 0
-    names = [one.experiment for one in state.result().results]
-    assert experiments(project) == sorted(names)
-    assert [name.rpartition("-")[0] for name in names] == ["digits", "digits-seed-1"]
-    assert {output(project, "git", "show", f"{commit_of(project, name)}:toy.py").decode() for name in names} == {before}
-    assert f".venv/bin/dvc exp apply {names[0]}" in capsys.readouterr().out
-    [parent] = parents(project)
-    assert (parent.name, parent.status, parent.tags["seeds"]) == ("digits seeds=0-1", "FINISHED", "[0, 1]")
-    assert (parent.metrics["test/accuracy"], parent.metrics["sd/accuracy"]) == (0.983, 0.0)
-    assert [(child.seed, child.experiment) for child in children(parent.run_id)] == list(enumerate(names))
-    with get_client(sync_client=True) as client:
-        assert client.read_flow_run(state.state_details.flow_run_id).name == "digits seeds=0-1"
-
-
 def test_a_seed_that_fails_leaves_the_others_and_the_same_command_resumes(
     project: Path, run_here: Callable[[], Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,24 +106,35 @@ def test_a_seed_that_fails_leaves_the_others_and_the_same_command_resumes(
     assert "the same command resumes with the missing ones" in error
     [finished] = experiments(project)
     (project.parent / "fail").unlink()
-    assert run_here().result().results[1].experiment == finished
-    assert len(experiments(project)) == 2
-    assert [run.status for run in parents(project)] == ["FINISHED"]
+    state = run_here()
+    assert command_line.report(state, recipe="digits") == 0
+    names = [one.experiment for one in state.result().results]
+    assert names[1] == finished
+    assert experiments(project) == sorted(names)
+    assert [name.rpartition("-")[0] for name in names] == ["digits", "digits-seed-1"]
+    assert f".venv/bin/dvc exp apply {names[0]}" in capsys.readouterr().out
+    [parent] = parents(project)
+    assert (parent.name, parent.status, parent.tags["seeds"]) == ("digits seeds=0-1", "FINISHED", "[0, 1]")
+    assert (parent.metrics["test/accuracy"], parent.metrics["sd/accuracy"]) == (0.983, 0.0)
+    assert [(child.seed, child.experiment) for child in children(parent.run_id)] == list(enumerate(names))
+    assert "**Test accuracy 98.30% ± 0.00%**" in parent.tags["mlflow.note.content"]
+    with get_client(sync_client=True) as client:
+        assert client.read_flow_run(state.state_details.flow_run_id).name == parent.name
 
 
-def commit_of(project: Path, name: str) -> str:
-    [line] = [one for one in output(project, "git", "for-each-ref").decode().splitlines() if one.endswith(f"/{name}")]
-    return line.split()[0]
-
-
-def test_a_killed_parent_resumes_with_the_missing_seeds(project: Path, api_url: str) -> None:
+def test_a_killed_parent_resumes_and_its_seeds_have_the_files_of_their_start(project: Path, api_url: str) -> None:
     process = start_run(project, "--seeds", "2", api_url=api_url)
     assert process.stdout
     next(line for line in process.stdout if "1 of 2 are done" in line)
     (project.parent / "train.wait").touch()
+    text = (project / "toy.py").read_text()
+    (project / "toy.py").write_text(text + "# edited while the seeds are trained\n")
     next(line for line in process.stdout if "train begins" in line)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    [clone] = (project / FOLDER).glob("*/clone/toy.py")
+    assert clone.read_text() == text
+    (project / "toy.py").write_text(text)
     [finished] = experiments(project)
     (project.parent / "train.wait").unlink()
     status, text = run(project, "--seeds", "2", api_url=api_url)
@@ -259,6 +250,30 @@ def test_a_number_of_seeds_that_is_not_allowed_is_one_line(text: str) -> None:
         parse_seeds(text)
     with pytest.raises(UserError, match="allowed: seeds below 4294967296"):
         seeds_from(2**32 - 1, 2)
+
+
+class FullPool:
+    """A Prefect client whose flow runs wait for a place in the work pool until they are canceled."""
+
+    def __init__(self) -> None:
+        self.canceled: list[UUID] = []
+
+    def read_flow_run(self, run_id: UUID) -> Any:
+        return SimpleNamespace(id=run_id, state=Scheduled())
+
+    def set_flow_run_state(self, run_id: UUID, state: State[Any]) -> Any:
+        self.canceled.append(run_id)
+        return SimpleNamespace(state=state)
+
+
+def test_a_parent_trains_seeds_itself_where_the_pool_starts_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, waiting = FullPool(), {3: UUID(int=3), 4: UUID(int=4)}
+    monkeypatch.setattr(seeds_pool, "brief_client", lambda **_options: nullcontext(client))
+    monkeypatch.setattr(seeds_pool, "STALLED_SECONDS", -1.0)
+    monkeypatch.setattr(seeds_pool, "POLL_SECONDS", 0.0)
+    assert list(seeds_pool._wait(waiting)) == [(3, None), (4, None)]
+    assert client.canceled == [UUID(int=3), UUID(int=4)]
+    assert waiting == {}
 
 
 def test_a_seed_of_the_day_and_one_among_the_overrides_contradict_each_other() -> None:

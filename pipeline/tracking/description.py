@@ -48,9 +48,14 @@ def describe_seeds(values: Values, *, experiment_id: str) -> str:
         link = f"[{run_id[:8]}]({run_page(run_id, experiment_id=experiment_id)})" if run_id else UNKNOWN
         cells = [str(row["seed"]), f"{row['test_accuracy']:.2%}", f"{row['validation_accuracy']:.2%}"]
         lines.append(f"| {' | '.join([*cells, link, _code(row['experiment'])])} |")
-    best = f"Best on validation: `dvc exp apply {values['best.experiment']}`" if "best.experiment" in values else ""
+    head, record = "", ""
+    if "best.experiment" in values:
+        mean = f"**Test accuracy {values['result.spread']}** (mean and sample standard deviation over the seeds)"
+        head = f"{mean}; best on validation: {_code('dvc exp apply ' + values['best.experiment'])}"
+        record = f"A row for the records:\n\n```\n{values['result.record']}\n```"
     flow_run = _link(values)
-    return "\n\n".join(filter(None, [best, "\n".join(lines), f"- Prefect: {flow_run}" if flow_run else ""]))
+    parts = [head, "\n".join(lines), f"- Prefect: {flow_run}" if flow_run else "", record]
+    return "\n\n".join(filter(None, parts))
 
 
 def _result(values: Values) -> str:
