@@ -184,13 +184,10 @@ def test_a_seed_is_below_its_parent_and_one_from_the_cache_is_only_listed(
         get_settings.cache_clear()
         with training(training="own") as run:
             run.record({"model.md5": "d" * 32})
-        rows: list[dict[str, Any]] = [
-            {"seed": 0, "model_md5": "c" * 32},
-            {"seed": 1, "model_md5": "d" * 32},
-            {"seed": 2, "model_md5": None},
-        ]
+        models: list[str | None] = ["c" * 32, "d" * 32, None]
+        rows = [{"seed": seed, "model_md5": md5, "experiment": f"digits-{seed}"} for seed, md5 in enumerate(models)]
         figures = {"test_accuracy": 0.9, "validation_accuracy": 0.8}
-        parent.record_children([{**row, **figures, "experiment": f"digits-{row['seed']}"} for row in rows])
+        parent.record_children([{**row, **figures} for row in rows])
     assert [child.run_id for child in children(parent.run_id)] == [cached, run.run_id, None]
     assert [found.run_id for found in find_runs({"mlflow.parentRunId": parent.run_id})] == [run.run_id]
     note = find_runs({"seeds": "%"})[0].tags["mlflow.note.content"]
