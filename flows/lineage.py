@@ -46,6 +46,7 @@ from pipeline.tracking.search import (
     find_runs_of_model,
     read_file,
 )
+from pipeline.tracking.seeds import children, is_parent
 from pipeline.tracking.store import connect
 from pipeline.tracking.store_uri import tracking_uri
 
@@ -229,10 +230,16 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
         model = sources.listing(f"{wanted.removesuffix('.dir')}.dir").get(BEST_WEIGHTS, wanted)
     if model:
         runs += sources.runs(TRAIN_OUTPUTS, f"%{model}%") or sources.runs_of_model(model)
-    runs = [run for run in runs if REPRODUCES not in run.tags]
+    runs = [
+        run for run in runs if REPRODUCES not in run.tags and not (is_parent(run) and run.tags.get(COMMIT) == commit)
+    ]
     if sources.has_mlflow and _QUERYABLE.fullmatch(wanted):
         runs += [*find_runs_by_name(wanted), *filter(None, [find_run(wanted)])]
     names |= {run.experiment for run in flow_runs if run.experiment}
+    found_children = [child for run in runs if is_parent(run) for child in children(run.run_id)]
+    names |= {child.experiment for child in found_children}
+    own_runs = [find_run(child.run_id) for child in found_children if child.run_id]
+    runs = [run for run in (*runs, *own_runs) if run and not is_parent(run)]
     experiments = [
         found
         for found in sources.experiments

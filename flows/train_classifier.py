@@ -14,6 +14,7 @@ from flows import FLOW_NAME, command_line
 from flows.flow_run import (
     DEFAULT_RECIPE,
     EXPECTED_ERRORS,
+    choose_overrides,
     is_temporary_failure,
     make_report,
     name_flow_run,
@@ -22,7 +23,9 @@ from flows.flow_run import (
     save,
     summarize,
 )
-from flows.form import Overrides, Recipe
+from flows.form import NumSeeds, Overrides, Recipe
+from flows.seeds import run_seeds
+from flows.seeds_summary import SeedsSummary
 from flows.summary import Step, Summary
 from flows.workspace import Workspace
 
@@ -84,17 +87,26 @@ def train_classifier(
     recipe: Recipe = DEFAULT_RECIPE,
     overrides: Overrides = Overrides(),  # noqa: B008  (it is frozen)
     keep_workspace: bool = False,
-) -> State[Summary]:
+    seeds: NumSeeds = 1,
+    vary_seed: bool = False,
+) -> State[Summary | SeedsSummary]:
     """Train and evaluate a classifier in a clone of the checkout, and save it as a DVC experiment.
 
     Args:
         recipe: a name from recipes/; each file there is one way to train.
         overrides: values that replace the recipe's, as {"train.epochs": 3}.
         keep_workspace: keep the clone of a failed run in .dvc/tmp/kept/.
+        seeds: how many times to train, from train.seed on: each a flow run and an experiment of its own.
+        vary_seed: set train.seed by the day (UTC) of the scheduled start, so that each night trains another model.
     """
     start = time.monotonic()
     try:
-        with open_flow_run(recipe, overrides.flat(), keep="failed" if keep_workspace else "never") as workspace:
+        values = choose_overrides(overrides, seeds=seeds, vary_seed=vary_seed)
+        if seeds > 1:
+            return Completed(
+                data=run_seeds(train_classifier, recipe, values, seeds=seeds, keep_workspace=keep_workspace)
+            )
+        with open_flow_run(recipe, values, keep="failed" if keep_workspace else "never") as workspace:
             # each task returns a state; wait_for draws the arrows in Prefect's graph
             downloaded = download(workspace)
             normalized = normalize(workspace, wait_for=[downloaded])
