@@ -14,17 +14,20 @@ from pipeline.artifacts import BEST_WEIGHTS, EVALUATE, TRAIN, verify, verify_spl
 from pipeline.core.errors import TemporaryError, report_errors
 from pipeline.core.report_command import make_report
 from pipeline.core.results import StepResult, write_result
+from pipeline.core.settings import get_settings
 from pipeline.evaluation import plots
 from pipeline.evaluation.calibration import NUM_BINS
 from pipeline.evaluation.metrics import Evaluation, evaluate, prediction_rows
 from pipeline.evaluation.predict_split import load_to_evaluate, predict_split
-from pipeline.evaluation.predictions import Predictions, write_predictions
+from pipeline.evaluation.predictions import Predictions, split_md5, write_predictions
 from pipeline.params import load_params
 from pipeline.tracking.experiments import experiment_name
+from pipeline.tracking.models import ensure_model
 from pipeline.tracking.provenance import output_values, result_values
+from pipeline.tracking.registrations import register_evaluation
 from pipeline.tracking.run_title import read_setup
 from pipeline.tracking.runs import find_or_create_run
-from pipeline.tracking.store import store_errors
+from pipeline.tracking.store import store_errors, warn_on_failure
 from pipeline.training.device import choose_device
 
 FILES = (
@@ -66,7 +69,17 @@ def main() -> None:
         _write_files(result, predictions, temperature=model.config.temperature)
         _print_summary(result)
         experiment = experiment_name(info.dataset, folder=all_params.download.folder)
-        _log_to_mlflow(result, model_md5=md5[BEST_WEIGHTS], experiment=experiment, is_recorded_model=is_recorded_model)
+        run_id = _log_to_mlflow(
+            result, model_md5=md5[BEST_WEIGHTS], experiment=experiment, is_recorded_model=is_recorded_model
+        )
+        if is_recorded_model and not get_settings().reproduces:
+            register_evaluation(
+                run_id,
+                experiment=experiment,
+                model_md5=model.weights_md5,
+                test_md5=split_md5(predictions),
+                metrics=result.metrics,
+            )
         make_report()
 
 
@@ -95,8 +108,8 @@ def _print_summary(result: Evaluation) -> None:
         )
 
 
-def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_recorded_model: bool) -> None:
-    """Log metrics, tags and plots to the MLflow run that made the model, which is found by the model's MD5.
+def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_recorded_model: bool) -> str:
+    """Log metrics, tags and plots to the MLflow run that made the model, found by the model's MD5; return its id.
 
     The metrics are linked to the run's model, and are the result of the run, if that model was evaluated, and not the
     weights of the last epoch. Raises TemporaryError where MLflow does not answer.
@@ -114,12 +127,15 @@ def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_re
         if not run.flush():
             raise TemporaryError("MLflow does not answer: the evaluation was not logged; run the same command again")
         if is_recorded_model:
+            with warn_on_failure(f"MLflow run {run.run_id} has no model, which cannot be registered"):
+                ensure_model(run.run_id, TRAIN)
             run.link_to_model(TEST_METRICS, step=0)
             run.record(result_values(result.metrics))
         # the hashes of the first evaluation stay, as a later one may have other parameters
         run.record(output_values(EVALUATE, names=FILES), overwrite=False)
         for name in ("confusion_matrix.png", "per_class.csv", "metrics.json"):
             run.log_file(EVALUATE / name, folder="plots" if name.endswith("png") else "evaluate")
+    return run.run_id
 
 
 def charted(metrics: Mapping[str, float]) -> dict[str, float]:

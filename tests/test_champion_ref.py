@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from flows.champion_ref import champion_commit, champion_refs, read_ref, ref_of, write_ref
+from flows.doctor import missing_objects
+from flows.dvc_history import History
 from pipeline.core.errors import UserError
 from pipeline.core.git import git
 from tests.conftest import start_repository
@@ -110,3 +112,14 @@ def test_a_colleague_gets_the_champion_without_mlflow(project: Path, tmp_path: P
     git(tmp_path / "clone", "fetch", "-q", "origin", "refs/champions/*:refs/champions/*")
     git(tmp_path / "clone", "worktree", "add", "-q", "--detach", "../champion", "refs/champions/digits")
     assert OTHER in (tmp_path / "champion/dvc.lock").read_text()
+
+
+def test_a_cleanup_keeps_the_champions_files_and_the_doctor_reports_missing_ones(project: Path) -> None:
+    write_lock(project, OTHER)
+    write_ref(project, "digits", champion_commit(project, model_md5=OTHER))
+    git(project, "checkout", "-q", "dvc.lock")  # only the ref has the lock of the champion now
+    history = History(project)
+    assert read_ref(project, "digits") in history.commits
+    assert f"{OTHER}.dir" in history.hashes([])
+    [champion, *_] = missing_objects(project)
+    assert champion.what == "champion refs/champions/digits: files are missing in DVC's cache: artifacts/train"
