@@ -26,7 +26,7 @@ def make_run() -> str:
     run = client.create_run("0")
     model = client.create_logged_model("0", name="model", source_run_id=run.info.run_id)
     client.finalize_logged_model(model.model_id, "READY")
-    return run.info.run_id
+    return str(run.info.run_id)
 
 
 def register(run_id: str, *, model: str = "a", test: str = "b", name: str = "digits") -> registry.Version:
@@ -35,12 +35,11 @@ def register(run_id: str, *, model: str = "a", test: str = "b", name: str = "dig
     )
 
 
-def test_a_version_has_its_identity_and_hides_the_tags_that_only_programs_read(run_id: str) -> None:
+def test_a_version_has_its_identity_and_one_hidden_tag_for_programs(run_id: str) -> None:
     made = register(run_id)
     assert (made.number, made.run_id, made.model_md5, made.test_md5) == ("1", run_id, "a" * 32, "b" * 32)
     assert made.tags == {"accuracy": "0.9", "git.commit": "c", "model.md5": "a" * 32, "test.md5": "b" * 32}
-    shown = {key for key in MlflowClient().get_model_version("digits", "1").tags if not key.startswith("mlflow.")}
-    assert shown == {"accuracy"}
+    assert {*MlflowClient().get_model_version("digits", "1").tags} == {"accuracy", "mlflow.pipeline.record"}
     assert registry.find_names() == ["digits"]
 
 
@@ -51,11 +50,13 @@ def test_a_model_is_one_version_for_each_test_split(run_id: str) -> None:
     assert [one.number for one in registry.versions_of_model("digits", "a" * 32)] == ["2", "1"]
 
 
-def test_a_version_that_exists_gets_only_the_tags_that_it_lacks(run_id: str) -> None:
-    register(run_id)
-    tags = {"accuracy": "0.1", "title": "digits lr=1"}
-    again = registry.register_version(name="digits", run_id=run_id, model_md5="a" * 32, test_md5="b" * 32, tags=tags)
-    assert (again.tags["accuracy"], again.tags["title"]) == ("0.9", "digits lr=1")
+def test_a_version_that_exists_keeps_its_tags(run_id: str) -> None:
+    made = register(run_id)
+    registry.set_version_tags("digits", made.number, {"promote.decision": "{}", "decision": "refused"})
+    again = registry.register_version(
+        name="digits", run_id=run_id, model_md5="a" * 32, test_md5="b" * 32, tags={"accuracy": "0.1"}
+    )
+    assert again.tags == {**made.tags, "promote.decision": "{}", "decision": "refused"}
 
 
 def test_an_alias_moves_from_one_version_to_another(run_id: str) -> None:
@@ -104,6 +105,13 @@ def test_a_model_that_others_register_at_the_same_time_is_one_version(
         numbers = {one.number for one in pool.map(lambda _: register(run_id), range(8))}
     assert numbers == {"1"}
     assert [one.number for one in registry.find_versions("digits")] == ["1"]
+
+
+def test_a_damaged_record_is_reported_with_the_remedy(run_id: str) -> None:
+    register(run_id)
+    MlflowClient().set_model_version_tag("digits", "1", registry.RECORD, "{")
+    with pytest.raises(UserError, match=r"digits version 1: its tag .* is damaged .*; delete the version, then"):
+        registry.find_versions("digits")
 
 
 @pytest.mark.parametrize(

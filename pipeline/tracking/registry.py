@@ -9,6 +9,7 @@ Limits of MLflow 3: a name has at most 256 characters, an alias 255 of letters, 
 itself allows more there, but the column of its database does not, and PostgreSQL and MySQL refuse a longer value.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,10 +28,13 @@ from pipeline.tracking.provenance_file import exclusive
 from pipeline.tracking.store import store_errors
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"  # aliases
-# tags of a version that MLflow's pages show; all others get the prefix that hides them
+# tags of a version that people read; all others get the prefix that hides them on most of MLflow's pages
 ACCURACY, TITLE, DECISION = "accuracy", "title", "decision"
 VISIBLE_TAGS = (ACCURACY, TITLE, DECISION, "keep")
 MODEL_MD5, TEST_MD5 = "model.md5", "test.md5"  # tags with the identity of a version
+# tag of a version: all that is registered with it and people need not read, as JSON; the list of versions in MLflow's
+# pages shows each hidden tag too, so there is one
+RECORD = f"{HIDDEN}record"
 DATA_SET = f"{HIDDEN}data_set"  # tag of the registered models that this project fills: the name of the experiment
 MAX_NAME_LENGTH = 200
 MAX_TAG_LENGTH = 5_000  # of a registered model
@@ -82,11 +86,13 @@ def find_names() -> list[str]:
 def register_version(*, name: str, run_id: str, model_md5: str, test_md5: str, tags: Mapping[str, str]) -> Version:
     """Register the model of a run, unless a version of this identity exists; return that version.
 
-    Tags that an existing version lacks are added. Processes of this project register one after the other. Of two that
-    register the same model through a server at the same time, the one with the higher number removes its version again.
-    Raises UserError where the run has no model.
+    An existing version keeps its tags. Processes of this project register one after the other. Of two that register the
+    same model through a server at the same time, the one with the higher number removes its version again. Raises
+    UserError where the run has no model.
     """
-    wanted = {**tags, MODEL_MD5: model_md5, TEST_MD5: test_md5}
+    hidden = {key: value for key, value in tags.items() if key not in VISIBLE_TAGS}
+    record = json.dumps({MODEL_MD5: model_md5, TEST_MD5: test_md5, **hidden}, ensure_ascii=False)
+    wanted = {**{key: value for key, value in tags.items() if key in VISIBLE_TAGS}, RECORD: record}
     with store_errors(), exclusive():
         _ensure_model(name)
         found = _find_version(name, model_md5=model_md5, test_md5=test_md5)
@@ -96,11 +102,7 @@ def register_version(*, name: str, run_id: str, model_md5: str, test_md5: str, t
             assert found
             if found.number != number:
                 MlflowClient().delete_model_version(name, number)
-        missing = {key: value for key, value in wanted.items() if key not in found.tags}
-    if not missing:
-        return found
-    set_version_tags(name, found.number, missing)
-    return next(one for one in find_versions(name) if one.number == found.number)
+    return found
 
 
 def _ensure_model(name: str) -> None:
@@ -128,7 +130,7 @@ def _create_version(name: str, *, run_id: str, tags: Mapping[str, str]) -> str:
         name,
         f"models:/{model_id}",
         run_id,
-        tags={_tag_name(key): value for key, value in tags.items()},
+        tags=dict(tags),
         await_creation_for=0,
         model_id=model_id,
     )
@@ -142,12 +144,24 @@ def _find_version(name: str, *, model_md5: str, test_md5: str) -> Version | None
 
 def find_versions(name: str) -> list[Version]:
     """Return the versions of a registered model that have an identity, newest first; empty where there is no model."""
-    return _versions(name)
+    with store_errors():
+        model = _find_model(name)
+        if model is None:
+            return []
+        found, token = list[ModelVersion](), None
+        while True:
+            page = MlflowClient().search_model_versions(f"name = '{name}'", max_results=PAGE_SIZE, page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                break
+    versions = [_as_version(one, aliases=model.aliases) for one in found if RECORD in one.tags]
+    return sorted(versions, key=lambda one: int(one.number), reverse=True)
 
 
 def versions_of_model(name: str, model_md5: str) -> list[Version]:
     """Return the versions with these weights, each of another test split, newest first."""
-    return _versions(name, f" AND tags.`{_tag_name(MODEL_MD5)}` = '{model_md5}'")
+    return [one for one in find_versions(name) if one.model_md5 == model_md5]
 
 
 def version_of_alias(name: str, alias: str) -> Version | None:
@@ -196,7 +210,7 @@ def remove_tag(name: str, key: str) -> None:
 
 
 def set_version_tags(name: str, number: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a version; those not in VISIBLE_TAGS are hidden from MLflow's pages."""
+    """Set tags of a version, shown in MLflow's list of versions; the version's own page shows only VISIBLE_TAGS."""
     with _known(f"{name} version {number}"):
         for key, value in tags.items():
             MlflowClient().set_model_version_tag(name, number, _tag_name(key), value)
@@ -240,35 +254,28 @@ def _models(condition: str) -> Iterator[RegisteredModel]:
             return
 
 
-def _versions(name: str, condition: str = "") -> list[Version]:
-    """Return the versions of a registered model that have an identity and meet the condition, newest first."""
-    with store_errors():
-        model = _find_model(name)
-        if model is None:
-            return []
-        found, token = list[ModelVersion](), None
-        while True:
-            page = MlflowClient().search_model_versions(
-                f"name = '{name}'{condition}", max_results=PAGE_SIZE, page_token=token
-            )
-            found += page
-            token = page.token
-            if not token:
-                break
-    versions = [_as_version(one, aliases=model.aliases) for one in found if _tag_name(MODEL_MD5) in one.tags]
-    return sorted(versions, key=lambda one: int(one.number), reverse=True)
-
-
 def _as_version(one: ModelVersion, *, aliases: Mapping[str, Any]) -> Version:
-    """Return the project's record of a version; `aliases` are those of the registered model, with their versions."""
-    tags, number = _unprefixed(one.tags), str(one.version)
+    """Return the project's record of a version; `aliases` are those of the registered model, with their versions.
+
+    Raises UserError where the tag with the record is damaged.
+    """
+    others = {key: value for key, value in one.tags.items() if key != RECORD}
+    number = str(one.version)
+    try:
+        tags = {**json.loads(one.tags[RECORD]), **_unprefixed(others)}
+        model_md5, test_md5 = tags[MODEL_MD5], tags[TEST_MD5]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"MLflow model {one.name} version {number}: its tag {RECORD} is damaged ({error}); delete the version, then "
+            "`dvc repro --force evaluate` registers the model again"
+        ) from None
     own = sorted(alias for alias, of in aliases.items() if str(of) == number)
     return Version(
         one.name,
         number,
         one.run_id or None,
-        tags[MODEL_MD5],
-        tags.get(TEST_MD5, ""),
+        model_md5,
+        test_md5,
         tags,
         tuple(own),
         one.creation_timestamp,
