@@ -279,10 +279,10 @@ def dvc_locks(project: Path) -> Iterator[Finding]:
 
 def missing_objects(project: Path) -> Iterator[Finding]:
     """Report outputs of the checkout, experiments and champions that DVC's cache lacks, or whose record is damaged."""
-    for ref in champion_refs(project):
-        if missing := missing_outputs(project, ref):
-            remedy = f"`git worktree add --detach FOLDER {ref}`, then `dvc pull` there, or a backup, brings them"
-            yield Finding(f"champion {ref}: files are missing in DVC's cache: {', '.join(missing)}", remedy)
+    for champion in champion_refs(project):
+        if missing := missing_outputs(project, champion):
+            remedy = f"`git worktree add --detach FOLDER {champion}`, then `dvc pull` there, or a backup, brings them"
+            yield Finding(f"champion {champion}: files are missing in DVC's cache: {', '.join(missing)}", remedy)
     for ref in [None, *experiment_refs(project)]:
         name = ref.rpartition("/")[2] if ref else ""
         owner = f"experiment {name}" if name else "this checkout"

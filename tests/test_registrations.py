@@ -9,11 +9,12 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.doctor import mlflow_runs
+from pipeline.artifacts import write_json
 from pipeline.core.errors import TemporaryError
 from pipeline.tracking import registrations, registry
 from pipeline.tracking.provenance_file import add_provenance
 from pipeline.tracking.registrations import pending_registrations, register_evaluation, register_pending
-from pipeline.tracking.store import connect
+from pipeline.tracking.store import connect, store_md5
 from tests import test_outage
 from tests.test_outage import Server
 from tests.test_registry import make_run, register
@@ -67,7 +68,7 @@ def fail(**_: object) -> None:
 
 def test_a_registration_of_a_removed_run_is_dropped_and_one_for_another_store_stays(workspace: Path) -> None:
     connect()
-    for store in (registrations.store_md5(), "another"):
+    for store in (store_md5(), "another"):
         values = {
             "name": "digits",
             "run_id": "0" * 32,
@@ -76,7 +77,7 @@ def test_a_registration_of_a_removed_run_is_dropped_and_one_for_another_store_st
             "metrics": {},
             "store": store,
         }
-        registrations.write_json(workspace / f".cache/registry/{store}.json", values)
+        write_json(workspace / f".cache/registry/{store}.json", values)
     assert register_pending() == []
     assert [path.stem for path in pending_registrations()] == ["another"]
 

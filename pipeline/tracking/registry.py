@@ -266,8 +266,8 @@ def _as_version(one: ModelVersion, *, aliases: Mapping[str, Any]) -> Version:
         model_md5, test_md5 = tags[MODEL_MD5], tags[TEST_MD5]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"MLflow model {one.name} version {number}: its tag {RECORD} is damaged ({error}); delete the version, then "
-            "`dvc repro --force evaluate` registers the model again"
+            f"MLflow model {one.name} version {number}: its tag {RECORD} is damaged ({error}); delete the version, "
+            "then `dvc repro --force evaluate` registers the model again"
         ) from None
     own = sorted(alias for alias, of in aliases.items() if str(of) == number)
     return Version(
