@@ -12,7 +12,7 @@ from contextlib import chdir, redirect_stdout
 from pathlib import Path
 
 from flows import PROJECT
-from pipeline.artifacts import BEST_WEIGHTS, EVALUATE, TRAIN, file_md5, read_json
+from pipeline.artifacts import BEST_WEIGHTS, EVALUATE, NORMALIZE, TRAIN, file_md5, read_json
 from pipeline.core.errors import report_errors
 from pipeline.core.yaml import read_yaml
 from pipeline.evaluation.predictions import read_identity
@@ -53,6 +53,7 @@ def register(run_id: str, folder: Path) -> None:
         experiment=experiment_name(download["dataset"], folder=download["folder"]),
         model_md5=model_md5,
         test_md5=test_md5,
+        data_md5=file_md5(folder / NORMALIZE / "dataset.json"),
         metrics=read_json(folder / EVALUATE / "metrics.json"),
     )
 

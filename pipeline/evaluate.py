@@ -78,6 +78,7 @@ def main() -> None:
                 experiment=experiment,
                 model_md5=model.weights_md5,
                 test_md5=split_md5(predictions),
+                data_md5=info.md5,
                 metrics=result.metrics,
             )
         make_report()

@@ -24,16 +24,15 @@ mlflow_server = test_outage.mlflow_server  # a fixture
 
 def evaluated(run_id: str, *, test: str = "b") -> None:
     metrics = {"accuracy": 0.98765, "loss": 0.1}
-    register_evaluation(run_id, experiment="digits", model_md5="a" * 32, test_md5=test * 32, metrics=metrics)
+    md5 = {"model_md5": "a" * 32, "test_md5": test * 32, "data_md5": "d"}
+    register_evaluation(run_id, experiment="digits", **md5, metrics=metrics)
 
 
 def test_a_version_has_what_its_run_recorded_and_all_metrics(workspace: Path) -> None:
     connect()
     run_id = make_run()
     MlflowClient().update_run(run_id, name="digits lr=0.03")
-    add_provenance(
-        run_id, {"git.commit": "c0ffee", "dvc.experiment": "digits-lr", "data.md5": "d", "hardware.cpu": "x"}
-    )
+    add_provenance(run_id, {"git.commit": "c0ffee", "dvc.experiment": "digits-lr", "hardware.cpu": "x"})
     evaluated(run_id)
     [version] = registry.find_versions("digits")
     assert version.run_id == run_id
@@ -69,14 +68,8 @@ def fail(**_: object) -> None:
 def test_a_registration_of_a_removed_run_is_dropped_and_one_for_another_store_stays(workspace: Path) -> None:
     connect()
     for store in (store_md5(), "another"):
-        values = {
-            "name": "digits",
-            "run_id": "0" * 32,
-            "model_md5": "a",
-            "test_md5": store,
-            "metrics": {},
-            "store": store,
-        }
+        identity = {"name": "digits", "run_id": "0" * 32, "model_md5": "a", "test_md5": store}
+        values = {**identity, "store": store, "data.md5": "d", "metrics": {}}
         write_json(workspace / f".cache/registry/{store}.json", values)
     assert register_pending() == []
     assert [path.stem for path in pending_registrations()] == ["another"]

@@ -17,23 +17,31 @@ from pipeline.tracking.store import store_md5
 
 # values of the run that made the model which its version has as hidden tags
 FROM_RUN = (
-    *("git.commit", "git.dirty", "data.md5", "params.md5", "code.md5", "recipe", EXPERIMENT),
+    *("git.commit", "git.dirty", "params.md5", "code.md5", "recipe", EXPERIMENT),
     *("prefect.flow_run_id", "prefect.flow_run_name"),
 )
+DATA = "data.md5"
 METRICS = "metrics"  # hidden tag: all figures of the evaluation, as JSON
-FIELDS = {"store", "name", "run_id", "model_md5", "test_md5", METRICS}
+FIELDS = {"store", "name", "run_id", "model_md5", "test_md5", DATA, METRICS}
 
 
 def register_evaluation(
-    run_id: str, *, experiment: str, model_md5: str, test_md5: str, metrics: Mapping[str, float]
+    run_id: str, *, experiment: str, model_md5: str, test_md5: str, data_md5: str, metrics: Mapping[str, float]
 ) -> None:
     """Register the model of a run as it was evaluated, and what is queued; print the versions.
 
-    `experiment` is the name of the experiment for the data set, `metrics` the content of `metrics.json`. The
-    registration is queued first: where MLflow fails, or this process is killed, it stays queued, with a warning.
+    `experiment` is the name of the experiment for the data set, `data_md5` the MD5 of `dataset.json`, `metrics` the
+    content of `metrics.json`. The registration is queued first: where MLflow fails, or this process is killed, it stays
+    queued, with a warning.
     """
     identity = {"run_id": run_id, "model_md5": model_md5, "test_md5": test_md5}
-    registration = {"store": store_md5(), "name": registered_name(experiment), **identity, METRICS: dict(metrics)}
+    registration = {
+        "store": store_md5(),
+        "name": registered_name(experiment),
+        **identity,
+        DATA: data_md5,
+        METRICS: dict(metrics),
+    }
     write_json(_queue() / f"{model_md5}-{test_md5}.json", registration)
     for version in register_pending():
         print(f"MLflow model {version.name} version {version.number}", flush=True)
@@ -70,7 +78,8 @@ def _register(path: Path) -> Version | None:
     version, run = None, find_run(queued["run_id"])
     if run:
         identity = {name: queued[name] for name in ("name", "run_id", "model_md5", "test_md5")}
-        version = register_version(**identity, tags=_tags(with_provenance(run), metrics=queued[METRICS]))
+        tags = {DATA: queued[DATA], **_tags(with_provenance(run), metrics=queued[METRICS])}
+        version = register_version(**identity, tags=tags)
     elif queued["store"] != store_md5():
         return None
     path.unlink(missing_ok=True)  # another process may have registered it just now
