@@ -95,5 +95,6 @@ def test_a_server_registers_each_model_once_also_after_an_outage(
     mlflow_server.start()
     register_pending()
     champion = registry.version_of_alias("digits", "champion")
-    assert champion and champion.test_md5 == "c" * 32
+    assert champion
+    assert champion.test_md5 == "c" * 32
     assert len(registry.find_versions("digits")) == 3

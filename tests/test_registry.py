@@ -65,7 +65,8 @@ def test_an_alias_moves_from_one_version_to_another(run_id: str) -> None:
     for version in (first, second):
         registry.set_alias("digits", "champion", version.number)
         found = registry.version_of_alias("digits", "champion")
-        assert found and (found.number, found.aliases) == (version.number, ("champion",))
+        assert found
+        assert (found.number, found.aliases) == (version.number, ("champion",))
     assert registry.find_versions("digits")[1].aliases == ()
     for _ in range(2):
         registry.remove_alias("digits", "champion")
