@@ -47,6 +47,7 @@ ONLY_IN = {
             "models",
             "outbox",
             "provenance_file",
+            "registry",
             "report",
             "retention",
             "runs",

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.artifacts import Labels
+from pipeline.artifacts import Labels, bytes_md5
 from pipeline.parquet import parquet_reader, parquet_writer
 
 Probabilities = npt.NDArray[np.float32]  # (N, num_classes)
@@ -55,6 +55,18 @@ class Predictions:
     def confidences(self, probabilities: Probabilities) -> npt.NDArray[np.float32]:
         """Return the probability of the predicted class of each image: (N,)."""
         return probabilities[np.arange(len(self)), self.predicted]
+
+
+def split_md5(predictions: Predictions) -> str:
+    """Return the identity of the split that the predictions are of: an MD5 over its images and their classes.
+
+    It is that of the sorted lines `<content hash> <class name>`, one for each image. So it depends neither on the order
+    of images and classes, nor on names, `normalize.image_size` and other parameters that change only pixels: a smaller
+    copy of the same test images is the same test split.
+    """
+    actual = (predictions.class_names[index] for index in predictions.actual)
+    lines = sorted(f"{each} {name}\n" for each, name in zip(predictions.content_hashes, actual, strict=True))
+    return bytes_md5("".join(lines).encode())
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:
