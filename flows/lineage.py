@@ -35,7 +35,7 @@ from pipeline.artifacts import BEST_WEIGHTS, DOWNLOAD, EVALUATE, NORMALIZE, TRAI
 from pipeline.core.errors import TemporaryError, UserError, first_line, redact_url
 from pipeline.core.git import EXCLUDE_OUTPUTS, UNKNOWN, find_commit, git, has_code, read_committed
 from pipeline.core.sqlite import sqlite_path
-from pipeline.tracking.provenance import CHANGED_FILES, COMMIT, FLOW_RUN, REPRODUCES, TRAIN_OUTPUTS
+from pipeline.tracking.provenance import CHANGED_FILES, COMMIT, COMPARISON, FLOW_RUN, REPRODUCES, TRAIN_OUTPUTS
 from pipeline.tracking.provenance_file import with_provenance
 from pipeline.tracking.search import (
     Run,
@@ -241,7 +241,8 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
         runs += sources.runs(TRAIN_OUTPUTS, f"%{model}%") or sources.runs_of_model(model)
     runs = [run for run in runs if REPRODUCES not in run.tags]
     if sources.has_mlflow and _QUERYABLE.fullmatch(wanted):
-        runs += [*find_runs_by_name(wanted), *filter(None, [find_run(wanted)])]
+        named = [*find_runs_by_name(wanted), *filter(None, [find_run(wanted)])]
+        runs += [run for run in named if COMPARISON not in run.tags]
     names |= {run.experiment for run in flow_runs if run.experiment}
     experiments = [
         found

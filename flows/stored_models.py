@@ -4,7 +4,10 @@ A model is identified by the `dvc.lock` that made it: that of a DVC experiment, 
 model that only MLflow knows is identified by the hashes that its run has recorded.
 """
 
+import json
+import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +18,17 @@ from flows.lineage import Sources, flat_params, runs_of
 from flows.lineage_records import Experiment, Trace
 from pipeline.artifacts import BEST_WEIGHTS, EVALUATE, NORMALIZE, TRAIN, read_json
 from pipeline.comparison.pairing import Candidate
-from pipeline.core.errors import UserError, first_line
+from pipeline.core.errors import TemporaryError, UserError, first_line
 from pipeline.core.git import EXCLUDE_OUTPUTS, code_state, find_commit, git, has_code
 from pipeline.core.stage_code import PACKAGE
 from pipeline.evaluation.predictions import Predictions, read_predictions, split_md5
 from pipeline.params import PARAMS_FILE
 from pipeline.parquet import files_path, parquet_reader
+from pipeline.reporting.text import as_yaml
 from pipeline.tracking.experiments import experiment_name
-from pipeline.tracking.provenance import LOCK_FILE
+from pipeline.tracking.provenance import DIFFERENT, LOCK_FILE
+from pipeline.tracking.provenance_file import with_provenance
+from pipeline.tracking.search import find_run
 
 Split = Literal["test", "validation"]
 PREDICTIONS: dict[Split, str] = {
@@ -31,6 +37,7 @@ PREDICTIONS: dict[Split, str] = {
 }
 DATASET = str(NORMALIZE / "dataset.json")
 WEIGHTS = str(TRAIN / BEST_WEIGHTS)
+SEED = "train.seed"
 SHORT_ID = 8  # digits
 
 
@@ -114,6 +121,17 @@ def file_of(model: Model, name: str) -> Path:
     if not path.is_file():
         raise UserError(f"{model.label}: found no {name} in DVC's cache ({path}); {_fetch(model.experiment)}")
     return path
+
+
+def seeds_command(model: Model, *, number: int) -> str:
+    """Return the command that trains several seeds of a model's recipe; without its MLflow run it is not complete."""
+    recipe, changed = "…", {}
+    with suppress(UserError, TemporaryError, ValueError):
+        if run := find_run(model.run_id) if model.run_id else None:
+            tags = with_provenance(run).tags
+            recipe, changed = tags.get("recipe", recipe), json.loads(tags.get(DIFFERENT, "{}"))
+    values = " ".join(f"{name}={as_yaml(new)}" for name, (_, new) in changed.items() if name != SEED)
+    return f"make run RECIPE={recipe}{f' SET={shlex.quote(values)}' if values else ''} SEEDS={number}"
 
 
 def _fetch(experiment: str | None) -> str:

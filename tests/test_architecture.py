@@ -42,6 +42,7 @@ ONLY_IN = {
     "mlflow": {
         f"pipeline/tracking/{name}.py"
         for name in (
+            "comparisons",
             "experiments",
             "logger",
             "models",
