@@ -1,0 +1,53 @@
+"""Fill the templates of the pages: filters, figures that a program can read, and the time of making."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.images.blocks import SPLITS
+from pipeline.reporting import text
+from pipeline.reporting.text import UNKNOWN, label, percent
+
+FOLDER = Path(__file__).parent
+
+
+def render_template(template: str, **values: Any) -> str:
+    """Return a page as text; every value that is no markup is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Callable[..., Any]] = {
+        "bytes": text.size,
+        "distance": text.distance,
+        "duration": text.duration,
+        "label": label,
+        "milliseconds": text.milliseconds,
+        "parameter": text.as_yaml,
+        "percent": percent,
+        "points": text.points,
+        "reason": text.reason,
+        "web_link": text.web_link,
+    }
+    environment.filters |= filters
+    environment.globals |= {"metric": metric, "UNKNOWN": UNKNOWN, "SPLITS": SPLITS}
+    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    return environment.get_template(template).render(made=made, **values)
+
+
+def metric(name: str, value: float | None, shown: str | None = None) -> Markup | str:
+    """Return a figure of the model with its exact value, so that a program can read it; `shown` is what people read.
+
+    The default of `shown` is the value as a percentage, or as a number with separators if it is whole.
+    """
+    if value is None:
+        return UNKNOWN
+    shown = shown or (f"{value:,}" if isinstance(value, int) else percent(value))
+    return Markup('<data class="metric" data-name="{}" value="{}">{}</data>').format(label(name), repr(value), shown)
