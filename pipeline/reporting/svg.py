@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -28,15 +29,22 @@ STYLE: dict[Any, Any] = {
 
 def new_axes(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
     """Return a transparent figure with axes that have a light grid."""
+    figure, [axes] = new_panels(size=size, heights=(1,))
+    return figure, axes
+
+
+def new_panels(*, size: tuple[float, float], heights: Sequence[float]) -> tuple[Figure, list[Axes]]:
+    """Return a transparent figure with axes one below another, of these relative heights, that have a light grid."""
     figure = Figure(figsize=size, layout="constrained")
     figure.patch.set_alpha(0)
-    axes = figure.subplots()
-    axes.patch.set_alpha(0)
-    axes.grid(color=LINE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
+    panels = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0].tolist()
+    for axes in panels:
+        axes.patch.set_alpha(0)
+        axes.grid(color=LINE, linewidth=0.7)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return figure, panels
 
 
 def to_svg(figure: Figure, *, name: str, text: str) -> Markup:

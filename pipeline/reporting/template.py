@@ -26,6 +26,7 @@ def render_template(template: str, **values: Any) -> str:
     )
     filters: dict[str, Callable[..., Any]] = {
         "bytes": text.size,
+        "confidence": text.confidence,
         "distance": text.distance,
         "duration": text.duration,
         "label": label,
@@ -33,7 +34,9 @@ def render_template(template: str, **values: Any) -> str:
         "parameter": text.as_yaml,
         "percent": percent,
         "points": text.points,
+        "probability": text.probability,
         "reason": text.reason,
+        "signed": text.signed,
         "web_link": text.web_link,
     }
     environment.filters |= filters
