@@ -12,7 +12,7 @@ from pipeline.reporting.svg import ACCENT, INK, LINE, MUTED, STYLE, new_axes, ne
 from pipeline.reporting.text import NO_BREAK_SPACE, percent
 
 Ahead = tuple[str, float, float, float]  # what is better, how much A is ahead, and the ends of its interval
-SEED_SPREAD = 0.22  # of the dots of a recipe, up and down, in rows
+SEED_OFFSETS = (0.0, 0.17, -0.17)  # of the dots of a recipe in rows, so that equal accuracies stay apart
 
 
 def advantages(comparison: ModelComparison, *, a: str, b: str, name: str) -> Markup:
@@ -32,7 +32,9 @@ def advantages(comparison: ModelComparison, *, a: str, b: str, name: str) -> Mar
             size = 100 * comparison.detectable
             upper.fill_between([-size, size], -0.36, 0.36, color=MUTED, alpha=0.22, linewidth=0)
         _draw_rows(upper, fractions, label="points")
-        _draw_rows(lower, losses, label=f"nats    {b} better ← 0 → {a} better")
+        _draw_rows(lower, losses, label="nats")
+        for place, title in (("left", f"← {b} better"), ("right", f"{a} better →")):
+            upper.set_title(title, loc=place, fontsize=9, color=MUTED)
         values = "; ".join(f"{each[0]}: {_in_words(each)}" for each in (*fractions, *losses))
         text = f"How far {a} is ahead of {b}, in points and for the loss in nats: {values}."
         return to_svg(figure, name=name, text=text)
@@ -71,9 +73,9 @@ def seeds(comparison: RecipeComparison, *, a: str, b: str, name: str) -> Markup:
     with matplotlib.rc_context(STYLE):
         figure, axes = new_axes(size=(4.8, 2.0))
         for row, (_, values, color) in enumerate(groups):
-            heights = row + SEED_SPREAD * np.linspace(-1, 1, len(values))
+            heights = row + np.resize(SEED_OFFSETS, len(values))
             axes.vlines(np.mean(values), row - 0.36, row + 0.36, color=INK, linewidth=1.4)
-            axes.scatter(values, heights, s=26, color=color, alpha=0.75, linewidths=0)
+            axes.scatter(sorted(values), heights, s=34, color=color, alpha=0.75, linewidths=0)
         axes.set(xlabel="accuracy of each seed; the lines are the means", ylim=(1.5, -0.5))
         axes.set_yticks([0, 1], [a, b], color=INK)
         axes.tick_params(axis="y", length=0)

@@ -1,12 +1,13 @@
 """Fill the templates of the pages: filters, figures that a program can read, and the time of making."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from pipeline.images.blocks import SPLITS
 from pipeline.reporting import text
@@ -38,11 +39,17 @@ def render_template(template: str, **values: Any) -> str:
         "reason": text.reason,
         "signed": text.signed,
         "web_link": text.web_link,
+        "with_code": with_code,
     }
     environment.filters |= filters
     environment.globals |= {"metric": metric, "UNKNOWN": UNKNOWN, "SPLITS": SPLITS}
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return environment.get_template(template).render(made=made, **values)
+
+
+def with_code(message: str) -> Markup:
+    """Return a message with the parts between backquotes as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(message))))  # noqa: S704  # escaped before
 
 
 def metric(name: str, value: float | None, shown: str | None = None) -> Markup | str:

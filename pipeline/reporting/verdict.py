@@ -5,7 +5,7 @@ from typing import Literal
 
 from pipeline.comparison.models import Difference, ModelComparison, Verdict
 from pipeline.comparison.recipes import RecipeComparison
-from pipeline.reporting.text import confidence, distance, points, probability
+from pipeline.reporting.text import NO_BREAK_SPACE, confidence, distance, points, probability
 
 MODEL_QUESTION = "Is this model better on images like these?"
 RECIPE_QUESTION = "Is this recipe better, whatever its seed?"
@@ -36,7 +36,7 @@ def answer_for_models(comparison: ModelComparison | None, *, a: str, b: str, rea
     """Answer whether model A is better than model B on images like these, or give the reason without a comparison."""
     if comparison is None:
         return _no_answer(f"Whether model {a} is better than model {b} on images like these", reason)
-    verdict, p_value = comparison.verdict, f"p {probability(comparison.p_value)}"
+    verdict, p_value = comparison.verdict, f"p{NO_BREAK_SPACE}{probability(comparison.p_value)}"
     size, interval = _describe(verdict, comparison.accuracy, level=comparison.level)
     if verdict == "not shown":
         claim = f"It is not shown that model {a} is better or worse than model {b} on images like these"
