@@ -1,13 +1,39 @@
 """Render the comparison of models and recipes as one HTML page, which needs no other file and no network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
+
+from markupsafe import Markup
 
 from pipeline.artifacts import Images
-from pipeline.comparison.models import ModelComparison
+from pipeline.comparison.models import ClassDifference, ModelComparison
+from pipeline.comparison.paired import POWER
 from pipeline.comparison.recipes import RecipeComparison
-from pipeline.reporting.data import Row
+from pipeline.reporting import comparison_figures as figures
+from pipeline.reporting.changed_images import ChangedImage, only_right, with_known_pictures
+from pipeline.reporting.data import Row, shown_names
+from pipeline.reporting.gallery import Picture
+from pipeline.reporting.template import render_template
+from pipeline.reporting.text import label
+from pipeline.reporting.verdict import (
+    MODEL_QUESTION,
+    RECIPE_QUESTION,
+    Answer,
+    answer_for_models,
+    answer_for_recipes,
+    detectable_by_images,
+)
+
+MAX_CHANGED_LISTED = 300  # in the table of the images that only one model gets right
+# the metrics in the table: key, name, whether it is a fraction, whether it is better if higher
+METRICS = (
+    ("accuracy", "accuracy", True, True),
+    ("macro_f1", "macro F1", True, True),
+    ("loss", "loss (cross-entropy in nats)", False, False),
+    ("calibration_error", "expected calibration error", True, False),
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +105,95 @@ class ComparisonPage:
     output: Path
 
 
+@dataclass(frozen=True)
+class _Side:
+    """The images that only one model gets right, the letter of that model, and the first of them with pictures."""
+
+    letter: str
+    images: Sequence[ChangedImage]
+    pictures: Sequence[tuple[ChangedImage, Picture | None]]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A and one other model as the template shows them; the letters `a` and `b` stand for their names."""
+
+    a: str
+    b: str
+    model: ModelComparison | None
+    recipe: RecipeComparison | None
+    figure: Markup | None
+    strip: Markup | None
+    shown_classes: Sequence[ClassDifference]
+    changed: Sequence[_Side]
+
+
 def render(page: ComparisonPage) -> str:
     """Return the page as text; names from files and from the runs are escaped."""
-    raise NotImplementedError(page.title)
+    letters = [_letter(index) for index in range(len(page.models))]
+    rows = {} if page.test_images is None else {key: row for row, key in enumerate(page.test_images.content_hashes)}
+    pairs = [_pair(page, against, b=b, rows=rows) for against, b in zip(page.against, letters[1:], strict=True)]
+    return render_template(
+        "comparison.html.j2",
+        page=page,
+        letters=letters,
+        questions=_questions(page),
+        pairs=pairs,
+        model_pairs=[each for each in pairs if each.model],
+        recipe_pairs=[each for each in pairs if each.recipe],
+        metrics=METRICS,
+        detectable_by_images=detectable_by_images,
+        max_listed=MAX_CHANGED_LISTED,
+        power=POWER,
+    )
+
+
+def answers(page: ComparisonPage) -> list[tuple[str, list[Answer]]]:
+    """Return each question with its answers for A and each of the other models, with the names as they are."""
+    return _answers(page, [each.label for each in page.models])
+
+
+def _answers(page: ComparisonPage, names: Sequence[str]) -> list[tuple[str, list[Answer]]]:
+    models, recipes = list[Answer](), list[Answer]()
+    for each, b in zip(page.against, names[1:], strict=True):
+        models.append(answer_for_models(each.model, a=names[0], b=b, reason=each.model_reason))
+        recipes.append(answer_for_recipes(each.recipe, a=names[0], b=b, reason=each.recipe_reason))
+    return [(MODEL_QUESTION, models), (RECIPE_QUESTION, recipes)]
+
+
+def _questions(page: ComparisonPage) -> list[tuple[str, list[tuple[Answer, Markup]]]]:
+    """Return each question with its answers, and the claim of each as markup in which the names are isolated."""
+    names = [Markup("<bdi>{}</bdi>").format(label(each.label)) for each in page.models]
+    places = [f"{{{index}}}" for index in range(len(names))]  # the claims name the models {0}, {1}, …
+    return [
+        (question, [(each, Markup(each.claim).format(*names)) for each in found])  # noqa: S704  # only places
+        for question, found in _answers(page, places)
+    ]
+
+
+def _letter(index: int) -> str:
+    """Return the letter of a model: A for the first, A1 for the one after Z."""
+    return f"{ascii_uppercase[index % 26]}{index // 26 or ''}"
+
+
+def _pair(page: ComparisonPage, against: Against, *, b: str, rows: Mapping[str, int]) -> _Pair:
+    a, model, recipe = _letter(0), against.model, against.recipe
+    return _Pair(
+        a=a,
+        b=b,
+        model=model,
+        recipe=recipe,
+        figure=figures.advantages(model, a=a, b=b, name=f"advantages-{b}") if model else None,
+        strip=figures.seeds(recipe, a=a, b=b, name=f"seeds-{b}") if recipe else None,
+        shown_classes=[each for each in model.classes if each.verdict != "not shown"] if model else [],
+        changed=_changed(page, model, letters=(a, b), rows=rows) if model else [],
+    )
+
+
+def _changed(
+    page: ComparisonPage, model: ModelComparison, *, letters: tuple[str, str], rows: Mapping[str, int]
+) -> list[_Side]:
+    names = shown_names(model.pairing.a.names, dataset=page.dataset)
+    images = page.test_images.images if page.test_images else None
+    found = [(letter, only_right(model.pairing, names, of_a=letter == letters[0])) for letter in letters]
+    return [_Side(letter, changed, with_known_pictures(changed, images, rows=rows)) for letter, changed in found]
