@@ -8,7 +8,7 @@ from string import ascii_uppercase
 from markupsafe import Markup
 
 from pipeline.artifacts import Images
-from pipeline.comparison.models import ClassDifference, ModelComparison
+from pipeline.comparison.models import ClassDifference, ModelComparison, Verdict, verdict_of
 from pipeline.comparison.paired import POWER
 from pipeline.comparison.recipes import RecipeComparison
 from pipeline.reporting import comparison_figures as figures
@@ -21,9 +21,9 @@ from pipeline.reporting.verdict import (
     MODEL_QUESTION,
     RECIPE_QUESTION,
     Answer,
-    answer_for_models,
-    answer_for_recipes,
     detectable_by_images,
+    model_verdict,
+    recipe_verdict,
 )
 
 MAX_CHANGED_LISTED = 300  # in the table of the images that only one model gets right
@@ -124,7 +124,7 @@ class _Pair:
     recipe: RecipeComparison | None
     figure: Markup | None
     strip: Markup | None
-    shown_classes: Sequence[ClassDifference]
+    classes: Sequence[tuple[ClassDifference, Verdict]]
     changed: Sequence[_Side]
 
 
@@ -156,8 +156,8 @@ def answers(page: ComparisonPage) -> list[tuple[str, list[Answer]]]:
 def _answers(page: ComparisonPage, names: Sequence[str]) -> list[tuple[str, list[Answer]]]:
     models, recipes = list[Answer](), list[Answer]()
     for each, b in zip(page.against, names[1:], strict=True):
-        models.append(answer_for_models(each.model, a=names[0], b=b, reason=each.model_reason))
-        recipes.append(answer_for_recipes(each.recipe, a=names[0], b=b, reason=each.recipe_reason))
+        models.append(model_verdict(each.model, a=names[0], b=b, reason=each.model_reason))
+        recipes.append(recipe_verdict(each.recipe, a=names[0], b=b, reason=each.recipe_reason))
     return [(MODEL_QUESTION, models), (RECIPE_QUESTION, recipes)]
 
 
@@ -185,9 +185,17 @@ def _pair(page: ComparisonPage, against: Against, *, b: str, rows: Mapping[str, 
         recipe=recipe,
         figure=figures.advantages(model, a=a, b=b, name=f"advantages-{b}") if model else None,
         strip=figures.seeds(recipe, a=a, b=b, name=f"seeds-{b}") if recipe else None,
-        shown_classes=[each for each in model.classes if each.verdict != "not shown"] if model else [],
+        classes=_classes(model) if model else [],
         changed=_changed(page, model, letters=(a, b), rows=rows) if model else [],
     )
+
+
+def _classes(model: ModelComparison) -> list[tuple[ClassDifference, Verdict]]:
+    """Return each class with what is said of A at the level of the comparison."""
+    return [
+        (each, verdict_of(each.recall_a - each.recall_b, is_shown=each.corrected_p_value <= model.level))
+        for each in model.classes
+    ]
 
 
 def _changed(

@@ -32,7 +32,7 @@ class Answer:
         return f"**{self.claim}**: {self.evidence}."
 
 
-def answer_for_models(comparison: ModelComparison | None, *, a: str, b: str, reason: str = "") -> Answer:
+def model_verdict(comparison: ModelComparison | None, *, a: str, b: str, reason: str = "") -> Answer:
     """Answer whether model A is better than model B on images like these, or give the reason without a comparison."""
     if comparison is None:
         return _no_answer(f"Whether model {a} is better than model {b} on images like these", reason)
@@ -46,7 +46,7 @@ def answer_for_models(comparison: ModelComparison | None, *, a: str, b: str, rea
     return Answer(verdict, claim, f"its accuracy is {size} ({interval}; {p_value})")
 
 
-def answer_for_recipes(comparison: RecipeComparison | None, *, a: str, b: str, reason: str = "") -> Answer:
+def recipe_verdict(comparison: RecipeComparison | None, *, a: str, b: str, reason: str = "") -> Answer:
     """Answer whether recipe A is better than recipe B, or give the reason without a comparison."""
     if comparison is None:
         return _no_answer(f"Whether recipe {a} is better than recipe {b}", reason)
