@@ -15,7 +15,7 @@ from pipeline.comparison.recipes import RecipeComparison
 from pipeline.core.errors import escape_control_chars
 from pipeline.reporting.comparison import Against, Differing
 from pipeline.reporting.data import shown_names
-from pipeline.reporting.text import MINUS, NO_BREAK_SPACE, distance, percent, points, probability
+from pipeline.reporting.text import MINUS, NO_BREAK_SPACE, confidence, distance, percent, points, probability
 from pipeline.reporting.verdict import MODEL_QUESTION, RECIPE_QUESTION, model_verdict, recipe_verdict
 
 MAX_IMAGES = 5  # that changed sides, named for each side
@@ -116,6 +116,7 @@ def _model_answer(comparison: Comparison, against: Against, *, letters: tuple[st
     rows = [
         ("answer", str(model_verdict(found, a=a, b=b))),
         ("images", _images(found.pairing)),
+        ("figures", _probabilities(found.pairing)),
         *_changed_sides(found, letters=letters, comparison=comparison),
         ("classes", _classes(found, letters=letters)),
         ("can show", detectable(found)),
@@ -123,6 +124,13 @@ def _model_answer(comparison: Comparison, against: Against, *, letters: tuple[st
     ]
     first, rest = (aligned(part, width=WIDTH - GAP) for part in (rows[:2], rows[2:]))
     return [*lines, *_indented([*first, "", *_table(found, letters=letters), "", *rest])]
+
+
+def _probabilities(pairing: Pairing) -> str:
+    """Return which probabilities the last two rows of the table are of: `compare_models` uses one kind for both."""
+    is_calibrated = all(each.calibrated_probabilities is not None for each in (pairing.a, pairing.b))
+    kind = "calibrated" if is_calibrated else "raw (one of the models has no known temperature)"
+    return f"cross-entropy and calibration error are of the {kind} probabilities"
 
 
 def _indented(lines: Sequence[str]) -> list[str]:
@@ -163,7 +171,7 @@ def _images(pairing: Pairing) -> str:
 def _table(found: ModelComparison, *, letters: tuple[str, str]) -> list[str]:
     """Return the figures side by side, with the intervals of the differences."""
     a, b = letters
-    interval = f"{_percent(1 - found.level)} interval"
+    interval = f"{confidence(found.level)} interval"
     lines = [f"{'':<18}{a:>8}  {b:>8}  {f'{a} {MINUS} {b}':>8}  {interval}"]
     for name, each in (("accuracy", found.accuracy), ("macro F1", found.macro_f1)):
         values = f"{percent(each.a, 2):>8}  {percent(each.b, 2):>8}  {points(each.difference):>8}"
@@ -234,4 +242,4 @@ def _accuracies(found: RecipeComparison, *, letters: tuple[str, str]) -> Iterato
 
 def _interval(each: Difference, *, level: float) -> str:
     ends = f"{points(each.low)} to {points(each.high)}"
-    return f"{points(each.difference)} points ({_percent(1 - level)} interval {ends})"
+    return f"{points(each.difference)} points ({confidence(level)} interval {ends})"

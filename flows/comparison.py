@@ -134,8 +134,7 @@ def _differing_parameters(groups: Sequence[Group]) -> list[Differing] | None:
     """Return the parameters that differ; None where those of a model are unknown."""
     if not all(model.params for group in groups for model in group.models):
         return None
-    names = sorted({name for group in groups for model in group.models for name in model.params})
-    return _differing(groups, {name: lambda model, name=name: model.params.get(name) for name in names})
+    return _differing(groups, lambda model: model.params)
 
 
 def _differing_code(groups: Sequence[Group]) -> list[Differing] | None:
@@ -145,37 +144,31 @@ def _differing_code(groups: Sequence[Group]) -> list[Differing] | None:
     """
     if not all(model.stage_code for group in groups for model in group.models):
         return None
-    names = sorted({name for group in groups for model in group.models for name in model.stage_code})
-    return _differing(groups, {name: lambda model, name=name: _short(model.stage_code.get(name)) for name in names})
+    return _differing(groups, lambda model: {path: md5[:SHORT_ID] for path, md5 in model.stage_code.items()})
 
 
 def _differing_data(groups: Sequence[Group]) -> list[Differing] | None:
     """Return the kinds of data that differ, by MD5; None where those of a model are unknown."""
-    names = {
+    paths = {
         f"{split} {kind}": str(NORMALIZE / f"{split}_{kind}.npy") for split in SPLITS for kind in ("images", "labels")
     }
-    if not all(path in model.files for group in groups for model in group.models for path in names.values()):
+    if not all(path in model.files for group in groups for model in group.models for path in paths.values()):
         return None
-    return _differing(
-        groups, {name: lambda model, path=path: _short(_hash(model, path)) for name, path in names.items()}
-    )
+    return _differing(groups, lambda model: {name: _hash(model, path) for name, path in paths.items()})
 
 
 def _hash(model: Model, path: str) -> str:
-    """Return the MD5 of a file in DVC's cache, which is its path there."""
+    """Return the first digits of the MD5 of a file in DVC's cache, which is its path there."""
     found = model.files[path]
-    return f"{found.parent.name}{found.name}"
+    return f"{found.parent.name}{found.name}"[:SHORT_ID]
 
 
-def _short(md5: str | None) -> str | None:
-    return md5[:SHORT_ID] if md5 else None
-
-
-def _differing(groups: Sequence[Group], values: Mapping[str, Callable[[Model], str | None]]) -> list[Differing]:
+def _differing(groups: Sequence[Group], values_of: Callable[[Model], Mapping[str, str]]) -> list[Differing]:
     """Return the values that are not the same in all groups; several of one group are separated by commas."""
+    values = [[values_of(model) for model in group.models] for group in groups]
     rows = []
-    for name, value in values.items():
-        of_groups = [list(dict.fromkeys(map(value, group.models))) for group in groups]
+    for name in sorted({name for group in values for one in group for name in one}):
+        of_groups = [list(dict.fromkeys(one.get(name) for one in group)) for group in values]
         if len({tuple(map(as_number, found)) for found in of_groups}) > 1:
             rows.append(Differing(name, [_joined(found) for found in of_groups]))
     return rows

@@ -157,7 +157,7 @@ def _of_lock(sources: Sources, text: str, *, label: str, experiment: Experiment 
     hashes = _all_files(sources, lock.outputs)
     if WEIGHTS not in hashes:
         raise UserError(
-            f"{label}: found no listing of {TRAIN} in DVC's cache; {_fetch(experiment and experiment.name)}"
+            f"{label}: found no listing of {TRAIN} in DVC's cache; {_fetch(experiment.name if experiment else None)}"
         )
     model_md5 = hashes[WEIGHTS]
     runs = runs_of(sources, experiment) if experiment else sources.runs_of_model(model_md5)
