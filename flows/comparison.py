@@ -11,7 +11,7 @@ from flows.lineage import as_number
 from flows.stored_models import DATASET, SEED, SHORT_ID, file_of, seeds_command
 from pipeline.artifacts import HISTORY, NORMALIZE, SELECTED_COLUMN, TRAIN, read_csv, read_json
 from pipeline.comparison.models import ModelComparison, Verdict, compare_models
-from pipeline.comparison.pairing import Candidate, pair
+from pipeline.comparison.pairing import pair
 from pipeline.comparison.recipes import compare_recipes
 from pipeline.core.errors import UserError
 from pipeline.reporting.comparison import Against, Differing
@@ -102,16 +102,11 @@ def _too_few(group: Group) -> str:
 
 def _against(a: Group, b: Group, *, models: tuple[Model, Model], level: float) -> Against:
     """Return the answers about A and one other group; the question about recipes has a reason if it has no answer."""
-    candidates: dict[str, Candidate] = {}
-
-    def of(model: Model) -> Candidate:
-        return candidates.setdefault(model.label, candidate(model))
-
-    model = compare_models(pair(*map(of, models)), level=level)
+    model = compare_models(pair(*map(candidate, models)), level=level)
     few = next((group for group in (a, b) if len(group.models) < 2), None)
     if few:
         return Against(model, None, recipe_reason=_too_few(few))
-    pairing = pair(*map(of, (*a.models, *b.models)))
+    pairing = pair(*map(candidate, (*a.models, *b.models)))
     correct = np.array([each.is_correct for each in pairing.models])
     recipe = compare_recipes(correct[: len(a.models)], correct[len(a.models) :], level=level)
     return Against(model, recipe)

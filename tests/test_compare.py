@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,12 @@ def test_groups_of_seeds_are_compared_as_recipes_and_by_their_best_models(projec
     assert {row.what: row.values for row in found.parameters} == {"train.epochs": ["9", "1"]}
     assert compare_groups([a, b], level=0.05, question="model").question == "model"
     assert "3 seeds; the best on validation is seed 2" in compare_text.as_text(found)
+
+
+def test_models_of_the_same_name_are_told_apart(project: Path) -> None:
+    good, poor = groups(project, "good", "poor")
+    [a], [b] = ([replace(model, label="digits seed=0") for model in group.models] for group in (good, poor))
+    assert compare_groups([Group("digits", (a,)), Group("digits", (b,))], level=0.05).exit_status == 0
 
 
 def test_a_single_seed_leaves_the_question_about_recipes_open(project: Path) -> None:
