@@ -65,18 +65,23 @@ def _value(value: object) -> str:
     return "null" if value is None else escape_control_chars(str(value))
 
 
-def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the rows as lines of at most WIDTH columns, with the second column aligned; links are not broken."""
+def aligned(rows: Sequence[tuple[str, str]], *, width: int = WIDTH) -> list[str]:
+    """Return the rows as lines of at most `width` columns, with the second column aligned; links are not broken."""
     indent = max(len(name) for name, _ in rows) + GAP
     lines = []
     for name, value in rows:
-        parts = [
-            part
-            for line in value.splitlines()
-            for part in textwrap.wrap(line, WIDTH - indent, break_long_words=False, break_on_hyphens=False)
-        ]
+        parts = wrapped(value, width=width - indent)
         lines += [f"{name if number == 0 else '':<{indent}}{part}" for number, part in enumerate(parts)]
     return lines
+
+
+def wrapped(text: str, *, width: int = WIDTH) -> list[str]:
+    """Return the lines of a text, broken between words so that they have at most `width` columns."""
+    return [
+        part
+        for line in text.splitlines()
+        for part in textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+    ]
 
 
 def command_lines(commands: Sequence[tuple[str, str]]) -> list[str]:

@@ -42,6 +42,7 @@ ONLY_IN = {
     "mlflow": {
         f"pipeline/tracking/{name}.py"
         for name in (
+            "comparisons",
             "experiments",
             "logger",
             "models",
@@ -58,9 +59,11 @@ ONLY_IN = {
             "views",
         )
     },
-    "jinja2": {"pipeline/reporting/page.py"},
+    "jinja2": {"pipeline/reporting/template.py"},
     "matplotlib": {
+        "pipeline/reporting/comparison_figures.py",
         "pipeline/reporting/figures.py",
+        "pipeline/reporting/svg.py",
         "pipeline/figures.py",
         "pipeline/training/curves.py",
         "pipeline/evaluation/plots.py",

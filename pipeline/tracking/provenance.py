@@ -25,6 +25,7 @@ from pipeline.tracking.run_title import RunSetup
 COMMIT = "mlflow.source.git.commit"
 NOTE = "mlflow.note.content"  # tag with the description of a run
 REPRODUCES = "reproduces"  # tag of a run that reproduces another run: the id of that run
+COMPARISON = "comparison"  # tag of a run that compares models and made none: what it has found
 # prefix of the tags `flow_run.<id>` = DVC experiment: one for each flow run that made the model or had a cache hit
 FLOW_RUN = "flow_run."
 EXPERIMENT = "dvc.experiment"
