@@ -4,7 +4,7 @@ import base64
 import io
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score, log_loss
 
+from pipeline.comparison import models
 from pipeline.comparison.models import Difference, ModelComparison, compare_models
 from pipeline.comparison.pairing import Candidate, pair
 from pipeline.comparison.recipes import RecipeComparison, compare_recipes
@@ -64,6 +65,14 @@ def predictions(accuracy: float, *, seed: int, numbers: Sequence[int] = range(NU
 A, B, C = predictions(0.9, seed=1), predictions(0.7, seed=2), predictions(0.88, seed=3, numbers=range(20, NUMBER))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_draws() -> Iterator[None]:
+    """Draw less often for the intervals by bootstrap, on which no test depends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "RESAMPLES", 100)
+        yield
+
+
 @pytest.fixture(scope="module")
 def comparison() -> ModelComparison:
     return compare_models(pair(Candidate("A", A), Candidate("B", B)))
@@ -71,8 +80,8 @@ def comparison() -> ModelComparison:
 
 @pytest.fixture(scope="module")
 def recipes() -> RecipeComparison:
-    models = [[predictions(accuracy, seed=seed).is_correct for seed in range(4)] for accuracy in (0.9, 0.7)]
-    return compare_recipes(*map(np.array, models))
+    correct = [[predictions(accuracy, seed=seed).is_correct for seed in range(4)] for accuracy in (0.9, 0.7)]
+    return compare_recipes(*map(np.array, correct))
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +211,8 @@ def test_what_differs_is_shown_as_different_same_or_unknown(made: ComparisonPage
 
 
 def test_the_page_has_the_answers_in_the_words_of_the_terminal(made: ComparisonPage) -> None:
-    models = [replace(model, label=name) for model, name in zip(made.models, ("one", "two", "three"), strict=True)]
-    words = re.sub(r"\s+", " ", Page(render(replace(made, models=models))).text)
+    named = [replace(model, label=name) for model, name in zip(made.models, ("one", "two", "three"), strict=True)]
+    words = re.sub(r"\s+", " ", Page(render(replace(made, models=named))).text)
     for against, b in zip(made.against, ("two", "three"), strict=True):
         answer = model_verdict(against.model, a="one", b=b)
         assert re.sub(r"\s+", " ", str(answer)) in words
