@@ -26,6 +26,7 @@ from pipeline.reporting.verdict import (
     recipe_verdict,
 )
 
+MAX_NAME_LENGTH = 80  # in an answer
 MAX_CHANGED_LISTED = 300  # in the table of the images that only one model gets right
 # the metrics in the table: key, name, whether it is a fraction, whether it is better if higher
 METRICS = (
@@ -148,12 +149,8 @@ def render(page: ComparisonPage) -> str:
     )
 
 
-def answers(page: ComparisonPage) -> list[tuple[str, list[Answer]]]:
-    """Return each question with its answers for A and each of the other models, with the names as they are."""
-    return _answers(page, [each.label for each in page.models])
-
-
 def _answers(page: ComparisonPage, names: Sequence[str]) -> list[tuple[str, list[Answer]]]:
+    """Return each question with its answers for A and each of the other models, which have these names."""
     models, recipes = list[Answer](), list[Answer]()
     for each, b in zip(page.against, names[1:], strict=True):
         models.append(model_verdict(each.model, a=names[0], b=b, reason=each.model_reason))
@@ -163,12 +160,18 @@ def _answers(page: ComparisonPage, names: Sequence[str]) -> list[tuple[str, list
 
 def _questions(page: ComparisonPage) -> list[tuple[str, list[tuple[Answer, Markup]]]]:
     """Return each question with its answers, and the claim of each as markup in which the names are isolated."""
-    names = [Markup("<bdi>{}</bdi>").format(label(each.label)) for each in page.models]
+    names = [_short_name(each.label) for each in page.models]
     places = [f"{{{index}}}" for index in range(len(names))]  # the claims name the models {0}, {1}, …
     return [
         (question, [(each, Markup(each.claim).format(*names)) for each in found])  # noqa: S704  # only places
         for question, found in _answers(page, places)
     ]
+
+
+def _short_name(name: str) -> Markup:
+    """Return a name as markup, the end of a long one only as a tooltip: the page lists the whole names besides."""
+    short = name if len(name) <= MAX_NAME_LENGTH else f"{name[:MAX_NAME_LENGTH].rstrip()}…"
+    return Markup('<bdi title="{}">{}</bdi>').format(label(name), label(short))
 
 
 def _letter(index: int) -> str:
@@ -191,10 +194,10 @@ def _pair(page: ComparisonPage, against: Against, *, b: str, rows: Mapping[str, 
 
 
 def _classes(model: ModelComparison) -> list[tuple[ClassDifference, Verdict]]:
-    """Return each class with what is said of A at the level of the comparison."""
+    """Return each class with what is said of A at the level of the comparison; that of the lowest p-value first."""
     return [
         (each, verdict_of(each.recall_a - each.recall_b, is_shown=each.corrected_p_value <= model.level))
-        for each in model.classes
+        for each in sorted(model.classes, key=lambda each: each.p_value)
     ]
 
 

@@ -33,8 +33,8 @@ def advantages(comparison: ModelComparison, *, a: str, b: str, name: str) -> Mar
             upper.fill_between([-size, size], -0.36, 0.36, color=MUTED, alpha=0.22, linewidth=0)
         _draw_rows(upper, fractions, label="points")
         _draw_rows(lower, losses, label="nats")
-        for place, title in (("left", f"← {b} better"), ("right", f"{a} better →")):
-            upper.set_title(title, loc=place, fontsize=9, color=MUTED)
+        upper.set_title(f"← {b} better", loc="left", fontsize=9, color=MUTED)
+        upper.set_title(f"{a} better →", loc="right", fontsize=9, color=MUTED)
         values = "; ".join(f"{each[0]}: {_in_words(each)}" for each in (*fractions, *losses))
         text = f"How far {a} is ahead of {b}, in points and for the loss in nats: {values}."
         return to_svg(figure, name=name, text=text)
