@@ -18,11 +18,13 @@ from flows.lineage import Sources, trace
 from flows.reports import reports_without
 from pipeline.comparison import models
 from pipeline.core.errors import UserError
+from pipeline.params import PARAMS_FILE, load_params
 from pipeline.tracking import registry
 from pipeline.tracking.provenance import HIDDEN
 from pipeline.tracking.search import find_runs_of_model
-from pipeline.tracking.seeds import Child, seeds_run
+from pipeline.tracking.seeds import seeds_run
 from pipeline.tracking.store import connect
+from tests.conftest import PROJECT
 from tests.planted_models import NUM_IMAGES, plant, right_on, start_project
 
 GOOD, POOR = right_on(0, 360), right_on(40, 320)  # of 400 images: 90 %, and 70 %
@@ -281,9 +283,12 @@ def test_runs_are_found_by_name_and_short_id_and_an_ambiguous_name_is_refused(re
 
 def test_the_parent_of_several_seeds_is_a_recipe(recorded: Path) -> None:
     both = [find_models(recorded, name).models[0] for name in ("good", "poor")]
-    found = [Child(seed, model.run_id, str(model.experiment), model.model_md5) for seed, model in enumerate(both)]
-    with seeds_run(experiment="digits", title="both", seeds=[0, 1], command_md5="0", params={}, values={}) as parent:
-        parent.record_children([(child, {}) for child in found])
+    rows = [
+        {"seed": seed, "experiment": model.experiment, "model_md5": model.model_md5} for seed, model in enumerate(both)
+    ]
+    download = load_params(PROJECT / PARAMS_FILE).download
+    with seeds_run(data_params=download, title="both", seeds=[0, 1], command_md5="0", params={}, values={}) as parent:
+        parent.record_children(rows)
     group = find_models(recorded, "both")
     assert (group.is_recipe, group.seeds, group.run_id) == (True, ("0", "1"), parent.run_id)
     assert [model.experiment for model in group.models] == ["good", "poor"]
