@@ -53,6 +53,11 @@ def distance(difference: float) -> str:
     return f"{100 * abs(difference):.1f}"
 
 
+def probability(value: float) -> str:
+    """Return a p-value with its sign of equality: `= 0.031`, or `< 0.001` for smaller ones."""
+    return f"<{NO_BREAK_SPACE}0.001" if value < 0.001 else f"={NO_BREAK_SPACE}{value:.2g}"
+
+
 def duration(seconds: float | None) -> str:
     """Return a duration in the largest fitting unit."""
     if seconds is None:
