@@ -52,6 +52,7 @@ ONLY_IN = {
             "retention",
             "runs",
             "search",
+            "seeds",
             "served_model",
             "store",
             "views",
