@@ -52,7 +52,7 @@ def main(flow: TrainClassifier) -> None:
         check_recording(tracking_uri(PROJECT))
         check_connection(tracking_uri(PROJECT))
         leave_failure_to_caller()
-        with temporary_settings(_server_settings(ensure_server())):
+        with temporary_settings(server_settings(ensure_server())):
             values = Overrides.model_validate(overrides)
             state: State[Summary] = flow(arguments.recipe, values, arguments.keep_workspace, return_state=True)
             status = report(state, recipe=arguments.recipe, images=arguments.images, overrides=arguments.overrides)
@@ -119,7 +119,7 @@ def _images_folder(text: str) -> str:
     return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
 
 
-def _server_settings(server: PrefectServer) -> dict[Any, Any]:
+def server_settings(server: PrefectServer) -> dict[Any, Any]:
     """Return Prefect's settings for the flow run; the address of its page, which Prefect logs, has no password."""
     settings = {PREFECT_API_URL: server.api_url}
     if server.source is None or redact_url(server.api_url) != server.api_url:
@@ -140,7 +140,7 @@ def report(state: State[Any], *, recipe: str, images: str | None = None, overrid
         )
         return EXIT_INTERRUPTED
     error = state.result(raise_on_failure=False)
-    status = _exit_status(error)
+    status = exit_status(error)
     page = redact_url(url_for("flow-run", obj_id=state.state_details.flow_run_id) or "unknown")
     remedy = "correct that, then run" if status == EXIT_USER else "run"
     print(f"error: {error or state.message}", file=sys.stderr)
@@ -149,7 +149,7 @@ def report(state: State[Any], *, recipe: str, images: str | None = None, overrid
     return status
 
 
-def _exit_status(error: object) -> int:
+def exit_status(error: object) -> int:
     """Return the exit status for the error of a failed flow run."""
     if isinstance(error, UserError) or (isinstance(error, StepError) and error.status == EXIT_USER):
         return EXIT_USER

@@ -23,6 +23,7 @@ from flows.flow_run import (
     summarize,
 )
 from flows.form import Overrides, Recipe
+from flows.promotion_step import promote_experiment
 from flows.summary import Step, Summary
 from flows.workspace import Workspace
 
@@ -84,6 +85,7 @@ def train_classifier(
     recipe: Recipe = DEFAULT_RECIPE,
     overrides: Overrides = Overrides(),  # noqa: B008  (it is frozen)
     keep_workspace: bool = False,
+    promote: bool = False,
 ) -> State[Summary]:
     """Train and evaluate a classifier in a clone of the checkout, and save it as a DVC experiment.
 
@@ -91,6 +93,7 @@ def train_classifier(
         recipe: a name from recipes/; each file there is one way to train.
         overrides: values that replace the recipe's, as {"train.epochs": 3}.
         keep_workspace: keep the clone of a failed run in .dvc/tmp/kept/.
+        promote: let the model become the champion, if it is better (python -m flows.promote).
     """
     start = time.monotonic()
     try:
@@ -104,7 +107,7 @@ def train_classifier(
             steps = [state.result() for state in (downloaded, normalized, trained, evaluated)]
             report = make_report(workspace, steps)
             summary = summarize(workspace, steps, mlflow_run_id=mlflow_run_id, report=report, start=start)
-        return Completed(data=summary)
+        return Completed(data=summary, message=promote_experiment(summary.experiment) if promote else None)
     except EXPECTED_ERRORS as error:
         return Failed(message=str(error), data=error)
     except KeyboardInterrupt:

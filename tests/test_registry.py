@@ -1,14 +1,10 @@
 """MLflow's model registry: one version for each model and test split, with aliases and tags."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mlflow
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.core.errors import UserError
 from pipeline.tracking import registry
 from pipeline.tracking.store import connect
 
@@ -54,7 +50,5 @@ def test_a_model_is_one_version_for_each_test_split(run_id: str) -> None:
 def test_a_version_that_exists_gets_only_the_tags_that_it_lacks(run_id: str) -> None:
     register(run_id)
     tags = {"accuracy": "0.1", "title": "digits lr=1"}
-    again = registry.register_version(
-        name="digits", run_id=run_id, model_md5="a" * 32, test_md5="b" * 32, tags=tags
-    )
+    again = registry.register_version(name="digits", run_id=run_id, model_md5="a" * 32, test_md5="b" * 32, tags=tags)
     assert (again.tags["accuracy"], again.tags["title"]) == ("0.9", "digits lr=1")
