@@ -1,8 +1,8 @@
 """The flow `promote`: decide whether an evaluated model becomes the champion of its data set; and its command line.
 
 `python -m flows.promote [CHALLENGER] [--dataset NAME] [--dry-run | --rollback | --history | --at DATE]`. CHALLENGER:
-number of a version, DVC experiment, id or name of an MLflow run; by default the newest version that is not the champion.
-Exit status: 0 promoted or unchanged, 3 refused, 2 a mistake to fix, 75 another try may help.
+number of a version, DVC experiment, id or name of an MLflow run; by default the newest version that is not the
+champion. Exit status: 0 promoted or unchanged, 3 refused, 2 a mistake to fix, 75 another try may help.
 """
 
 import argparse

@@ -4,18 +4,19 @@ import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from flows.candidates import Model
+from flows.champion_ref import champion_commit
 from flows.file_lock import hold_promotion
 from flows.promotion_change import Pending, carry_out, complete, read_pending
 from flows.promotion_ledger import Change, charge, history, now, read_looks
 from flows.promotion_models import (
     NotComparableError,
     champion_on,
-    check_commit,
-    commit_of,
     describe,
+    known_commit,
     model_of,
     pair_on,
     read_test_split,
@@ -92,11 +93,12 @@ def promote_version(project: Path, challenger: Version, *, params: Params, is_dr
             log("an interrupted promotion is not complete; the next one completes it first")
         return replace(_decide(_open(project, challenger, params=params), charges=False)[0], is_dry_run=True)
     with hold_promotion(project, name, command="a promotion", on_wait=log):
-        for line in complete(project, name, commit_of=commit_of(project)):
+        for line in complete(project, name, commit_of=partial(known_commit, project)):
             log(line)
         contest = _open(project, challenger, params=params)
-        commit = check_commit(challenger, contest.model) if contest.model else ""
-        if contest.model:
+        commit = None
+        if model := contest.model:  # without a commit, the champion could not be checked out
+            commit = champion_commit(project, model_md5=model.model_md5, experiment=model.experiment)
             set_alias(name, CHALLENGER, challenger.number)
         result, look = _decide(contest, charges=True)
         champion = result.champion.number if result.champion else None
@@ -158,7 +160,7 @@ def _before_look(contest: _Contest, looks: list[Look]) -> tuple[Decision | LookA
     return found, test
 
 
-def _pending(result: Result, *, look: Look | None, commit: str) -> Pending:
+def _pending(result: Result, *, look: Look | None, commit: str | None) -> Pending:
     """Return all that the steps of a decision need."""
     version, champion, decision, time = result.challenger, result.champion, result.decision, now()
     assert decision
@@ -198,7 +200,7 @@ def roll_back(project: Path, name: str, *, log: Log) -> Change:
     The former champion becomes `previous`. Raises UserError where there is no such version, or no commit has its model.
     """
     with hold_promotion(project, name, command="a rollback", on_wait=log):
-        for line in complete(project, name, commit_of=commit_of(project)):
+        for line in complete(project, name, commit_of=partial(known_commit, project)):
             log(line)
         champion, previous = version_of_alias(name, CHAMPION), version_of_alias(name, PREVIOUS)
         if previous is None or champion is None:
@@ -212,10 +214,10 @@ def roll_back(project: Path, name: str, *, log: Log) -> Change:
             time=now(),
             version=previous.number,
             model_md5=previous.model_md5,
-            commit=known or check_commit(previous, model_of(project, previous)),
+            commit=known or champion_commit(project, model_md5=previous.model_md5),
             reason=f"rolled back from version {champion.number}",
             previous=champion.number,
         )
-        pending = Pending(version=champion.number, tags={DECISION: f"rolled back to {previous.number}"}, change=change)
+        pending = Pending(version=previous.number, tags={DECISION: f"promoted: {change.reason}"}, change=change)
         carry_out(project, name, pending, champion=champion.number)
         return change

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flows.champion_ref import read_champion_ref, remove_champion_ref, write_champion_ref
+from flows.champion_ref import read_ref, write_ref
 from flows.promotion_ledger import Change, history, now, record_result, write_change
 from pipeline.comparison.promotion import Look
 from pipeline.core.errors import TemporaryError
@@ -97,7 +97,7 @@ def _repeat_steps(project: Path, name: str, pending: Pending) -> None:
     if pending.look:
         record_result(name, pending.test_md5, pending.look, pending.look.result)
     if change:
-        _write_ref(project, name, change.commit)
+        write_ref(project, name, change.commit)
         write_change(name, change)
     remove_tag(name, PENDING)
 
@@ -142,18 +142,10 @@ def _follow_alias(project: Path, name: str, *, commit_of: Callable[[Version], st
         write_change(name, last)
         yield f"recorded that the champion is {f'version {number}' if number else 'removed'}: {MOVED}"
     commit = last.commit if last else None
-    if read_champion_ref(project, name) == commit:
+    if read_ref(project, name) == commit:
         return
     if commit and find_commit(project, commit) is None:
         yield f"git has no commit {commit}, which has the champion's dvc.lock; `git fetch` or `dvc exp pull` brings it"
         return
-    _write_ref(project, name, commit)
+    write_ref(project, name, commit)
     yield f"set the git ref of the champion to {commit}" if commit else "removed the git ref: no commit is known"
-
-
-def _write_ref(project: Path, name: str, commit: str | None) -> None:
-    """Let the git ref of the champion point to a commit, or remove it where no commit is known."""
-    if commit:
-        write_champion_ref(project, name, commit)
-    else:
-        remove_champion_ref(project, name)

@@ -3,14 +3,15 @@
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from flows.candidates import Group, Model, candidate, find_models
+from flows.champion_ref import champion_commit
 from flows.stored_models import Split, file_of
 from flows.workspace import existing_store
 from pipeline.arrays import DatasetInfo
@@ -99,43 +100,16 @@ def _registered(model: Model, *, text: str, dataset: str | None) -> Version:
 
 
 def model_of(project: Path, version: Version) -> Model:
-    """Return the model of a version, with its files in DVC's cache.
-
-    Where no experiment made it, it may be the model that the checkout has committed.
-    """
-    model = find_models(project, version.uri).models[0]
-    if model.commit is None:
-        with suppress(UserError):
-            committed = find_models(project, "HEAD").models[0]
-            if (committed.model_md5, committed.test_md5) == (version.model_md5, version.test_md5):
-                return committed
-    return model
+    """Return the model of a version, with its files in DVC's cache."""
+    return find_models(project, version.uri).models[0]
 
 
-def commit_of(project: Path) -> Callable[[Version], str | None]:
-    """Return a function that returns the git commit with the `dvc.lock` of a version, None where it is unknown."""
-
-    def find(version: Version) -> str | None:
-        try:
-            return model_of(project, version).commit
-        except UserError:
-            return None
-
-    return find
-
-
-def check_commit(version: Version, model: Model) -> str:
-    """Return the commit with the model's `dvc.lock`; raises UserError where git has none, so it cannot be checked out.
-
-    A champion must be one that colleagues can check out, whose commit is therefore needed.
-    """
-    if model.commit is None:
-        raise UserError(
-            f"{version.name} version {version.number}: no commit or experiment in this repository has its dvc.lock, so "
-            "nobody could check it out; commit dvc.lock, or bring the experiment by `dvc exp pull`; then run the same "
-            "command again"
-        )
-    return model.commit
+def known_commit(project: Path, version: Version) -> str | None:
+    """Return the git commit with the `dvc.lock` of a version, or None where it is unknown here."""
+    try:
+        return champion_commit(project, model_md5=version.model_md5)
+    except UserError:
+        return None
 
 
 def describe(model: Model, *, params: Params) -> Challenger:

@@ -5,15 +5,17 @@ with as many errors as a test asks for.
 """
 
 import json
-import subprocess
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from mlflow import MlflowClient
 from ruamel.yaml import YAML
 
+from flows.promotion import promote_version
 from pipeline.artifacts import bytes_md5
 from pipeline.core.git import git
 from pipeline.evaluation.predictions import Predictions, split_md5, write_predictions
@@ -22,6 +24,8 @@ from pipeline.models.config import ModelConfig
 from pipeline.models.files import save_config, save_weights
 from pipeline.parquet import write_files
 from pipeline.tracking.registry import Version, register_version
+from pipeline.tracking.store import connect
+from tests.conftest import PROJECT, params, start_repository
 
 NAME = "digits"
 SIZES = {"train": 20, "validation": 400, "test": 2000}
@@ -177,14 +181,23 @@ def _register(title: str, *, model_md5: str, test: Predictions, name: str) -> Ve
     )
 
 
-def start_project(folder: Path, *, files: Mapping[str, bytes]) -> Path:
-    """Make an empty project with these files in a git repository."""
-    (folder / ".dvc").mkdir(parents=True)
-    (folder / ".dvc/config").touch()
-    (folder / ".gitignore").write_text("mlflow.db*\n.dvc/cache\n.dvc/tmp\n")
-    for path, content in files.items():
-        (folder / path).write_bytes(content)
-    for command in (["init", "-q"], ["add", "."], ["config", "user.name", "t"], ["config", "user.email", "t@t"]):
-        subprocess.run(["git", *command], cwd=folder, check=True)
-    subprocess.run(["git", "commit", "-qm", "Start"], cwd=folder, check=True)
-    return folder
+def make_contest(folder: Path, mlflow_store: Path) -> Path:
+    """Make the folder `project` with a good, a better and a similar model, of which the first is the champion."""
+    project = folder / "project"
+    (project / ".dvc").mkdir(parents=True)
+    (project / ".dvc/config").touch()
+    (project / ".gitignore").write_text("mlflow.db*\n.dvc/cache\n.dvc/tmp\n")
+    shutil.copy(PROJECT / "params.yaml", project)
+    shutil.copy(mlflow_store / "mlflow.db", project)
+    start_repository(project)
+    for name in ("user.name", "user.email"):
+        git(project, "config", name, "t")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
+        connect()
+        good = add_model(project, "good", errors=200, seed=0)
+        promote_version(project, good, params=params(), is_dry_run=False, log=print)
+        add_model(project, "better", errors=60, seed=1)
+        add_model(project, "similar", errors=195, seed=2)
+    return project

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows import promotion, promotion_change
-from flows.champion_ref import read_champion_ref
+from flows.champion_ref import read_ref
 from flows.file_lock import hold_promotion
 from flows.promote import parse_arguments, read_time
 from flows.promotion import Result, promote_version, roll_back
@@ -30,22 +30,8 @@ from pipeline.tracking.registry import (
     version_of_alias,
 )
 from pipeline.tracking.store import connect
-from tests.conftest import PROJECT, params
-from tests.promotion_project import NAME, add_model, start_project
-
-
-def make_prepared(folder: Path, mlflow_store: Path) -> None:
-    """Make a project with a good, a better and a slightly better model, of which the first is the champion."""
-    project = start_project(folder / "project", files={"params.yaml": (PROJECT / "params.yaml").read_bytes()})
-    shutil.copy(mlflow_store / "mlflow.db", project)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(project)
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/mlflow.db")
-        connect()
-        good = add_model(project, "good", errors=200, seed=0)
-        assert promote(project, good).decision
-        add_model(project, "better", errors=60, seed=1)
-        add_model(project, "similar", errors=195, seed=2)
+from tests.conftest import params
+from tests.promotion_project import NAME, add_model, make_contest
 
 
 def promote(project: Path, version: Version, *, is_dry_run: bool = False, log: Callable[[str], None] = print) -> Result:
@@ -57,8 +43,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, mlflow_store: Path) -> Pa
     folder = tmp_path_factory.mktemp("promotions")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PREFECT_API_URL", raising=False)
-        make_prepared(folder, mlflow_store)
-    return folder / "project"
+        return make_contest(folder, mlflow_store)
 
 
 @pytest.fixture
@@ -88,7 +73,7 @@ def test_the_first_model_that_passes_the_checks_is_champion(project: Path) -> No
     assert aliases() == {CHAMPION: "1", PREVIOUS: None, CHALLENGER: None}
     [change] = history(NAME)
     assert (change.version, change.previous) == ("1", None)
-    assert read_champion_ref(project, NAME) == change.commit == commit_of("good")
+    assert read_ref(project, NAME) == change.commit == commit_of("good")
 
 
 def test_a_better_model_becomes_champion_by_one_look(project: Path) -> None:
@@ -100,7 +85,7 @@ def test_a_better_model_becomes_champion_by_one_look(project: Path) -> None:
     assert look.result == "promoted"
     record = json.loads(version("2").tags["promote.decision"])
     assert record["figures"]["only_challenger"] == 140
-    assert read_champion_ref(project, NAME) == history(NAME)[0].commit
+    assert read_ref(project, NAME) == history(NAME)[0].commit
 
 
 def test_a_model_that_is_not_better_on_validation_is_refused_without_a_look(project: Path) -> None:
@@ -186,7 +171,7 @@ def test_a_rollback_exchanges_champion_and_previous(project: Path) -> None:
     assert (first.version, second.version) == ("1", "2")
     assert aliases() == {CHAMPION: "2", PREVIOUS: "1", CHALLENGER: None}
     assert [one.version for one in history(NAME)] == ["2", "1", "2", "1"]
-    assert read_champion_ref(project, NAME) == second.commit
+    assert read_ref(project, NAME) == second.commit
 
 
 def test_a_rollback_without_a_previous_champion_is_refused(project: Path) -> None:
@@ -199,9 +184,7 @@ def test_an_alias_that_was_moved_in_mlflow_is_recorded_and_the_ref_follows(proje
     promote(project, version("3"))
     assert history(NAME)[0].reason == promotion_change.MOVED
     assert (history(NAME)[0].version, aliases()[PREVIOUS]) == ("2", "1")
-    assert read_champion_ref(project, NAME) == git(
-        project, "for-each-ref", "--format=%(objectname)", "refs/exps/*/*/better"
-    )
+    assert read_ref(project, NAME) == git(project, "for-each-ref", "--format=%(objectname)", "refs/exps/*/*/better")
 
 
 def test_a_champion_that_another_machine_has_changed_meanwhile_stays(
