@@ -31,7 +31,7 @@ from flows.summary import Step, Summary, read_summary
 from flows.summary_page import as_markdown, as_title
 from flows.ui import mlflow_page
 from flows.workspace import Keep, Workspace, open_workspace
-from pipeline.artifacts import BEST_WEIGHTS, TRAIN, file_md5
+from pipeline.artifacts import BEST_WEIGHTS, TRAIN
 from pipeline.core.errors import EXIT_TEMPORARY, TemporaryError, UserError, redact_url
 from pipeline.core.processes import call_at_parent_end
 from pipeline.core.yaml import dump_yaml
@@ -164,18 +164,25 @@ def split_untracked(files: Sequence[str]) -> tuple[list[str], list[str]]:
     return code, [name for name in files if name not in code]
 
 
-def save(workspace: Workspace) -> str | None:
+def save(workspace: Workspace, steps: Sequence[Step]) -> str | None:
     """Save the files as a DVC experiment, and return the id of the MLflow run that made the model, or None.
 
-    The run is looked up in MLflow where the model came from DVC's cache, or where the stage's code is too old to report
-    its run.
+    The run is looked up in MLflow, and its model registered, where the evaluation came from DVC's cache, or where the
+    stage's code is too old to report its run.
     """
-    model = workspace.folder / TRAIN / BEST_WEIGHTS
-    if workspace.mlflow_run_id or not model.exists():
+    has_registered = any(step.stage == "evaluate" and step.outcome == "ran" for step in steps)
+    if (workspace.mlflow_run_id and has_registered) or not (workspace.folder / TRAIN / BEST_WEIGHTS).exists():
         workspace.save(on_line=log)
         return workspace.mlflow_run_id
     # in a separate process, since MLflow's store is global to a process; it imports MLflow (2 s) while DVC saves
-    command = [sys.executable, "-m", "flows.model_use", file_md5(model), str(runtime.flow_run.id), workspace.experiment]
+    command = [
+        sys.executable,
+        "-m",
+        "flows.model_use",
+        str(workspace.folder),
+        str(runtime.flow_run.id),
+        workspace.experiment,
+    ]
     with subprocess.Popen(
         command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as lookup:
@@ -187,10 +194,12 @@ def save(workspace: Workspace) -> str | None:
             raise
     if lookup.returncode or "warning: " in problem:
         reason = problem.strip() or f"the look-up ended with exit status {lookup.returncode}"
-        get_run_logger().warning("the MLflow run that made the model is unknown or not tagged: %s", reason)
+        get_run_logger().warning(
+            "the MLflow run that made the model is unknown, not tagged or not registered: %s", reason
+        )
     run_id, _, experiment_id = ids.strip().partition(" ")
-    workspace.mlflow_experiment_id = experiment_id or None
-    return run_id or None
+    workspace.mlflow_experiment_id = experiment_id or workspace.mlflow_experiment_id
+    return run_id or workspace.mlflow_run_id
 
 
 def make_report(workspace: Workspace, steps: Sequence[Step]) -> Path | None:

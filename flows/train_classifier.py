@@ -103,8 +103,8 @@ def train_classifier(
             normalized = normalize(workspace, wait_for=[downloaded])
             trained = train(workspace, wait_for=[normalized])
             evaluated = evaluate(workspace, wait_for=[trained])
-            mlflow_run_id = save(workspace)
             steps = [state.result() for state in (downloaded, normalized, trained, evaluated)]
+            mlflow_run_id = save(workspace, steps)
             report = make_report(workspace, steps)
             summary = summarize(workspace, steps, mlflow_run_id=mlflow_run_id, report=report, start=start)
         return Completed(data=summary, message=promote_experiment(summary.experiment) if promote else None)

@@ -13,6 +13,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import chdir
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from flows.promotion_change import complete, read_pending
 from flows.promotion_ledger import history, read_looks
 from pipeline.tracking.registry import CHAMPION, PREVIOUS, find_versions, version_of_alias
 from pipeline.tracking.store import connect
-from tests.conftest import make_mlflow_store, params
+from tests.conftest import PROJECT, make_mlflow_store, params
 from tests.promotion_project import NAME, make_contest
 
 WRITES = ("INSERT", "UPDATE", "DELETE", "REPLACE")
@@ -115,6 +117,12 @@ def check_agreement(project: Path) -> None:
     assert results == ["promoted"] if was_champion else results in ([], ["unknown"])
 
 
+def start_fork_server() -> None:
+    """Start the process that imports this module once, for all processes that are killed."""
+    with chdir(PROJECT):  # it imports from the current folder
+        forkserver.ensure_running()
+
+
 def run(target: Callable[..., None], project: Path, *, last: int | None = None) -> tuple[int | None, list[str]]:
     """Run in a process of its own, and return its exit status and the points that it has reached."""
     journal = project.parent / f"{project.name}.points"
@@ -147,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.promotion_kills", description=__doc__)
     parser.add_argument("--points", type=int, help="number of points (default: all)")
     arguments = parser.parse_args()
+    start_fork_server()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_mlflow_store(folder)

@@ -30,6 +30,7 @@ from pipeline.tracking.registry import (
     version_of_alias,
 )
 from pipeline.tracking.store import connect
+from tests import promotion_kills
 from tests.conftest import params
 from tests.promotion_project import NAME, add_model, make_contest
 
@@ -295,3 +296,14 @@ def test_a_bad_date_is_refused_and_a_date_alone_is_its_end() -> None:
     assert read_time("2026-11-26").astimezone().hour == 23
     with pytest.raises(UserError, match="--at: found 'yesterday'"):
         read_time("yesterday")
+
+
+@pytest.mark.slow
+def test_everything_agrees_after_a_kill_at_any_point(prepared: Path, tmp_path: Path) -> None:
+    """Kill at 6 points; `python -m tests.promotion_kills` kills at all of them, and in a rollback too."""
+    promotion_kills.start_fork_server()
+    whole = shutil.copytree(prepared, tmp_path / "whole")
+    status, reached = promotion_kills.run(promotion_kills.promote_in, whole)
+    assert (status, len(reached) > 30) == (0, True)
+    for last in promotion_kills.points(len(reached), 6):
+        promotion_kills.kill_at(prepared, tmp_path, target=promotion_kills.promote_in, last=last)

@@ -1,7 +1,7 @@
 """Write and read `predictions.parquet`, from which all figures of an evaluation except the loss can be computed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,25 @@ def split_md5(predictions: Predictions) -> str:
     of images and classes, nor on names, `normalize.image_size` and other parameters that change only pixels: a smaller
     copy of the same test images is the same test split.
     """
-    actual = (predictions.class_names[index] for index in predictions.actual)
-    lines = sorted(f"{each} {name}\n" for each, name in zip(predictions.content_hashes, actual, strict=True))
+    actual = [predictions.class_names[index] for index in predictions.actual]
+    return _split_md5(predictions.content_hashes, actual)
+
+
+def _split_md5(content_hashes: Iterable[str], actual: Iterable[str]) -> str:
+    lines = sorted(f"{each} {name}\n" for each, name in zip(content_hashes, actual, strict=True))
     return bytes_md5("".join(lines).encode())
+
+
+def read_identity(path: Path) -> tuple[str | None, str]:
+    """Return the MD5 of the weights, None if it is unknown, and the `split_md5` of a file of predictions.
+
+    The probabilities are not read. Raises UserError where the file is missing or damaged.
+    """
+    with parquet_reader(path) as file:
+        weights_md5 = (file.schema_arrow.metadata or {}).get(WEIGHTS_MD5_KEY)
+        text = file.read(columns=["content_hash", "actual"])
+        split = _split_md5(text["content_hash"].to_pylist(), text["actual"].to_pylist())
+        return weights_md5.decode() if weights_md5 else None, split
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:
