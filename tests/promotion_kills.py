@@ -1,7 +1,7 @@
 """Kill a promotion by SIGKILL at each of its points, and check that the next start makes everything agree again.
 
 `python -m tests.promotion_kills [--points N]` kills at N points, by default at all, and prints a line for each. A point
-is a moment before the promotion writes: an SQL statement that changes the database, a commit of it, a file that is
+is a moment before the promotion writes: an SQL statement that changes the database, its commit, a file that is
 opened to be written, a rename, or a change of git's refs.
 """
 
@@ -18,6 +18,9 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
+
 from flows.champion_ref import read_ref
 from flows.promotion import promote_version, roll_back
 from flows.promotion_change import complete, read_pending
@@ -30,7 +33,7 @@ from tests.promotion_project import NAME, make_contest
 WRITES = ("INSERT", "UPDATE", "DELETE", "REPLACE")
 FILES = ("os.rename", "os.remove")
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once
-CONTEXT.set_forkserver_preload(["tests.promotion_kills"])
+CONTEXT.set_forkserver_preload(["tests.promotion_project"])
 
 
 class Points:
@@ -38,11 +41,9 @@ class Points:
 
     def __init__(self, last: int | None, journal: Path) -> None:
         self.last, self.journal, self.count = last, journal.open("a", buffering=1), 0
-        from sqlalchemy import event  # noqa: PLC0415
-        from sqlalchemy.engine import Engine  # noqa: PLC0415
-
+        self.has_written = False  # since the last commit
         event.listen(Engine, "before_cursor_execute", self._statement)
-        event.listen(Engine, "commit", lambda *_: self.reach("commit"))
+        event.listen(Engine, "commit", self._commit)
         sys.addaudithook(self._audit)
 
     def reach(self, what: str) -> None:
@@ -54,13 +55,19 @@ class Points:
     def _statement(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         if statement.lstrip().upper().startswith(WRITES):
             self.reach(" ".join(statement.split()[:3]))
+            self.has_written = True
 
-    def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in FILES:
-            self.reach(f"{event} {arguments[:2]!r:.100}")
-        elif event == "subprocess.Popen" and "update-ref" in arguments[1]:
+    def _commit(self, _connection: Any) -> None:
+        if self.has_written:
+            self.reach("commit")
+            self.has_written = False
+
+    def _audit(self, name: str, arguments: tuple[Any, ...]) -> None:
+        if name in FILES:
+            self.reach(f"{name} {arguments[:2]!r:.100}")
+        elif name == "subprocess.Popen" and "update-ref" in arguments[1]:
             self.reach("git update-ref")
-        elif event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        elif name == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
             self.reach(f"open {arguments[0]!r:.60} {arguments[1]}")
 
 

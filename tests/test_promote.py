@@ -3,13 +3,17 @@
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
 
-from flows import promotion, promotion_change
+import flows.promote
+from flows import promotion, promotion_change, promotion_step
 from flows.champion_ref import read_ref
 from flows.file_lock import hold_promotion
 from flows.promote import parse_arguments, read_time
@@ -19,6 +23,7 @@ from flows.promotion_models import choose_name, find_challenger
 from flows.promotion_page import as_markdown, as_text, headline, history_table
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.git import git
+from pipeline.core.yaml import read_yaml
 from pipeline.tracking.registry import (
     CHALLENGER,
     CHAMPION,
@@ -31,7 +36,7 @@ from pipeline.tracking.registry import (
 )
 from pipeline.tracking.store import connect
 from tests import promotion_kills
-from tests.conftest import params
+from tests.conftest import PROJECT, params
 from tests.promotion_project import NAME, add_model, make_contest
 
 
@@ -296,6 +301,30 @@ def test_a_bad_date_is_refused_and_a_date_alone_is_its_end() -> None:
     assert read_time("2026-11-26").astimezone().hour == 23
     with pytest.raises(UserError, match="--at: found 'yesterday'"):
         read_time("yesterday")
+
+
+def test_a_training_states_what_its_promotion_decided_and_never_fails_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    states: Iterator[State[Any] | None] = iter(
+        [Completed(message="digits version 2 refused: x"), Failed(message="MLflow does not answer"), None]
+    )
+
+    def promote(*_: object, **__: object) -> State[Any]:
+        if state := next(states):
+            return state
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(flows.promote, "promote", promote)
+    monkeypatch.setattr(promotion_step, "warn", warnings.append)
+    messages = [promotion_step.promote_experiment("digits-1") for _ in range(3)]
+    assert messages == ["digits version 2 refused: x", *warnings]
+    assert warnings == [f"the promotion failed: {reason}" for reason in ("MLflow does not answer", "a defect")]
+
+
+def test_the_nightly_deployment_promotes_and_the_one_for_people_does_not() -> None:
+    deployments = {one["name"]: one.get("parameters", {}) for one in read_yaml(PROJECT / "prefect.yaml")["deployments"]}
+    assert deployments["nightly"]["promote"] is True
+    assert "promote" not in deployments["on-demand"]
 
 
 @pytest.mark.slow
