@@ -21,6 +21,7 @@ from flows.promotion import Result, promote_version, roll_back
 from flows.promotion_ledger import champion_at, history, read_looks
 from flows.promotion_models import choose_name, find_challenger
 from flows.promotion_page import as_markdown, as_text, headline, history_table
+from pipeline.comparison.promotion import after_look, before_look
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.git import git
 from pipeline.core.yaml import read_yaml
@@ -196,11 +197,10 @@ def test_an_alias_that_was_moved_in_mlflow_is_recorded_and_the_ref_follows(proje
 def test_a_champion_that_another_machine_has_changed_meanwhile_stays(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def moved(*arguments: object, **values: object) -> object:
+    def moved(*arguments: Any, **values: Any) -> Any:
         set_alias(NAME, CHAMPION, "3")
         return after_look(*arguments, **values)
 
-    after_look = promotion.after_look
     monkeypatch.setattr(promotion, "after_look", moved)
     with pytest.raises(TemporaryError, match="changed from another machine"):
         promote(project, version("2"))
@@ -211,13 +211,12 @@ def test_of_two_machines_the_last_look_goes_to_neither(project: Path, monkeypatc
     policy = params(promote__max_looks=1)
     other = add_model(project, "lucky", errors=200, validation_errors=10, seed=3)
 
-    def charge_elsewhere(*arguments: object, **values: object) -> object:
+    def charge_elsewhere(*arguments: Any, **values: Any) -> Any:
         found = before_look(*arguments, **values)
         monkeypatch.setattr(promotion, "before_look", before_look)
         promote_version(project, other, params=policy, is_dry_run=False, log=print)
         return found
 
-    before_look = promotion.before_look
     monkeypatch.setattr(promotion, "before_look", charge_elsewhere)
     monkeypatch.setattr(promotion, "hold_promotion", lambda *_, **__: threading.Lock())  # as on another machine
     with pytest.raises(TemporaryError, match="another machine has charged the last look"):
