@@ -53,9 +53,11 @@ def main(flow: TrainClassifier) -> None:
         check_recording(tracking_uri(PROJECT))
         check_connection(tracking_uri(PROJECT))
         leave_failure_to_caller()
-        with temporary_settings(_server_settings(ensure_server())):
+        with temporary_settings(server_settings(ensure_server())):
             values = Overrides.model_validate(overrides)
-            state: State[Any] = flow(arguments.recipe, values, arguments.keep_workspace, seeds, return_state=True)
+            state: State[Any] = flow(
+                arguments.recipe, values, keep_workspace=arguments.keep_workspace, seeds=seeds, return_state=True
+            )
             status = report(state, recipe=arguments.recipe, images=arguments.images, overrides=arguments.overrides)
         kept_clone = KEPT_CLONES / str(state.state_details.flow_run_id)
         if kept_clone.is_dir():
@@ -126,7 +128,7 @@ def _images_folder(text: str) -> str:
     return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
 
 
-def _server_settings(server: PrefectServer) -> dict[Any, Any]:
+def server_settings(server: PrefectServer) -> dict[Any, Any]:
     """Return Prefect's settings for the flow run; the address of its page, which Prefect logs, has no password."""
     settings = {PREFECT_API_URL: server.api_url}
     if server.source is None or redact_url(server.api_url) != server.api_url:

@@ -194,7 +194,7 @@ def _changed_sides(
     yield (
         "right",
         f"{found.both:,} images by both, {found.only_a:,} by {a} only, {found.only_b:,} by {b} only, "
-        f"{found.neither:,} by neither (McNemar's mid-p {probability(found.p_value)})",
+        f"{found.neither:,} by neither (McNemar's exact p {probability(found.p_value)})",
     )
     right_a, right_b = found.pairing.a.is_correct, found.pairing.b.is_correct
     for letter, rows in ((a, right_a & ~right_b), (b, right_b & ~right_a)):

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, model_serialize
 from pydantic.fields import FieldInfo
 
 from flows import PROJECT
-from pipeline.params import RECIPES_FOLDER, SECTIONS
+from pipeline.params import RECIPES_FOLDER, STEPS
 
 NumSeeds = Annotated[int, Field(ge=1)]
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
@@ -69,7 +69,7 @@ else:
         __doc__=_Overrides.__doc__,
         **{
             f"{section}_{name}": _optional(field, name=f"{section}.{name}")
-            for section, model in SECTIONS.items()
+            for section, model in STEPS.items()
             for name, field in model.model_fields.items()
         },
     )

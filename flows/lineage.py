@@ -35,6 +35,7 @@ from pipeline.artifacts import BEST_WEIGHTS, DOWNLOAD, EVALUATE, NORMALIZE, TRAI
 from pipeline.core.errors import TemporaryError, UserError, first_line, redact_url
 from pipeline.core.git import EXCLUDE_OUTPUTS, UNKNOWN, find_commit, git, has_code, read_committed
 from pipeline.core.sqlite import sqlite_path
+from pipeline.params import POLICY
 from pipeline.tracking.provenance import CHANGED_FILES, COMMIT, COMPARISON, FLOW_RUN, REPRODUCES, TRAIN_OUTPUTS
 from pipeline.tracking.provenance_file import with_provenance
 from pipeline.tracking.search import (
@@ -168,10 +169,11 @@ class Sources:
 
 
 def flat_params(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return parameters by section in the form of MLflow's parameters: `{"train.epochs": "20", …}`."""
+    """Return parameters of runs by section in the form of MLflow's parameters: `{"train.epochs": "20", …}`."""
     return {
         f"{section}.{name}": ", ".join(map(redact_url, value)) if isinstance(value, list) else str(value)
         for section, fields in sections.items()
+        if section != POLICY
         for name, value in fields.items()
     }
 

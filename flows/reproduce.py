@@ -26,7 +26,8 @@ from pipeline.artifacts import BEST_WEIGHTS, DOWNLOAD, EVALUATE, NORMALIZE, TRAI
 from pipeline.core.errors import EXIT_TEMPORARY, EXIT_USER, UserError, report_errors
 from pipeline.core.git import UNKNOWN, find_commit, read_committed
 from pipeline.core.yaml import read_yaml
-from pipeline.params import PARAMS_FILE, check_is_folder
+from pipeline.datasets.folder_errors import check_is_folder
+from pipeline.params import PARAMS_FILE
 from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.models import recorded_model_md5
 from pipeline.tracking.provenance import CHANGED_FILES, COMMIT, HARDWARE, REPRODUCES

@@ -255,6 +255,6 @@ def _train(train_one: TrainOne, plan: Plan, seed: int, *, keep_workspace: bool) 
     """
     start, values = datetime.now(UTC), Overrides.model_validate({**plan.overrides, SEED_PARAM: seed})
     while True:
-        state: State[Any] = train_one(plan.recipe, values, keep_workspace, return_state=True)
+        state: State[Any] = train_one(plan.recipe, values, keep_workspace=keep_workspace, return_state=True)
         if state.timestamp >= start:
             return state

@@ -56,7 +56,7 @@ def train_side_by_side(
     caller is interrupted, all runs are canceled.
     """
     defaults = {name: one["default"] for name, one in train_one.parameters.properties.items() if "default" in one}
-    own = {"recipe": plan.recipe, "keep_workspace": keep_workspace, "seeds": 1, "vary_seed": False}
+    own = {"recipe": plan.recipe, "keep_workspace": keep_workspace, "seeds": 1, "vary_seed": False, "promote": False}
     waiting: dict[int, UUID] = {}
     try:
         for seed in seeds:

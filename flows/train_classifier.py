@@ -24,6 +24,7 @@ from flows.flow_run import (
     summarize,
 )
 from flows.form import NumSeeds, Overrides, Recipe
+from flows.promotion_step import promote_experiment
 from flows.seeds import run_seeds
 from flows.seeds_summary import SeedsSummary
 from flows.summary import Step, Summary
@@ -86,9 +87,11 @@ def evaluate(workspace: Workspace) -> State[Step]:
 def train_classifier(
     recipe: Recipe = DEFAULT_RECIPE,
     overrides: Overrides = Overrides(),  # noqa: B008  (it is frozen)
+    *,
     keep_workspace: bool = False,
     seeds: NumSeeds = 1,
     vary_seed: bool = False,
+    promote: bool = False,
 ) -> State[Summary | SeedsSummary]:
     """Train and evaluate a classifier in a clone of the checkout, and save it as a DVC experiment.
 
@@ -98,14 +101,15 @@ def train_classifier(
         keep_workspace: keep the clone of a failed run in .dvc/tmp/kept/.
         seeds: how many times to train, from train.seed on: each a flow run and an experiment of its own.
         vary_seed: set train.seed by the day (UTC) of the scheduled start, so that each night trains another model.
+        promote: let the model become the champion, if it is better (python -m flows.promote).
     """
     start = time.monotonic()
     try:
         values = choose_overrides(overrides, seeds=seeds, vary_seed=vary_seed)
         if seeds > 1:
-            return Completed(
-                data=run_seeds(train_classifier, recipe, values, seeds=seeds, keep_workspace=keep_workspace)
-            )
+            several = run_seeds(train_classifier, recipe, values, seeds=seeds, keep_workspace=keep_workspace)
+            message = promote_experiment(several.best.experiment) if promote else None
+            return Completed(data=several, message=message)
         with open_flow_run(recipe, values, keep="failed" if keep_workspace else "never") as workspace:
             # each task returns a state; wait_for draws the arrows in Prefect's graph
             downloaded = download(workspace)
@@ -116,7 +120,7 @@ def train_classifier(
             mlflow_run_id = save(workspace, steps)
             report = make_report(workspace, steps)
             summary = summarize(workspace, steps, mlflow_run_id=mlflow_run_id, report=report, start=start)
-        return Completed(data=summary)
+        return Completed(data=summary, message=promote_experiment(summary.experiment) if promote else None)
     except EXPECTED_ERRORS as error:
         return Failed(message=str(error), data=error)
     except KeyboardInterrupt:

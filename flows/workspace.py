@@ -27,7 +27,8 @@ from pipeline.core.results import RESULT_FILE, read_result
 from pipeline.core.sqlite import sqlite_path
 from pipeline.core.step_progress import PROGRESS_FILE
 from pipeline.core.yaml import read_yaml
-from pipeline.params import PARAMS_FILE, check_is_folder
+from pipeline.datasets.folder_errors import check_is_folder
+from pipeline.params import PARAMS_FILE
 from pipeline.tracking.store_uri import tracking_uri
 
 KEPT_CLONES = Path(".dvc/tmp/kept")  # folder of the clones that the user asked to keep

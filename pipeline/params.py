@@ -13,10 +13,6 @@ from pipeline.core.yaml import read_yaml
 
 PARAMS_FILE = Path("params.yaml")
 RECIPES_FOLDER = Path("recipes")
-ALLOWED_LAYOUTS = (
-    "<class>/… or <split>/<class>/… with at least two classes, split being train (training), validation (val, valid, "
-    "dev) or test (testing, holdout, eval), with words before or after it as in seg_train; or a table labels.csv"
-)
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -40,18 +36,6 @@ Metric = Literal["accuracy", "macro_f1", "loss"]
 AutoAugment = Literal["none", "rand_augment", "trivial_augment"]
 CpuKernels = Literal["portable", "native"]
 Flag = Annotated[bool, Field(strict=True)]
-
-
-def layout_error(found: str, remedy: str) -> UserError:
-    """Return the error for a folder in `download.folder` that is missing or whose layout is not allowed."""
-    return UserError(f"download.folder: {found}; allowed: {ALLOWED_LAYOUTS}; {remedy}")
-
-
-def check_is_folder(folder: Path) -> None:
-    """Raise UserError where the folder in `download.folder` does not exist or is a file."""
-    if not folder.is_dir():
-        problem = "is not a folder" if folder.exists() else "does not exist"
-        raise layout_error(f"{str(folder)!r} {problem}", "correct the path")
 
 
 class Section(BaseModel):
@@ -338,17 +322,56 @@ class EvaluateParams(Section):
     )
 
 
+class PromoteParams(Section):
+    """The policy by which a model becomes the champion; no stage depends on it, and no run can override it."""
+
+    false_promotion_budget: Annotated[Number, Field(gt=0, le=0.5)] = Field(
+        description="highest probability that a model that is no better is promoted, over the life of a test split"
+    )
+    max_looks: Annotated[Count, Field(ge=1, le=100_000)] = Field(
+        description="how often challengers may be compared on one test split, each time at the level look_level"
+    )
+    validation_level: Annotated[Number, Field(gt=0, le=0.5)] = Field(
+        description="level of the one-sided test on the validation split that a challenger must pass before a look"
+    )
+    minimum_gain: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        description="smallest gain of accuracy on the test split that replaces the champion"
+    )
+    max_leaked_fraction: Annotated[Number, Field(ge=0, lt=1)] = Field(
+        description="largest fraction of the test images with a near-duplicate in the challenger's training data"
+    )
+    max_calibration_error: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        description="largest expected calibration error on the test split; null: any"
+    )
+    max_class_recall_loss: Annotated[Number, Field(ge=0, le=1)] = Field(
+        description="largest loss of recall of a class, among the classes in which the challenger is shown to be worse"
+    )
+    max_megabytes: Annotated[Number, Field(gt=0)] | None = Field(
+        description="largest file of weights in 10**6 bytes; null: any"
+    )
+    max_latency_milliseconds: Annotated[Number, Field(gt=0)] | None = Field(
+        description="longest time for the prediction of one image; a model whose time is unknown is then refused; "
+        "null: any, also an unknown one"
+    )
+
+    @property
+    def look_level(self) -> float:
+        """Return the level of the one-sided test of each look at a test split (Bonferroni's correction)."""
+        return self.false_promotion_budget / self.max_looks
+
+
 class Params(Section):
-    """The content of `params.yaml`: one section for each step."""
+    """The content of `params.yaml`: one section for each step, and the policy of promotion."""
 
     download: DownloadParams
     normalize: NormalizeParams
     train: TrainParams
     evaluate: EvaluateParams
+    promote: PromoteParams
 
     def flat(self) -> dict[str, Any]:
-        """Return the parameters as `{"train.epochs": 20, …}` for the records, with URLs redacted."""
-        values = {f"{step}.{name}": value for step, section in self for name, value in section}
+        """Return the parameters of the steps as `{"train.epochs": 20, …}` for the records, with URLs redacted."""
+        values = {f"{step}.{name}": value for step, section in self if step in STEPS for name, value in section}
         return values | {"download.urls": ", ".join(map(redact_url, self.download.urls))}
 
 
@@ -369,6 +392,8 @@ def check_params(values: Mapping[str, Any], *, origin: str, overridden: Collecti
 
 
 SECTIONS: Mapping[str, type[Section]] = Params.__annotations__
+POLICY = "promote"  # the section that belongs to the checkout, and to no run
+STEPS = {name: section for name, section in SECTIONS.items() if name != POLICY}
 
 
 if __name__ == "__main__":  # the former name of the command, which scripts of users have

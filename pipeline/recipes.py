@@ -15,7 +15,7 @@ from pipeline.artifacts import write_text
 from pipeline.core.errors import UserError, redact_url, report_errors
 from pipeline.core.validation import describe_value, list_choices
 from pipeline.core.yaml import dump_yaml, read_yaml
-from pipeline.params import PARAMS_FILE, RECIPES_FOLDER, SECTIONS, check_params
+from pipeline.params import PARAMS_FILE, POLICY, RECIPES_FOLDER, STEPS, check_params
 
 
 def compose(recipe: str | None, overrides: Mapping[str, Any]) -> Any:
@@ -78,8 +78,13 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
 def _assign(values: Any, name: str, value: Any, *, origin: str) -> None:
     """Set the value with the dotted name; raises UserError, naming `origin`, where the name is unknown."""
     section, _, field = name.partition(".")
-    if section not in SECTIONS:
-        raise UserError(f"{origin}: unknown section {section!r}; allowed: {list_choices(section, list(SECTIONS))}")
+    if section == POLICY:
+        raise UserError(
+            f"{origin}: found {name}, which is no parameter of a run but the policy of the checkout; allowed: "
+            f"{', '.join(STEPS)}; edit {PARAMS_FILE} of the checkout to change it"
+        )
+    if section not in STEPS:
+        raise UserError(f"{origin}: unknown section {section!r}; allowed: {list_choices(section, list(STEPS))}")
     if field not in values[section]:
         raise UserError(f"{origin}: unknown key {name!r}; allowed: {list_choices(field, list(values[section]))}")
     values[section][field] = value

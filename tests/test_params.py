@@ -5,11 +5,12 @@ import pytest
 from pipeline.core.errors import UserError
 from pipeline.core.yaml import dump_yaml, read_yaml
 from pipeline.params import (
-    SECTIONS,
+    STEPS,
     check_params,
     load_params,
 )
 from pipeline.recipes import compose, main, parse_override, parse_overrides, recipe_path
+from pipeline.tracking.run_title import setup_of
 from tests.conftest import DEFAULTS, PROJECT, params
 
 
@@ -59,6 +60,9 @@ def test_every_recipe_is_valid(recipe: str, monkeypatch: pytest.MonkeyPatch) -> 
         ("train__momentum", 0.0, "train.nesterov is true, but train.optimizer is sgd and train.momentum 0.0"),
         ("train__learnig_rate", 0.1, "unknown key 'train.learnig_rate'; allowed:"),
         ("evaluate__top_k", 1, "evaluate.top_k is 1; allowed: greater than or equal to 2"),
+        ("promote__false_promotion_budget", 0, "promote.false_promotion_budget is 0; allowed: greater than 0"),
+        ("promote__max_looks", 0.5, "promote.max_looks is 0.5; allowed: a valid integer"),
+        ("promote__max_megabytes", "big", "promote.max_megabytes is 'big'; allowed: a valid number"),
     ],
 )
 def test_a_bad_value_is_reported_with_the_allowed_values(name: str, value: object, message: str) -> None:
@@ -99,7 +103,12 @@ def test_overrides_take_precedence_over_the_recipe_and_comments_are_kept(workspa
         ({"train.epoch": 3}, "unknown key 'train.epoch'; allowed:"),
         (
             {"trian.epochs": 3},
-            f"unknown section 'trian'; allowed: {', '.join(SECTIONS)} (did you mean train?); correct the name",
+            f"unknown section 'trian'; allowed: {', '.join(STEPS)} (did you mean train?); correct the name",
+        ),
+        (
+            {"promote.max_looks": 9},
+            "--set: found promote.max_looks, which is no parameter of a run but the policy of the checkout; allowed: "
+            "download, normalize, train, evaluate; edit params.yaml of the checkout to change it",
         ),
         ({"train.epochs": "three"}, "--set: train.epochs is 'three'; allowed: a valid integer"),
         ({"train.momentum": 0.0}, "params.yaml with --set: train.nesterov is true, but train.optimizer is sgd and"),
@@ -170,3 +179,17 @@ def test_recorded_parameters_contain_no_password() -> None:
     flat = params(download__urls=["https://host/a.tar.gz?token=secret#secret", "/data/b.tar.gz"]).flat()
     assert flat["download.urls"] == "https://host/a.tar.gz, /data/b.tar.gz"
     assert flat["train.epochs"] == 20
+
+
+def test_the_policy_of_promotion_is_no_parameter_of_a_run() -> None:
+    assert not [name for name in params(promote__max_looks=7).flat() if name.startswith("promote")]
+    changed = {**DEFAULTS, "promote": {**DEFAULTS["promote"], "max_looks": 7}}
+    assert setup_of(changed, expected=DEFAULTS, recipe="digits").title == "digits"
+
+
+def test_a_recipe_cannot_change_the_policy_of_promotion(workspace: object) -> None:
+    Path("recipes/lenient.yaml").write_text("promote:\n  max_leaked_fraction: 0.9\n")
+    with pytest.raises(
+        UserError, match=r"recipes/lenient\.yaml: found promote\.max_leaked_fraction, which is no param"
+    ):
+        compose("lenient", {})

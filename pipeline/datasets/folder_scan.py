@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.core.errors import TemporaryError, UserError
+from pipeline.datasets.folder_errors import layout_error
 from pipeline.datasets.layout import ClassFolder, entries, find_layout, is_hidden, shorten_list, suffix
 from pipeline.images.decode import (
     IMAGE_SUFFIXES,
@@ -17,7 +18,6 @@ from pipeline.images.decode import (
     check_suffix,
     is_image_content,
 )
-from pipeline.params import layout_error
 
 MAX_LOOSE_FRACTION = 0.01  # images outside the class folders / images in them; more are probably a mistake
 MAX_MERGED_CLASSES_PRINTED = 5

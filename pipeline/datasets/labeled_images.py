@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from pipeline.core.errors import TemporaryError, UserError
+from pipeline.datasets.folder_errors import check_is_folder
 from pipeline.datasets.folder_scan import (
     COMPANION,
     HIDDEN,
@@ -29,7 +30,6 @@ from pipeline.datasets.folder_scan import (
 from pipeline.datasets.labels_table import Problem, Row, Table, check, read_table
 from pipeline.datasets.layout import shorten_list
 from pipeline.images.blocks import SPLITS
-from pipeline.params import check_is_folder
 
 DEFAULT_TABLE = "labels.csv"
 # the kinds of files that are not used, in the words of the report

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.errors import UserError
+from pipeline.datasets.folder_errors import check_is_folder, layout_error
 from pipeline.images.decode import IMAGE_SUFFIXES, UNDECODABLE_SUFFIXES
-from pipeline.params import check_is_folder, layout_error
 
 # words that name a split, in lower case, with the split that they mean; a split to evaluate on is called test
 SPLIT_WORDS = {

@@ -15,7 +15,7 @@ from pipeline.core.git import read_committed
 from pipeline.core.project import project_folder
 from pipeline.core.settings import get_settings
 from pipeline.core.yaml import parse_yaml, read_yaml
-from pipeline.params import PARAMS_FILE, RECIPES_FOLDER
+from pipeline.params import PARAMS_FILE, POLICY, RECIPES_FOLDER
 
 MAX_DIFFERENCES = 4  # in a title
 MAX_VALUE_LENGTH = 20  # of a value in a title
@@ -86,13 +86,14 @@ def overlay(values: Values, changes: Values) -> Values:
 
 
 def differences(before: Values, after: Values) -> Differences:
-    """Return the parameters of `after` that differ from `before`: `{"train.epochs": (20, 3)}`.
+    """Return the parameters of runs that differ between `before` and `after`: `{"train.epochs": (20, 3)}`.
 
     Each has its value in `before` (None if there is none) and its new value, without passwords and tokens in URLs.
     """
     pairs = {
         f"{section}.{field}": (before.get(section, {}).get(field), value)
         for section, fields in after.items()
+        if section != POLICY
         for field, value in fields.items()
     }
     return {name: (_without_secrets(old), _without_secrets(new)) for name, (old, new) in pairs.items() if old != new}
