@@ -18,6 +18,7 @@ from prefect.states import Completed, Failed
 
 from flows import PROJECT
 from flows.command_line import server_settings
+from flows.doctor import register_process
 from flows.flow_run import exit_status
 from flows.live_progress import artifact_key
 from flows.prefect_server import ensure_server
@@ -28,6 +29,7 @@ from flows.promotion_page import as_markdown, as_text, change_as_markdown, descr
 from flows.run_log import leave_failure_to_caller, log, shorten_logs
 from pipeline.core.errors import TemporaryError, UserError, report_errors
 from pipeline.params import load_params
+from pipeline.tracking.registrations import register_pending
 from pipeline.tracking.store_uri import check_connection, tracking_uri
 
 EXIT_REFUSED = 3
@@ -59,7 +61,9 @@ def promote(
     """
     try:
         with chdir(PROJECT):
+            register_process(str(runtime.flow_run.id), run_count=runtime.flow_run.run_count)
             connect_store(PROJECT)
+            register_pending()
             return _roll_back(dataset) if rollback else _decide(challenger, dataset=dataset, is_dry_run=dry_run)
     except (UserError, TemporaryError, OSError) as error:
         return Failed(message=str(error), data=error)
@@ -98,6 +102,7 @@ def main() -> None:
         load_params()
         check_connection(tracking_uri(PROJECT))
         connect_store(PROJECT)  # before a server is started for nothing
+        register_pending()
         if not arguments.rollback:
             find_challenger(PROJECT, arguments.challenger, dataset=arguments.dataset)
         leave_failure_to_caller()

@@ -120,6 +120,9 @@ def _decide(contest: _Contest, *, charges: bool) -> tuple[Result, Look | None]:
     """Return the result, and the look that was made; without `charges`, it ends before a look."""
     version, champion, policy = contest.version, contest.champion, contest.params.promote
     looks = read_looks(version.name, version.test_md5)
+    left = max(0, policy.max_looks - len(looks))
+    if reason := _rolled_back(version):
+        return Result(version, champion, Decision("refused", reason, (), looks_used=len(looks), looks_left=left)), None
     try:
         found, test = _before_look(contest, looks)
         if isinstance(found, Decision):
@@ -131,11 +134,22 @@ def _decide(contest: _Contest, *, charges: bool) -> tuple[Result, Look | None]:
         assert contest.model
         decision = after_look(found, pair_on(contest.model, test, "test"), params=policy)
     except NotComparableError as error:
-        left = max(0, policy.max_looks - len(looks))
         refused = Decision("refused", str(error), (), looks_used=len(looks), looks_left=left)
         return Result(version, champion, refused), None
     outcome: LookResult = "promoted" if decision.outcome == "promoted" else "refused"
     return Result(version, champion, decision), replace(look, result=outcome)
+
+
+def _rolled_back(version: Version) -> str:
+    """Return why a version may not become champion again, if the last that happened to it is a rollback; else ""."""
+    md5 = version.model_md5
+    last = next((one for one in history(version.name) if md5 in (one.model_md5, one.rolled_back)), None)
+    if last is None or last.rolled_back != md5:
+        return ""
+    return (
+        f"a rollback at {last.time[:16]} UTC went back from this model to version {last.version}; allowed: other "
+        f"models; train another one, or set the alias {CHAMPION} by hand in MLflow"
+    )
 
 
 def _before_look(contest: _Contest, looks: list[Look]) -> tuple[Decision | LookAllowed, Candidate | None]:
@@ -217,6 +231,7 @@ def roll_back(project: Path, name: str, *, log: Log) -> Change:
             commit=known or champion_commit(project, model_md5=previous.model_md5),
             reason=f"rolled back from version {champion.number}",
             previous=champion.number,
+            rolled_back=champion.model_md5,
         )
         pending = Pending(version=previous.number, tags={DECISION: f"promoted: {change.reason}"}, change=change)
         carry_out(project, name, pending, champion=champion.number)

@@ -25,6 +25,7 @@ class Change:
 
     `version` is None where the registered model had no champion from then on, `previous` where it had none before.
     `commit` has the `dvc.lock` of the model; it is None if unknown, and so is `model_md5` without a version.
+    `rolled_back` is the MD5 of the model from which a rollback went back, else None.
     """
 
     time: str
@@ -33,6 +34,7 @@ class Change:
     commit: str | None
     reason: str
     previous: str | None
+    rolled_back: str | None = None
 
     @property
     def key(self) -> str:

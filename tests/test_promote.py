@@ -181,6 +181,19 @@ def test_a_rollback_exchanges_champion_and_previous(project: Path) -> None:
     assert read_ref(project, NAME) == second.commit
 
 
+def test_a_model_that_was_rolled_back_does_not_return_by_itself(project: Path) -> None:
+    promote(project, version("2"))
+    roll_back(project, NAME, log=print)
+    result = promote(project, version("2"))
+    assert result.decision
+    assert (result.decision.outcome, aliases()[CHAMPION]) == ("refused", "1")
+    assert "went back from this model to version 1; allowed: other models" in result.decision.reason
+    set_alias(NAME, CHAMPION, "2")  # by hand
+    result = promote(project, version("2"))
+    assert result.decision
+    assert result.decision.outcome == "unchanged"
+
+
 def test_a_rollback_without_a_previous_champion_is_refused(project: Path) -> None:
     with pytest.raises(UserError, match="no version of digits has the alias previous"):
         roll_back(project, NAME, log=print)
