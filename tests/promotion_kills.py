@@ -1,8 +1,8 @@
 """Kill a promotion by SIGKILL at each of its points, and check that the next start makes everything agree again.
 
-`python -m tests.promotion_kills [--points N]` kills at N points, by default at all, and prints a line for each. A point
-is a moment before the promotion writes: an SQL statement that changes the database, its commit, a file that is
-opened to be written, a rename, or a change of git's refs.
+`python -m tests.promotion_kills [--points N] [--reads]` kills at N points, by default at all, and prints a line for
+each. A point is a moment before the promotion writes: an SQL statement that changes the database, its commit, a file
+that is opened to be written, a rename, or a change of git's refs; with `--reads`, also one before it reads a database.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from tests.conftest import PROJECT, make_mlflow_store, params
 from tests.promotion_project import NAME, make_contest
 
 WRITES = ("INSERT", "UPDATE", "DELETE", "REPLACE")
+READS = ("SELECT",)
 FILES = ("os.rename", "os.remove")
 CONTEXT = multiprocessing.get_context("forkserver")  # imports once
 CONTEXT.set_forkserver_preload(["tests.promotion_project"])
@@ -39,7 +40,8 @@ CONTEXT.set_forkserver_preload(["tests.promotion_project"])
 class Points:
     """Counts the points that this process reaches, and ends it by SIGKILL before the one of number `last`."""
 
-    def __init__(self, last: int | None, journal: Path) -> None:
+    def __init__(self, last: int | None, journal: Path, *, with_reads: bool) -> None:
+        self.statements = WRITES + READS if with_reads else WRITES
         self.last, self.journal, self.count = last, journal.open("a", buffering=1), 0
         self.has_written = False  # since the last commit
         event.listen(Engine, "before_cursor_execute", self._statement)
@@ -53,9 +55,10 @@ class Points:
         os.write(self.journal.fileno(), f"{what}\n".encode())
 
     def _statement(self, _connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if statement.lstrip().upper().startswith(WRITES):
+        text = statement.lstrip().upper()
+        if text.startswith(self.statements):
             self.reach(" ".join(statement.split()[:3]))
-            self.has_written = True
+        self.has_written = self.has_written or text.startswith(WRITES)
 
     def _commit(self, _connection: Any) -> None:
         if self.has_written:
@@ -71,22 +74,22 @@ class Points:
             self.reach(f"open {arguments[0]!r:.60} {arguments[1]}")
 
 
-def promote_in(project: Path, number: str, *, last: int | None, journal: Path) -> None:
+def promote_in(project: Path, number: str, *, last: int | None, journal: Path, with_reads: bool = False) -> None:
     """Promote a version in a process of its own, which dies before the point of number `last`."""
     enter(project)
     [version] = [one for one in find_versions(NAME) if one.number == number]
-    Points(last, journal)
+    Points(last, journal, with_reads=with_reads)
     promote_version(project, version, params=params(), is_dry_run=False, log=print)
 
 
-def roll_back_in(project: Path, number: str, *, last: int | None, journal: Path) -> None:
+def roll_back_in(project: Path, number: str, *, last: int | None, journal: Path, with_reads: bool = False) -> None:
     """Roll back in a process of its own, which dies before the point of number `last`."""
     enter(project)
-    Points(last, journal)
+    Points(last, journal, with_reads=with_reads)
     roll_back(project, NAME, log=print)
 
 
-def complete_in(project: Path, number: str, *, last: int | None, journal: Path) -> None:
+def complete_in(project: Path, number: str, *, last: int | None, journal: Path, with_reads: bool = False) -> None:
     """Do what the next start does first, and check that the five places agree; then promote again, and check that."""
     enter(project)
     complete(project, NAME, commit_of=lambda _: None)
@@ -130,20 +133,23 @@ def start_fork_server() -> None:
         forkserver.ensure_running()
 
 
-def run(target: Callable[..., None], project: Path, *, last: int | None = None) -> tuple[int | None, list[str]]:
+def run(
+    target: Callable[..., None], project: Path, *, last: int | None = None, with_reads: bool = False
+) -> tuple[int | None, list[str]]:
     """Run in a process of its own, and return its exit status and the points that it has reached."""
     journal = project.parent / f"{project.name}.points"
     journal.unlink(missing_ok=True)
-    process = CONTEXT.Process(target=target, args=(project, "2"), kwargs={"last": last, "journal": journal})
+    options = {"last": last, "journal": journal, "with_reads": with_reads}
+    process = CONTEXT.Process(target=target, args=(project, "2"), kwargs=options)
     process.start()
     process.join()
     return process.exitcode, journal.read_text().splitlines() if journal.exists() else []
 
 
-def kill_at(prepared: Path, folder: Path, *, target: Callable[..., None], last: int) -> str:
+def kill_at(prepared: Path, folder: Path, *, target: Callable[..., None], last: int, with_reads: bool = False) -> str:
     """Kill a process before a point, let the next start complete, and return what the point was."""
     project = shutil.copytree(prepared, folder / f"{target.__name__}-{last}")
-    status, reached = run(target, project, last=last)
+    status, reached = run(target, project, last=last, with_reads=with_reads)
     assert status == -signal.SIGKILL, (status, reached)
     status, _ = run(complete_in, project)
     assert status == 0, f"point {last}, after {reached[-1:]}"
@@ -161,6 +167,7 @@ def main() -> None:
     """Kill at the points of the command line, and print each."""
     parser = argparse.ArgumentParser(prog="python -m tests.promotion_kills", description=__doc__)
     parser.add_argument("--points", type=int, help="number of points (default: all)")
+    parser.add_argument("--reads", action="store_true", help="also kill before the database is read")
     arguments = parser.parse_args()
     start_fork_server()
     with tempfile.TemporaryDirectory() as name:
@@ -171,10 +178,10 @@ def main() -> None:
             if target is roll_back_in:
                 assert run(promote_in, prepared)[0] == 0
             whole = shutil.copytree(prepared, folder / f"{target.__name__}-whole")
-            status, reached = run(target, whole)
+            status, reached = run(target, whole, with_reads=arguments.reads)
             assert status == 0
             for last in points(len(reached), arguments.points):
-                after = kill_at(prepared, folder, target=target, last=last)
+                after = kill_at(prepared, folder, target=target, last=last, with_reads=arguments.reads)
                 print(f"{target.__name__} point {last} of {len(reached)}, after {after}: agrees", flush=True)
 
 
