@@ -63,7 +63,7 @@ class Gate:
 
     def __init__(self, **changes: Any) -> None:
         self.calls: list[str] = []
-        test = changes.pop("paired_test", BETTER)
+        test: Pairing = changes.pop("paired_test", BETTER)
         values: dict[str, Any] = {
             "challenger": GOOD,
             "champion_md5": "champion",

@@ -1,0 +1,200 @@
+"""Simulate models that are equally good, or better by a known amount, on images of a test and a validation split.
+
+Whether a model is right on an image is drawn with a probability p that belongs to the image, independently of the other
+models and images. All such models are exactly equal in distribution, and two of them differ on the fraction
+`2 E[p (1 - p)]` of the images (their discordance). The p are those of a population of real models, or Beta-distributed.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.core.errors import UserError
+from pipeline.evaluation.predictions import Predictions
+
+ACCURACY = 0.75  # of models with Beta-distributed p
+NUM_CLASSES = 10  # of their images
+LOWEST_CONFIDENCE = 0.11  # of the predicted one of these classes
+LABELS_FILE = "labels.npz"
+
+Generator = np.random.Generator
+Fractions = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RealSplit:
+    """Images drawn with replacement from a split for which a population of real models has predictions.
+
+    `probabilities` (models, images, classes) float32 are those of the population, `labels` (images,) int64 the actual
+    classes, and `rows` (N,) the drawn images.
+    """
+
+    class_names: tuple[str, ...]
+    probabilities: npt.NDArray[np.float32]
+    labels: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+
+    @cached_property
+    def hashes(self) -> list[str]:
+        """Return a content hash for each drawn image."""
+        return [f"{row:016x}" for row in range(len(self.rows))]
+
+    @cached_property
+    def predicted(self) -> npt.NDArray[np.int64]:
+        """Return the classes that the population predicts: (models, images)."""
+        predicted: npt.NDArray[np.int64] = self.probabilities.argmax(2)
+        return predicted
+
+    def draw(self, generator: Generator) -> Predictions:
+        """Return the predictions of a new model: for each image, those of a random model of the population."""
+        models = generator.integers(0, len(self.probabilities), len(self.rows))
+        return Predictions(
+            self.class_names,
+            self.hashes,
+            self.hashes,
+            actual=self.labels[self.rows],
+            predicted=self.predicted[models, self.rows],
+            probabilities=self.probabilities[models, self.rows],
+            calibrated_probabilities=None,
+        )
+
+
+@dataclass(frozen=True)
+class BetaSplit:
+    """Images of NUM_CLASSES classes on which a model is right with these probabilities: (N,) both.
+
+    The probability of the predicted class is the p of the image, so that the models are calibrated.
+    """
+
+    right_probabilities: Fractions
+    labels: npt.NDArray[np.int64]
+
+    @classmethod
+    def make(cls, number: int, *, discordance: float, generator: Generator) -> Self:
+        """Return a split on which two equal models have ACCURACY and this discordance.
+
+        With the mean m and the sum s of the parameters of the Beta distribution, E[p (1 - p)] = m (1 - m) s / (s + 1).
+        """
+        ratio = discordance / (2 * ACCURACY * (1 - ACCURACY))
+        total = ratio / (1 - ratio)
+        probabilities = generator.beta(ACCURACY * total, (1 - ACCURACY) * total, number)
+        return cls(probabilities, generator.integers(0, NUM_CLASSES, number))
+
+    def better(self, gain: float) -> "BetaSplit":
+        """Return the same images for models that are right on any image that others get wrong equally often."""
+        factor = _factor(gain)
+        return BetaSplit(self.right_probabilities + factor * (1 - self.right_probabilities), self.labels)
+
+    @cached_property
+    def hashes(self) -> list[str]:
+        """Return a content hash for each image."""
+        return [f"{row:016x}" for row in range(len(self.labels))]
+
+    def draw(self, generator: Generator) -> Predictions:
+        """Return the predictions of a new model."""
+        return self._predictions(self._right(generator), generator)
+
+    def draw_ranked(self, percentile: int, generator: Generator) -> Predictions:
+        """Return the predictions of that of 99 new models whose accuracy has this rank, from 1 (worst) to 99 (best)."""
+        each = np.stack([self._right(generator) for _ in range(99)])
+        return self._predictions(each[np.argsort(each.sum(1), kind="stable")[percentile - 1]], generator)
+
+    def _right(self, generator: Generator) -> npt.NDArray[np.bool_]:
+        return generator.random(len(self.labels)) < self.right_probabilities
+
+    def _predictions(self, right: npt.NDArray[np.bool_], generator: Generator) -> Predictions:
+        number = len(self.labels)
+        others = (self.labels + generator.integers(1, NUM_CLASSES, number)) % NUM_CLASSES
+        predicted = np.where(right, self.labels, others)
+        confidences = np.maximum(self.right_probabilities, LOWEST_CONFIDENCE).astype(np.float32)
+        probabilities = np.empty((number, NUM_CLASSES), np.float32)
+        probabilities[:] = (1 - confidences[:, None]) / (NUM_CLASSES - 1)
+        probabilities[np.arange(number), predicted] = confidences
+        names = tuple(map(str, range(NUM_CLASSES)))
+        return Predictions(names, self.hashes, self.hashes, self.labels, predicted, probabilities, None)
+
+
+Split = RealSplit | BetaSplit
+
+
+def discordance_of_equals(discordance: float, *, gain: float) -> float:
+    """Return the discordance of two equal models if a better one and one of them have `discordance`.
+
+    The better one is right with the probability p + t (1 - p); so E[p (1 - p')] + E[p' (1 - p)] is
+    (1 - t) 2 E[p (1 - p)] + t E[1 - p], of which the last term is the gain.
+    """
+    return (discordance - gain) / (1 - _factor(gain))
+
+
+def _factor(gain: float) -> float:
+    """Return the fraction of the others' errors that a better model avoids."""
+    return gain / (1 - ACCURACY)
+
+
+@dataclass(frozen=True)
+class Population:
+    """The probabilities (models, images, classes) of real models of a recipe, and the labels, of both splits."""
+
+    recipe: str
+    class_names: tuple[str, ...]
+    test: npt.NDArray[np.float32]
+    test_labels: npt.NDArray[np.int64]
+    validation: npt.NDArray[np.float32]
+    validation_labels: npt.NDArray[np.int64]
+
+    def draw_splits(self, generator: Generator) -> tuple[RealSplit, RealSplit]:
+        """Return a test and a validation split of as many images as the population's, drawn with replacement."""
+        return (
+            self._draw(self.test, self.test_labels, generator),
+            self._draw(self.validation, self.validation_labels, generator),
+        )
+
+    def _draw(
+        self, probabilities: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], generator: Generator
+    ) -> RealSplit:
+        rows = generator.integers(0, len(labels), len(labels))
+        return RealSplit(self.class_names, probabilities, labels, rows)
+
+
+def read_populations(folder: Path) -> list[Population]:
+    """Read a population for each recipe that has two or more files `<recipe>-<seed>.npz` in the folder.
+
+    Each file has `test_probabilities` (N, classes) and `validation_probabilities` (M, classes), float16 or float32;
+    `labels.npz` has `test_labels`, `validation_labels` and `class_names`. Raises UserError where there are none.
+    """
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.glob("*-*.npz")):
+        files.setdefault(path.stem.rpartition("-")[0], []).append(path)
+    files = {recipe: paths for recipe, paths in files.items() if len(paths) > 1}
+    if not files or not (folder / LABELS_FILE).is_file():
+        raise UserError(
+            f"--models: found {'no labels.npz' if files else 'no recipe with two or more models'} in {str(folder)!r}; "
+            "allowed: a folder with labels.npz and files <recipe>-<seed>.npz; make them by benchmarks/population.py"
+        )
+    with np.load(folder / LABELS_FILE) as labels:
+        class_names = tuple(map(str, labels["class_names"]))
+        actual = {split: labels[f"{split}_labels"].astype(np.int64) for split in ("test", "validation")}
+    return [
+        Population(
+            recipe,
+            class_names,
+            _read(paths, "test_probabilities"),
+            actual["test"],
+            _read(paths, "validation_probabilities"),
+            actual["validation"],
+        )
+        for recipe, paths in files.items()
+    ]
+
+
+def _read(paths: list[Path], name: str) -> npt.NDArray[np.float32]:
+    """Return an array of all files: (models, images, classes)."""
+    arrays = []
+    for path in paths:
+        with np.load(path) as file:
+            arrays.append(file[name].astype(np.float32))
+    return np.stack(arrays)
