@@ -239,6 +239,7 @@ def test_a_gain_below_the_minimum_is_refused() -> None:
     gate = Gate(params=policy(minimum_gain=0.07))
     assert failed(gate.decision) == ["gain of accuracy on test"]
     assert "+6.00%; allowed: at least +7.00%" in gate.decision.reason
+    assert Gate(params=policy(minimum_gain=0.06)).decision.outcome == "promoted"
 
 
 @pytest.mark.parametrize(("error", "found"), [(0.2, "0.2000"), (None, "unknown")])

@@ -99,6 +99,11 @@ class Figures:
     detectable: float | None
     classes: tuple[ClassDifference, ...]
 
+    @property
+    def gain(self) -> float:
+        """Return the accuracy of the challenger minus that of the champion, without the rounding of either."""
+        return (self.only_challenger - self.only_champion) / self.images
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -227,7 +232,7 @@ def before_look(
 def after_look(look: LookAllowed, test: Pairing, *, params: PromoteParams) -> Decision:
     """Return the decision by the test predictions, of which the challenger's are A and the champion's B."""
     figures = _figures(test, level=look.level)
-    gain = figures.accuracy.difference
+    gain = figures.gain
     checks = (
         *look.checks,
         Check(
@@ -247,7 +252,7 @@ def after_look(look: LookAllowed, test: Pairing, *, params: PromoteParams) -> De
     )
     reason = (
         f"the challenger is better than the champion on {figures.images:,} test images: {gain:+.2%} of accuracy, "
-        f"p = {figures.p_value:.2g} at the level {look.level:.2g}"
+        f"p = {figures.p_value:.3g} at the level {look.level:.2g}"
     )
     decision = _decision(checks, reason, looks_used=look.looks_used, looks_left=look.looks_left)
     return replace(decision, level=look.level, figures=figures)
@@ -345,7 +350,7 @@ def _validation_check(validation: Pairing | None, params: PromoteParams) -> Chec
 
 def _found(only_challenger: int, only_champion: int, p_value: float) -> str:
     return (
-        f"{only_challenger} images only the challenger gets right, {only_champion} only the champion: p = {p_value:.2g}"
+        f"{only_challenger} images only the challenger gets right, {only_champion} only the champion: p = {p_value:.3g}"
     )
 
 
