@@ -72,13 +72,13 @@ class Gate:
         """Return whether a new challenger, whose predictions these splits draw, would become champion.
 
         The test predictions, and the calibration error that is made of them, are drawn only for a look, since nothing
-        reads them before.
+        reads them before; nothing reads probabilities for validation images.
         """
         errors = int((~self.champion_test.is_correct).sum())
         found = before_look(
             Challenger(f"challenger {generator.integers(2**62)}", 0.0, calibration_error=None, megabytes=1.0),
             champion_md5="champion",
-            validation=_pair(validation.draw(generator), self.champion_validation),
+            validation=_pair(validation.draw(generator, has_probabilities=False), self.champion_validation),
             test=TestSplit(len(self.champion_test), errors),
             looks=self.looks,
             params=self.policy,

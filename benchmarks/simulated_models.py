@@ -49,16 +49,20 @@ class RealSplit:
         predicted: npt.NDArray[np.int64] = self.probabilities.argmax(2)
         return predicted
 
-    def draw(self, generator: Generator) -> Predictions:
-        """Return the predictions of a new model: for each image, those of a random model of the population."""
+    def draw(self, generator: Generator, *, has_probabilities: bool = True) -> Predictions:
+        """Return the predictions of a new model: for each image, those of a random model of the population.
+
+        The probabilities, which take most of the time, have no column where they are not wanted.
+        """
         models = generator.integers(0, len(self.probabilities), len(self.rows))
+        found = self.probabilities[models, self.rows] if has_probabilities else _no_probabilities(len(self.rows))
         return Predictions(
             self.class_names,
             self.hashes,
             self.hashes,
             actual=self.labels[self.rows],
             predicted=self.predicted[models, self.rows],
-            probabilities=self.probabilities[models, self.rows],
+            probabilities=found,
             calibrated_probabilities=None,
         )
 
@@ -94,9 +98,19 @@ class BetaSplit:
         """Return a content hash for each image."""
         return [f"{row:016x}" for row in range(len(self.labels))]
 
-    def draw(self, generator: Generator) -> Predictions:
-        """Return the predictions of a new model."""
-        return self._predictions(self._right(generator), generator)
+    @cached_property
+    def confidences(self) -> npt.NDArray[np.float32]:
+        """Return the probability of the predicted class of each image: (N,)."""
+        return np.maximum(self.right_probabilities, LOWEST_CONFIDENCE).astype(np.float32)
+
+    @cached_property
+    def others(self) -> npt.NDArray[np.float32]:
+        """Return the probability of each other class: (N, NUM_CLASSES)."""
+        return np.repeat((1 - self.confidences[:, None]) / np.float32(NUM_CLASSES - 1), NUM_CLASSES, axis=1)
+
+    def draw(self, generator: Generator, *, has_probabilities: bool = True) -> Predictions:
+        """Return the predictions of a new model; the probabilities have no column where they are not wanted."""
+        return self._predictions(self._right(generator), generator, has_probabilities=has_probabilities)
 
     def draw_ranked(self, percentile: int, generator: Generator) -> Predictions:
         """Return the predictions of that of 99 new models whose accuracy has this rank, from 1 (worst) to 99 (best)."""
@@ -106,14 +120,15 @@ class BetaSplit:
     def _right(self, generator: Generator) -> npt.NDArray[np.bool_]:
         return generator.random(len(self.labels)) < self.right_probabilities
 
-    def _predictions(self, right: npt.NDArray[np.bool_], generator: Generator) -> Predictions:
+    def _predictions(
+        self, right: npt.NDArray[np.bool_], generator: Generator, *, has_probabilities: bool = True
+    ) -> Predictions:
         number = len(self.labels)
         others = (self.labels + generator.integers(1, NUM_CLASSES, number)) % NUM_CLASSES
         predicted = np.where(right, self.labels, others)
-        confidences = np.maximum(self.right_probabilities, LOWEST_CONFIDENCE).astype(np.float32)
-        probabilities = np.empty((number, NUM_CLASSES), np.float32)
-        probabilities[:] = (1 - confidences[:, None]) / (NUM_CLASSES - 1)
-        probabilities[np.arange(number), predicted] = confidences
+        probabilities = self.others.copy() if has_probabilities else _no_probabilities(number)
+        if has_probabilities:
+            probabilities[np.arange(number), predicted] = self.confidences
         names = tuple(map(str, range(NUM_CLASSES)))
         return Predictions(names, self.hashes, self.hashes, self.labels, predicted, probabilities, None)
 
@@ -128,6 +143,10 @@ def discordance_of_equals(discordance: float, *, gain: float) -> float:
     (1 - t) 2 E[p (1 - p)] + t E[1 - p], of which the last term is the gain.
     """
     return (discordance - gain) / (1 - _factor(gain))
+
+
+def _no_probabilities(number: int) -> npt.NDArray[np.float32]:
+    return np.empty((number, 0), np.float32)
 
 
 def _factor(gain: float) -> float:
