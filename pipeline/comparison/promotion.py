@@ -8,7 +8,7 @@ holds as long as no challenger is trained or tuned by what earlier looks showed 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -163,31 +163,6 @@ def describe_test_split(champion: Candidate) -> TestSplit:
     unfit = champion.leaked | champion.trained_on
     is_fit = np.array([each not in unfit for each in champion.predictions.content_hashes], bool)
     return TestSplit(int(is_fit.sum()), int((is_fit & ~champion.predictions.is_correct).sum()))
-
-
-def decide(
-    challenger: Challenger,
-    *,
-    champion_md5: str | None,
-    validation: Pairing | None,
-    test: TestSplit | None,
-    looks: Sequence[Look],
-    params: PromoteParams,
-    charge: Callable[[LookAllowed], None],
-    read_test: Callable[[], Pairing],
-) -> Decision:
-    """Decide by `before_look` and, where it allows a look, by `after_look`; the arguments are those of `before_look`.
-
-    `charge` writes the look into the ledger, and is called first; `read_test` returns the pairing of the test split.
-    """
-    found = before_look(
-        challenger, champion_md5=champion_md5, validation=validation, test=test, looks=looks, params=params
-    )
-    if isinstance(found, Decision):
-        return found
-    if found.charged is None:
-        charge(found)
-    return after_look(found, read_test(), params=params)
 
 
 def before_look(
