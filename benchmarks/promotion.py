@@ -237,9 +237,11 @@ def main() -> None:
     print(f"policy: {', '.join(f'{name} {value}' for name, value in policy)}\n")
     rows = [YEAR_HEADING]
     for population in populations:
+        if population:  # once, not in each process
+            _ = population.test.predicted, population.validation.predicted
         year = partial(simulate_year, population=population, policy=policy, nights=arguments.nights)
         years = run_all(year, range(arguments.years), processes=arguments.processes)
-        name = f"{len(population.test)} of {population.recipe}" if population else "simulated"
+        name = f"{len(population.test.probabilities)} of {population.recipe}" if population else "simulated"
         rows.append(year_row(name, years))
     print(f"{table(rows)}\n\nallowed: an upper bound of {TARGET:.1%}\n", flush=True)
     cases = [Case(d, images, name) for images in VALIDATION_IMAGES for name in CHAMPIONS for d in DISCORDANCES]

@@ -26,16 +26,24 @@ Fractions = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class RealSplit:
-    """Images drawn with replacement from a split for which a population of real models has predictions.
+class Outputs:
+    """The probabilities (models, images, classes) of real models for a split, and the actual classes: (images,)."""
 
-    `probabilities` (models, images, classes) float32 are those of the population, `labels` (images,) int64 the actual
-    classes, and `rows` (N,) the drawn images.
-    """
-
-    class_names: tuple[str, ...]
     probabilities: npt.NDArray[np.float32]
     labels: npt.NDArray[np.int64]
+
+    @cached_property
+    def predicted(self) -> npt.NDArray[np.int16]:
+        """Return the predicted classes: (models, images)."""
+        return self.probabilities.argmax(2).astype(np.int16)
+
+
+@dataclass(frozen=True)
+class RealSplit:
+    """Images drawn with replacement from a split for which real models have outputs; `rows` (N,) are the drawn ones."""
+
+    class_names: tuple[str, ...]
+    outputs: Outputs
     rows: npt.NDArray[np.int64]
 
     @cached_property
@@ -44,25 +52,24 @@ class RealSplit:
         return [f"{row:016x}" for row in range(len(self.rows))]
 
     @cached_property
-    def predicted(self) -> npt.NDArray[np.int64]:
-        """Return the classes that the population predicts: (models, images)."""
-        predicted: npt.NDArray[np.int64] = self.probabilities.argmax(2)
-        return predicted
+    def actual(self) -> npt.NDArray[np.int64]:
+        """Return the actual classes of the drawn images: (N,)."""
+        return self.outputs.labels[self.rows]
 
     def draw(self, generator: Generator, *, has_probabilities: bool = True) -> Predictions:
         """Return the predictions of a new model: for each image, those of a random model of the population.
 
         The probabilities, which take most of the time, have no column where they are not wanted.
         """
-        models = generator.integers(0, len(self.probabilities), len(self.rows))
-        found = self.probabilities[models, self.rows] if has_probabilities else _no_probabilities(len(self.rows))
+        models = generator.integers(0, len(self.outputs.probabilities), len(self.rows))
+        probabilities = self.outputs.probabilities[models, self.rows] if has_probabilities else None
         return Predictions(
             self.class_names,
             self.hashes,
             self.hashes,
-            actual=self.labels[self.rows],
-            predicted=self.predicted[models, self.rows],
-            probabilities=found,
+            actual=self.actual,
+            predicted=self.outputs.predicted[models, self.rows].astype(np.int64),
+            probabilities=_no_probabilities(len(self.rows)) if probabilities is None else probabilities,
             calibrated_probabilities=None,
         )
 
@@ -156,27 +163,20 @@ def _factor(gain: float) -> float:
 
 @dataclass(frozen=True)
 class Population:
-    """The probabilities (models, images, classes) of real models of a recipe, and the labels, of both splits."""
+    """The outputs of real models of a recipe for both splits."""
 
     recipe: str
     class_names: tuple[str, ...]
-    test: npt.NDArray[np.float32]
-    test_labels: npt.NDArray[np.int64]
-    validation: npt.NDArray[np.float32]
-    validation_labels: npt.NDArray[np.int64]
+    test: Outputs
+    validation: Outputs
 
     def draw_splits(self, generator: Generator) -> tuple[RealSplit, RealSplit]:
         """Return a test and a validation split of as many images as the population's, drawn with replacement."""
-        return (
-            self._draw(self.test, self.test_labels, generator),
-            self._draw(self.validation, self.validation_labels, generator),
+        test, validation = (
+            RealSplit(self.class_names, each, generator.integers(0, len(each.labels), len(each.labels)))
+            for each in (self.test, self.validation)
         )
-
-    def _draw(
-        self, probabilities: npt.NDArray[np.float32], labels: npt.NDArray[np.int64], generator: Generator
-    ) -> RealSplit:
-        rows = generator.integers(0, len(labels), len(labels))
-        return RealSplit(self.class_names, probabilities, labels, rows)
+        return test, validation
 
 
 def read_populations(folder: Path) -> list[Population]:
@@ -201,10 +201,8 @@ def read_populations(folder: Path) -> list[Population]:
         Population(
             recipe,
             class_names,
-            _read(paths, "test_probabilities"),
-            actual["test"],
-            _read(paths, "validation_probabilities"),
-            actual["validation"],
+            test=Outputs(_read(paths, "test_probabilities"), actual["test"]),
+            validation=Outputs(_read(paths, "validation_probabilities"), actual["validation"]),
         )
         for recipe, paths in files.items()
     ]

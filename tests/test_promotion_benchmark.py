@@ -53,8 +53,8 @@ def test_real_models_of_a_population_are_drawn_image_by_image(tmp_path: Path) ->
     drawn = test.draw(np.random.default_rng(1))
     assert (population.recipe, len(drawn), len(validation.rows)) == ("lenet", 400, 400)
     assert np.array_equal(drawn.predicted, drawn.probabilities.argmax(1))
-    assert np.array_equal(drawn.actual, population.test_labels[test.rows])
-    of_population = population.test[:, test.rows]
+    assert np.array_equal(drawn.actual, population.test.labels[test.rows])
+    of_population = population.test.probabilities[:, test.rows]
     assert all((drawn.probabilities[row] == of_population[:, row]).all(1).any() for row in range(400))
 
 
