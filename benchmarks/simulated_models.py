@@ -35,7 +35,8 @@ class Outputs:
     @cached_property
     def predicted(self) -> npt.NDArray[np.int16]:
         """Return the predicted classes: (models, images)."""
-        return self.probabilities.argmax(2).astype(np.int16)
+        predicted: npt.NDArray[np.int16] = self.probabilities.argmax(2).astype(np.int16)
+        return predicted
 
 
 @dataclass(frozen=True)
