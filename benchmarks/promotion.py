@@ -16,6 +16,7 @@ as good as the champion, with their looks spent.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -210,6 +211,17 @@ def run_all(function: Callable[[int], Result], seeds: Iterable[int], *, processe
         return list(pool.map(function, seeds, chunksize=YEARS_AT_ONCE))
 
 
+def level(text: str) -> float:
+    """Convert an argument to the level of a test; argparse reports the error."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 0.5:
+        raise argparse.ArgumentTypeError(f"found {text!r}; allowed: a number above 0, up to 0.5")
+    return value
+
+
 def parse() -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(
@@ -223,7 +235,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--trials", type=positive, default=500, help="for a cell of the second table; default: 500")
     parser.add_argument("--processes", type=positive, default=2, help="default: 2")
     parser.add_argument("--max-looks", type=positive, help="in place of promote.max_looks")
-    parser.add_argument("--validation-level", type=float, help="in place of promote.validation_level")
+    parser.add_argument("--validation-level", type=level, help="in place of promote.validation_level")
     return parser.parse_args()
 
 

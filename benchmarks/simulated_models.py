@@ -210,9 +210,11 @@ def read_populations(folder: Path) -> list[Population]:
 
 
 def _read(paths: list[Path], name: str) -> npt.NDArray[np.float32]:
-    """Return an array of all files: (models, images, classes)."""
+    """Return an array of all files: (models, images, classes); raises UserError where one lacks it."""
     arrays = []
     for path in paths:
         with np.load(path) as file:
+            if name not in file:
+                raise UserError(f"{path}: found {', '.join(file)}; allowed: an array {name}; make the file again")
             arrays.append(file[name].astype(np.float32))
     return np.stack(arrays)

@@ -61,6 +61,10 @@ def test_real_models_of_a_population_are_drawn_image_by_image(tmp_path: Path) ->
 def test_a_folder_without_models_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--models: found no recipe with two or more models"):
         read_populations(tmp_path)
+    write_population(tmp_path)
+    np.savez(tmp_path / "lenet-1.npz", accuracy=0.7)
+    with pytest.raises(UserError, match=r"lenet-1\.npz: found accuracy; allowed: an array test_probabilities"):
+        read_populations(tmp_path)
 
 
 def test_a_year_counts_its_looks_and_promotions_and_a_lenient_policy_promotes_falsely(tmp_path: Path) -> None:
