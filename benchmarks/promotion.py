@@ -17,6 +17,7 @@ as good as the champion, with their looks spent.
 
 import argparse
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -205,6 +206,12 @@ def power_rows(trials: Sequence[tuple[Case, Sequence[Trial]]]) -> list[list[str]
     return [heading, *([*key, *cells] for key, cells in rows.items())]
 
 
+def report_progress(case: Case, trials: Sequence[Trial]) -> None:
+    """Write the result of a case to stderr, since all of them take long."""
+    early, late = (sum(getattr(trial, name) for trial in trials) for name in ("early", "late"))
+    print(f"{case}: {early} early and {late} late of {len(trials)}", file=sys.stderr, flush=True)
+
+
 def run_all(function: Callable[[int], Result], seeds: Iterable[int], *, processes: int) -> list[Result]:
     """Return the results of a function for all seeds, in their order."""
     with ProcessPoolExecutor(processes) as pool:
@@ -261,6 +268,7 @@ def main() -> None:
     for case in cases:
         trial = partial(simulate_trial, case=case, policy=policy)
         trials.append((case, run_all(trial, range(arguments.trials), processes=arguments.processes)))
+        report_progress(*trials[-1])
     print(f"promoted within {NIGHTS_TO_PROMOTE} nights, {arguments.trials} trials each:\n\n{table(power_rows(trials))}")
 
 
