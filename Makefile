@@ -1,11 +1,12 @@
 # `make help` lists the targets.
 
 PYTHON ?= python3.11
-# These four are read from the command line only, as in `make run IMAGES=…`: the environment, of a CI above all, may use
+# These five are read from the command line only, as in `make run IMAGES=…`: the environment, of a CI above all, may use
 # such common names for something else.
 RECIPE :=
 SET :=
 IMAGES :=
+SEEDS :=
 EXTRAS :=
 # pytest's own options, as in: make test PYTEST="-k train"
 PYTEST ?=
@@ -44,11 +45,11 @@ MISPLACED := $(filter download.% normalize.% train.% evaluate.%,$(.VARIABLES))
 # the path as the user wrote it: neither make nor the shell expands characters in it
 export IMAGES_FOLDER := $(value IMAGES)
 
-run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epochs=3"; make run IMAGES="/my photos"
+run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epochs=3" SEEDS=5; make run IMAGES="/my photos"
 	@if [ -n "$(MISPLACED)" ]; then \
 	    echo 'error: found $(MISPLACED) as a variable of make; allowed: in SET; run `make run SET="train.epochs=3"`' >&2; exit 2; fi
 	@$(BIN)/python -m flows.train_classifier $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER") \
-	    $(foreach value,$(SET),--set "$(value)")
+	    $(if $(SEEDS),--seeds "$(SEEDS)") $(foreach value,$(SET),--set "$(value)")
 
 test: $(INSTALLED_DEV) ## run all tests (16 minutes on 2 cores)
 	$(BIN)/python -m pytest $(or $(PYTEST),$(WORKERS) 3)

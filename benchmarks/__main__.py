@@ -5,9 +5,9 @@ option, an archive of them beside the project is used (see benchmarks/cifar10.py
 machine meanwhile.
 
 The benchmarks are time_to_accuracy, ingest, floor, epochs, kernels, windows, frozen, repro and overhead;
-`python -m benchmarks.<name>` runs one of them alone. This command leaves out results, selection and imbalance, which
-consist of many whole trainings, decode, finetune and own_images, which need photographs, promotion, which simulates
-years of decisions, and gpu, which needs a GPU.
+`python -m benchmarks.<name>` runs one of them alone. This command leaves out results, selection, imbalance, population
+and levels, which consist of many whole trainings, decode, finetune and own_images, which need photographs, promotion,
+which simulates years of decisions, and gpu, which needs a GPU.
 """
 
 import argparse

@@ -19,6 +19,7 @@ from typing import Any
 
 from flows import PROJECT
 from flows.backup_files import CopyResult, copy_objects, copy_run_cache, remove_temporary_files, store_files
+from flows.champion_ref import CHAMPIONS
 from flows.dvc_state import EXPERIMENT_REF, cache_folder, run_cache_folder
 from flows.file_lock import hold_files
 from flows.stores import URL_VARIABLES, artifact_places_elsewhere, copy_database, find_databases
@@ -158,10 +159,21 @@ def _copy_databases(project: Path, databases: Mapping[str, Path], target: Path) 
 
 def _bundle(project: Path, target: Path) -> str:
     """Write the git bundle; returns the line to print."""
-    git(project, "bundle", "create", "--quiet", str(target), *_revisions(project), f"--glob={EXPERIMENTS}")
+    git(
+        project,
+        "bundle",
+        "create",
+        "--quiet",
+        str(target),
+        *_revisions(project),
+        f"--glob={EXPERIMENTS}",
+        f"--glob={CHAMPIONS}/*",
+    )
     refs = [line.partition(" ")[2] for line in git(project, "bundle", "list-heads", str(target)).splitlines()]
     experiments = [ref for ref in refs if EXPERIMENT_REF.fullmatch(ref)]
-    return f"{'git':<14}{len(refs) - len(experiments)} branches, tags and HEAD; {len(experiments)} experiments"
+    num_champions = sum(ref.startswith(f"{CHAMPIONS}/") for ref in refs)
+    num_others = len(refs) - len(experiments) - num_champions
+    return f"{'git':<14}{num_others} branches, tags and HEAD; {len(experiments)} experiments; {num_champions} champions"
 
 
 def _summary(name: str, copied: CopyResult) -> str:

@@ -1,9 +1,9 @@
 """Remove old experiments, and what belongs to them alone: reports, MLflow runs, versions, files in DVC's cache.
 
-`python -m flows.cleanup --keep N [--dry-run]`. It keeps the N newest experiments, and whatever a branch, a tag, a
-stash, the checkout, an alias in MLflow's registry or the tag `keep` of a run needs. Exit status: 0 done; 2 a mistake to
-fix, nothing was removed; 3 the removal failed midway, a part was removed; 75 something is running here, or a server
-does not answer, nothing was removed: try again.
+`python -m flows.cleanup --keep N [--dry-run]`. It keeps the N newest experiments, and whatever a branch, a tag, the
+git ref of a champion, a stash, the checkout, an alias in MLflow's registry or the tag `keep` of a run needs. Exit
+status: 0 done; 2 a mistake to fix, nothing was removed; 3 the removal failed midway, a part was removed; 75 something
+is running here, or a server does not answer, nothing was removed: try again.
 """
 
 import argparse

@@ -62,10 +62,10 @@ def read_records(project: Path, *, experiments: Collection[str]) -> Records:
 def reason_needed(experiment: DvcExperiment, records: Records, *, commits: Collection[str]) -> str:
     """Return the reason why the experiment must be kept whatever its age, or an empty text.
 
-    `commits` are those of branches, tags and stashes.
+    `commits` are those of branches, tags, champions and stashes.
     """
     if experiment.commit in commits:
-        return "a branch, a tag, a stash or the last `dvc exp apply` has it"
+        return "a branch, a tag, a champion, a stash or the last `dvc exp apply` has it"
     runs = [run for run in records.runs if run.tags[EXPERIMENT] == experiment.name]
     uses = ((run, reason_in_use(records.read(run))) for run in runs)
     return next((f"MLflow run {run.run_id}: {use}" for run, use in uses if use), "")

@@ -16,11 +16,14 @@ from prefect.utilities.urls import url_for
 
 from flows import PROJECT
 from flows.checks import check_inputs
-from flows.dvc_client import StepError
+from flows.flow_run import exit_status
 from flows.form import Overrides
 from flows.git import check_checkout
 from flows.prefect_server import ensure_server
 from flows.run_log import leave_failure_to_caller
+from flows.seed_values import parse_seeds
+from flows.seeds_summary import SeedsSummary
+from flows.seeds_summary import as_text as seeds_as_text
 from flows.settings import PrefectServer
 from flows.summary import Summary
 from flows.summary_text import as_text
@@ -28,9 +31,7 @@ from flows.workspace import KEPT_CLONES, check_local_files
 from pipeline.artifacts import expand
 from pipeline.core.errors import (
     EXIT_INTERRUPTED,
-    EXIT_TEMPORARY,
     EXIT_USER,
-    TemporaryError,
     UserError,
     redact_url,
     report_errors,
@@ -39,7 +40,7 @@ from pipeline.recipes import compose, parse_overrides
 from pipeline.tracking.store_uri import check_connection, check_recording, tracking_uri
 
 FOLDER_PARAM = "download.folder"
-TrainClassifier = Flow[..., State[Summary]]
+TrainClassifier = Flow[..., State[Summary | SeedsSummary]]
 
 
 def main(flow: TrainClassifier) -> None:
@@ -48,13 +49,15 @@ def main(flow: TrainClassifier) -> None:
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # closing the terminal then ends a run as cleanly as SIGTERM
         signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with report_errors(), chdir(PROJECT):
-        overrides = read_overrides(arguments)
+        overrides, seeds = read_overrides(arguments), parse_seeds(arguments.seeds)
         check_recording(tracking_uri(PROJECT))
         check_connection(tracking_uri(PROJECT))
         leave_failure_to_caller()
-        with temporary_settings(_server_settings(ensure_server())):
+        with temporary_settings(server_settings(ensure_server())):
             values = Overrides.model_validate(overrides)
-            state: State[Summary] = flow(arguments.recipe, values, arguments.keep_workspace, return_state=True)
+            state: State[Any] = flow(
+                arguments.recipe, values, keep_workspace=arguments.keep_workspace, seeds=seeds, return_state=True
+            )
             status = report(state, recipe=arguments.recipe, images=arguments.images, overrides=arguments.overrides)
         kept_clone = KEPT_CLONES / str(state.state_details.flow_run_id)
         if kept_clone.is_dir():
@@ -82,6 +85,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="SECTION.FIELD=VALUE",
         dest="overrides",
         help="a value that replaces the recipe's, as in --set train.epochs=3; repeat the option for more",
+    )
+    parser.add_argument(
+        "--seeds",
+        default="1",
+        metavar="N",
+        help="train N times, with train.seed and the N - 1 seeds after it, and print mean and standard deviation",
     )
     parser.add_argument(
         "--keep-workspace", action="store_true", help=f"keep the clone of a failed run in {KEPT_CLONES}/"
@@ -119,7 +128,7 @@ def _images_folder(text: str) -> str:
     return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
 
 
-def _server_settings(server: PrefectServer) -> dict[Any, Any]:
+def server_settings(server: PrefectServer) -> dict[Any, Any]:
     """Return Prefect's settings for the flow run; the address of its page, which Prefect logs, has no password."""
     settings = {PREFECT_API_URL: server.api_url}
     if server.source is None or redact_url(server.api_url) != server.api_url:
@@ -130,7 +139,11 @@ def _server_settings(server: PrefectServer) -> dict[Any, Any]:
 def report(state: State[Any], *, recipe: str, images: str | None = None, overrides: Sequence[str] = ()) -> int:
     """Print the summary, or the reason for the failure and what to do next, and return the exit status."""
     if state.is_completed():
-        print(as_text(state.result(), recipe=recipe, images=images, overrides=overrides))
+        summary = state.result()
+        if isinstance(summary, SeedsSummary):
+            print(seeds_as_text(summary))
+        else:
+            print(as_text(summary, recipe=recipe, images=images, overrides=overrides))
         return 0
     if state.is_cancelled():
         print(
@@ -140,19 +153,10 @@ def report(state: State[Any], *, recipe: str, images: str | None = None, overrid
         )
         return EXIT_INTERRUPTED
     error = state.result(raise_on_failure=False)
-    status = _exit_status(error)
+    status = exit_status(error)
     page = redact_url(url_for("flow-run", obj_id=state.state_details.flow_run_id) or "unknown")
     remedy = "correct that, then run" if status == EXIT_USER else "run"
     print(f"error: {error or state.message}", file=sys.stderr)
     print(f"Prefect's page of this run: {page}", file=sys.stderr)
     print(f"next: {remedy} the same command again; steps that are done are cached", file=sys.stderr)
     return status
-
-
-def _exit_status(error: object) -> int:
-    """Return the exit status for the error of a failed flow run."""
-    if isinstance(error, UserError) or (isinstance(error, StepError) and error.status == EXIT_USER):
-        return EXIT_USER
-    if isinstance(error, TemporaryError) or (isinstance(error, StepError) and error.status == EXIT_TEMPORARY):
-        return EXIT_TEMPORARY
-    return 1

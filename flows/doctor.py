@@ -30,6 +30,7 @@ from prefect.states import Cancelled, Crashed
 from prefect.types._datetime import now
 
 from flows import FLOW_NAME, PROJECT, server
+from flows.champion_ref import champion_refs
 from flows.dvc_state import DAMAGED, experiment_refs, missing_outputs
 from flows.live_progress import mark_interrupted
 from flows.prefect_server import MAX_RECORDS_PER_REQUEST, current_server, prefect_client
@@ -86,12 +87,13 @@ def fix_leftovers(project: Path = PROJECT) -> list[str]:
 
 
 def mlflow_runs(project: Path) -> Iterator[Finding]:
-    """Find runs that are RUNNING in MLflow though their process is dead, and results still queued for MLflow."""
+    """Find runs that are RUNNING in MLflow though their process is dead, and what is still queued for MLflow."""
     uri = existing_store(project)
     if uri is None:
         return
     # MLflow takes 2 s to import; most flow runs start without it
     from pipeline.tracking.outbox import flush_outbox, queued_runs  # noqa: PLC0415  # see above
+    from pipeline.tracking.registrations import pending_registrations, register_pending  # noqa: PLC0415  # see above
     from pipeline.tracking.search import find_running, mark_killed  # noqa: PLC0415  # see above
     from pipeline.tracking.store import connect  # noqa: PLC0415  # see above
 
@@ -105,6 +107,15 @@ def mlflow_runs(project: Path) -> Iterator[Finding]:
             yield Finding(f"{name} on another host, {run.tags[HOST]}")
     for path in queued_runs():
         yield Finding(f"{path.parent} has results of a run that MLflow has not received", "sent", flush_outbox)
+    for path in pending_registrations():
+        fix = partial(_has_registered, path, register_pending)
+        yield Finding(f"{path} has a model that MLflow's registry has not received", "registered", fix)
+
+
+def _has_registered(path: Path, register_pending: Callable[[], object]) -> bool:
+    """Register what is queued, and return whether this file is."""
+    register_pending()
+    return not path.exists()
 
 
 def prefect_runs(project: Path) -> Iterator[Finding]:
@@ -267,7 +278,11 @@ def dvc_locks(project: Path) -> Iterator[Finding]:
 
 
 def missing_objects(project: Path) -> Iterator[Finding]:
-    """Report outputs of the checkout and of experiments that are missing in DVC's cache, or whose record is damaged."""
+    """Report outputs of the checkout, experiments and champions that DVC's cache lacks, or whose record is damaged."""
+    for champion in champion_refs(project):
+        if missing := missing_outputs(project, champion):
+            remedy = f"`git worktree add --detach FOLDER {champion}`, then `dvc pull` there, or a backup, brings them"
+            yield Finding(f"champion {champion}: files are missing in DVC's cache: {', '.join(missing)}", remedy)
     for ref in [None, *experiment_refs(project)]:
         name = ref.rpartition("/")[2] if ref else ""
         owner = f"experiment {name}" if name else "this checkout"

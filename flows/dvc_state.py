@@ -2,7 +2,10 @@
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dvc.config import Config
 from dvc.exceptions import DvcException
@@ -28,10 +31,28 @@ def split_experiment_ref(ref: str) -> tuple[str, str]:
     return first + rest, name
 
 
+@dataclass(frozen=True)
+class Lock:
+    """The content of a dvc.lock: hashes of all outputs and dependencies by path, and the parameters by section."""
+
+    outputs: Mapping[str, str]
+    dependencies: Mapping[str, str]
+    params: Mapping[str, Mapping[str, Any]]
+
+
+def parse_lock(lock: str) -> Lock:
+    """Return the content of the text of a dvc.lock; raises one of DAMAGED."""
+    stages = list((parse_yaml(lock, "dvc.lock") or {}).get("stages", {}).values())
+    outs, deps = ([one for stage in stages for one in stage.get(kind, []) if "md5" in one] for kind in ("outs", "deps"))
+    params: dict[str, Mapping[str, Any]] = {}
+    for stage in stages:
+        params |= stage.get("params", {}).get("params.yaml", {})
+    return Lock({one["path"]: one["md5"] for one in outs}, {one["path"]: one["md5"] for one in deps}, params)
+
+
 def outputs(lock: str) -> dict[str, str]:
     """Return path and hash of each output in the text of a dvc.lock; raises one of DAMAGED."""
-    stages = (parse_yaml(lock, "dvc.lock") or {}).get("stages", {})
-    return {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", []) if "md5" in out}
+    return dict(parse_lock(lock).outputs)
 
 
 def cache_folder(project: Path) -> Path:

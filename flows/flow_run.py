@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import Task, get_run_logger, runtime
+from prefect import Task, get_client, get_run_logger, runtime
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed
@@ -22,17 +23,19 @@ from prefect.utilities.urls import url_for
 from flows import PROJECT
 from flows.doctor import fix_leftovers, register_process
 from flows.dvc_client import StepError
-from flows.git import experiment_name, untracked_files
+from flows.form import Overrides
+from flows.git import Snapshot, experiment_name, untracked_files
 from flows.live_progress import LiveProgress, artifact_key
 from flows.prefect_server import REQUEST_SECONDS, SERVER_ERRORS, brief_client
 from flows.reports import render, report_path
 from flows.run_log import log, shorten_logs, warn
+from flows.seed_values import SEED_PARAM, seed_of_day, seeds_from, seeds_title
 from flows.summary import Step, Summary, read_summary
 from flows.summary_page import as_markdown, as_title
 from flows.ui import mlflow_page
 from flows.workspace import Keep, Workspace, open_workspace
-from pipeline.artifacts import BEST_WEIGHTS, TRAIN, file_md5
-from pipeline.core.errors import EXIT_TEMPORARY, TemporaryError, UserError, redact_url
+from pipeline.artifacts import BEST_WEIGHTS, TRAIN
+from pipeline.core.errors import EXIT_TEMPORARY, EXIT_USER, TemporaryError, UserError, redact_url
 from pipeline.core.processes import call_at_parent_end
 from pipeline.core.yaml import dump_yaml
 from pipeline.recipes import compose
@@ -45,6 +48,8 @@ DEFAULT_RECIPE = "digits"
 EXPECTED_ERRORS = (UserError, TemporaryError, StepError, OSError)
 # labels of a flow run: its latest step, the page of its MLflow run, and why it ended where Prefect cannot know it
 STEP_LABEL, MLFLOW_LABEL, REASON_LABEL = "pipeline.step", "pipeline.mlflow_run", "pipeline.reason"
+# labels of the parent flow run of several seeds: its MLflow run, and the files with which all of them train
+PARENT_LABEL, COMMIT_LABEL, HEAD_LABEL = "pipeline.seeds_run", "pipeline.seeds_commit", "pipeline.seeds_head"
 # sqlite refuses a write at the same time as another: the server then answers with status 503
 LABEL_RETRIES = 2
 _CACHE_HIT_MESSAGES = {"restored": "restored from DVC's cache", "unchanged": "up to date"}
@@ -57,6 +62,15 @@ def is_temporary_failure(_task: Task[..., Any], _run: TaskRun, state: State[Any]
     """Return whether a retry may help: by the stage's exit status, or because it was killed (as out of memory)."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, StepError) and error.status in (EXIT_TEMPORARY, -signal.SIGKILL, 128 + signal.SIGKILL)
+
+
+def exit_status(error: object) -> int:
+    """Return the exit status for the error of a failed flow run."""
+    if isinstance(error, StepError) and error.status in (EXIT_USER, EXIT_TEMPORARY):
+        return error.status
+    if isinstance(error, UserError):
+        return EXIT_USER
+    return EXIT_TEMPORARY if isinstance(error, TemporaryError) else 1
 
 
 def _label(flow_run_id: str, labels: dict[str, str]) -> None:
@@ -100,14 +114,32 @@ def name_flow_run() -> str:
     that is not allowed, the run keeps its name: the flow then fails with the reason.
     """
     values = runtime.flow_run.parameters
-    overrides = values.get("overrides")
+    recipe, seeds = values.get("recipe", DEFAULT_RECIPE), values.get("seeds", 1)
     try:
-        return _setup(values.get("recipe", DEFAULT_RECIPE), overrides.flat() if overrides else {})[1].title
+        overrides = choose_overrides(values.get("overrides"), seeds=seeds, vary_seed=values.get("vary_seed", False))
+        params, setup = compose_run(recipe, overrides)
+        return setup.title if seeds == 1 else seeds_title(setup, seeds_from(params["train"]["seed"], seeds))
     except (UserError, OSError):
         return str(runtime.flow_run.name)
 
 
-def _setup(recipe: str, overrides: Mapping[str, Any]) -> tuple[Mapping[str, Any], RunSetup]:
+def choose_overrides(overrides: Overrides | None, *, seeds: int, vary_seed: bool) -> dict[str, Any]:
+    """Return the values that replace the recipe's in the current flow run, with the seed of its day for `vary_seed`.
+
+    Raises UserError where both would set the seed.
+    """
+    values = overrides.flat() if overrides else {}
+    if not vary_seed:
+        return values
+    if SEED_PARAM in values:
+        raise UserError(
+            f"vary_seed: found true, and {SEED_PARAM}={values[SEED_PARAM]} among the overrides; allowed: one of both; "
+            "leave the other out"
+        )
+    return values | {SEED_PARAM: seed_of_day(runtime.flow_run.scheduled_start_time, seeds=seeds)}
+
+
+def compose_run(recipe: str, overrides: Mapping[str, Any]) -> tuple[Mapping[str, Any], RunSetup]:
     """Return the parameters of a run, and what differs from the recipe; raises UserError where one is not allowed."""
     with chdir(PROJECT):
         params = compose(recipe, overrides)
@@ -117,15 +149,11 @@ def _setup(recipe: str, overrides: Mapping[str, Any]) -> tuple[Mapping[str, Any]
 @contextmanager
 def open_flow_run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> Iterator[Workspace]:
     """Compose the parameters, register this process in Prefect, fix what killed runs left, and yield the workspace."""
-    params, setup = _setup(recipe, overrides)
+    params, setup = compose_run(recipe, overrides)
     run_id, run_name = str(runtime.flow_run.id), str(runtime.flow_run.name)
     experiment = experiment_name(PROJECT, setup.title, flow_run_id=run_id)
-    if "PREFECT__FLOW_RUN_ID" in os.environ:  # Prefect's worker sets it
-        call_at_parent_end(lambda: _end_without_worker(run_id))
-    register_process(run_id, run_count=runtime.flow_run.run_count, project=PROJECT, experiment=experiment)
-    for line in fix_leftovers(PROJECT):
-        log(line)
-    _warn_of_untracked_files()
+    begin(experiment)
+    parent = read_parent()
     link = redact_url(url_for("flow-run", obj_id=run_id) or "")
     open_clone = open_workspace(
         PROJECT,
@@ -137,14 +165,58 @@ def open_flow_run(recipe: str, overrides: Mapping[str, Any], *, keep: Keep) -> I
             "PIPELINE_FLOW_RUN_NAME": run_name,
             "PIPELINE_FLOW_RUN_LINK": link,
             "PIPELINE_RECIPE": recipe,
+            "PIPELINE_PARENT_RUN": parent.mlflow_run_id if parent else "",
         },
         keep=keep,
+        snapshot=parent.snapshot if parent else None,
     )
     with (
         open_clone as workspace,
         LiveProgress(workspace.progress_file, recipe=recipe, flow_run_id=run_id) as workspace.live,
     ):
         yield workspace
+
+
+def begin(experiment: str = "") -> None:
+    """Register this process in Prefect, end it with its worker, and fix what killed flow runs left."""
+    run_id = str(runtime.flow_run.id)
+    if "PREFECT__FLOW_RUN_ID" in os.environ:  # Prefect's worker sets it
+        call_at_parent_end(lambda: _end_without_worker(run_id))
+    register_process(run_id, run_count=runtime.flow_run.run_count, project=PROJECT, experiment=experiment)
+    for line in fix_leftovers(PROJECT):
+        log(line)
+    _warn_of_untracked_files()
+
+
+@dataclass(frozen=True)
+class ParentRun:
+    """What the flow runs of several seeds share: the MLflow run over all of them, and the files of the checkout."""
+
+    mlflow_run_id: str
+    snapshot: Snapshot
+
+
+def register_parent(parent: ParentRun) -> None:
+    """Record in Prefect that the current flow run is a parent, where its children read that."""
+    labels = {
+        PARENT_LABEL: parent.mlflow_run_id,
+        COMMIT_LABEL: parent.snapshot.commit,
+        HEAD_LABEL: parent.snapshot.head,
+    }
+    with get_client(sync_client=True) as client:
+        client.update_flow_run_labels(UUID(str(runtime.flow_run.id)), {**labels})
+
+
+def read_parent() -> ParentRun | None:
+    """Return what the flow run that started the current one has registered, or None where it is no child."""
+    parent_id = runtime.flow_run.parent_flow_run_id
+    if parent_id is None:
+        return None
+    with get_client(sync_client=True) as client:
+        labels = client.read_flow_run(UUID(parent_id)).labels
+    if PARENT_LABEL not in labels:  # a flow of the user has started this one
+        return None
+    return ParentRun(str(labels[PARENT_LABEL]), Snapshot(str(labels[COMMIT_LABEL]), str(labels[HEAD_LABEL])))
 
 
 def _warn_of_untracked_files() -> None:
@@ -164,18 +236,25 @@ def split_untracked(files: Sequence[str]) -> tuple[list[str], list[str]]:
     return code, [name for name in files if name not in code]
 
 
-def save(workspace: Workspace) -> str | None:
+def save(workspace: Workspace, steps: Sequence[Step]) -> str | None:
     """Save the files as a DVC experiment, and return the id of the MLflow run that made the model, or None.
 
-    The run is looked up in MLflow where the model came from DVC's cache, or where the stage's code is too old to report
-    its run.
+    The run is looked up in MLflow, and its model registered, where the evaluation came from DVC's cache, or where the
+    stage's code is too old to report its run.
     """
-    model = workspace.folder / TRAIN / BEST_WEIGHTS
-    if workspace.mlflow_run_id or not model.exists():
+    has_registered = any(step.stage == "evaluate" and step.outcome == "ran" for step in steps)
+    if (workspace.mlflow_run_id and has_registered) or not (workspace.folder / TRAIN / BEST_WEIGHTS).exists():
         workspace.save(on_line=log)
         return workspace.mlflow_run_id
     # in a separate process, since MLflow's store is global to a process; it imports MLflow (2 s) while DVC saves
-    command = [sys.executable, "-m", "flows.model_use", file_md5(model), str(runtime.flow_run.id), workspace.experiment]
+    command = [
+        sys.executable,
+        "-m",
+        "flows.model_use",
+        str(workspace.folder),
+        str(runtime.flow_run.id),
+        workspace.experiment,
+    ]
     with subprocess.Popen(
         command, cwd=PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as lookup:
@@ -187,10 +266,12 @@ def save(workspace: Workspace) -> str | None:
             raise
     if lookup.returncode or "warning: " in problem:
         reason = problem.strip() or f"the look-up ended with exit status {lookup.returncode}"
-        get_run_logger().warning("the MLflow run that made the model is unknown or not tagged: %s", reason)
+        get_run_logger().warning(
+            "the MLflow run that made the model is unknown, not tagged or not registered: %s", reason
+        )
     run_id, _, experiment_id = ids.strip().partition(" ")
-    workspace.mlflow_experiment_id = experiment_id or None
-    return run_id or None
+    workspace.mlflow_experiment_id = experiment_id or workspace.mlflow_experiment_id
+    return run_id or workspace.mlflow_run_id
 
 
 def make_report(workspace: Workspace, steps: Sequence[Step]) -> Path | None:

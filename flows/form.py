@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from flows import PROJECT
 from pipeline.params import RECIPES_FOLDER, STEPS
 
+NumSeeds = Annotated[int, Field(ge=1)]
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 
 

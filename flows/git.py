@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.errors import UserError
@@ -9,6 +10,17 @@ from pipeline.core.git import check_committed, git, setting
 
 MAX_TITLE_LENGTH = 40  # characters of an experiment's name before the digits of the flow run's id
 NUM_ID_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The tracked files of the checkout at one moment.
+
+    `commit` has them, uncommitted changes included; `head` is the commit that was checked out.
+    """
+
+    commit: str
+    head: str
 
 
 def check_checkout(project: Path) -> None:

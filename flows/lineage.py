@@ -36,7 +36,7 @@ from pipeline.core.errors import TemporaryError, UserError, first_line, redact_u
 from pipeline.core.git import EXCLUDE_OUTPUTS, UNKNOWN, find_commit, git, has_code, read_committed
 from pipeline.core.sqlite import sqlite_path
 from pipeline.params import POLICY
-from pipeline.tracking.provenance import CHANGED_FILES, COMMIT, FLOW_RUN, REPRODUCES, TRAIN_OUTPUTS
+from pipeline.tracking.provenance import CHANGED_FILES, COMMIT, COMPARISON, FLOW_RUN, REPRODUCES, TRAIN_OUTPUTS
 from pipeline.tracking.provenance_file import with_provenance
 from pipeline.tracking.search import (
     Run,
@@ -47,6 +47,7 @@ from pipeline.tracking.search import (
     find_runs_of_model,
     read_file,
 )
+from pipeline.tracking.seeds import children, is_parent
 from pipeline.tracking.store import connect
 from pipeline.tracking.store_uri import tracking_uri
 
@@ -153,13 +154,7 @@ class Sources:
     def params(self, commit: str | None) -> dict[str, str]:
         """Return a commit's params.yaml in the form of MLflow's parameters: `{"train.epochs": "20", …}`."""
         with self.warn_on_error(f"commit {commit}: params.yaml cannot be read"):
-            sections = parse_yaml(self.committed_file(commit, "params.yaml"), "params.yaml") or {}
-            return {
-                f"{section}.{name}": ", ".join(map(redact_url, value)) if isinstance(value, list) else str(value)
-                for section, fields in sections.items()
-                if section != POLICY
-                for name, value in fields.items()
-            }
+            return flat_params(parse_yaml(self.committed_file(commit, "params.yaml"), "params.yaml") or {})
         return {}
 
     def listing(self, md5: str) -> dict[str, str]:
@@ -173,27 +168,43 @@ class Sources:
         return self.listing(self.outputs(commit).get(str(TRAIN), "")).get(BEST_WEIGHTS)
 
 
+def flat_params(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return parameters of runs by section in the form of MLflow's parameters: `{"train.epochs": "20", …}`."""
+    return {
+        f"{section}.{name}": ", ".join(map(redact_url, value)) if isinstance(value, list) else str(value)
+        for section, fields in sections.items()
+        if section != POLICY
+        for name, value in fields.items()
+    }
+
+
 def trace(project: Path, wanted: str, *, file: Path | None = None) -> tuple[list[Trace], list[str]]:
     """Return all that belongs to the id `wanted`, newest first, and warnings on failed searches.
 
     With `file`, the MD5 of that file is the id. Raises UserError where nothing is found, or a short id is ambiguous.
     """
     sources = Sources(project)
-    wanted = file_md5(file) if file else _complete(sources, wanted)
+    traces = find_traces(sources, file_md5(file) if file else wanted, file=file)
+    return traces, list(dict.fromkeys(sources.warnings))
+
+
+def find_traces(sources: Sources, wanted: str, *, file: Path | None = None) -> list[Trace]:
+    """Return all that belongs to the id `wanted`, which is the MD5 of `file` if there is one; raises as `trace`."""
+    wanted = wanted if file else _complete(sources, wanted)
     if re.fullmatch(r"[0-9A-Fa-f-]{32,40}", wanted):  # hashes and UUIDs are stored in lower case
         wanted = wanted.lower()
     runs, experiments, flow_runs = _match(sources, wanted)
     without_run = []
     for experiment in experiments:
-        runs += (own_runs := _runs_of(sources, experiment))
+        runs += (own_runs := runs_of(sources, experiment))
         without_run += [] if own_runs else [experiment]
     newest_first = sorted({run.run_id: run for run in runs}.values(), key=lambda run: run.started, reverse=True)
     traces = [_trace_run(sources, run) for run in newest_first]
     traces += [_trace_experiment(sources, experiment) for experiment in without_run]
     traces = traces or [Trace(flow_runs=(run,)) for run in flow_runs]
-    warnings = list(dict.fromkeys(sources.warnings))
     if traces:
-        return traces, warnings
+        return traces
+    warnings = list(dict.fromkeys(sources.warnings))
     raise UserError(_not_found(sources, f"{file} (MD5 {wanted})" if file else wanted, warnings=warnings))
 
 
@@ -231,10 +242,17 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
         model = sources.listing(f"{wanted.removesuffix('.dir')}.dir").get(BEST_WEIGHTS, wanted)
     if model:
         runs += sources.runs(TRAIN_OUTPUTS, f"%{model}%") or sources.runs_of_model(model)
-    runs = [run for run in runs if REPRODUCES not in run.tags]
+    runs = [
+        run for run in runs if REPRODUCES not in run.tags and not (is_parent(run) and run.tags.get(COMMIT) == commit)
+    ]
     if sources.has_mlflow and _QUERYABLE.fullmatch(wanted):
-        runs += [*find_runs_by_name(wanted), *filter(None, [find_run(wanted)])]
+        named = [*find_runs_by_name(wanted), *filter(None, [find_run(wanted)])]
+        runs += [run for run in named if COMPARISON not in run.tags]
     names |= {run.experiment for run in flow_runs if run.experiment}
+    found_children = [child for run in runs if is_parent(run) for child in children(run.run_id)]
+    names |= {child.experiment for child in found_children}
+    own_runs = [find_run(child.run_id) for child in found_children if child.run_id]
+    runs = [run for run in (*runs, *own_runs) if run and not is_parent(run)]
     experiments = [
         found
         for found in sources.experiments
@@ -245,7 +263,7 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
     return runs, experiments, flow_runs
 
 
-def _runs_of(sources: Sources, experiment: Experiment) -> list[Run]:
+def runs_of(sources: Sources, experiment: Experiment) -> list[Run]:
     """Return the runs of the experiment's own training, else those that made its model, which came from the cache."""
     own_runs = sources.runs("dvc.experiment", experiment.name)
     return own_runs or sources.runs_of_model(sources.model_of(experiment.commit))
@@ -282,7 +300,7 @@ def _trace_run(sources: Sources, run: Run) -> Trace:
         run_link_served=is_mlflow_served(sources.project),
         reproductions=tuple((copy.run_id, copy.tags.get("reproduction.result", copy.status)) for copy in copies),
         experiments=experiments,
-        flow_runs=tuple(_flow_runs_of(sources, run)),
+        flow_runs=tuple(_flowruns_of(sources, run)),
         model_md5=tags.get("model.md5"),
         files=tuple(_files(sources, files)),
     )
@@ -324,12 +342,12 @@ def _experiments_of(sources: Sources, run: Run) -> Iterator[Experiment]:
     """Yield the run's own experiment first, then those that took its model from the cache."""
     model, by_name = run.tags.get("model.md5"), {found.name: found for found in sources.experiments}
     same_model = [name for name, found in by_name.items() if model and sources.model_of(found.commit) == model]
-    users = [name for name in same_model if run.run_id in {one.run_id for one in _runs_of(sources, by_name[name])}]
+    users = [name for name in same_model if run.run_id in {one.run_id for one in runs_of(sources, by_name[name])}]
     names = [run.tags.get("dvc.experiment"), *_cache_users(run).values(), *users]
     yield from (by_name.get(name) or Experiment(name, None) for name in dict.fromkeys(names) if name)
 
 
-def _flow_runs_of(sources: Sources, run: Run) -> Iterator[FlowRun]:
+def _flowruns_of(sources: Sources, run: Run) -> Iterator[FlowRun]:
     """Yield the flow run that made the run first, then those that took its model from the cache."""
     own, experiment = run.tags.get("prefect.flow_run_id"), run.tags.get("dvc.experiment")
     recorded = {own: FlowRun(own, run.tags.get("prefect.flow_run_name"), experiment=experiment)} if own else {}
@@ -358,10 +376,10 @@ def _files(sources: Sources, hashes: Mapping[str, str]) -> Iterator[File]:
 def _changed(committed: Mapping[str, str], here: Mapping[str, str]) -> dict[str, tuple[Any, Any]]:
     """Return the parameters that differ, with the committed and the other value: `{"train.epochs": ("20", "1")}`."""
     pairs = {name: (committed.get(name), value) for name, value in here.items()}
-    return {name: (old, new) for name, (old, new) in pairs.items() if _as_number(old) != _as_number(new)}
+    return {name: (old, new) for name, (old, new) in pairs.items() if as_number(old) != as_number(new)}
 
 
-def _as_number(text: str | None) -> str | float | None:
+def as_number(text: str | None) -> str | float | None:
     """Return the text as a number where it is one: MLflow has 30.0 where the file has 30."""
     try:
         return float(text or "")

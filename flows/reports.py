@@ -13,6 +13,7 @@ from pipeline.artifacts import ARTIFACTS
 from pipeline.core.errors import UserError, escape_control_chars
 
 REPORTS = ARTIFACTS / "reports"
+COMPARISON = "compare-"  # the beginning of the name of a page that belongs to a comparison, not to an experiment
 MAX_SECONDS = 600  # a page takes seconds; a flow run must not wait forever for a store that does not answer
 
 
@@ -23,7 +24,8 @@ def report_path(project: Path, experiment: str) -> Path:
 
 def reports_without(project: Path, experiments: Collection[str]) -> list[Path]:
     """Return the reports of all experiments but these, also of those that `dvc exp remove` has removed."""
-    return [path for path in sorted((project / REPORTS).glob("*.html")) if path.stem not in experiments]
+    pages = [path for path in sorted((project / REPORTS).glob("*.html")) if not path.name.startswith(COMPARISON)]
+    return [path for path in pages if path.stem not in experiments]
 
 
 def render(clone: Path, target: Path, *, environment: Mapping[str, str], seconds: Mapping[str, float]) -> list[str]:

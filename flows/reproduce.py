@@ -33,6 +33,7 @@ from pipeline.tracking.models import recorded_model_md5
 from pipeline.tracking.provenance import CHANGED_FILES, COMMIT, HARDWARE, REPRODUCES
 from pipeline.tracking.provenance_file import with_provenance
 from pipeline.tracking.search import Run, find_run, find_runs, read_file
+from pipeline.tracking.seeds import children, is_parent
 from pipeline.tracking.store import connect, warn_on_failure
 from pipeline.tracking.store_uri import tracking_uri
 
@@ -87,6 +88,9 @@ def find(project: Path, wanted: str) -> Run:
         run = find_run(wanted)
     if run is None:
         return _find_locked(project, wanted)
+    if is_parent(run):
+        names = ", ".join(child.run_id or child.experiment for child in children(wanted)) or "none, as none is finished"
+        raise UserError(f"MLflow run {wanted}: found a run over several seeds; allowed: that of one seed: {names}")
     run = with_provenance(run)
     if "model.md5" not in run.tags:
         raise UserError(f"MLflow run {wanted}: status {run.status}, without a model to compare with; name another run")

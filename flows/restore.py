@@ -27,6 +27,7 @@ from flows.backup import (
     find_backups,
 )
 from flows.backup_files import copy_objects, copy_run_cache, restore_files
+from flows.champion_ref import CHAMPIONS
 from flows.dvc_state import cache_folder, run_cache_folder
 from flows.file_lock import hold_files
 from flows.stores import TOOLS, check_database, find_databases
@@ -100,15 +101,16 @@ def _check_target(path: Path, *, overwrite: bool) -> None:
 
 
 def _restore_git(project: Path, backup: Path, *, lines: list[str]) -> list[str]:
-    """Add the experiments, branches and tags of the bundle; returns those that git could not add.
+    """Add the experiments, champions, branches and tags of the bundle; returns those that git could not add.
 
-    An experiment or tag that exists stays as it is.
+    An experiment, champion or tag that exists stays as it is.
     """
     bundle, remote = str(backup / BUNDLE), f"backup-{backup.name}"
     git(project, "bundle", "verify", "--quiet", bundle)
     listed = _refs(git(project, "bundle", "list-heads", bundle))
     head = listed.pop("HEAD", None)  # a backup made before the first commit of a branch has none
-    wanted = ["refs/exps/*:refs/exps/*", "refs/tags/*:refs/tags/*", f"+refs/heads/*:refs/remotes/{remote}/*"]
+    wanted = [f"{refs}/*:{refs}/*" for refs in ("refs/exps", CHAMPIONS, "refs/tags")]
+    wanted.append(f"+refs/heads/*:refs/remotes/{remote}/*")
     if head and head not in listed.values():  # it was detached
         wanted.append(f"+HEAD:refs/remotes/{remote}/HEAD")
     fetch = ("fetch", "--quiet", "--no-tags", bundle)
@@ -116,7 +118,7 @@ def _restore_git(project: Path, backup: Path, *, lines: list[str]) -> list[str]:
     here = _refs(git(project, "for-each-ref", "--format=%(objectname) %(refname)"))
     targets = {ref: ref.replace("refs/heads/", f"refs/remotes/{remote}/", 1) for ref in listed}
     num_added = sum(not ref.startswith("refs/heads/") for ref in listed)
-    lines.append(f"{'git':<14}{num_added} experiments and tags; branches as {remote}/<branch>")
+    lines.append(f"{'git':<14}{num_added} experiments, champions and tags; branches as {remote}/<branch>")
     if kept := [ref for ref, target in targets.items() if here.get(target, listed[ref]) != listed[ref]]:
         lines.append(f"kept as they are here, although the backup has another commit for them: {', '.join(kept)}")
     return [f"{ref} (git cannot add it beside the refs here)" for ref, target in targets.items() if target not in here]

@@ -11,7 +11,7 @@ from pipeline.core.errors import TemporaryError, UserError
 
 # what Prefect logs besides the outcome that the summary, the line of the error or the state of the task reports
 _NOISE = re.compile(
-    r"Finished in state (Completed|Cached|Cancelled|Running)\("
+    r"Finished in state (Completed|Cached|Cancelled|Running|Promoted|Refused|Unchanged|Dry run|Rolled back)\("
     r"|Crash detected! Execution was aborted by (an interrupt|a termination) signal"
 )
 _INTERRUPTION = re.compile(r"Finished in state Crashed\('Execution was aborted by (an interrupt|a termination) signal")

@@ -19,7 +19,7 @@ MAX_PICTURE_BYTES = 750_000  # Prefect's database holds each picture of each flo
 
 def as_title(summary: Summary) -> str:
     """Return the run's title and its test accuracy, as Markdown."""
-    return f"{_escape(summary.setup.title)}: {summary.metrics['accuracy']:.2%}"
+    return f"{escape(summary.setup.title)}: {summary.metrics['accuracy']:.2%}"
 
 
 def as_markdown(summary: Summary, *, folder: Path, mlflow_link: str, report_link: str, flow_run_link: str) -> str:
@@ -33,7 +33,7 @@ def as_markdown(summary: Summary, *, folder: Path, mlflow_link: str, report_link
     num_images = sum(each.test_images for each in summary.classes)
     parts = [
         f"# {summary.metrics['accuracy']:.2%} of {num_images:,} test images are correct",
-        _list(f"**{name}**: {_escape(value)}" for name, value in results),
+        _list(f"**{name}**: {escape(value)}" for name, value in results),
         "## What differs",
         _differences(summary),
         "## Learning curves",
@@ -48,9 +48,9 @@ def as_markdown(summary: Summary, *, folder: Path, mlflow_link: str, report_link
 
 def _differences(summary: Summary) -> str:
     """Return a table of the parameters that differ from the recipe."""
-    recipe = _escape(summary.setup.recipe)
+    recipe = escape(summary.setup.recipe)
     rows = [
-        (_escape(name), _escape(_format(old)), _escape(_format(new)))
+        (escape(name), escape(_format(old)), escape(_format(new)))
         for name, (old, new) in summary.setup.differences.items()
     ]
     return (
@@ -65,13 +65,13 @@ def _picture(folder: Path, path: Path, *, text: str) -> str:
         return f"`{path}` was not written"
     if file.stat().st_size > MAX_PICTURE_BYTES:
         return f"`{path}` is too large for this page: it is in the report and among the files of the MLflow run"
-    return f"![{_escape(text)}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
+    return f"![{escape(text)}](data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()})"
 
 
 def _places(summary: Summary, *, mlflow_link: str, report_link: str, flow_run_link: str) -> list[str]:
     """Return a line for each tool that has the run, and the command that lists all ids."""
     # in the text of a link, Prefect's page shows the backslash before characters that need none, such as `=`
-    title = re.sub(r"\\([-_.,:=+%/() ])", r"\1", _escape(summary.setup.title))
+    title = re.sub(r"\\([-_.,:=+%/() ])", r"\1", escape(summary.setup.title))
     run = "the earlier run that made this model" if summary.has_cached_model else title
     report = f"`{REPORTS / summary.report.name}` in the project" if summary.report else "none; the log has the reason"
     if report_link:
@@ -94,7 +94,7 @@ def _format(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Return text as Markdown that shows it as it is: neither links, pictures nor HTML in it have an effect."""
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", escape_control_chars(text))
 

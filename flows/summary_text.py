@@ -21,7 +21,7 @@ def as_text(summary: Summary, *, recipe: str, images: str | None = None, overrid
     """
     use = [(f".venv/bin/dvc exp apply {summary.experiment}", "use this model here (replaces the files in artifacts/)")]
     commands = [("make ui", "open the curves, compare runs")]
-    lines = ["", *_aligned(_rows(summary))]
+    lines = ["", *aligned(_rows(summary))]
     if recipe == "digits":
         commands.append((f"make run RECIPE={SUGGESTED_RECIPE}", "train on CIFAR-10 (downloads 170 MB)"))
     elif summary.params.download.dataset == "imagefolder":
@@ -33,7 +33,7 @@ def as_text(summary: Summary, *, recipe: str, images: str | None = None, overrid
     compared = summary.baseline.comparison
     is_worse = compared is not None and compared.is_significant and compared.difference < 0
     read = ["  open the report in a browser: its address is above"] if summary.report else []
-    return "\n".join([*lines, "", "Next:", *read, *_commands([*commands, *use] if is_worse else [*use, *commands])])
+    return "\n".join([*lines, "", "Next:", *read, *command_lines([*commands, *use] if is_worse else [*use, *commands])])
 
 
 def _rows(summary: Summary) -> list[tuple[str, str]]:
@@ -65,21 +65,26 @@ def _value(value: object) -> str:
     return "null" if value is None else escape_control_chars(str(value))
 
 
-def _aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the rows as lines of at most WIDTH columns, with the second column aligned; links are not broken."""
+def aligned(rows: Sequence[tuple[str, str]], *, width: int = WIDTH) -> list[str]:
+    """Return the rows as lines of at most `width` columns, with the second column aligned; links are not broken."""
     indent = max(len(name) for name, _ in rows) + GAP
     lines = []
     for name, value in rows:
-        parts = [
-            part
-            for line in value.splitlines()
-            for part in textwrap.wrap(line, WIDTH - indent, break_long_words=False, break_on_hyphens=False)
-        ]
+        parts = wrapped(value, width=width - indent)
         lines += [f"{name if number == 0 else '':<{indent}}{part}" for number, part in enumerate(parts)]
     return lines
 
 
-def _commands(commands: Sequence[tuple[str, str]]) -> list[str]:
+def wrapped(text: str, *, width: int = WIDTH) -> list[str]:
+    """Return the lines of a text, broken between words so that they have at most `width` columns."""
+    return [
+        part
+        for line in text.splitlines()
+        for part in textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+    ]
+
+
+def command_lines(commands: Sequence[tuple[str, str]]) -> list[str]:
     """Return a line for each command with what it does, or two where a line would be longer than WIDTH."""
     width = WIDTH - GAP
     short = [command for command, purpose in commands if len(command) + GAP + len(purpose) <= width]

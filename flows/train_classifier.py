@@ -14,6 +14,7 @@ from flows import FLOW_NAME, command_line
 from flows.flow_run import (
     DEFAULT_RECIPE,
     EXPECTED_ERRORS,
+    choose_overrides,
     is_temporary_failure,
     make_report,
     name_flow_run,
@@ -22,7 +23,10 @@ from flows.flow_run import (
     save,
     summarize,
 )
-from flows.form import Overrides, Recipe
+from flows.form import NumSeeds, Overrides, Recipe
+from flows.promotion_step import promote_experiment
+from flows.seeds import run_seeds
+from flows.seeds_summary import SeedsSummary
 from flows.summary import Step, Summary
 from flows.workspace import Workspace
 
@@ -83,28 +87,40 @@ def evaluate(workspace: Workspace) -> State[Step]:
 def train_classifier(
     recipe: Recipe = DEFAULT_RECIPE,
     overrides: Overrides = Overrides(),  # noqa: B008  (it is frozen)
+    *,
     keep_workspace: bool = False,
-) -> State[Summary]:
+    seeds: NumSeeds = 1,
+    vary_seed: bool = False,
+    promote: bool = False,
+) -> State[Summary | SeedsSummary]:
     """Train and evaluate a classifier in a clone of the checkout, and save it as a DVC experiment.
 
     Args:
         recipe: a name from recipes/; each file there is one way to train.
         overrides: values that replace the recipe's, as {"train.epochs": 3}.
         keep_workspace: keep the clone of a failed run in .dvc/tmp/kept/.
+        seeds: how many times to train, from train.seed on: each a flow run and an experiment of its own.
+        vary_seed: set train.seed by the day (UTC) of the scheduled start, so that each night trains another model.
+        promote: let the model become the champion, if it is better (python -m flows.promote).
     """
     start = time.monotonic()
     try:
-        with open_flow_run(recipe, overrides.flat(), keep="failed" if keep_workspace else "never") as workspace:
+        values = choose_overrides(overrides, seeds=seeds, vary_seed=vary_seed)
+        if seeds > 1:
+            several = run_seeds(train_classifier, recipe, values, seeds=seeds, keep_workspace=keep_workspace)
+            message = promote_experiment(several.best.experiment) if promote else None
+            return Completed(data=several, message=message)
+        with open_flow_run(recipe, values, keep="failed" if keep_workspace else "never") as workspace:
             # each task returns a state; wait_for draws the arrows in Prefect's graph
             downloaded = download(workspace)
             normalized = normalize(workspace, wait_for=[downloaded])
             trained = train(workspace, wait_for=[normalized])
             evaluated = evaluate(workspace, wait_for=[trained])
-            mlflow_run_id = save(workspace)
             steps = [state.result() for state in (downloaded, normalized, trained, evaluated)]
+            mlflow_run_id = save(workspace, steps)
             report = make_report(workspace, steps)
             summary = summarize(workspace, steps, mlflow_run_id=mlflow_run_id, report=report, start=start)
-        return Completed(data=summary)
+        return Completed(data=summary, message=promote_experiment(summary.experiment) if promote else None)
     except EXPECTED_ERRORS as error:
         return Failed(message=str(error), data=error)
     except KeyboardInterrupt:

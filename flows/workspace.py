@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from flows.dvc_client import DvcClient, OnLine, StepError, describe_exit, start_dvc
 from flows.dvc_protocol import Outcome
-from flows.git import apply_difference, find_repository, git_identity, take_snapshot
+from flows.git import Snapshot, apply_difference, find_repository, git_identity, take_snapshot
 from flows.live_progress import LiveProgress
 from flows.settings import NOTIFY_ADDRESSES
 from flows.workspace_folders import make_folder
@@ -111,17 +111,20 @@ def open_workspace(
     flow_run_id: str,
     variables: Mapping[str, str] = {},
     keep: Keep = "never",
+    snapshot: Snapshot | None = None,
 ) -> Iterator[Workspace]:
     """Clone `project` with its uncommitted changes, and write `params_text` into its params.yaml.
 
-    `variables` are environment variables for the stages. At the end, also after an error, the processes in the clone
-    are ended, and the clone is removed or, depending on `keep`, moved to KEPT_CLONES. Raises UserError where the
-    checkout cannot be cloned.
+    With `snapshot`, the clone has the files of that moment instead. `variables` are environment variables for the
+    stages. At the end, also after an error, the processes in the clone are ended, and the clone is removed or,
+    depending on `keep`, moved to KEPT_CLONES. Raises UserError where the checkout cannot be cloned.
     """
-    commit = take_snapshot(project)
+    commit = snapshot.commit if snapshot else take_snapshot(project)
 
     def fill(top: Path, clone: Path) -> Mapping[str, Any]:
         check_is_folder(project / params["download"]["folder"])
+        if snapshot:
+            git(top, "update-ref", "--no-deref", "HEAD", snapshot.head)
         git(top, "read-tree", "-u", "--reset", commit)
         (clone / PARAMS_FILE).write_text(params_text, encoding="utf-8")
         return params

@@ -1,5 +1,7 @@
 """Evaluate, the last step: compute the metrics of the model on the test split, which no other step reads.
 
+Its predictions for the validation split are written as well, and no figure is made of them here.
+
 Calibrated probabilities are those after the temperature in `model.json`. It was fitted for the best weights and single
 views of the images, and is also used with `evaluate.checkpoint: last` and `evaluate.test_time_augmentation`.
 """
@@ -7,30 +9,25 @@ views of the images, and is also used with `evaluate.checkpoint: last` and `eval
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-
-from pipeline.arrays import DatasetInfo, Split
+from pipeline.arrays import DatasetInfo
 from pipeline.artifacts import BEST_WEIGHTS, EVALUATE, TRAIN, verify, verify_splits, write_bytes, write_csv, write_json
-from pipeline.core.errors import TemporaryError, UserError, report_errors
-from pipeline.core.processes import num_cores
+from pipeline.core.errors import TemporaryError, report_errors
 from pipeline.core.report_command import make_report
 from pipeline.core.results import StepResult, write_result
+from pipeline.core.settings import get_settings
 from pipeline.evaluation import plots
 from pipeline.evaluation.calibration import NUM_BINS
-from pipeline.evaluation.logits import predictions_of
 from pipeline.evaluation.metrics import Evaluation, evaluate, prediction_rows
-from pipeline.evaluation.predictions import Predictions, write_predictions
-from pipeline.models.cpu_kernels import use_cpu_kernels
-from pipeline.models.files import load_model
-from pipeline.models.inference import logits_of
-from pipeline.models.losses import loss_function
+from pipeline.evaluation.predict_split import load_to_evaluate, predict_split
+from pipeline.evaluation.predictions import Predictions, split_md5, write_predictions
 from pipeline.params import load_params
-from pipeline.parquet import read_files
 from pipeline.tracking.experiments import experiment_name
+from pipeline.tracking.models import ensure_model
 from pipeline.tracking.provenance import output_values, result_values
+from pipeline.tracking.registrations import register_evaluation
 from pipeline.tracking.run_title import read_setup
 from pipeline.tracking.runs import find_or_create_run
-from pipeline.tracking.store import store_errors
+from pipeline.tracking.store import store_errors, warn_on_failure
 from pipeline.training.device import choose_device
 
 FILES = (
@@ -40,54 +37,50 @@ FILES = (
     "per_class.csv",
     "predictions.csv",
     "predictions.parquet",
+    "validation_predictions.parquet",
 )
 TEST_METRICS = "test/"  # the group of metrics in MLflow
 
 
 def main() -> None:
-    """Evaluate `artifacts/train/` on the test split; write `artifacts/evaluate/` and log to the model's MLflow run."""
+    """Evaluate `artifacts/train/` on the test split; write `artifacts/evaluate/` and log to the model's MLflow run.
+
+    The predictions for the validation split are written too, so that a promotion need not look at the test split first.
+    """
     with report_errors():
         all_params = load_params()
         params = all_params.evaluate
-        verify_splits("test", with_files=True)
+        verify_splits("validation", "test", with_files=True)
         md5 = verify(TRAIN, sorted({"model.json", BEST_WEIGHTS, f"{params.checkpoint}.safetensors"}))
-        info = DatasetInfo.read()
         device = choose_device(params.device, field="evaluate.device")
-        use_cpu_kernels(params.cpu_kernels, field="evaluate.cpu_kernels")
-        torch.set_num_threads(params.cpu_threads or num_cores())
-        classifier, config = load_model(TRAIN, checkpoint=params.checkpoint)
-        if config.class_names != info.class_names:
-            raise UserError(
-                f"{TRAIN}: the classes of the model are not those of {info.dataset}; `dvc repro train` trains it again"
-            )
-        if md5[f"{params.checkpoint}.safetensors"] != md5[BEST_WEIGHTS]:
+        model = load_to_evaluate(TRAIN, params=params, device=device)
+        # the MLflow run is the one of these weights, whichever checkpoint is evaluated
+        is_recorded_model = model.weights_md5 == md5[BEST_WEIGHTS]
+        if not is_recorded_model:
             print(
                 f"evaluate.checkpoint is {params.checkpoint}: the metrics are of the last epoch, but predict and "
                 f"MLflow use {BEST_WEIGHTS}, of the epoch that train.selection selected"
             )
-        split = Split.read("test", info=info, mean=config.mean, std=config.std, device=device)
-        views = params.test_time_augmentation
-        logits = logits_of(classifier.to(device), split, batch_size=params.batch_size, views=views).cpu()
-        labels = split.labels.cpu()
-        names, content_hashes = read_files("test")
-        predictions = predictions_of(
-            logits,
-            labels.numpy(),
-            class_names=info.class_names,
-            names=names,
-            content_hashes=content_hashes,
-            temperature=config.temperature,
-            weights_md5=md5[f"{params.checkpoint}.safetensors"],
-        )
+        predictions, loss = predict_split(model, "test")
+        info = DatasetInfo.read()
         result = evaluate(predictions, top_k=params.top_k, duplicates=info.test_duplicates)
-        metrics = {"loss": loss_function(config.loss)(logits, labels).item(), **result.metrics}
-        result = replace(result, metrics=metrics)
-        _write_files(result, predictions, temperature=config.temperature)
+        result = replace(result, metrics={"loss": loss, **result.metrics})
+        write_predictions(EVALUATE / "validation_predictions.parquet", predict_split(model, "validation")[0])
+        _write_files(result, predictions, temperature=model.config.temperature)
         _print_summary(result)
-        # the MLflow run is the one of these weights, whichever checkpoint is evaluated
-        is_recorded_model = md5[f"{params.checkpoint}.safetensors"] == md5[BEST_WEIGHTS]
         experiment = experiment_name(info.dataset, folder=all_params.download.folder)
-        _log_to_mlflow(result, model_md5=md5[BEST_WEIGHTS], experiment=experiment, is_recorded_model=is_recorded_model)
+        run_id = _log_to_mlflow(
+            result, model_md5=md5[BEST_WEIGHTS], experiment=experiment, is_recorded_model=is_recorded_model
+        )
+        if is_recorded_model and not get_settings().reproduces:
+            register_evaluation(
+                run_id,
+                experiment=experiment,
+                model_md5=model.weights_md5,
+                test_md5=split_md5(predictions),
+                data_md5=info.md5,
+                metrics=result.metrics,
+            )
         make_report()
 
 
@@ -116,8 +109,8 @@ def _print_summary(result: Evaluation) -> None:
         )
 
 
-def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_recorded_model: bool) -> None:
-    """Log metrics, tags and plots to the MLflow run that made the model, which is found by the model's MD5.
+def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_recorded_model: bool) -> str:
+    """Log metrics, tags and plots to the MLflow run that made the model, found by the model's MD5; return its id.
 
     The metrics are linked to the run's model, and are the result of the run, if that model was evaluated, and not the
     weights of the last epoch. Raises TemporaryError where MLflow does not answer.
@@ -135,12 +128,15 @@ def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_re
         if not run.flush():
             raise TemporaryError("MLflow does not answer: the evaluation was not logged; run the same command again")
         if is_recorded_model:
+            with warn_on_failure(f"MLflow run {run.run_id} has no model, which cannot be registered"):
+                ensure_model(run.run_id, TRAIN)
             run.link_to_model(TEST_METRICS, step=0)
             run.record(result_values(result.metrics))
         # the hashes of the first evaluation stay, as a later one may have other parameters
         run.record(output_values(EVALUATE, names=FILES), overwrite=False)
         for name in ("confusion_matrix.png", "per_class.csv", "metrics.json"):
             run.log_file(EVALUATE / name, folder="plots" if name.endswith("png") else "evaluate")
+    return run.run_id
 
 
 def charted(metrics: Mapping[str, float]) -> dict[str, float]:

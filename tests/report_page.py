@@ -1,6 +1,7 @@
 """Make the files of all steps for a report, and read a page with a parser that is not ours."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -123,3 +124,29 @@ class Page(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.elements if name == tag]
+
+    def check_requests_nothing(self) -> None:
+        """Check that the page has no script and needs no other file, and that its policy forbids both."""
+        assert not self.all("link") + self.all("script") + self.all("iframe") + self.all("object") + self.all("base")
+        for tag, attributes in self.elements:
+            assert not {"srcset", "poster", "background", "ping", "action"} & set(attributes), tag
+            assert not [name for name in attributes if name.startswith("on")], tag
+            assert str(attributes.get("src", "data:image/")).startswith("data:image/"), tag
+            if tag != "a":
+                assert str(attributes.get("href", "#")).startswith(("#", "data:image/png;base64,")), tag
+            assert not re.search(r"url\((?!#)|@import", str(attributes.get("style", ""))), tag
+        styles = "".join(re.findall(r"<style>(.*?)</style>", self.html, re.DOTALL))
+        assert not re.search(r"url\(|@import|http", styles)
+        policies = [each["content"] for each in self.all("meta") if each.get("http-equiv") == "Content-Security-Policy"]
+        assert policies == [
+            "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+        ]
+
+    def check_links_and_alternatives(self) -> None:
+        """Check that ids are unique, that links within the page have a target, and that pictures have a text."""
+        assert all(str(each.get("alt", "")).strip() for each in self.all("img"))
+        assert all(each.get("role") == "img" and str(each.get("aria-label")).strip() for each in self.all("svg"))
+        ids = [str(attributes["id"]) for _, attributes in self.elements if "id" in attributes]
+        assert len(ids) == len(set(ids))
+        targets = {str(each["href"])[1:] for _, each in self.elements if str(each.get("href", "")).startswith("#")}
+        assert targets <= set(ids)

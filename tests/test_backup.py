@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flows.backup import ARTIFACT_LIST, OBJECTS, back_up, find_backups
+from flows.champion_ref import read_ref, write_ref
 from flows.restore import find_backup, restore
 from flows.stores import check_database
 from pipeline.artifacts import bytes_md5, read_json, verify
@@ -188,9 +189,12 @@ def test_runs_whose_artifacts_are_elsewhere_are_named(project: Path, tmp_path: P
 
 
 def test_a_fresh_clone_gets_all_of_it_back(project: Path, tmp_path: Path) -> None:
+    champion = git(project, "commit-tree", "-m", "uncommitted results", "HEAD^{tree}")
+    write_ref(project, "digits", champion)
     back_up(project, tmp_path / "backup")
     restored = clone(tmp_path / "backup", tmp_path / "clone")
     restore(restored, find_backup(tmp_path / "backup", None))
+    assert read_ref(restored, "digits") == champion
     assert (restored / "mlartifacts/1/artifacts/model.json").read_bytes() == b"{}"
     cached = restored / ".dvc/cache/files/md5" / object_path(b"content")
     assert (cached.read_bytes(), cached.stat().st_mode & 0o777) == (b"content", 0o444)

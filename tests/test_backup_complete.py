@@ -223,10 +223,10 @@ def test_refs_of_a_running_dvc_and_of_its_queue_are_not_restored(project: Path, 
     for ref in ("refs/exps/exec/EXEC_HEAD", "refs/exps/celery/stash", "refs/exps/stash", "refs/stash"):
         git(project, "update-ref", ref, "HEAD")
     lines = back_up(project, tmp_path / "backup")
-    assert "git           2 branches, tags and HEAD; 1 experiments" in lines
+    assert "git           2 branches, tags and HEAD; 1 experiments; 0 champions" in lines
     restored = clone(tmp_path / "backup", tmp_path / "clone")
     lines = restore(restored, find_backup(tmp_path / "backup", None))
-    assert [line for line in lines if line.startswith("git           1 experiments and tags")]
+    assert [line for line in lines if line.startswith("git           1 experiments, champions and tags")]
     assert git(restored, "for-each-ref", "--format=%(refname)", "refs/exps", "refs/stash").count("\n") == 0
 
 

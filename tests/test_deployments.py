@@ -22,6 +22,7 @@ from prefect.types._datetime import now
 
 from flows import deployments, health, server, train_classifier
 from flows.form import Overrides
+from flows.seed_values import seed_of_day
 from pipeline.core.errors import UserError
 from pipeline.core.stage_code import stage_names
 from pipeline.core.yaml import read_yaml
@@ -149,8 +150,9 @@ def test_canceling_a_run_ends_its_training_and_saves_nothing(site: Site) -> None
 
 def test_the_nightly_schedule_is_off_until_enabled(site: Site) -> None:
     with get_client(sync_client=True) as client:
-        [schedule] = client.read_deployment_by_name("train-classifier/nightly").schedules
-    assert not schedule.active
+        nightly = client.read_deployment_by_name("train-classifier/nightly")
+    assert not nightly.schedules[0].active
+    assert nightly.parameters["vary_seed"]
 
 
 def test_a_schedule_that_was_switched_on_stays_on(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +260,8 @@ def test_health_knows_the_worker_and_the_last_nightly_run(site: Site, monkeypatc
         assert check("nightly")[0] == "wrong"
         assert "is Completed; 30 hours ago, allowed: 1 day, 2:00:00" in check("nightly")[1]
         latest = run_nightly(hours_ago=0)
-        assert wait_for_end(latest).name == "digits"  # that of a scheduled run is random until it starts
+        name = f"digits seed={seed_of_day(now('UTC'))}"
+        assert wait_for_end(latest).name == name  # that of a scheduled run is random until it starts
         assert check("nightly")[0] == "ok"
         client.set_flow_run_state(latest, Crashed(), force=True)
         assert (check("nightly")[0], "is Crashed" in check("nightly")[1]) == ("wrong", True)

@@ -7,15 +7,17 @@ import torch
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from pipeline.artifacts import file_md5, read_csv, read_json, replace_folder
+from pipeline.core.errors import UserError
 from pipeline.evaluate import FILES
 from pipeline.evaluation.calibration import calibration
 from pipeline.evaluation.intervals import f1_interval, wilson_interval
 from pipeline.evaluation.logits import predictions_of
 from pipeline.evaluation.metrics import Evaluation, evaluate
+from pipeline.evaluation.predict_split import load_to_evaluate, predict_split
 from pipeline.evaluation.predictions import Predictions, read_predictions
 from pipeline.models.build import build
 from pipeline.models.files import save_config, save_weights
-from tests.conftest import run_step, write_normalized
+from tests.conftest import params, run_step, write_normalized
 from tests.test_model import config
 
 
@@ -157,5 +159,20 @@ def test_the_step_writes_the_cross_entropy_and_the_same_bytes_each_time(workspac
     assert metrics["loss"] == pytest.approx(-np.log(of_labels).mean(), rel=1e-5)
     assert predictions.names[:2] == ["test/0.png", "test/1.png"]
     assert evaluate(predictions, top_k=5, duplicates=[0, 3]).metrics.items() <= metrics.items()
+    validation = read_predictions(target / "validation_predictions.parquet")
+    assert (len(validation), validation.names[0]) == (24, "validation/0.png")
+    model = load_to_evaluate(workspace / "artifacts/train", params=params().evaluate)
+    again, _ = predict_split(model, "validation", data=workspace / "artifacts/normalize")
+    np.testing.assert_array_equal(again.calibrated_probabilities, validation.calibrated_probabilities)
     assert read_json(target / "calibration.json")["temperature"] == 1.5
     assert read_csv(target / "predictions.csv")[1]["name"] == "test/1.png"
+
+
+def test_a_model_predicts_only_images_of_the_size_that_it_was_trained_with(tmp_path: Path) -> None:
+    data = write_normalized(tmp_path, size=16)
+    chosen = config(classes=3, class_names=tuple(f"class {index}" for index in range(3)))
+    save_weights(build(chosen), tmp_path / "best.safetensors")
+    save_config(chosen, tmp_path)
+    model = load_to_evaluate(tmp_path, params=params().evaluate)
+    with pytest.raises(UserError, match=f"{data}: image_size is 16; allowed: 32"):
+        predict_split(model, "test", data=data)

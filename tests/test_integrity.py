@@ -25,7 +25,10 @@ INPUTS = {
         NORMALIZE: ["dataset.json", *(f"{s}_{k}.npy" for s in ("train", "validation") for k in ("images", "labels"))]
     },
     "evaluate": {
-        NORMALIZE: ["dataset.json", "test_files.parquet", "test_images.npy", "test_labels.npy"],
+        NORMALIZE: [
+            "dataset.json",
+            *(f"{s}_{k}" for s in ("test", "validation") for k in ("files.parquet", "images.npy", "labels.npy")),
+        ],
         TRAIN: ["best.safetensors", "model.json"],
     },
     "predict": {TRAIN: ["best.safetensors", "model.json"]},

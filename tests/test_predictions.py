@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from pipeline.artifacts import file_md5
+from pipeline.comparison.pairing import take
 from pipeline.core.errors import UserError
 from pipeline.evaluation import predictions as module
 from pipeline.evaluation.logits import predictions_of
 from pipeline.evaluation.metrics import evaluate, prediction_rows
-from pipeline.evaluation.predictions import Predictions, read_predictions, write_predictions
+from pipeline.evaluation.predictions import Predictions, read_identity, read_predictions, split_md5, write_predictions
 
 CLASSES = ("cat", "dog, big", 'the "third"', "日本")
 
@@ -102,3 +103,14 @@ def test_a_file_that_cannot_be_used_is_reported(tmp_path: Path, damage: str) -> 
         pq.write_table(table.set_column(2, "actual", pa.array(["cat", "bird", "cat"])), path)
     with pytest.raises(UserError, match=r"x\.parquet: (no such file|damaged)"):
         read_predictions(path)
+
+
+def test_the_identity_of_a_split_is_that_of_its_images_and_their_classes(tmp_path: Path) -> None:
+    one = predictions(20)
+    order = np.arange(20)[::-1]
+    turned = replace(take(one, order), class_names=CLASSES[::-1], actual=3 - one.actual[order], names=["other"] * 20)
+    assert split_md5(turned) == split_md5(one)
+    assert split_md5(predictions(19)) != split_md5(one)
+    assert split_md5(replace(one, actual=(one.actual + 1) % 4)) != split_md5(one)
+    write_predictions(tmp_path / "x.parquet", one)
+    assert read_identity(tmp_path / "x.parquet") == ("a" * 32, split_md5(one))

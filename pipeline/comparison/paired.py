@@ -14,13 +14,12 @@ POWER = 0.8
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Return the two-sided mid-p-value of McNemar's test that both models are right equally often.
+    """Return the two-sided exact p-value of McNemar's test that both models are right equally often.
 
-    Source: Fagerland, Lydersen and Laake 2013, "The McNemar test for binary matched-pairs data: mid-p and asymptotic
-    are better than exact conditional", BMC Medical Research Methodology 13:91.
+    It is at most the level with at most this probability, however many images are discordant. That of the mid-p-value
+    of Fagerland, Lydersen and Laake 2013 is this on average, but up to 7.7 % at the level 5 %, with 16 of them.
     """
-    discordant, fewer = only_a + only_b, min(only_a, only_b)
-    return float(2 * stats.binom.cdf(fewer, discordant, 0.5) - stats.binom.pmf(fewer, discordant, 0.5))
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
 def mcnemar_greater(only_a: int, only_b: int) -> float:
@@ -65,6 +64,7 @@ def detectable_difference(
     `discordance` is the fraction of images that one of the two models alone gets right. None where even the largest
     possible difference, which equals the discordance, is shown less often. Source: Connor 1987, "Sample size for
     testing differences in proportions for the paired-sample design", Biometrics 43:207-211, solved for the difference.
+    It is a normal approximation: with 374 to 10,000 images, the exact test's power is 77 to 79 % instead of 80 %.
     """
     of_level, of_power = stats.norm.isf(level / sides), stats.norm.ppf(power)
 

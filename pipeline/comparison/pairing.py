@@ -58,15 +58,16 @@ class Pairing:
 
 
 def pair(*candidates: Candidate) -> Pairing:
-    """Return the predictions of two or more models for the images on which all can be judged.
+    """Return the predictions of two or more models for the images on which all can be judged, sorted by content hash.
 
     Images are the same if they have the same content hash; of several with the same hash, the first of one split is
-    paired with the first of the other, and so on. Raises UserError where the classes differ or no image is left.
+    paired with the first of the other, and so on. The order of the images in a split does not matter otherwise. Raises
+    UserError where the classes differ or no image is left.
     """
     _check_classes(candidates)
     first = candidates[0].predictions
     positions = [{key: row for row, key in enumerate(_keys(each))} for each in candidates]
-    common = [key for key in positions[0] if all(key in each for each in positions)]
+    common = sorted(key for key in positions[0] if all(key in each for each in positions))
     models = [
         _with_classes_of(first, take(each.predictions, np.array([rows[key] for key in common], np.int64)))
         for each, rows in zip(candidates, positions, strict=True)

@@ -43,7 +43,7 @@ def compare_recipes(
     """Compare two recipes; the arrays (number of models, N) tell which of the same N images each model gets right.
 
     The interval covers both that other seeds give other models, and that other images may suit one recipe better: see
-    `mean_difference_interval` and `_image_variance`. Raises UserError where a recipe has fewer than two models.
+    `mean_difference_interval` and `image_variance`. Raises UserError where a recipe has fewer than two models.
     """
     for name, correct in (("first", correct_a), ("second", correct_b)):
         if len(correct) < 2:
@@ -52,7 +52,7 @@ def compare_recipes(
                 "does not show how much the seed matters; train more: `make run RECIPE=… SEEDS=5`"
             )
     a, b = correct_a.mean(1), correct_b.mean(1)
-    of_images = math.sqrt(_image_variance(correct_a, correct_b))
+    of_images = math.sqrt(image_variance(correct_a, correct_b))
     low, high = mean_difference_interval(a, b, other_deviation=of_images, level=level, seed=seed)
     return RecipeComparison(
         accuracies_a=tuple(map(float, a)),
@@ -69,10 +69,13 @@ def mean_difference_interval(
     """Return the interval of the difference of two means over models, by a bootstrap over the models.
 
     With few models, percentiles of a bootstrap are too narrow; they are expanded as in Hesterberg 2015, "What teachers
-    should know about the bootstrap", The American Statistician 69:371-386, section 3.3, with the degrees of freedom of
-    Welch 1947. With fewer than four models of a recipe it is Welch's t-interval. `other_deviation` is the standard
-    deviation of a further, independent error of the difference.
+    should know about the bootstrap", The American Statistician 69:371-386, with the degrees of freedom of Welch 1947.
+    With fewer than four models of a recipe it is Welch's t-interval. `other_deviation` is the standard deviation of a
+    further, independent error of the difference. Neither the order of the models nor that of the recipes matters.
     """
+    if a.mean() < b.mean():
+        low, high = mean_difference_interval(b, a, other_deviation=other_deviation, level=level, seed=seed)
+        return -high, -low
     estimate, freedom = float(a.mean() - b.mean()), _degrees_of_freedom(a, b)
     quantile = float(stats.t.isf(level / 2, freedom))
     if min(len(a), len(b)) < FEWEST_FOR_BOOTSTRAP:
@@ -88,7 +91,7 @@ def mean_difference_interval(
 
 def _resampled_errors(values: Values, generator: np.random.Generator) -> Values:
     """Return how far means of resampled models are from the mean: (RESAMPLES,), with an unbiased variance."""
-    means: Values = values[generator.integers(0, len(values), (RESAMPLES, len(values)))].mean(1)
+    means: Values = np.sort(values)[generator.integers(0, len(values), (RESAMPLES, len(values)))].mean(1)
     errors: Values = (means - values.mean()) * math.sqrt(len(values) / (len(values) - 1))
     return errors
 
@@ -99,22 +102,33 @@ def _standard_error(a: Values, b: Values) -> float:
 
 
 def _degrees_of_freedom(a: Values, b: Values) -> float:
-    """Return the degrees of freedom of Welch's test; models that are all equal give those of equal variances."""
-    found = float(stats.ttest_ind(a, b, equal_var=False).df) if _standard_error(a, b) > 0 else math.nan
-    return found if math.isfinite(found) else len(a) + len(b) - 2
+    """Return the degrees of freedom of Welch's test; models that are all equal give those of equal variances.
+
+    `scipy.stats.ttest_ind` has the same formula, but warns where the models of a recipe are all equal.
+    """
+    of_a, of_b = float(a.var(ddof=1)) / len(a), float(b.var(ddof=1)) / len(b)
+    if of_a + of_b == 0:
+        return len(a) + len(b) - 2
+    return (of_a + of_b) ** 2 / (of_a**2 / (len(a) - 1) + of_b**2 / (len(b) - 1))
 
 
-def _image_variance(correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_]) -> float:
+def image_variance(correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_]) -> float:
     """Return the variance of the difference of the mean accuracies that is due to the choice of the images.
 
     It is that of the recipes' difference from image to image, less the part that is due to the models (the expected
-    mean squares of a two-way random model: Gallas 2006, "One-shot estimate of MRMC variance", Academic Radiology
-    13:353-362); it is 0 where the models explain all of it, as for two groups of one recipe.
+    mean squares of a two-way random model: Gallas, Pennello and Myers 2007, "Multireader multicase variance analysis
+    for binary data", Journal of the Optical Society of America A 24:B70); it is 0 where the models explain all of it,
+    as for two groups of one recipe. Where the models of each recipe are equally accurate, as happens with two seeds and
+    few images, that part is not subtracted, since the accuracies do not show it.
     """
-    number = correct_a.shape[1]
-    by_image = correct_a.mean(0) - correct_b.mean(0)
-    of_models = sum((each.var(0, ddof=1) / len(each)).mean() for each in (correct_a, correct_b))
-    return float(max(0.0, by_image.var(ddof=1) - of_models) / number) if number > 1 else 0.0
+    number: int = correct_a.shape[1]
+    if number < 2:
+        return 0.0
+    by_image = float((correct_a.mean(0) - correct_b.mean(0)).var(ddof=1))
+    of_models = sum(float(each.var(0, ddof=1).mean()) / len(each) for each in (correct_a, correct_b))
+    if all(np.ptp(each.mean(1)) == 0 for each in (correct_a, correct_b)):
+        return max(by_image, of_models) / number
+    return max(0.0, by_image - of_models) / number
 
 
 def _detectable(a: Values, b: Values, *, other_deviation: float, level: float) -> float:

@@ -38,6 +38,8 @@ class Settings:
     recipe: str
     # PIPELINE_REPRODUCES: the id of the MLflow run that this training reproduces, or None
     reproduces: str | None
+    # PIPELINE_PARENT_RUN: the MLflow run over several seeds to which this training belongs, or None
+    parent_run: str | None
     # PIPELINE_RESULT_FILE: the file for a step's result; if it is empty, the step writes none
     result_file: str
     # PIPELINE_PROGRESS_FILE: the file for a step's progress; it is empty also in the ranks of a training other than 0
@@ -108,6 +110,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         experiment=environment.get("PIPELINE_EXPERIMENT", text("DVC_EXP_NAME")),
         recipe=text("PIPELINE_RECIPE"),
         reproduces=text("PIPELINE_REPRODUCES") or None,
+        parent_run=text("PIPELINE_PARENT_RUN") or None,
         result_file=text("PIPELINE_RESULT_FILE"),
         progress_file="" if text("RANK") not in ("", "0") else text("PIPELINE_PROGRESS_FILE"),
         own_prefect_api_url=text("PIPELINE_OWN_PREFECT_API_URL"),

@@ -40,12 +40,17 @@ def expected_calibration_error(confidences: npt.NDArray[np.float32], is_correct:
     return float(np.abs(num_correct - confidence_sums).sum() / len(confidences))
 
 
+def bins_of(confidences: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """Return the bin of each image, (N,) from 0, by the probability of its predicted class."""
+    bins = np.ceil(confidences.astype(np.float64) * NUM_BINS).astype(np.int64) - 1
+    return np.clip(bins, 0, NUM_BINS - 1)
+
+
 def _bin_sums(
     confidences: npt.NDArray[np.float32], is_correct: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
     """Return the number of images, that of correct ones and the sum of the probabilities in each bin: (NUM_BINS,)."""
-    exact = confidences.astype(np.float64)
-    bins = np.clip(np.ceil(exact * NUM_BINS).astype(np.int64) - 1, 0, NUM_BINS - 1)
+    exact, bins = confidences.astype(np.float64), bins_of(confidences)
     counts = np.bincount(bins, minlength=NUM_BINS)
     num_correct = np.bincount(bins, weights=is_correct, minlength=NUM_BINS)
     return counts, num_correct, np.bincount(bins, weights=exact, minlength=NUM_BINS)

@@ -1,7 +1,7 @@
 """Write and read `predictions.parquet`, from which all figures of an evaluation except the loss can be computed."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.artifacts import Labels
+from pipeline.artifacts import Labels, bytes_md5
 from pipeline.parquet import parquet_reader, parquet_writer
 
 Probabilities = npt.NDArray[np.float32]  # (N, num_classes)
@@ -55,6 +55,34 @@ class Predictions:
     def confidences(self, probabilities: Probabilities) -> npt.NDArray[np.float32]:
         """Return the probability of the predicted class of each image: (N,)."""
         return probabilities[np.arange(len(self)), self.predicted]
+
+
+def split_md5(predictions: Predictions) -> str:
+    """Return the identity of the split that the predictions are of: an MD5 over its images and their classes.
+
+    It is that of the sorted lines `<content hash> <class name>`, one for each image. So it depends neither on the order
+    of images and classes, nor on names, `normalize.image_size` and other parameters that change only pixels: a smaller
+    copy of the same test images is the same test split.
+    """
+    actual = [predictions.class_names[index] for index in predictions.actual]
+    return _split_md5(predictions.content_hashes, actual)
+
+
+def _split_md5(content_hashes: Iterable[str], actual: Iterable[str]) -> str:
+    lines = sorted(f"{each} {name}\n" for each, name in zip(content_hashes, actual, strict=True))
+    return bytes_md5("".join(lines).encode())
+
+
+def read_identity(path: Path) -> tuple[str | None, str]:
+    """Return the MD5 of the weights, None if it is unknown, and the `split_md5` of a file of predictions.
+
+    The probabilities are not read. Raises UserError where the file is missing or damaged.
+    """
+    with parquet_reader(path) as file:
+        weights_md5 = (file.schema_arrow.metadata or {}).get(WEIGHTS_MD5_KEY)
+        text = file.read(columns=["content_hash", "actual"])
+        split = _split_md5(text["content_hash"].to_pylist(), text["actual"].to_pylist())
+        return weights_md5.decode() if weights_md5 else None, split
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:

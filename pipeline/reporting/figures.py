@@ -1,7 +1,5 @@
 """Draw the figures of the report as SVG in the colors of the page, light or dark."""
 
-import io
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,29 +7,14 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from pipeline.reporting.svg import ACCENT, INK, MUTED, STYLE, new_axes, to_svg
 from pipeline.reporting.text import NO_BREAK_SPACE, percent
 
-# Matplotlib draws in these colors, which `_to_svg` replaces by the variables of the page's style.
-COLORS = {"#010101": "ink", "#020202": "muted", "#030303": "accent", "#040404": "line"}
-INK, MUTED, ACCENT, LINE = COLORS
 ACCENT_RGB = (47, 111, 208)  # of the heat map, whose pixels cannot use variables; readable on light and dark
-SIZE = (4.4, 2.9)  # inches: wide enough for half of a page, or for the whole width of a phone
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: it uses the fonts of the page, and can be selected
-    "svg.hashsalt": "report",
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": LINE,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "font.size": 9,
-    "text.parse_math": False,
-}
 FEW_IMAGES = 10  # of a bar of the reliability diagram: with fewer ones, it is pale
 
 
@@ -41,7 +24,7 @@ def curve(history: Sequence[Mapping[str, Any]], quantity: str, *, selected: int 
     `history` has the numbers of each epoch: `epoch`, `train_<quantity>`, `validation_<quantity>`.
     """
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes()
+        figure, axes = new_axes()
         epochs = [row["epoch"] for row in history]
         for split, color in (("train", MUTED), ("validation", ACCENT)):
             values = [row[f"{split}_{quantity}"] for row in history]
@@ -56,7 +39,7 @@ def curve(history: Sequence[Mapping[str, Any]], quantity: str, *, selected: int 
         if quantity == "accuracy":
             axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=f"{NO_BREAK_SPACE}%"))
         axes.legend(frameon=False, loc="best", fontsize=8.5)
-        return _to_svg(figure, name=quantity, text=_curve_text(history, quantity, selected=selected))
+        return to_svg(figure, name=quantity, text=_curve_text(history, quantity, selected=selected))
 
 
 def _curve_text(history: Sequence[Mapping[str, Any]], quantity: str, *, selected: int | None) -> str:
@@ -78,7 +61,7 @@ def reliability(bins: Sequence[Mapping[str, Any]], *, title: str, ece: float) ->
     """
     name = "reliability-" + re.sub("[^a-z]+", "-", title.lower())
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(size=(4.4, 3.6))
+        figure, axes = new_axes(size=(4.4, 3.6))
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
         filled = [each for each in bins if each["images"]]
         for each in filled:
@@ -94,7 +77,7 @@ def reliability(bins: Sequence[Mapping[str, Any]], *, title: str, ece: float) ->
             for each in filled
         )
         text = f"Reliability diagram, {title}: expected calibration error {percent(ece)}. {points}."
-        return _to_svg(figure, name=name, text=text)
+        return to_svg(figure, name=name, text=text)
 
 
 def _reliability_bar(axes: Axes, each: Mapping[str, Any]) -> None:
@@ -119,7 +102,7 @@ def heat_map(confusion: npt.NDArray[np.int64]) -> Markup:
     pixels[..., :3] = np.array(ACCENT_RGB) / 255
     pixels[..., 3] = np.sqrt(fractions)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _axes(size=(4.8, 4.6))
+        figure, axes = new_axes(size=(4.8, 4.6))
         axes.imshow(pixels, interpolation="none", extent=(0.5, number + 0.5, number + 0.5, 0.5))
         axes.set(xlabel="number of the predicted class", ylabel="number of the actual class")
         axes.grid(visible=False)
@@ -130,40 +113,4 @@ def heat_map(confusion: npt.NDArray[np.int64]) -> Markup:
             f"Heat map of the confusion matrix of {number} classes: {percent(correct)} of the images lie on the "
             "diagonal. The table of the most frequent confusions has the numbers."
         )
-        return _to_svg(figure, name="confusion", text=text)
-
-
-def _axes(size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
-    """Return a transparent figure with axes that have a light grid."""
-    figure = Figure(figsize=size, layout="constrained")
-    figure.patch.set_alpha(0)
-    axes = figure.subplots()
-    axes.patch.set_alpha(0)
-    axes.grid(color=LINE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
-
-
-def _to_svg(figure: Figure, *, name: str, text: str) -> Markup:
-    """Return the figure as an element `svg` with a text alternative, whose ids begin with `name`."""
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = stream.getvalue()
-    width, height = (math.ceil(float(value)) for value in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)[0])
-    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
-    body = re.sub(r"<(metadata|style)\b.*?</\1>", "", body, flags=re.DOTALL)
-    body = re.sub(r"\bxlink:href=", "href=", body)
-    body = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{name}-", body)
-    body = re.sub(r"#0[1-4]0[1-4]0[1-4]\b", lambda found: f"var(--{COLORS[found[0]]})", body)
-    body = re.sub(r"font(-family)?: [^;\"]*;? ?", _with_page_font, body)
-    label = escape(text)
-    start = f'<svg role="img" aria-label="{label}" viewBox="0 0 {width} {height}" class="figure">'
-    return Markup(f"{start}{body}")  # noqa: S704  # only `text` is from outside
-
-
-def _with_page_font(found: re.Match[str]) -> str:
-    """Return a declaration of Matplotlib's font with the font of the page, and its size as it was."""
-    size = re.search(r"[\d.]+px", found[0])
-    return f"font-size: {size[0]}; " if size else ""
+        return to_svg(figure, name="confusion", text=text)

@@ -89,10 +89,11 @@ def _answers(predictions: Predictions, indices: Labels, *, sign: int) -> list[An
 
 def with_pictures(answers: Sequence[Answer], images: Images) -> list[tuple[Answer, Picture]]:
     """Return the first predictions, each with the picture of its image among the test images."""
-    return [(each, _picture(images[each.index], each.name, max_size=ANSWER_SIZE)) for each in answers[:GALLERY_LENGTH]]
+    return [(each, picture(images[each.index], each.name)) for each in answers[:GALLERY_LENGTH]]
 
 
-def _picture(image: npt.NDArray[np.uint8], name: str, *, max_size: int) -> Picture:
+def picture(image: npt.NDArray[np.uint8], name: str, *, max_size: int = ANSWER_SIZE) -> Picture:
+    """Return the picture of an image (H, W, C) with its name."""
     return Picture(encode(image, max_size=max_size), is_lossless(image), name)
 
 
@@ -108,6 +109,6 @@ def examples(
     for label, class_name in enumerate(class_names[:MAX_EXAMPLES]):
         of_class = np.flatnonzero(labels == label)
         chosen = of_class[np.unique(np.linspace(0, len(of_class) - 1, number).astype(int))] if len(of_class) else []
-        pictures = [_picture(images[index], file_names[index], max_size=EXAMPLE_SIZE) for index in map(int, chosen)]
+        pictures = [picture(images[index], file_names[index], max_size=EXAMPLE_SIZE) for index in map(int, chosen)]
         found.append((class_name, pictures))
     return found

@@ -1,28 +1,23 @@
 """Render the report as one HTML page, which needs no other file and no network."""
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.artifacts import SELECTED_COLUMN
-from pipeline.images.blocks import SPLITS
 from pipeline.params import Params
-from pipeline.reporting import figures, gallery, text
+from pipeline.reporting import figures, gallery
 from pipeline.reporting.baseline import Baseline
 from pipeline.reporting.commands import REPORT, commands
 from pipeline.reporting.data import Content, Row, confidence_summary, frequent_confusions
 from pipeline.reporting.facts import RunFacts
 from pipeline.reporting.model import ModelFacts
-from pipeline.reporting.text import UNKNOWN, label, percent
+from pipeline.reporting.template import render_template
 from pipeline.tracking.run_title import FOLDER_PARAM
 
-FOLDER = Path(__file__).parent
 MAX_CLASSES_IN_TABLE = 20  # more of them are a heat map, and tables show the first of them and fold the others
 MAX_CONFUSIONS = 12
 MAX_FILES_LISTED = 20
@@ -45,34 +40,13 @@ class Report:
 
 def render(report: Report) -> str:
     """Return the page as text; names from files and from the run are escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    filters: dict[str, Callable[..., Any]] = {
-        "bytes": text.size,
-        "distance": text.distance,
-        "duration": text.duration,
-        "label": label,
-        "milliseconds": text.milliseconds,
-        "parameter": text.as_yaml,
-        "percent": percent,
-        "points": text.points,
-        "reason": text.reason,
-        "web_link": text.web_link,
-    }
-    environment.filters |= filters
-    environment.globals |= {"metric": metric, "UNKNOWN": UNKNOWN, "SPLITS": SPLITS}
-    return environment.get_template("report.html.j2").render(
+    return render_template(
+        "report.html.j2",
         content=report.content,
         model=report.model,
         baseline=report.baseline,
         facts=report.facts,
         params=report.params,
-        made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         title=report.facts.title or report.content.info.dataset,
         output=report.output,
         commands=commands(report.facts, output=report.output),
@@ -143,14 +117,3 @@ def _reliability(calibration: Row) -> list[Markup]:
         for name, title in titles.items()
         if (found := calibration[name]) is not None
     ]
-
-
-def metric(name: str, value: float | None, shown: str | None = None) -> Markup | str:
-    """Return a figure of the model with its exact value, so that a program can read it; `shown` is what people read.
-
-    The default of `shown` is the value as a percentage, or as a number with separators if it is whole.
-    """
-    if value is None:
-        return UNKNOWN
-    shown = shown or (f"{value:,}" if isinstance(value, int) else percent(value))
-    return Markup('<data class="metric" data-name="{}" value="{}">{}</data>').format(label(name), repr(value), shown)

@@ -42,15 +42,30 @@ def percent(fraction: float | None, decimals: int = 1) -> str:
     return f"{text}{NO_BREAK_SPACE}%"
 
 
-def points(difference: float) -> str:
+def points(difference: float, decimals: int = 1) -> str:
     """Return a difference of fractions in percentage points, with its sign."""
-    text = f"{100 * difference:+.1f}".replace("-", MINUS)
-    return f"{text[1:] if text[1:] == '0.0' else text}"
+    return signed(100 * difference, decimals)
 
 
-def distance(difference: float) -> str:
+def signed(value: float, decimals: int) -> str:
+    """Return a number with its sign, or 0 without one if it is rounded to 0."""
+    text = f"{value:+.{decimals}f}".replace("-", MINUS)
+    return text if text[1:].strip("0.") else text[1:]
+
+
+def distance(difference: float, decimals: int = 1) -> str:
     """Return the size of a difference of fractions in percentage points, without its sign."""
-    return f"{100 * abs(difference):.1f}"
+    return f"{100 * abs(difference):.{decimals}f}"
+
+
+def probability(value: float) -> str:
+    """Return a p-value with its sign of equality: `= 0.031`, or `< 0.001` for smaller ones."""
+    return f"<{NO_BREAK_SPACE}0.001" if value < 0.001 else f"={NO_BREAK_SPACE}{value:.2g}"
+
+
+def confidence(level: float) -> str:
+    """Return the confidence of the intervals of a test of this level: `95 %` for 0.05."""
+    return f"{100 * (1 - level):.4g}{NO_BREAK_SPACE}%"
 
 
 def duration(seconds: float | None) -> str:

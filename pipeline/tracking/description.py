@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.core.git import UNKNOWN
 from pipeline.tracking.links import run_page
-from pipeline.tracking.provenance import DIFFERENT, EXPERIMENT, REPRODUCES, Values
+from pipeline.tracking.provenance import CHILDREN, DIFFERENT, EXPERIMENT, REPRODUCES, SEEDS, Values
 
 REPORT_KEY = "report"  # the value of the provenance that names the report among the run's artifacts
 ACCURACY = "result.accuracy"
@@ -24,6 +24,8 @@ def escape_markdown(text: str) -> str:
 
 def describe(values: Values, *, run_id: str, experiment_id: str) -> str:
     """Return the description of a run with the values of its provenance."""
+    if SEEDS in values:
+        return describe_seeds(values, experiment_id=experiment_id)
     report = values.get(REPORT_KEY, "")
     page = run_page(run_id, experiment_id=experiment_id, artifact=report)
     is_evaluated = "outputs.evaluate" in values  # a run that failed has no experiment
@@ -36,6 +38,24 @@ def describe(values: Values, *, run_id: str, experiment_id: str) -> str:
     listed = "\n".join(f"- {name}: {place}" for name, place in places.items() if place)
     # MLflow folds all but the first lines, so that a long table comes last
     return "\n\n".join(filter(None, [_result(values), listed, "\n".join(_differences(values))]))
+
+
+def describe_seeds(values: Values, *, experiment_id: str) -> str:
+    """Return the description of a run over several seeds: a table of the finished ones, and the best of them."""
+    lines = ["| seed | test accuracy | validation | MLflow run | DVC experiment |", "| --- | --- | --- | --- | --- |"]
+    for row in values.get(CHILDREN, []):
+        run_id = row["run_id"]
+        link = f"[{run_id[:8]}]({run_page(run_id, experiment_id=experiment_id)})" if run_id else UNKNOWN
+        cells = [str(row["seed"]), f"{row['test_accuracy']:.2%}", f"{row['validation_accuracy']:.2%}"]
+        lines.append(f"| {' | '.join([*cells, link, _code(row['experiment'])])} |")
+    head, record = "", ""
+    if "best.experiment" in values:
+        mean = f"**Test accuracy {values['result.spread']}** (mean and sample standard deviation over the seeds)"
+        head = f"{mean}; best on validation: {_code('dvc exp apply ' + values['best.experiment'])}"
+        record = f"A row for the records:\n\n```\n{values['result.record']}\n```"
+    flow_run = _link(values)
+    parts = [head, "\n".join(lines), f"- Prefect: {flow_run}" if flow_run else "", record]
+    return "\n\n".join(filter(None, parts))
 
 
 def _result(values: Values) -> str:

@@ -90,6 +90,17 @@ def delete_incomplete_models(run_id: str) -> None:
             MlflowClient().delete_logged_model(model.model_id)
 
 
+def ensure_model(run_id: str, folder: Path) -> None:
+    """Record the model in a run that has none, as of a model that was pulled; status and end of the run stay."""
+    if find_model(run_id):
+        return
+    delete_incomplete_models(run_id)
+    info = MlflowClient().get_run(run_id).info
+    with mlflow.start_run(run_id=run_id, log_system_metrics=False):
+        log_model(folder)
+    MlflowClient().set_terminated(run_id, info.status, info.end_time)
+
+
 def _models(run_id: str) -> list[LoggedModel]:
     """Return the models of the run, complete or not."""
     client = MlflowClient()
@@ -100,8 +111,8 @@ def _models(run_id: str) -> list[LoggedModel]:
 def fetch_model(uri: str) -> Path:
     """Download a recorded model; return the folder with its weights and configuration.
 
-    `uri` is `runs:/<run id>/model` or `models:/<name>/<version>`. No code from the model is run. Raises UserError where
-    there is no such model.
+    `uri` is `runs:/<run id>/model`, `models:/<name>/<version>` or `models:/<name>@<alias>`. No code from the model is
+    run. Raises UserError where there is no such model.
     """
     connect()
     try:

@@ -25,6 +25,7 @@ from pipeline.tracking.run_title import RunSetup
 COMMIT = "mlflow.source.git.commit"
 NOTE = "mlflow.note.content"  # tag with the description of a run
 REPRODUCES = "reproduces"  # tag of a run that reproduces another run: the id of that run
+COMPARISON = "comparison"  # tag of a run that compares models and made none: what it has found
 # prefix of the tags `flow_run.<id>` = DVC experiment: one for each flow run that made the model or had a cache hit
 FLOW_RUN = "flow_run."
 EXPERIMENT = "dvc.experiment"
@@ -32,6 +33,10 @@ PROJECT = "process.project"  # the folder of the project that made the run
 HARDWARE = "hardware."  # prefix of the parts of the hardware, on which the last bits of a model depend
 CHANGED_FILES = "git.changed"  # the files that differ from the commit, parameters included
 DIFFERENT = "parameters.different"  # the parameters that differ from the recipe: by name, the two values
+PARENT_RUN = "mlflow.parentRunId"  # MLflow's own tag: its table of runs shows the run below that one
+SEEDS = "seeds"  # tag of a run over several seeds: the seeds as a list in JSON
+CHILDREN = "children"  # of a run over several seeds: seed, MLflow run, experiment and model of each finished one
+COMMAND_MD5 = "command.md5"  # of a run over several seeds: recipe, parameters, seeds and code, by which it is resumed
 TRAINING = "training"  # the fingerprint of the training
 TRAIN_OUTPUTS = "outputs.train"
 NOTE_MD5 = "note.md5"  # of the description as it was written last, by which one that a user has edited is known
@@ -44,11 +49,12 @@ SEARCHED_BY_PEOPLE = (
     "prefect.flow_run_id",
     "prefect.flow_run_name",
     REPRODUCES,
+    SEEDS,
     "model.md5",
 )
 # values that a program searches runs by, also those of a process that was killed at once; PROJECT decides which runs a
 # cleanup may remove
-SEARCHED_BY_PROGRAMS = (TRAINING, HOST, PID, STARTED, PROJECT, TRAIN_OUTPUTS, NOTE_MD5)
+SEARCHED_BY_PROGRAMS = (TRAINING, HOST, PID, STARTED, PROJECT, TRAIN_OUTPUTS, NOTE_MD5, COMMAND_MD5)
 HIDDEN = "mlflow.pipeline."  # MLflow's pages do not show tags that begin with `mlflow.`
 # what the end of a training and an evaluation add; it stays if another process resumes the run
 RESULTS = ("outputs.", "selected.", "result.")
@@ -132,9 +138,9 @@ def origin(code: CodeState, *, setup: RunSetup | None = None) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value} | this_process()
 
 
-def source_tags(code: CodeState) -> dict[str, str]:
+def source_tags(code: CodeState, *, program: str = "pipeline.train") -> dict[str, str]:
     """Return the tags in which MLflow itself expects the program and the commit of a run."""
-    return {"mlflow.source.name": "python -m pipeline.train", COMMIT: code.commit or UNKNOWN}
+    return {"mlflow.source.name": f"python -m {program}", COMMIT: code.commit or UNKNOWN}
 
 
 def flow_run_tags() -> dict[str, str]:
@@ -142,6 +148,12 @@ def flow_run_tags() -> dict[str, str]:
     settings = get_settings()
     name = f"{FLOW_RUN}{settings.flow_run_id}"
     return {tag_name(name): settings.experiment} if settings.flow_run_id else {}
+
+
+def parent_tags() -> dict[str, str]:
+    """Return the tag by which MLflow shows the run below that of several seeds, or no tag."""
+    parent = get_settings().parent_run
+    return {PARENT_RUN: parent} if parent else {}
 
 
 def inputs(params: Mapping[str, Any]) -> dict[str, str]:

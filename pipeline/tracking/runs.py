@@ -35,6 +35,7 @@ from pipeline.tracking.provenance import (
     hardware_values,
     inputs,
     origin,
+    parent_tags,
     source_tags,
     tags_of,
 )
@@ -85,7 +86,7 @@ def training_run(
             if run.resumed:
                 run.delete_tags({*TAGS_OF_ONE_PROCESS, *values})  # an earlier version had all values as tags
             start_provenance(run.run_id, values)
-            run.set_tags(source_tags(code) | tags_of(values) | flow_run_tags())
+            run.set_tags(source_tags(code) | tags_of(values) | flow_run_tags() | parent_tags())
             run.describe()
             _log_environment(run, code.difference or b"")
         with run.sending():
@@ -163,7 +164,8 @@ def _new_run(experiment: str, *, setup: RunSetup | None, tags: Mapping[str, str]
     """Create a run, named after the setup, or as the reproduction that it is; without both, MLflow invents a name."""
     original = get_settings().reproduces
     name = f"reproduces-{original[:8]}" if original else setup.title.strip() if setup else ""
-    info = MlflowClient().create_run(experiment_id(experiment), run_name=name or None, tags=dict(tags)).info
+    tags = dict(tags) | parent_tags()
+    info = MlflowClient().create_run(experiment_id(experiment), run_name=name or None, tags=tags).info
     return RunLogger(info.run_id, experiment_id=info.experiment_id)
 
 

@@ -1,0 +1,223 @@
+"""Decide whether a version becomes the champion, and carry the decision out; `flows.promote` is the command."""
+
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from flows.candidates import Model
+from flows.champion_ref import champion_commit
+from flows.file_lock import hold_promotion
+from flows.promotion_change import Pending, carry_out, complete, read_pending
+from flows.promotion_ledger import Change, charge, history, now, read_looks
+from flows.promotion_models import (
+    NotComparableError,
+    champion_on,
+    describe,
+    known_commit,
+    model_of,
+    pair_on,
+    read_test_split,
+)
+from pipeline.comparison.pairing import Candidate
+from pipeline.comparison.promotion import (
+    Challenger,
+    Decision,
+    Look,
+    LookAllowed,
+    LookResult,
+    after_look,
+    before_look,
+)
+from pipeline.core.errors import UserError
+from pipeline.params import Params
+from pipeline.tracking.registry import (
+    CHALLENGER,
+    CHAMPION,
+    DECISION,
+    MAX_TAG_LENGTH,
+    PREVIOUS,
+    Version,
+    set_alias,
+    version_of_alias,
+)
+
+RECORD = "promote.decision"  # tag of a version: its last decision with all figures, as JSON
+MAX_RECORD_LENGTH = MAX_TAG_LENGTH - 2_000  # the tag of the pending decision has the record and more in it
+NUM_CLASSES_RECORDED = 10  # those with the smallest p-values
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a promotion decided about a version: `decision`, or `allowed` where a dry run ended before the look.
+
+    `champion` is the version that was champion before, None where there was none.
+    """
+
+    challenger: Version
+    champion: Version | None
+    decision: Decision | None
+    allowed: LookAllowed | None = None
+    is_dry_run: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return the name of the registered model."""
+        return self.challenger.name
+
+
+@dataclass(frozen=True)
+class _Contest:
+    """A challenger and the champion; their models are None where both are the same, or there is no champion."""
+
+    version: Version
+    champion: Version | None
+    model: Model | None
+    champion_model: Model | None
+    params: Params
+
+
+def promote_version(project: Path, challenger: Version, *, params: Params, is_dry_run: bool, log: Log) -> Result:
+    """Decide whether a version becomes the champion, and carry that out; a dry run changes and charges nothing.
+
+    The policy is `params.promote`. `log` is called with a line for each thing that a person must know. Raises UserError
+    where a file is missing or no commit has the model, TemporaryError where MLflow fails or another machine interferes.
+    """
+    name = challenger.name
+    if is_dry_run:
+        if read_pending(name):
+            log("an interrupted promotion is not complete; the next one completes it first")
+        return replace(_decide(_open(project, challenger, params=params), charges=False)[0], is_dry_run=True)
+    with hold_promotion(project, name, command="a promotion", on_wait=log):
+        for line in complete(project, name, commit_of=partial(known_commit, project)):
+            log(line)
+        contest = _open(project, challenger, params=params)
+        commit = None
+        if model := contest.model:  # without a commit, the champion could not be checked out
+            commit = champion_commit(project, model_md5=model.model_md5, experiment=model.experiment)
+            set_alias(name, CHALLENGER, challenger.number)
+        result, look = _decide(contest, charges=True)
+        champion = result.champion.number if result.champion else None
+        if challenger.number != champion:
+            carry_out(project, name, _pending(result, look=look, commit=commit), champion=champion)
+        return result
+
+
+def _open(project: Path, challenger: Version, *, params: Params) -> _Contest:
+    """Find the files of a challenger and of the champion."""
+    champion = version_of_alias(challenger.name, CHAMPION)
+    if champion and champion.model_md5 == challenger.model_md5:
+        return _Contest(challenger, champion, None, None, params)
+    champion_model = model_of(project, champion) if champion else None
+    return _Contest(challenger, champion, model_of(project, challenger), champion_model, params)
+
+
+def _decide(contest: _Contest, *, charges: bool) -> tuple[Result, Look | None]:
+    """Return the result, and the look that was made; without `charges`, it ends before a look."""
+    version, champion, policy = contest.version, contest.champion, contest.params.promote
+    looks = read_looks(version.name, version.test_md5)
+    try:
+        found, test = _before_look(contest, looks)
+        if isinstance(found, Decision):
+            return Result(version, champion, found), None
+        if not charges:
+            return Result(version, champion, None, allowed=found), None
+        look = found.charged or charge(version.name, version.test_md5, found, params=policy)
+        assert test
+        assert contest.model
+        decision = after_look(found, pair_on(contest.model, test, "test"), params=policy)
+    except NotComparableError as error:
+        left = max(0, policy.max_looks - len(looks))
+        refused = Decision("refused", str(error), (), looks_used=len(looks), looks_left=left)
+        return Result(version, champion, refused), None
+    outcome: LookResult = "promoted" if decision.outcome == "promoted" else "refused"
+    return Result(version, champion, decision), replace(look, result=outcome)
+
+
+def _before_look(contest: _Contest, looks: list[Look]) -> tuple[Decision | LookAllowed, Candidate | None]:
+    """Return what the figures without a look allow, and the champion's predictions for the challenger's test images."""
+    challenger, champion, params = contest.model, contest.champion_model, contest.params
+    validation, test, split = None, None, None
+    if challenger and champion:
+        with suppress(NotComparableError):  # the decision reports that there is no validation image
+            images = champion_on(champion, challenger, "validation", params=params)
+            validation = pair_on(challenger, images, "validation")
+        test = champion_on(champion, challenger, "test", params=params)
+        split = read_test_split(challenger, test)
+    nothing = Challenger(contest.version.model_md5, None, None, None)
+    found = before_look(
+        describe(challenger, params=params) if challenger else nothing,
+        champion_md5=contest.champion.model_md5 if contest.champion else None,
+        validation=validation,
+        test=split,
+        looks=looks,
+        params=params.promote,
+    )
+    return found, test
+
+
+def _pending(result: Result, *, look: Look | None, commit: str | None) -> Pending:
+    """Return all that the steps of a decision need."""
+    version, champion, decision, time = result.challenger, result.champion, result.decision, now()
+    assert decision
+    change = Change(
+        time=time,
+        version=version.number,
+        model_md5=version.model_md5,
+        commit=commit,
+        reason=decision.reason,
+        previous=champion.number if champion else None,
+    )
+    return Pending(
+        version=version.number,
+        tags={DECISION: f"{decision.outcome}: {decision.reason}", RECORD: as_record(decision, time=time)},
+        change=change if decision.outcome == "promoted" else None,
+        look=look,
+        test_md5=version.test_md5,
+    )
+
+
+def as_record(decision: Decision, *, time: str) -> str:
+    """Return a decision with all figures as JSON of at most MAX_RECORD_LENGTH characters.
+
+    Of many classes, those with the smallest p-values are in it.
+    """
+    values = {"time": time, **asdict(decision)}
+    if figures := values["figures"]:
+        figures["classes"] = sorted(figures["classes"], key=lambda each: each["p_value"])[:NUM_CLASSES_RECORDED]
+        while len(json.dumps(values)) > MAX_RECORD_LENGTH and figures["classes"]:
+            figures["classes"].pop()
+    return json.dumps(values)
+
+
+def roll_back(project: Path, name: str, *, log: Log) -> Change:
+    """Make the version with the alias `previous` the champion again, and return that change.
+
+    The former champion becomes `previous`. Raises UserError where there is no such version, or no commit has its model.
+    """
+    with hold_promotion(project, name, command="a rollback", on_wait=log):
+        for line in complete(project, name, commit_of=partial(known_commit, project)):
+            log(line)
+        champion, previous = version_of_alias(name, CHAMPION), version_of_alias(name, PREVIOUS)
+        if previous is None or champion is None:
+            missing = PREVIOUS if champion else CHAMPION
+            raise UserError(
+                f"--rollback: no version of {name} has the alias {missing}; allowed: after a promotion that replaced a "
+                "champion; name the version to promote instead"
+            )
+        known = next((one.commit for one in history(name) if one.version == previous.number and one.commit), None)
+        change = Change(
+            time=now(),
+            version=previous.number,
+            model_md5=previous.model_md5,
+            commit=known or champion_commit(project, model_md5=previous.model_md5),
+            reason=f"rolled back from version {champion.number}",
+            previous=champion.number,
+        )
+        pending = Pending(version=previous.number, tags={DECISION: f"promoted: {change.reason}"}, change=change)
+        carry_out(project, name, pending, champion=champion.number)
+        return change
