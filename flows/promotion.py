@@ -32,7 +32,7 @@ from pipeline.comparison.promotion import (
     before_look,
 )
 from pipeline.core.errors import UserError
-from pipeline.params import Params
+from pipeline.params import Params, PromoteParams
 from pipeline.tracking.registry import (
     CHALLENGER,
     CHAMPION,
@@ -119,12 +119,10 @@ def _open(project: Path, challenger: Version, *, params: Params) -> _Contest:
 def _decide(contest: _Contest, *, charges: bool) -> tuple[Result, Look | None]:
     """Return the result, and the look that was made; without `charges`, it ends before a look."""
     version, champion, policy = contest.version, contest.champion, contest.params.promote
-    looks = read_looks(version.name, version.test_md5)
-    left = max(0, policy.max_looks - len(looks))
     if reason := _rolled_back(version):
-        return Result(version, champion, Decision("refused", reason, (), looks_used=len(looks), looks_left=left)), None
+        return Result(version, champion, _refusal(version, reason, policy=policy)), None
     try:
-        found, test = _before_look(contest, looks)
+        found, test = _before_look(contest, read_looks(version.name, version.test_md5))
         if isinstance(found, Decision):
             return Result(version, champion, found), None
         if not charges:
@@ -134,10 +132,15 @@ def _decide(contest: _Contest, *, charges: bool) -> tuple[Result, Look | None]:
         assert contest.model
         decision = after_look(found, pair_on(contest.model, test, "test"), params=policy)
     except NotComparableError as error:
-        refused = Decision("refused", str(error), (), looks_used=len(looks), looks_left=left)
-        return Result(version, champion, refused), None
+        return Result(version, champion, _refusal(version, str(error), policy=policy)), None
     outcome: LookResult = "promoted" if decision.outcome == "promoted" else "refused"
     return Result(version, champion, decision), replace(look, result=outcome)
+
+
+def _refusal(version: Version, reason: str, *, policy: PromoteParams) -> Decision:
+    """Return the decision for a version that no figures can be computed of, with the looks that are charged by now."""
+    used = len(read_looks(version.name, version.test_md5))
+    return Decision("refused", reason, (), looks_used=used, looks_left=max(0, policy.max_looks - used))
 
 
 def _rolled_back(version: Version) -> str:
