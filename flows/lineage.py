@@ -245,9 +245,7 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
     runs = [
         run for run in runs if REPRODUCES not in run.tags and not (is_parent(run) and run.tags.get(COMMIT) == commit)
     ]
-    if sources.has_mlflow and _QUERYABLE.fullmatch(wanted):
-        named = [*find_runs_by_name(wanted), *filter(None, [find_run(wanted)])]
-        runs += [run for run in named if COMPARISON not in run.tags]
+    runs += _runs_named(sources, wanted)
     names |= {run.experiment for run in flow_runs if run.experiment}
     found_children = [child for run in runs if is_parent(run) for child in children(run.run_id)]
     names |= {child.experiment for child in found_children}
@@ -261,6 +259,19 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
         or (model and sources.model_of(found.commit) == model)
     ]
     return runs, experiments, flow_runs
+
+
+def _runs_named(sources: Sources, wanted: str) -> list[Run]:
+    """Return the MLflow runs of this name or id, without those that record a comparison."""
+    if not (sources.has_mlflow and _QUERYABLE.fullmatch(wanted)):
+        return []
+    named = [*find_runs_by_name(wanted), *filter(None, [find_run(wanted)])]
+    return [run for run in named if COMPARISON not in run.tags]
+
+
+def find_parents(sources: Sources, wanted: str) -> list[Run]:
+    """Return the runs over several seeds that an id, a short id or a name identifies; raises as `trace`."""
+    return [run for run in _runs_named(sources, _complete(sources, wanted)) if is_parent(run)]
 
 
 def runs_of(sources: Sources, experiment: Experiment) -> list[Run]:

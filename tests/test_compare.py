@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows import compare, compare_text
-from flows.candidates import Group, candidate, find_models
+from flows.candidates import Group, best_model, candidate, find_models
 from flows.comparison import compare as compare_groups
 from flows.lineage import Sources, trace
 from flows.reports import reports_without
@@ -154,6 +155,16 @@ def test_groups_of_seeds_are_compared_as_recipes_and_by_their_best_models(projec
     assert "3 seeds; the best on validation is seed 2" in compare_text.as_text(found)
 
 
+def test_the_best_seed_without_a_record_is_chosen_as_by_the_parent(project: Path) -> None:
+    """Of equal accuracies the loss decides; a recipe that selects by loss looks at the loss only."""
+    for name, accuracy, loss in (("x", 0.9, 0.3), ("y", 0.9, 0.2), ("z", 0.8, 0.1)):
+        plant(project, name, GOOD, validation_accuracy=accuracy, validation_loss=loss)
+    models = tuple(group.models[0] for group in groups(project, "x", "y", "z"))
+    assert best_model(Group("several", models, True)).label == "y"
+    by_loss = tuple(replace(one, params={**one.params, "train.select_by": "loss"}) for one in models)
+    assert best_model(Group("several", by_loss, True)).label == "z"
+
+
 def test_models_of_the_same_name_are_told_apart(project: Path) -> None:
     good, poor = groups(project, "good", "poor")
     [a], [b] = ([replace(model, label="digits seed=0") for model in group.models] for group in (good, poor))
@@ -283,15 +294,24 @@ def test_runs_are_found_by_name_and_short_id_and_an_ambiguous_name_is_refused(re
 
 def test_the_parent_of_several_seeds_is_a_recipe(recorded: Path) -> None:
     both = [find_models(recorded, name).models[0] for name in ("good", "poor")]
+    accuracies = {"test_accuracy": 0.9, "validation_accuracy": 0.9}
     rows = [
-        {"seed": seed, "experiment": model.experiment, "model_md5": model.model_md5} for seed, model in enumerate(both)
+        {"seed": seed, "experiment": model.experiment, "model_md5": model.model_md5, **accuracies}
+        for seed, model in enumerate(both)
     ]
     download = load_params(PROJECT / PARAMS_FILE).download
-    with seeds_run(data_params=download, title="both", seeds=[0, 1], command_md5="0", params={}, values={}) as parent:
+    open_run = partial(seeds_run, data_params=download, title="both", seeds=[0, 1], params={}, values={})
+    with open_run(command_md5="0") as parent:
         parent.record_children(rows)
+        assert find_models(recorded, "both").best is None  # as long as a seed may be missing
+        parent.finish({}, values={"best.experiment": "poor", "result.spread": "90.00% ± 0.00%", "result.record": "| |"})
     group = find_models(recorded, "both")
+    assert find_models(recorded, parent.run_id[:9]) == group
     assert (group.is_recipe, group.seeds, group.run_id) == (True, ("0", "1"), parent.run_id)
     assert [model.experiment for model in group.models] == ["good", "poor"]
+    assert best_model(group).experiment == "poor"
+    with open_run(command_md5="1"), pytest.raises(UserError, match="both: names 2 runs over several seeds; allowed: "):
+        find_models(recorded, "both")
 
 
 def test_registered_versions_and_aliases_are_found(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
