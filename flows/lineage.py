@@ -311,7 +311,7 @@ def _trace_run(sources: Sources, run: Run) -> Trace:
         run_link_served=is_mlflow_served(sources.project),
         reproductions=tuple((copy.run_id, copy.tags.get("reproduction.result", copy.status)) for copy in copies),
         experiments=experiments,
-        flow_runs=tuple(_flowruns_of(sources, run)),
+        flow_runs=tuple(_flow_runs_of(sources, run)),
         model_md5=tags.get("model.md5"),
         files=tuple(_files(sources, files)),
     )
@@ -358,7 +358,7 @@ def _experiments_of(sources: Sources, run: Run) -> Iterator[Experiment]:
     yield from (by_name.get(name) or Experiment(name, None) for name in dict.fromkeys(names) if name)
 
 
-def _flowruns_of(sources: Sources, run: Run) -> Iterator[FlowRun]:
+def _flow_runs_of(sources: Sources, run: Run) -> Iterator[FlowRun]:
     """Yield the flow run that made the run first, then those that took its model from the cache."""
     own, experiment = run.tags.get("prefect.flow_run_id"), run.tags.get("dvc.experiment")
     recorded = {own: FlowRun(own, run.tags.get("prefect.flow_run_name"), experiment=experiment)} if own else {}
