@@ -10,7 +10,7 @@ from flows.candidates import Group, Model, best_model, candidate
 from flows.lineage import as_number
 from flows.stored_models import DATASET, SEED, SHORT_ID, file_of, seeds_command
 from pipeline.artifacts import NORMALIZE, read_json
-from pipeline.comparison.models import ModelComparison, Verdict, compare_models
+from pipeline.comparison.models import Verdict, compare_models
 from pipeline.comparison.pairing import pair
 from pipeline.comparison.recipes import compare_recipes
 from pipeline.core.errors import UserError
@@ -44,7 +44,7 @@ class Comparison:
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """Return what the deciding question says of the first group, against each of the others."""
+        """Return the answers of the deciding question about the first group and each of the others."""
         answers = [each.recipe if self.question == "recipe" else each.model for each in self.against]
         return tuple(answer.verdict for answer in answers if answer)
 
@@ -159,12 +159,3 @@ def _differing(groups: Sequence[Group], values_of: Callable[[Model], Mapping[str
 def _joined(values: Sequence[str | None]) -> str | None:
     known = [value for value in values if value is not None]
     return ", ".join(known) if known else None
-
-
-def better_classes(comparison: ModelComparison) -> tuple[list[str], list[str]]:
-    """Return the classes where A, and those where B, recognizes more images: shown at the level of the comparison."""
-    shown = [each for each in comparison.classes if each.corrected_p_value <= comparison.level]
-    return (
-        [each.name for each in shown if each.recall_a > each.recall_b],
-        [each.name for each in shown if each.recall_a < each.recall_b],
-    )

@@ -21,7 +21,6 @@ from pipeline.comparison import models
 from pipeline.core.errors import UserError
 from pipeline.params import PARAMS_FILE, load_params
 from pipeline.tracking import registry
-from pipeline.tracking.provenance import HIDDEN
 from pipeline.tracking.search import find_runs_of_model
 from pipeline.tracking.seeds import seeds_run
 from pipeline.tracking.store import connect
@@ -114,14 +113,15 @@ def test_leaked_and_trained_images_and_those_of_one_split_are_left_out(project: 
         project, "other", POOR, hashes=hashes, leaked=[0, 1, 2], trained_on=[f"{index:016x}" for index in (5, 20, 21)]
     )
     text = text_of(project, "good", "other")
-    assert "385 test images, different test splits: only images in both are compared; left out: 10 are in one" in text
+    assert "385 test images, different test splits: only images in both are compared; left out: " in text
+    assert "left out: 10 are only in the test split of A, 10 are only in the test split of B, 2 were used" in text
     assert "2 were used to train one of them, 3 have a duplicate or near-duplicate" in text
 
 
 def test_models_that_cannot_be_compared_are_refused(project: Path) -> None:
     plant(project, "elsewhere", GOOD, hashes=[f"{index + 1000:016x}" for index in range(NUM_IMAGES)])
     plant(project, "birds", GOOD, class_names=("cat", "bird"))
-    with pytest.raises(UserError, match="good and elsewhere have no test image on which all can be judged"):
+    with pytest.raises(UserError, match="good and elsewhere have no test image on which all can be compared"):
         compare_groups(groups(project, "good", "elsewhere"), level=0.05)
     with pytest.raises(UserError, match="good and birds know different classes: bird, dog"):
         compare_groups(groups(project, "good", "birds"), level=0.05)
@@ -333,6 +333,6 @@ def register(name: str, model: Any) -> str:
     """Register a model without its files, and return the number of its version."""
     MlflowClient().create_registered_model(name, tags={registry.DATA_SET: name})
     values = {registry.MODEL_MD5: model.model_md5, registry.TEST_MD5: model.test_md5}
-    tags = {f"{HIDDEN}{key}": value for key, value in values.items()}
+    tags = {registry.RECORD: json.dumps(values)}
     source = f"runs:/{model.run_id}/model"
     return str(MlflowClient().create_model_version(name, source, model.run_id, tags=tags).version)
