@@ -4,12 +4,12 @@
 `benchmarks.population`, or trains N models of the recipe digits. It prints:
 
 1. The level of the model test. Two models are made equal by swapping their predictions of each image with probability
-   1/2; the table has the share of draws in which `compare_accuracies` calls them different, and in which Holm's
+   1/2; the table has the fraction of draws in which `compare_accuracies` calls them different, and in which Holm's
    correction calls any class different. The range is the 95 % Wilson interval of the simulation; "exact" is the sum of
    the binomial probabilities of all results that are called different.
-2. The share of pairs of seeds of one recipe that the model test calls different. Two seeds are two different models,
-   so that this share has no target.
-3. The level of the recipe test: two disjoint groups of seeds of one recipe, and the share of draws in which
+2. The fraction of pairs of seeds of one recipe that the model test calls different. Two seeds are two different models,
+   so that this fraction has no target.
+3. The level of the recipe test: two disjoint groups of seeds of one recipe, and the fraction of draws in which
    `compare_recipes` calls the groups different, beside a percentile bootstrap over the models and Welch's t-test. The
    draws overlap, since they are from a limited number of models. The standard error is that of a jackknife that leaves
    out one model at a time (Efron and Stein 1981); it is no binomial one. All groups are tested on the same images.
@@ -136,8 +136,8 @@ def model_rows(population: Population, *, draws: int) -> list[list[str]]:
         drawn = swap(right_a, right_b, draws=draws, seed=seed)
         with_class = draws_with_a_class(drawn, actual[right_a != right_b], num_classes=num_classes)
         exact = exact_level(drawn.shape[1], images=images)
-        shares = share(shown_draws(drawn, images=images), draws), share(with_class, draws)
-        rows.append([name, f"{images:,}", f"{drawn.shape[1]:,}", shares[0], f"{exact:.2%}", shares[1]])
+        fractions = fraction(shown_draws(drawn, images=images), draws), fraction(with_class, draws)
+        rows.append([name, f"{images:,}", f"{drawn.shape[1]:,}", fractions[0], f"{exact:.2%}", fractions[1]])
     return rows
 
 
@@ -154,14 +154,14 @@ def sizes(total: int) -> list[int]:
     return sorted({total, *(each for each in IMAGES if each < total)}, reverse=True)
 
 
-def share(number: int, draws: int) -> str:
-    """Return a share of draws with its 95 % Wilson interval."""
+def fraction(number: int, draws: int) -> str:
+    """Return a fraction of draws with its 95 % Wilson interval."""
     low, high = wilson_interval(number, draws)
     return f"{number / draws:.2%} ({low:.2%} to {high:.2%})"
 
 
 def pair_rows(population: Population) -> list[list[str]]:
-    """Return the table of the shares of pairs of seeds that are called different."""
+    """Return the table of the fractions of pairs of seeds that are called different."""
     rows = [["recipe", "models", "accuracy (mean ± sd)", "pairs", "called different"]]
     for name, correct in population.correct.items():
         pairs = list(itertools.combinations(correct, 2))
@@ -206,18 +206,18 @@ def percentile_interval(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) 
 
 
 def jackknife_error(shown: npt.NDArray[np.bool_], groups: npt.NDArray[np.int64], *, models: int) -> float:
-    """Return the standard error of the share of draws that are `shown`, where `groups` has the models of each draw.
+    """Return the standard error of the fraction of draws that are `shown`, where `groups` has the models of each draw.
 
-    The share without a model is that of the draws in which it does not take part. The part of the jackknife's variance
-    that is due to the limited number of draws is subtracted, and the binomial variance of the draws is added.
+    The fraction without a model is that of the draws without it. The part of the jackknife's variance that is due to
+    the limited number of draws is subtracted, and the binomial variance of the draws is added.
     """
     takes_part = (groups[:, :, None] == np.arange(models)).any(1)
     without = (~takes_part).sum(0)
     if not without.all():
         return float("nan")
-    shares = (shown[:, None] & ~takes_part).sum(0) / without
+    fractions = (shown[:, None] & ~takes_part).sum(0) / without
     binomial = shown.mean() * (1 - shown.mean())
-    variance = (models - 1) * (shares.var() - binomial * (1 / without - 1 / len(shown)).mean())
+    variance = (models - 1) * (fractions.var() - binomial * (1 / without - 1 / len(shown)).mean())
     return float(np.sqrt(max(0.0, variance) + binomial / len(shown)))
 
 
@@ -247,7 +247,7 @@ def power_rows(population: Population) -> list[list[str]]:
 
 
 def power(correct: Correct, groups: npt.NDArray[np.int64], *, shift: float) -> str:
-    """Return the share of draws in which the first group is called better, with its accuracy raised by `shift`."""
+    """Return the fraction of draws in which the first group is called better, with its accuracy raised by `shift`."""
     if correct.mean() + shift > 1:
         return "impossible"
     random, seeds, better = np.random.default_rng(0), groups.shape[1] // 2, 0

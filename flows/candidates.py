@@ -5,17 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flows.lineage import Sources, find_traces
+from flows.lineage import Sources, find_parents, find_traces
 from flows.lineage_records import Trace
-from flows.stored_models import SHORT_ID, Model, candidate, of_checkout, of_commit, of_experiment, of_trace
-from pipeline.artifacts import TRAIN
+from flows.seeds_results import selected_validation, validation_rank
+from flows.stored_models import SHORT_ID, Model, candidate, file_of, of_checkout, of_commit, of_experiment, of_trace
+from pipeline.artifacts import HISTORY, TRAIN
 from pipeline.core.errors import UserError
 from pipeline.core.git import find_commit
 from pipeline.tracking.registry import CHALLENGER, CHAMPION, PREVIOUS, Version, find_names, find_versions
 from pipeline.tracking.search import Run
-from pipeline.tracking.seeds import children, is_parent
+from pipeline.tracking.seeds import best_experiment, children
 
-__all__ = ["Group", "Model", "candidate", "find_models"]  # a caller needs no other module
+__all__ = ["Group", "Model", "best_model", "candidate", "find_models"]  # a caller needs no other module
 CHECKOUT = (".", "HEAD")
 ALIASES = (CHAMPION, CHALLENGER, PREVIOUS)
 MAX_LISTED = 8
@@ -26,7 +27,8 @@ _VERSION = re.compile(r"(?P<scheme>models:/)?(?P<name>[^@]+?)(@(?P<alias>[^@/]+)
 class Group:
     """What a text names: one model, or those of several seeds of a recipe (`is_recipe`) in the order of `seeds`.
 
-    `run_id` is the MLflow run of the model, or the parent of the runs of the seeds; None if unknown.
+    `run_id` is the MLflow run of the model, or the parent of the runs of the seeds; None if unknown. `best` is the
+    model that the parent has recorded as the best on validation, None where it has recorded none.
     """
 
     label: str
@@ -34,6 +36,17 @@ class Group:
     is_recipe: bool = False
     seeds: tuple[str, ...] = ()
     run_id: str | None = None
+    best: Model | None = None
+
+
+def best_model(group: Group) -> Model:
+    """Return the model of a group that is best on validation: the recorded one, else by the rule that records it."""
+
+    def rank(model: Model) -> tuple[float, float]:
+        validation = selected_validation(file_of(model, str(TRAIN / HISTORY)))
+        return validation_rank(validation, select_by=model.params.get("train.select_by", "accuracy"))
+
+    return group.best or (group.models[0] if len(group.models) == 1 else min(group.models, key=rank))
 
 
 def find_models(project: Path, text: str, *, registered: str | None = None, sources: Sources | None = None) -> Group:
@@ -55,6 +68,8 @@ def find_models(project: Path, text: str, *, registered: str | None = None, sour
     commit = find_commit(project, text)
     if commit and str(TRAIN) in sources.outputs(commit):
         return _single(of_commit(sources, commit, text=text))
+    if parents := find_parents(sources, text):
+        return _of_parents(sources, parents, text=text)
     return _of_traces(sources, find_traces(sources, text), text=text)
 
 
@@ -64,8 +79,6 @@ def _single(model: Model) -> Group:
 
 def _of_traces(sources: Sources, traces: Sequence[Trace], *, text: str) -> Group:
     """Return the model of the traces of one id or name; raises UserError where they have none or several."""
-    if parent := next((found.run for found in traces if found.run and is_parent(found.run)), None):
-        return _of_seeds(sources, parent)
     trained = {found.model_md5: found for found in reversed(traces) if found.model_md5}  # the newest of each model
     if len(trained) == 1:
         [found] = trained.values()
@@ -91,9 +104,13 @@ def _describe(found: Trace) -> str:
     return " = ".join(names) or f"commit {found.commit}"
 
 
-def _of_seeds(sources: Sources, parent: Run) -> Group:
-    """Return the models of the seeds whose parent is this MLflow run; raises UserError where one is missing."""
-    found = children(parent.run_id)
+def _of_parents(sources: Sources, parents: Sequence[Run], *, text: str) -> Group:
+    """Return the models of the seeds of the only parent; raises UserError where there are several, or no model."""
+    if len(parents) > 1:
+        ids = ", ".join(run.run_id[:SHORT_ID] for run in parents[:MAX_LISTED])
+        raise UserError(f"{text}: names {len(parents)} runs over several seeds; allowed: one; name one of {ids}")
+    [parent] = parents
+    found, best = children(parent.run_id), best_experiment(parent.run_id)
     by_name = {one.name: one for one in sources.experiments}
     models = []
     for child in found:
@@ -105,7 +122,14 @@ def _of_seeds(sources: Sources, parent: Run) -> Group:
             models.append(of_trace(sources, found_traces[0], text=child.experiment, label=label))
     if not models:
         raise UserError(f"{parent.name}: no seed of it has ended; the command that started it completes it")
-    return Group(parent.name, tuple(models), True, tuple(str(child.seed) for child in found), parent.run_id)
+    return Group(
+        parent.name,
+        tuple(models),
+        is_recipe=True,
+        seeds=tuple(str(child.seed) for child in found),
+        run_id=parent.run_id,
+        best=next((model for model, child in zip(models, found, strict=True) if child.experiment == best), None),
+    )
 
 
 def _find_version(sources: Sources, text: str, *, registered: str | None) -> Version | None:

@@ -9,7 +9,7 @@ import numpy as np
 from flows.candidates import Group, Model
 from flows.comparison import Comparison
 from flows.lineage import Sources
-from flows.stored_models import SHORT_ID
+from flows.stored_models import describe_code
 from flows.ui import mlflow_page
 from pipeline.artifacts import NORMALIZE, read_array, write_text
 from pipeline.core.errors import UserError
@@ -49,7 +49,7 @@ def _compared(sources: Sources, group: Group, *, best: Model) -> ComparedModel:
         facts.append(Fact("best seed on validation", best.label))
     facts += [
         Fact("DVC experiment", best.experiment),
-        Fact("code", _code(best)),
+        Fact("code", describe_code(best)),
         Fact("model MD5", best.model_md5),
         Fact("test split MD5", best.test_md5),
     ]
@@ -65,13 +65,6 @@ def _link(sources: Sources, run_id: str | None) -> str:
     """Return the address of the page of an MLflow run, or an empty text."""
     run = find_run(run_id) if run_id and sources.has_mlflow else None
     return mlflow_page(run.run_id, experiment_id=run.experiment_id, project=sources.project) if run else ""
-
-
-def _code(model: Model) -> str | None:
-    if model.code_commit is None:
-        return None
-    dirty = {None: ", uncommitted changes unknown", True: ", with uncommitted changes", False: ""}
-    return f"commit {model.code_commit[:SHORT_ID]}{dirty[model.is_dirty]}"
 
 
 def _test_images(model: Model) -> TestImages | None:

@@ -65,13 +65,13 @@ def as_metrics(comparison: Comparison) -> dict[str, float]:
     """Return the figures as MLflow's metrics, such as `a_minus_b_accuracy` and the ends of its interval."""
     metrics: dict[str, float] = {}
     for letter, against in zip(ascii_uppercase[1:].lower(), comparison.against, strict=False):
-        if found := against.model:
-            for name in FIGURES:
-                difference = getattr(found, name)
-                metrics |= {f"a_{name}": difference.a, f"{letter}_{name}": difference.b}
-                metrics |= _ends(f"a_minus_{letter}_{name}", difference)
-            metrics |= {f"a_only_right_against_{letter}": found.only_a, f"{letter}_only_right": found.only_b}
-            metrics |= {f"p_value_against_{letter}": found.p_value, f"images_with_{letter}": len(found.pairing)}
+        found = against.model
+        for name in FIGURES:
+            difference = getattr(found, name)
+            metrics |= {f"a_{name}": difference.a, f"{letter}_{name}": difference.b}
+            metrics |= _ends(f"a_minus_{letter}_{name}", difference)
+        metrics |= {f"a_only_right_against_{letter}": found.only_a, f"{letter}_only_right": found.only_b}
+        metrics |= {f"p_value_against_{letter}": found.p_value, f"images_with_{letter}": len(found.pairing)}
         if against.recipe:
             metrics |= _ends(f"a_minus_{letter}_mean_accuracy_of_seeds", against.recipe.accuracy)
     return {name: float(value) for name, value in metrics.items()}
@@ -114,7 +114,7 @@ def _group(group: Group, *, best: Any) -> dict[str, Any]:
 
 def _against(against: Against) -> dict[str, Any]:
     return {
-        "model": _model(against.model) if against.model else None,
+        "model": _model(against.model),
         "recipe": _recipe(against.recipe) if against.recipe else None,
         "recipe_reason": against.recipe_reason,
     }

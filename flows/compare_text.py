@@ -5,8 +5,8 @@ from string import ascii_uppercase
 
 import numpy as np
 
-from flows.comparison import Comparison, Question, better_classes
-from flows.stored_models import SHORT_ID, Model
+from flows.comparison import Comparison, Question
+from flows.stored_models import SHORT_ID, Model, describe_code
 from flows.summary_text import GAP, WIDTH, aligned, wrapped
 from pipeline.comparison.models import Difference, ModelComparison
 from pipeline.comparison.paired import POWER
@@ -15,7 +15,15 @@ from pipeline.comparison.recipes import RecipeComparison
 from pipeline.core.errors import escape_control_chars
 from pipeline.reporting.comparison import Against, Differing
 from pipeline.reporting.data import shown_names
-from pipeline.reporting.text import MINUS, NO_BREAK_SPACE, confidence, distance, percent, points, probability
+from pipeline.reporting.text import (
+    MINUS,
+    confidence,
+    distance,
+    percent,
+    percentage,
+    points,
+    probability,
+)
 from pipeline.reporting.verdict import MODEL_QUESTION, RECIPE_QUESTION, model_verdict, recipe_verdict
 
 MAX_IMAGES = 5  # that changed sides, named for each side
@@ -44,15 +52,10 @@ def outcome(comparison: Comparison) -> str:
     others = "B" if number == 1 else "all others"
     found = {0: f"A is better than {others}", 4: "A is worse than " + ("B" if number == 1 else "one of the others")}
     text = found.get(comparison.exit_status, f"it is not shown that A is better than {others}")
-    level = f"level {_percent(comparison.level)}"
+    level = f"level {percentage(comparison.level)}"
     if number > 1:
-        level += f", divided by the {number} comparisons: {_percent(comparison.level / number)} each (Bonferroni)"
+        level += f", divided by the {number} comparisons: {percentage(comparison.level / number)} each (Bonferroni)"
     return f"By the question about {comparison.question}s: {text} ({level}); exit status {comparison.exit_status}."
-
-
-def _percent(fraction: float) -> str:
-    """Return a level or a confidence as a percentage with as many digits as it needs."""
-    return f"{100 * fraction:.4g}{NO_BREAK_SPACE}%"
 
 
 def _question(comparison: Comparison, question: Question, *, letters: tuple[str, str]) -> list[str]:
@@ -68,7 +71,7 @@ def _models(comparison: Comparison) -> Iterator[tuple[str, str]]:
         text = escape_control_chars(group.label)
         if len(group.models) > 1:
             text += f": {len(group.models)} seeds; the best on validation is {_seed(model)}"
-        details = [f"model {model.model_md5[:SHORT_ID]}", *_code(model)]
+        details = [f"model {model.model_md5[:SHORT_ID]}", describe_code(model) or "commit unknown"]
         details += [f"MLflow run {group.run_id[:SHORT_ID]}"] if group.run_id else []
         yield letter, f"{text}\n{', '.join(details)}"
 
@@ -76,14 +79,6 @@ def _models(comparison: Comparison) -> Iterator[tuple[str, str]]:
 def _seed(model: Model) -> str:
     seed = model.params.get("train.seed")
     return f"seed {seed}" if seed else escape_control_chars(model.label)
-
-
-def _code(model: Model) -> list[str]:
-    """Return the commit of the code, and whether code differed from it."""
-    if model.code_commit is None:
-        return ["commit unknown"]
-    dirty = {None: " (uncommitted changes unknown)", True: " with uncommitted changes", False: ""}
-    return [f"commit {model.code_commit[:SHORT_ID]}{dirty[model.is_dirty]}"]
 
 
 def _what_differs(comparison: Comparison) -> Iterator[tuple[str, str]]:
@@ -111,11 +106,9 @@ def _model_answer(comparison: Comparison, against: Against, *, letters: tuple[st
     """Return the lines of the question about models."""
     found, (a, b) = against.model, letters
     lines = _question(comparison, "model", letters=letters)
-    if found is None:
-        return [*lines, *wrapped(against.model_reason)]
     rows = [
         ("answer", str(model_verdict(found, a=a, b=b))),
-        ("images", _images(found.pairing)),
+        ("images", _images(found.pairing, letters=letters)),
         ("figures", _probabilities(found.pairing)),
         *_changed_sides(found, letters=letters, comparison=comparison),
         ("classes", _classes(found, letters=letters)),
@@ -128,8 +121,7 @@ def _model_answer(comparison: Comparison, against: Against, *, letters: tuple[st
 
 def _probabilities(pairing: Pairing) -> str:
     """Return which probabilities the last two rows of the table are of: `compare_models` uses one kind for both."""
-    is_calibrated = all(each.calibrated_probabilities is not None for each in (pairing.a, pairing.b))
-    kind = "calibrated" if is_calibrated else "raw (one of the models has no known temperature)"
+    kind = "calibrated" if pairing.is_calibrated else "raw (one of the models has no known temperature)"
     return f"cross-entropy and calibration error are of the {kind} probabilities"
 
 
@@ -140,8 +132,8 @@ def _indented(lines: Sequence[str]) -> list[str]:
 def detectable(found: ModelComparison) -> str:
     """Return the smallest difference that the test images can show."""
     start = (
-        f"the smallest difference that this test set can show at the {_percent(found.level)} level with "
-        f"{_percent(POWER)} power"
+        f"the smallest difference that this test set can show at the {percentage(found.level)} level with "
+        f"{percentage(POWER)} power"
     )
     if found.detectable is None:
         return f"{start}: none, since the models disagree on too few images"
@@ -152,13 +144,16 @@ def detectable(found: ModelComparison) -> str:
     )
 
 
-def _images(pairing: Pairing) -> str:
+def _images(pairing: Pairing, *, letters: tuple[str, str]) -> str:
     """Return the number of images that are compared, and of those that are left out, with the reasons."""
     splits = "the same test split" if pairing.same_split else "different test splits: only images in both are compared"
     reasons = [
         f"{number:,} {text}"
         for number, text in (
-            (max(pairing.not_common), "are in one test split only"),
+            *(
+                (each, f"are only in the test split of {x}")
+                for each, x in zip(pairing.not_common, letters, strict=True)
+            ),
             (pairing.trained_on, "were used to train one of them"),
             (pairing.leaked, "have a duplicate or near-duplicate in the training data of one of them"),
             (pairing.relabeled, "have different classes in the two data sets"),
@@ -207,11 +202,10 @@ def _changed_sides(
 
 def _classes(found: ModelComparison, *, letters: tuple[str, str]) -> str:
     """Return the classes where one model recognizes more images than the other."""
-    parts = [
-        f"{letter} is better on {', '.join(map(escape_control_chars, names))}"
-        for letter, names in zip(letters, better_classes(found), strict=True)
-        if names
-    ]
+    parts = []
+    for letter, verdict in zip(letters, ("better", "worse"), strict=True):
+        if names := [escape_control_chars(each.name) for each in found.classes if each.verdict == verdict]:
+            parts.append(f"{letter} is better on {', '.join(names)}")
     text = "; ".join(parts) or "no difference is shown for any class"
     return f"{text} (recall; corrected for looking at {len(found.classes)} classes, Holm)"
 
@@ -225,7 +219,7 @@ def _recipe_answer(comparison: Comparison, against: Against, *, letters: tuple[s
         rows.append(
             (
                 "can show",
-                f"the smallest difference of recipes that these seeds can show with {_percent(POWER)} power: "
+                f"the smallest difference of recipes that these seeds can show with {percentage(POWER)} power: "
                 f"{distance(found.detectable)} points of accuracy",
             )
         )

@@ -6,11 +6,11 @@ from typing import Literal
 
 import numpy as np
 
-from flows.candidates import Group, Model, candidate
+from flows.candidates import Group, Model, best_model, candidate
 from flows.lineage import as_number
 from flows.stored_models import DATASET, SEED, SHORT_ID, file_of, seeds_command
-from pipeline.artifacts import HISTORY, NORMALIZE, SELECTED_COLUMN, TRAIN, read_csv, read_json
-from pipeline.comparison.models import ModelComparison, Verdict, compare_models
+from pipeline.artifacts import NORMALIZE, read_json
+from pipeline.comparison.models import Verdict, compare_models
 from pipeline.comparison.pairing import pair
 from pipeline.comparison.recipes import compare_recipes
 from pipeline.core.errors import UserError
@@ -44,7 +44,7 @@ class Comparison:
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
-        """Return what the deciding question says of the first group, against each of the others."""
+        """Return the answers of the deciding question about the first group and each of the others."""
         answers = [each.recipe if self.question == "recipe" else each.model for each in self.against]
         return tuple(answer.verdict for answer in answers if answer)
 
@@ -73,7 +73,7 @@ def compare(groups: Sequence[Group], *, level: float, question: Question | None 
     single = next((group for group in groups if len(group.models) < 2), None)
     if single and question == "recipe":
         raise UserError(f"--question recipe: {_too_few(single)}")
-    models = tuple(_best_on_validation(group) for group in groups)
+    models = tuple(map(best_model, groups))
     own_level = level / (len(groups) - 1)
     return Comparison(
         groups=tuple(groups),
@@ -110,19 +110,6 @@ def _against(a: Group, b: Group, *, models: tuple[Model, Model], level: float) -
     correct = np.array([each.is_correct for each in pairing.models])
     recipe = compare_recipes(correct[: len(a.models)], correct[len(a.models) :], level=level)
     return Against(model, recipe)
-
-
-def _best_on_validation(group: Group) -> Model:
-    """Return the group's model of the highest validation accuracy, then of the lowest validation loss."""
-    if len(group.models) == 1:
-        return group.models[0]
-
-    def key(model: Model) -> tuple[float, float]:
-        rows = read_csv(file_of(model, str(TRAIN / HISTORY)))
-        selected = next(row for row in rows if row[SELECTED_COLUMN])
-        return float(selected["validation_accuracy"]), -float(selected["validation_loss"])
-
-    return max(group.models, key=key)  # of equal ones the first
 
 
 def _differing_parameters(groups: Sequence[Group]) -> list[Differing] | None:
@@ -172,12 +159,3 @@ def _differing(groups: Sequence[Group], values_of: Callable[[Model], Mapping[str
 def _joined(values: Sequence[str | None]) -> str | None:
     known = [value for value in values if value is not None]
     return ", ".join(known) if known else None
-
-
-def better_classes(comparison: ModelComparison) -> tuple[list[str], list[str]]:
-    """Return the classes where A, and those where B, recognizes more images: shown at the level of the comparison."""
-    shown = [each for each in comparison.classes if each.corrected_p_value <= comparison.level]
-    return (
-        [each.name for each in shown if each.recall_a > each.recall_b],
-        [each.name for each in shown if each.recall_a < each.recall_b],
-    )

@@ -245,9 +245,7 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
     runs = [
         run for run in runs if REPRODUCES not in run.tags and not (is_parent(run) and run.tags.get(COMMIT) == commit)
     ]
-    if sources.has_mlflow and _QUERYABLE.fullmatch(wanted):
-        named = [*find_runs_by_name(wanted), *filter(None, [find_run(wanted)])]
-        runs += [run for run in named if COMPARISON not in run.tags]
+    runs += _runs_named(sources, wanted)
     names |= {run.experiment for run in flow_runs if run.experiment}
     found_children = [child for run in runs if is_parent(run) for child in children(run.run_id)]
     names |= {child.experiment for child in found_children}
@@ -261,6 +259,19 @@ def _match(sources: Sources, wanted: str) -> tuple[list[Run], list[Experiment], 
         or (model and sources.model_of(found.commit) == model)
     ]
     return runs, experiments, flow_runs
+
+
+def _runs_named(sources: Sources, wanted: str) -> list[Run]:
+    """Return the MLflow runs of this name or id, without those that record a comparison."""
+    if not (sources.has_mlflow and _QUERYABLE.fullmatch(wanted)):
+        return []
+    named = [*find_runs_by_name(wanted), *filter(None, [find_run(wanted)])]
+    return [run for run in named if COMPARISON not in run.tags]
+
+
+def find_parents(sources: Sources, wanted: str) -> list[Run]:
+    """Return the runs over several seeds that an id, a short id or a name identifies; raises as `trace`."""
+    return [run for run in _runs_named(sources, _complete(sources, wanted)) if is_parent(run)]
 
 
 def runs_of(sources: Sources, experiment: Experiment) -> list[Run]:
@@ -300,7 +311,7 @@ def _trace_run(sources: Sources, run: Run) -> Trace:
         run_link_served=is_mlflow_served(sources.project),
         reproductions=tuple((copy.run_id, copy.tags.get("reproduction.result", copy.status)) for copy in copies),
         experiments=experiments,
-        flow_runs=tuple(_flowruns_of(sources, run)),
+        flow_runs=tuple(_flow_runs_of(sources, run)),
         model_md5=tags.get("model.md5"),
         files=tuple(_files(sources, files)),
     )
@@ -347,7 +358,7 @@ def _experiments_of(sources: Sources, run: Run) -> Iterator[Experiment]:
     yield from (by_name.get(name) or Experiment(name, None) for name in dict.fromkeys(names) if name)
 
 
-def _flowruns_of(sources: Sources, run: Run) -> Iterator[FlowRun]:
+def _flow_runs_of(sources: Sources, run: Run) -> Iterator[FlowRun]:
     """Yield the flow run that made the run first, then those that took its model from the cache."""
     own, experiment = run.tags.get("prefect.flow_run_id"), run.tags.get("dvc.experiment")
     recorded = {own: FlowRun(own, run.tags.get("prefect.flow_run_name"), experiment=experiment)} if own else {}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flows.candidates import Group, Model, candidate, find_models
+from flows.candidates import Model, best_model, candidate, find_models
 from flows.champion_ref import champion_commit
 from flows.stored_models import Split, file_of
 from flows.workspace import existing_store
@@ -65,7 +65,7 @@ def find_challenger(project: Path, text: str | None, *, dataset: str | None) -> 
     the version is that of the model that is best on validation. Raises UserError where there is none.
     """
     if text and not text.isdecimal():
-        return _registered(_best(find_models(project, text, registered=dataset)), text=text, dataset=dataset)
+        return _registered(best_model(find_models(project, text, registered=dataset)), text=text, dataset=dataset)
     name = choose_name(dataset)
     versions = find_versions(name)
     wanted = [one for one in versions if (one.number == text if text else CHAMPION not in one.aliases)]
@@ -77,13 +77,6 @@ def find_challenger(project: Path, text: str | None, *, dataset: str | None) -> 
     if versions:  # only the champion: the decision says that nothing changes
         return versions[0]
     raise UserError(f"{name} has no versions: {NO_STORE}")
-
-
-def _best(group: Group) -> Model:
-    """Return the only model of a group, or the one of its seeds with the highest accuracy on validation."""
-    if len(group.models) == 1:
-        return group.models[0]
-    return max(group.models, key=lambda one: float(candidate(one, "validation").predictions.is_correct.mean()))
 
 
 def _registered(model: Model, *, text: str, dataset: str | None) -> Version:

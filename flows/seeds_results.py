@@ -87,21 +87,32 @@ def _read(project: Path, experiment: DvcExperiment, *, seed: int) -> SeedResult 
     try:
         hashes = outputs(read_committed(project, experiment.commit, "dvc.lock") or "")
         trained = listing(cache, hashes.get(str(TRAIN), ""))
-        rows = read_csv(cached_path(cache, trained[HISTORY]))
-        selected = next(row for row in rows if row[SELECTED_COLUMN])
+        validation = selected_validation(cached_path(cache, trained[HISTORY]))
         metrics = json.loads(read_committed(project, experiment.commit, str(METRICS_FILE)) or "")
     except (*DAMAGED, OSError, StopIteration):
         return None
-    validation = {name.removeprefix(VALIDATION): one for name, one in selected.items() if name.startswith(VALIDATION)}
     return SeedResult(
         seed,
         experiment.name,
         experiment.created,
         metrics=metrics,
-        validation={name: float(one) for name, one in validation.items() if one},
+        validation=validation,
         data_md5=hashes.get(str(NORMALIZE)),
         model_md5=trained.get(BEST_WEIGHTS),
     )
+
+
+def selected_validation(history: Path) -> dict[str, float]:
+    """Return the metrics of the validation split by name, such as `accuracy`, of the selected epoch of a history.
+
+    Raises StopIteration where no epoch is selected.
+    """
+    selected = next(row for row in read_csv(history) if row[SELECTED_COLUMN])
+    return {
+        name.removeprefix(VALIDATION): float(one)
+        for name, one in selected.items()
+        if name.startswith(VALIDATION) and one
+    }
 
 
 def spreads(results: Sequence[SeedResult]) -> dict[str, Spread]:
@@ -140,10 +151,10 @@ def best_on_validation(results: Sequence[SeedResult], *, select_by: str) -> Seed
 
     Of equal ones it is that of the lower validation loss, then of the lower seed.
     """
+    return min(results, key=lambda one: (*validation_rank(one.validation, select_by=select_by), one.seed))
 
-    def rank(one: SeedResult) -> tuple[float, float, int]:
-        loss = one.validation.get("loss", 0.0)
-        figure = loss if select_by == "loss" else -one.validation[select_by]
-        return figure, loss, one.seed
 
-    return min(results, key=rank)
+def validation_rank(validation: Mapping[str, float], *, select_by: str) -> tuple[float, float]:
+    """Return the key by which seeds are sorted, the best first, from the validation metrics of the selected epoch."""
+    loss = validation.get("loss", 0.0)
+    return loss if select_by == "loss" else -validation[select_by], loss

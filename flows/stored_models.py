@@ -123,6 +123,14 @@ def file_of(model: Model, name: str) -> Path:
     return path
 
 
+def describe_code(model: Model) -> str | None:
+    """Return the commit of the model's code, and whether code differed from it; None where the commit is unknown."""
+    if model.code_commit is None:
+        return None
+    changes = {None: " (uncommitted changes unknown)", True: " with uncommitted changes", False: ""}
+    return f"commit {model.code_commit[:SHORT_ID]}{changes[model.is_dirty]}"
+
+
 def seeds_command(model: Model, *, number: int) -> str:
     """Return the command that trains several seeds of a model's recipe; without its MLflow run it is not complete."""
     recipe, changed = "…", {}

@@ -45,6 +45,7 @@ def plant(
     trained_on: Sequence[str] = (),
     class_names: Sequence[str] = CLASSES,
     validation_accuracy: float = 0.9,
+    validation_loss: float = 0.3,
     code: str = "1" * 32,
     leave_out: Sequence[str] = (),
 ) -> str:
@@ -52,7 +53,7 @@ def plant(
     cache = _Cache(project)
     predictions = _predictions(right, hashes=hashes, class_names=class_names)
     dataset = {"dataset": "digits", "test_duplicates": list(leaked)}
-    history = f"epoch,validation_loss,validation_accuracy,selected\n1,0.3,{validation_accuracy},highest\n"
+    history = f"epoch,validation_loss,validation_accuracy,selected\n1,{validation_loss},{validation_accuracy},highest\n"
     arrays = {
         f"{split}_{kind}.npy": b"array" for split in ("train", "validation", "test") for kind in ("images", "labels")
     }

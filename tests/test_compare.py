@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from flows import compare, compare_text
-from flows.candidates import Group, candidate, find_models
+from flows.candidates import Group, best_model, candidate, find_models
 from flows.comparison import compare as compare_groups
 from flows.lineage import Sources, trace
 from flows.reports import reports_without
@@ -20,7 +21,6 @@ from pipeline.comparison import models
 from pipeline.core.errors import UserError
 from pipeline.params import PARAMS_FILE, load_params
 from pipeline.tracking import registry
-from pipeline.tracking.provenance import HIDDEN
 from pipeline.tracking.search import find_runs_of_model
 from pipeline.tracking.seeds import seeds_run
 from pipeline.tracking.store import connect
@@ -113,14 +113,15 @@ def test_leaked_and_trained_images_and_those_of_one_split_are_left_out(project: 
         project, "other", POOR, hashes=hashes, leaked=[0, 1, 2], trained_on=[f"{index:016x}" for index in (5, 20, 21)]
     )
     text = text_of(project, "good", "other")
-    assert "385 test images, different test splits: only images in both are compared; left out: 10 are in one" in text
+    assert "385 test images, different test splits: only images in both are compared; left out: " in text
+    assert "left out: 10 are only in the test split of A, 10 are only in the test split of B, 2 were used" in text
     assert "2 were used to train one of them, 3 have a duplicate or near-duplicate" in text
 
 
 def test_models_that_cannot_be_compared_are_refused(project: Path) -> None:
     plant(project, "elsewhere", GOOD, hashes=[f"{index + 1000:016x}" for index in range(NUM_IMAGES)])
     plant(project, "birds", GOOD, class_names=("cat", "bird"))
-    with pytest.raises(UserError, match="good and elsewhere have no test image on which all can be judged"):
+    with pytest.raises(UserError, match="good and elsewhere have no test image on which all can be compared"):
         compare_groups(groups(project, "good", "elsewhere"), level=0.05)
     with pytest.raises(UserError, match="good and birds know different classes: bird, dog"):
         compare_groups(groups(project, "good", "birds"), level=0.05)
@@ -152,6 +153,16 @@ def test_groups_of_seeds_are_compared_as_recipes_and_by_their_best_models(projec
     assert {row.what: row.values for row in found.parameters} == {"train.epochs": ["9", "1"]}
     assert compare_groups([a, b], level=0.05, question="model").question == "model"
     assert "3 seeds; the best on validation is seed 2" in compare_text.as_text(found)
+
+
+def test_the_best_seed_without_a_record_is_chosen_as_by_the_parent(project: Path) -> None:
+    """Of equal accuracies the loss decides; a recipe that selects by loss looks at the loss only."""
+    for name, accuracy, loss in (("x", 0.9, 0.3), ("y", 0.9, 0.2), ("z", 0.8, 0.1)):
+        plant(project, name, GOOD, validation_accuracy=accuracy, validation_loss=loss)
+    models = tuple(group.models[0] for group in groups(project, "x", "y", "z"))
+    assert best_model(Group("several", models, True)).label == "y"
+    by_loss = tuple(replace(one, params={**one.params, "train.select_by": "loss"}) for one in models)
+    assert best_model(Group("several", by_loss, True)).label == "z"
 
 
 def test_models_of_the_same_name_are_told_apart(project: Path) -> None:
@@ -283,15 +294,24 @@ def test_runs_are_found_by_name_and_short_id_and_an_ambiguous_name_is_refused(re
 
 def test_the_parent_of_several_seeds_is_a_recipe(recorded: Path) -> None:
     both = [find_models(recorded, name).models[0] for name in ("good", "poor")]
+    accuracies = {"test_accuracy": 0.9, "validation_accuracy": 0.9}
     rows = [
-        {"seed": seed, "experiment": model.experiment, "model_md5": model.model_md5} for seed, model in enumerate(both)
+        {"seed": seed, "experiment": model.experiment, "model_md5": model.model_md5, **accuracies}
+        for seed, model in enumerate(both)
     ]
     download = load_params(PROJECT / PARAMS_FILE).download
-    with seeds_run(data_params=download, title="both", seeds=[0, 1], command_md5="0", params={}, values={}) as parent:
+    open_run = partial(seeds_run, data_params=download, title="both", seeds=[0, 1], params={}, values={})
+    with open_run(command_md5="0") as parent:
         parent.record_children(rows)
+        assert find_models(recorded, "both").best is None  # as long as a seed may be missing
+        parent.finish({}, values={"best.experiment": "poor", "result.spread": "90.00% ± 0.00%", "result.record": "| |"})
     group = find_models(recorded, "both")
+    assert find_models(recorded, parent.run_id[:9]) == group
     assert (group.is_recipe, group.seeds, group.run_id) == (True, ("0", "1"), parent.run_id)
     assert [model.experiment for model in group.models] == ["good", "poor"]
+    assert best_model(group).experiment == "poor"
+    with open_run(command_md5="1"), pytest.raises(UserError, match="both: names 2 runs over several seeds; allowed: "):
+        find_models(recorded, "both")
 
 
 def test_registered_versions_and_aliases_are_found(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +333,6 @@ def register(name: str, model: Any) -> str:
     """Register a model without its files, and return the number of its version."""
     MlflowClient().create_registered_model(name, tags={registry.DATA_SET: name})
     values = {registry.MODEL_MD5: model.model_md5, registry.TEST_MD5: model.test_md5}
-    tags = {f"{HIDDEN}{key}": value for key, value in values.items()}
+    tags = {registry.RECORD: json.dumps(values)}
     source = f"runs:/{model.run_id}/model"
     return str(MlflowClient().create_model_version(name, source, model.run_id, tags=tags).version)

@@ -193,13 +193,22 @@ def test_the_page_of_100_classes_and_three_models_is_small_and_soon_made(made: C
 
 
 def test_a_question_without_an_answer_has_its_reason_and_no_section(made: ComparisonPage) -> None:
-    reason = "no test image is common"
-    against = [Against(None, None, reason, "one seed")] * 2
+    against = [replace(each, recipe=None, recipe_reason="one seed") for each in made.against]
     page = Page(render(replace(made, against=against)))
-    assert page.text.count(f"is not answered: {reason}.") == 2
-    assert "Whether recipe" in page.text
-    assert not {"metrics", "seeds", "changed"} & {str(each.get("id")) for each in page.all("section")}
+    assert page.text.count("is not answered: one seed.") == 2
+    assert "seeds" not in {str(each.get("id")) for each in page.all("section")}
     page.check_links_and_alternatives()
+
+
+def test_levels_and_calibration_are_those_of_all_pairs(made: ComparisonPage) -> None:
+    raw = Candidate("C", replace(C, calibrated_probabilities=None))
+    third = compare_models(pair(Candidate("A", A), raw), level=0.05 / 3)
+    text = Page(render(replace(made, against=[made.against[0], Against(third, None)]))).text.replace("\u00a0", " ")
+    assert "where p is at most 1.667 % and" in text
+    assert "(level 1.667 %, 80 % power" in text
+    assert "with its probability. Those" in text
+    calibrated = Page(render(made)).text
+    assert "with its probability, which is calibrated. Those" in calibrated
 
 
 def test_what_differs_is_shown_as_different_same_or_unknown(made: ComparisonPage, page: Page) -> None:
@@ -267,8 +276,8 @@ def test_images_that_can_show_no_difference_are_called_too_few(comparison: Model
 
 def test_the_answer_for_recipes_is_one_plain_sentence(recipes: RecipeComparison) -> None:
     found = replace(recipes, accuracy=Difference(0.72, 0.55, 0.16, 0.18))
-    assert recipe_verdict(found, a="x", b="y").markdown.replace("\u00a0", " ") == (
-        "**Recipe x is better than recipe y**: its mean accuracy is 17.0 points higher "
+    assert str(recipe_verdict(found, a="x", b="y")).replace("\u00a0", " ") == (
+        "Recipe x is better than recipe y: its mean accuracy is 17.0 points higher "
         "(95 % interval 16.0 to 18.0 points; 4 and 4 seeds)."
     )
     equal = replace(recipes, accuracy=Difference(0.72, 0.72, -0.01, 0.01), detectable=0.012)

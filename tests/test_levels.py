@@ -1,4 +1,4 @@
-"""The benchmark of the comparisons' levels reads a folder of models, and its shares are those of known cases."""
+"""The benchmark of the comparisons' levels reads a folder of models, and its fractions are those of known cases."""
 
 import re
 import sys
@@ -66,7 +66,7 @@ def test_the_jackknifes_error_is_that_of_independent_draws_where_the_models_do_n
 
 
 def test_the_jackknifes_error_is_that_of_the_models_where_one_model_decides() -> None:
-    """A draw is shown if its first model is of one half: the share has the error of the mean of 60 models."""
+    """A draw is shown if its first model is of one half: the fraction has the error of the mean of 60 models."""
     groups = draw_groups(60, seeds=1, draws=4000)
     shown = groups[:, 0] < 30
     assert jackknife_error(shown, groups, models=60) == pytest.approx((0.25 / 60) ** 0.5, rel=0.25)

@@ -16,7 +16,7 @@ from pipeline.evaluation.predictions import Predictions, Probabilities
 from pipeline.evaluation.scores import f1_scores
 
 Values = npt.NDArray[np.float64]
-Verdict = Literal["better", "worse", "not shown"]  # what is said of A
+Verdict = Literal["better", "worse", "not shown"]  # A compared with B
 RESAMPLES = 2000
 RESAMPLES_AT_ONCE = 50  # 20 MB of drawn indices for 50,000 images
 SMALLEST_PROBABILITY = 1e-12  # in the logarithm of the loss
@@ -54,7 +54,7 @@ class ClassDifference:
 
     @property
     def verdict(self) -> Verdict:
-        """Return what the corrected p-value allows to say of A on this class."""
+        """Return what is shown of A on this class, by the corrected p-value."""
         return verdict_of(self.recall_a - self.recall_b, is_shown=self.corrected_p_value <= self.level)
 
 
@@ -172,7 +172,7 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def verdict_of(difference: float, *, is_shown: bool) -> Verdict:
-    """Return what is said of A, whose figure is higher than that of B by `difference`."""
+    """Return the verdict about A, whose figure is higher than that of B by `difference`."""
     if not is_shown or difference == 0:
         return "not shown"
     return "better" if difference > 0 else "worse"
@@ -180,8 +180,7 @@ def verdict_of(difference: float, *, is_shown: bool) -> Verdict:
 
 def _probabilities(pairing: Pairing) -> list[tuple[Predictions, Probabilities]]:
     """Return each model's predictions with its calibrated probabilities, or with its raw ones if one has no others."""
-    is_calibrated = all(each.calibrated_probabilities is not None for each in (pairing.a, pairing.b))
-    return [(each, each.best_probabilities if is_calibrated else each.probabilities) for each in (pairing.a, pairing.b)]
+    return [(each, each.best_probabilities if pairing.is_calibrated else each.probabilities) for each in pairing.models]
 
 
 @dataclass(frozen=True)

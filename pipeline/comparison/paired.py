@@ -16,8 +16,9 @@ POWER = 0.8
 def mcnemar(only_a: int, only_b: int) -> float:
     """Return the two-sided exact p-value of McNemar's test that both models are right equally often.
 
-    It is at most the level with at most this probability, however many images are discordant. That of the mid-p-value
-    of Fagerland, Lydersen and Laake 2013 is this on average, but up to 7.7 % at the level 5 %, with 16 of them.
+    For two models that are right equally often, the probability of a p-value of 5 % or less is at most 5 %, with every
+    number of discordant images, and likewise for other levels. The mid-p-value of Fagerland, Lydersen and Laake 2013
+    does not guarantee this: with 16 discordant images, the probability is 7.7 %.
     """
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 

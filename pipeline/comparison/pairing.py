@@ -15,7 +15,7 @@ Rows = npt.NDArray[np.int64]  # (M,) indices into the predictions of a model
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model in a comparison: its predictions for a split, and which images it must not be judged by.
+    """A model in a comparison: its predictions for a split, and the images it must not be evaluated on.
 
     `leaked` holds the content hashes of images of the split that have a duplicate or near-duplicate among the images
     the model was trained or selected on; `trained_on` those of its train and validation splits.
@@ -31,9 +31,10 @@ class Candidate:
 class Pairing:
     """The predictions of models for the same images, in the same order, with the same class names.
 
-    `same_split` tells whether all splits have the same images, and `not_common` how many images of each model's split
-    another one lacks. The other fields count common images that are left out: a model was trained on them, has a
-    near-duplicate of them in its training data (`leaked`), or the data sets give them different classes (`relabeled`).
+    `same_split` is whether all splits have the same images; `not_common` has for each model the number of images in its
+    split that another split lacks. The other fields count common images that are left out: a model was trained on them,
+    has a near-duplicate of them in its training data (`leaked`), or the data sets give them different classes
+    (`relabeled`).
     """
 
     models: tuple[Predictions, ...]
@@ -56,9 +57,14 @@ class Pairing:
         """Return the predictions of the second model."""
         return self.models[1]
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Return whether all models have calibrated probabilities."""
+        return all(each.calibrated_probabilities is not None for each in self.models)
+
 
 def pair(*candidates: Candidate) -> Pairing:
-    """Return the predictions of two or more models for the images on which all can be judged, sorted by content hash.
+    """Return the predictions of two or more models for the images on which all can be compared, sorted by hash.
 
     Images are the same if they have the same content hash; of several with the same hash, the first of one split is
     paired with the first of the other, and so on. The order of the images in a split does not matter otherwise. Raises
@@ -149,7 +155,7 @@ def _with_classes_of(model: Predictions, predictions: Predictions) -> Prediction
 
 
 def _nothing_left(candidates: Sequence[Candidate], pairing: Pairing, *, common: int) -> str:
-    """Return the error for models that share no image on which they can be judged."""
+    """Return the error for models that share no image on which they can be compared."""
     reasons = [
         f"{number} {text}"
         for number, text in (
@@ -162,6 +168,6 @@ def _nothing_left(candidates: Sequence[Candidate], pairing: Pairing, *, common: 
     found = f"{common} in common" + (f", of which {', '.join(reasons)}" if reasons else "")
     names = " and ".join(each.label for each in candidates)
     return (
-        f"{names} have no test image on which all can be judged: found {found}; "
+        f"{names} have no test image on which all can be compared: found {found}; "
         "allowed: one test split on which none was trained; evaluate them on such a split"
     )

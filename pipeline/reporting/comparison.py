@@ -8,7 +8,7 @@ from string import ascii_uppercase
 from markupsafe import Markup
 
 from pipeline.artifacts import Images
-from pipeline.comparison.models import ClassDifference, ModelComparison, Verdict, verdict_of
+from pipeline.comparison.models import ClassDifference, ModelComparison
 from pipeline.comparison.paired import POWER
 from pipeline.comparison.recipes import RecipeComparison
 from pipeline.reporting import comparison_figures as figures
@@ -70,11 +70,10 @@ class Differing:
 
 @dataclass(frozen=True)
 class Against:
-    """The answers to both questions about A and one other model; without an answer, the reason why."""
+    """The answers to both questions about A and one other model; without one about recipes, the reason why."""
 
-    model: ModelComparison | None
+    model: ModelComparison
     recipe: RecipeComparison | None
-    model_reason: str = ""
     recipe_reason: str = ""
 
 
@@ -121,17 +120,17 @@ class _Pair:
 
     a: str
     b: str
-    model: ModelComparison | None
+    model: ModelComparison
     recipe: RecipeComparison | None
-    figure: Markup | None
+    figure: Markup
     strip: Markup | None
-    classes: Sequence[tuple[ClassDifference, Verdict]]
+    classes: Sequence[ClassDifference]  # the lowest p-value first
     changed: Sequence[_Side]
 
 
 def render(page: ComparisonPage) -> str:
     """Return the page as text; names from files and from the runs are escaped."""
-    letters = [_letter(index) for index in range(len(page.models))]
+    letters = ascii_uppercase[: len(page.models)]
     rows = {} if page.test_images is None else {key: row for row, key in enumerate(page.test_images.content_hashes)}
     pairs = [_pair(page, against, b=b, rows=rows) for against, b in zip(page.against, letters[1:], strict=True)]
     return render_template(
@@ -140,7 +139,7 @@ def render(page: ComparisonPage) -> str:
         letters=letters,
         questions=_questions(page),
         pairs=pairs,
-        model_pairs=[each for each in pairs if each.model],
+        is_calibrated=all(each.model.pairing.is_calibrated for each in pairs),
         recipe_pairs=[each for each in pairs if each.recipe],
         metrics=METRICS,
         detectable_by_images=detectable_by_images,
@@ -153,7 +152,7 @@ def _answers(page: ComparisonPage, names: Sequence[str]) -> list[tuple[str, list
     """Return each question with its answers for A and each of the other models, which have these names."""
     models, recipes = list[Answer](), list[Answer]()
     for each, b in zip(page.against, names[1:], strict=True):
-        models.append(model_verdict(each.model, a=names[0], b=b, reason=each.model_reason))
+        models.append(model_verdict(each.model, a=names[0], b=b))
         recipes.append(recipe_verdict(each.recipe, a=names[0], b=b, reason=each.recipe_reason))
     return [(MODEL_QUESTION, models), (RECIPE_QUESTION, recipes)]
 
@@ -174,31 +173,18 @@ def _short_name(name: str) -> Markup:
     return Markup('<bdi title="{}">{}</bdi>').format(label(name), label(short))
 
 
-def _letter(index: int) -> str:
-    """Return the letter of a model: A for the first, A1 for the one after Z."""
-    return f"{ascii_uppercase[index % 26]}{index // 26 or ''}"
-
-
 def _pair(page: ComparisonPage, against: Against, *, b: str, rows: Mapping[str, int]) -> _Pair:
-    a, model, recipe = _letter(0), against.model, against.recipe
+    a, model, recipe = ascii_uppercase[0], against.model, against.recipe
     return _Pair(
         a=a,
         b=b,
         model=model,
         recipe=recipe,
-        figure=figures.advantages(model, a=a, b=b, name=f"advantages-{b}") if model else None,
+        figure=figures.advantages(model, a=a, b=b, name=f"advantages-{b}"),
         strip=figures.seeds(recipe, a=a, b=b, name=f"seeds-{b}") if recipe else None,
-        classes=_classes(model) if model else [],
-        changed=_changed(page, model, letters=(a, b), rows=rows) if model else [],
+        classes=sorted(model.classes, key=lambda each: each.p_value),
+        changed=_changed(page, model, letters=(a, b), rows=rows),
     )
-
-
-def _classes(model: ModelComparison) -> list[tuple[ClassDifference, Verdict]]:
-    """Return each class with what is said of A at the level of the comparison; that of the lowest p-value first."""
-    return [
-        (each, verdict_of(each.recall_a - each.recall_b, is_shown=each.corrected_p_value <= model.level))
-        for each in sorted(model.classes, key=lambda each: each.p_value)
-    ]
 
 
 def _changed(

@@ -34,6 +34,7 @@ def render_template(template: str, **values: Any) -> str:
         "milliseconds": text.milliseconds,
         "parameter": text.as_yaml,
         "percent": percent,
+        "percentage": text.percentage,
         "points": text.points,
         "probability": text.probability,
         "reason": text.reason,

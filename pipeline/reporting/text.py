@@ -63,9 +63,14 @@ def probability(value: float) -> str:
     return f"<{NO_BREAK_SPACE}0.001" if value < 0.001 else f"={NO_BREAK_SPACE}{value:.2g}"
 
 
+def percentage(fraction: float) -> str:
+    """Return a level or a confidence as a percentage with as many digits as it needs, at most four: `1.667 %`."""
+    return f"{100 * fraction:.4g}{NO_BREAK_SPACE}%"
+
+
 def confidence(level: float) -> str:
     """Return the confidence of the intervals of a test of this level: `95 %` for 0.05."""
-    return f"{100 * (1 - level):.4g}{NO_BREAK_SPACE}%"
+    return percentage(1 - level)
 
 
 def duration(seconds: float | None) -> str:

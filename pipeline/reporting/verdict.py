@@ -26,16 +26,9 @@ class Answer:
     def __str__(self) -> str:
         return f"{self.claim}: {self.evidence}."
 
-    @property
-    def markdown(self) -> str:
-        """Return the sentence with its claim in bold."""
-        return f"**{self.claim}**: {self.evidence}."
 
-
-def model_verdict(comparison: ModelComparison | None, *, a: str, b: str, reason: str = "") -> Answer:
-    """Answer whether model A is better than model B on images like these, or give the reason without a comparison."""
-    if comparison is None:
-        return _no_answer(f"Whether model {a} is better than model {b} on images like these", reason)
+def model_verdict(comparison: ModelComparison, *, a: str, b: str) -> Answer:
+    """Answer whether model A is better than model B on images like these."""
     verdict, p_value = comparison.verdict, f"p{NO_BREAK_SPACE}{probability(comparison.p_value)}"
     size, interval = _describe(verdict, comparison.accuracy, level=comparison.level)
     if verdict == "not shown":
@@ -49,7 +42,9 @@ def model_verdict(comparison: ModelComparison | None, *, a: str, b: str, reason:
 def recipe_verdict(comparison: RecipeComparison | None, *, a: str, b: str, reason: str = "") -> Answer:
     """Answer whether recipe A is better than recipe B, or give the reason without a comparison."""
     if comparison is None:
-        return _no_answer(f"Whether recipe {a} is better than recipe {b}", reason)
+        return Answer(
+            "not answered", f"Whether recipe {a} is better than recipe {b} is not answered", reason.rstrip(".")
+        )
     verdict = comparison.verdict
     size, interval = _describe(verdict, comparison.accuracy, level=comparison.level)
     seeds = f"{len(comparison.accuracies_a)} and {len(comparison.accuracies_b)} seeds"
@@ -68,10 +63,6 @@ def detectable_by_images(comparison: ModelComparison) -> str:
         disagreeing = f"{comparison.only_a + comparison.only_b:,}"
         return f"{images} are too few to show a difference of models that disagree on {disagreeing} of them"
     return f"the smallest difference that {images} can show is {distance(comparison.detectable)} points"
-
-
-def _no_answer(claim: str, reason: str) -> Answer:
-    return Answer("not answered", f"{claim} is not answered", reason.rstrip("."))
 
 
 def _describe(verdict: str, difference: Difference, *, level: float) -> tuple[str, str]:

@@ -72,6 +72,13 @@ def children(run_id: str) -> list[Child]:
     return [Child(*(row[name] for name in ("seed", "run_id", "experiment", "model_md5"))) for row in rows]
 
 
+def best_experiment(run_id: str) -> str | None:
+    """Return the DVC experiment of the seed that is best on validation, None where a seed has not finished yet."""
+    with store_errors():
+        name: str | None = read_provenance(run_id).get("best.experiment")
+    return name
+
+
 def find_maker(*, experiment: str, model_md5: str | None) -> Run | None:
     """Return the run that trained for a DVC experiment, else the newest run that made its model, or None."""
     found = find_runs({EXPERIMENT: experiment})
