@@ -181,7 +181,8 @@ def test_a_parent_whose_seeds_are_all_finished_checks_whether_the_images_have_ch
 def test_a_retried_parent_trains_a_seed_although_prefect_answers_with_a_child_of_an_earlier_attempt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    earlier, new = Completed(), Completed(timestamp=datetime(2020, 1, 1, tzinfo=UTC))  # by the clock of a server
+    earlier: State[Any] = Completed()
+    new: State[Any] = Completed(timestamp=datetime(2020, 1, 1, tzinfo=UTC))  # by the clock of a remote server
     monkeypatch.setattr(seeds, "child_states", lambda: {earlier.id})
     answers = iter([earlier, new])
     flow: Any = lambda *_arguments, **_options: next(answers)  # noqa: E731
