@@ -19,9 +19,9 @@ LOCK_FILE = "dvc.lock"
 
 
 def ref_of(name: str) -> str:
-    """Return the git ref for a registered model; git does not allow all characters in it.
+    """Return the git ref for a registered model: its name, with a hyphen for what is no letter, digit, `_` or `-`.
 
-    A name that is changed gets the first digits of its MD5 at the end, so that no two share a ref.
+    A name that is changed gets the first six digits of its MD5 at the end, so that no two share a ref.
     """
     valid = re.sub(r"[^\w-]+", "-", name).strip("-")
     return f"{CHAMPIONS}/{valid if valid == name else f'{valid}-{bytes_md5(name.encode())[:6]}'}"

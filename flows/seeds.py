@@ -9,13 +9,14 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import chdir, closing, suppress
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from prefect import Flow, runtime
+from prefect import Flow, get_client, runtime
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import PrefectException
 from prefect.utilities.urls import url_for
 
@@ -102,12 +103,15 @@ class Parent:
         )
 
     def train_missing(self, train_one: TrainOne, *, keep_workspace: bool) -> None:
-        """Train all seeds that have no result, then those whose data differ from those of the newest result."""
+        """Train all seeds that have no result, then those whose data differ from those of the newest result.
+
+        The newest result is one of this process where the data can have changed.
+        """
         for seed in self._plan.seeds:
             if self._find(seed) and self._run.resumed:
                 log(f"seed {seed} is finished: {self._results[seed].experiment}")
         self._record()
-        for choose in (self._missing, self._drop_outdated):
+        for choose in (self._missing_or_unchecked, self._drop_outdated):
             with closing(train_all(train_one, self._plan, choose(), keep_workspace=keep_workspace)) as ended:
                 for seed, state in ended:
                     self._add(seed, state)
@@ -137,6 +141,22 @@ class Parent:
     def _missing(self) -> list[int]:
         """Return the seeds without a result."""
         return [seed for seed in self._plan.seeds if seed not in self._results]
+
+    def _missing_or_unchecked(self) -> list[int]:
+        """Return the seeds without a result; if all have one from an earlier process, drop one of the user's images.
+
+        Its flow run shows whether the images have changed since: DVC compares them, and trains only if they have.
+        """
+        newest = max(self._results.values(), key=lambda one: one.created, default=None)
+        if self._missing() or newest is None or not self._has_user_images():
+            return self._missing()
+        log(f"all seeds are finished; seed {newest.seed} runs again, to check whether the images have changed since")
+        del self._results[newest.seed]
+        return [newest.seed]
+
+    def _has_user_images(self) -> bool:
+        """Return whether the data are a folder of the user, which git does not track; others never change."""
+        return any(params["download"]["dataset"] == "imagefolder" for params in self._plan.params.values())
 
     def _drop_outdated(self) -> list[int]:
         """Drop the results whose data differ from those of the newest one, and return their seeds.
@@ -251,10 +271,21 @@ def train_all(
 def _train(train_one: TrainOne, plan: Plan, seed: int, *, keep_workspace: bool) -> State[Any]:
     """Run the flow for one seed below the current flow run, and return its final state.
 
-    In a retry of the parent, Prefect answers a call with the child that an earlier attempt completed at this position.
+    In a retry of the parent, Prefect may answer a call with the child that an earlier attempt completed at this
+    position: with a state that it had before the call.
     """
-    start, values = datetime.now(UTC), Overrides.model_validate({**plan.overrides, SEED_PARAM: seed})
+    values, earlier = Overrides.model_validate({**plan.overrides, SEED_PARAM: seed}), child_states()
     while True:
         state: State[Any] = train_one(plan.recipe, values, keep_workspace=keep_workspace, return_state=True)
-        if state.timestamp >= start:
+        if state.id not in earlier:
             return state
+
+
+def child_states() -> set[UUID | None]:
+    """Return the id of the present state of each flow run below the current one, of all its attempts."""
+    below = FlowRunFilter.model_validate({"parent_flow_run_id": {"any_": [str(runtime.flow_run.id)]}})
+    found: list[FlowRun] = []
+    with get_client(sync_client=True) as client:
+        while page := client.read_flow_runs(flow_run_filter=below, sort=FlowRunSort.ID_DESC, offset=len(found)):
+            found += page
+    return {run.state_id for run in found}

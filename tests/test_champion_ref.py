@@ -9,9 +9,11 @@ import pytest
 from flows.champion_ref import champion_commit, champion_refs, read_ref, ref_of, write_ref
 from flows.doctor import missing_objects
 from flows.dvc_history import History
+from pipeline.artifacts import bytes_md5
 from pipeline.core.errors import UserError
 from pipeline.core.git import git
 from tests.conftest import start_repository
+from tests.test_flows import dvc
 
 MODEL, OTHER = "a" * 32, "b" * 32
 
@@ -21,9 +23,9 @@ def project(tmp_path: Path) -> Path:
     """Make a repository whose committed dvc.lock names the model MODEL, and return it."""
     project = tmp_path / "project"
     (project / ".dvc").mkdir(parents=True)
-    (project / ".dvc/config").write_text("")
-    (project / ".gitignore").write_text("/.dvc/cache\n")
-    (project / "dvc.yaml").write_text("stages: {}\n")
+    (project / ".dvc/config").write_text("[core]\nremote = local\n['remote \"local\"']\nurl = ../.dvcstore\n")
+    (project / ".dvc/.gitignore").write_text("/cache\n/tmp\n/config.local\n")
+    (project / "dvc.yaml").write_text("stages: {train: {cmd: 'true', outs: [artifacts/train]}}\n")
     write_lock(project, MODEL)
     start_repository(project)
     for name in ("user.name", "user.email"):
@@ -31,13 +33,21 @@ def project(tmp_path: Path) -> Path:
     return project
 
 
-def write_lock(project: Path, model: str) -> None:
-    """Write a dvc.lock whose training made this model, and the listing of its folder in DVC's cache."""
-    listing = project / ".dvc/cache/files/md5" / model[:2] / f"{model[2:]}.dir"
-    listing.parent.mkdir(parents=True, exist_ok=True)
-    listing.write_text(json.dumps([{"relpath": "best.safetensors", "md5": model}]))
-    outs = [{"path": "artifacts/train", "md5": f"{model}.dir"}]
-    (project / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"train": {"outs": outs}}}))
+def write_lock(project: Path, model: str) -> str:
+    """Write a dvc.lock whose training made this model, and the listing of its folder in the cache; return its hash."""
+    listing = json.dumps([{"md5": model, "relpath": "best.safetensors"}]).encode()
+    md5 = f"{bytes_md5(listing)}.dir"
+    cache(project, listing, md5)
+    outs = [{"path": "artifacts/train", "hash": "md5", "md5": md5}]
+    (project / "dvc.lock").write_text(json.dumps({"schema": "2.0", "stages": {"train": {"cmd": "true", "outs": outs}}}))
+    return md5
+
+
+def cache(project: Path, content: bytes, md5: str) -> None:
+    """Put a file into DVC's cache."""
+    path = project / ".dvc/cache/files/md5" / md5[:2] / md5[2:]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 def state(project: Path) -> list[str]:
@@ -62,7 +72,7 @@ def test_uncommitted_results_get_a_commit_that_no_branch_has(project: Path) -> N
     before = state(project)
     commit = champion_commit(project, model_md5=OTHER)
     write_ref(project, "digits", commit)
-    assert OTHER in git(project, "show", "refs/champions/digits:dvc.lock")
+    assert git(project, "show", "refs/champions/digits:dvc.lock") == (project / "dvc.lock").read_text()
     assert commit != git(project, "rev-parse", "HEAD")
     assert state(project) == before
 
@@ -105,21 +115,48 @@ def test_every_name_of_a_registered_model_has_a_ref_of_its_own(project: Path, na
     assert ref_of("digits") == "refs/champions/digits"
 
 
-def test_a_colleague_gets_the_champion_without_mlflow(project: Path, tmp_path: Path) -> None:
-    write_lock(project, OTHER)
-    write_ref(project, "digits", champion_commit(project, model_md5=OTHER))
-    git(tmp_path, "clone", "-q", str(project), "clone")
-    git(tmp_path / "clone", "fetch", "-q", "origin", "refs/champions/*:refs/champions/*")
-    git(tmp_path / "clone", "worktree", "add", "-q", "--detach", "../champion", "refs/champions/digits")
-    assert OTHER in (tmp_path / "champion/dvc.lock").read_text()
+def save_experiment(project: Path, name: str, weights: bytes) -> str:
+    """Save a DVC experiment that made these weights, with its files in DVC's cache, and return their MD5."""
+    model = bytes_md5(weights)
+    cache(project, weights, model)
+    write_lock(project, model)
+    head, tree = git(project, "rev-parse", "HEAD"), f"{git(project, 'stash', 'create')}^{{tree}}"
+    commit = git(project, "commit-tree", "-p", head, "-m", name, tree)
+    git(project, "update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{name}", commit)
+    git(project, "checkout", "-q", ".")
+    return model
+
+
+@pytest.mark.slow
+def test_a_colleague_gets_each_new_champion_without_mlflow(project: Path, tmp_path: Path) -> None:
+    git(tmp_path, "clone", "-q", "--bare", str(project), "origin")
+    git(project, "remote", "add", "origin", str(tmp_path / "origin"))
+    git(tmp_path, "clone", "-q", "origin", "colleague")
+    colleague, champions = tmp_path / "colleague", "+refs/champions/*:refs/champions/*"
+    for folder in (project, colleague):
+        (folder / ".dvc/config.local").write_text(f"['remote \"local\"']\nurl = {tmp_path / 'shared'}\n")
+    for name in ("first", "second"):
+        model = save_experiment(project, name, name.encode())
+        write_ref(project, "digits", champion_commit(project, model_md5=model))
+        ref = git(project, "for-each-ref", "--format=%(refname)", "--points-at", "refs/champions/digits", "refs/exps")
+        assert ref.endswith(f"/{name}")
+        dvc(project, "exp", "push", "origin", name)
+        git(project, "push", "-q", "origin", champions)
+        git(colleague, "fetch", "-q", "origin", champions)
+        dvc(colleague, "get", ".", "artifacts/train", "--rev", "refs/champions/digits", "--out", f"../{name}")
+        assert (tmp_path / name / "best.safetensors").read_text() == name
+    git(colleague, "worktree", "add", "-q", "--detach", "../champion", "refs/champions/digits")
+    shutil.copy(colleague / ".dvc/config.local", tmp_path / "champion/.dvc")
+    dvc(tmp_path / "champion", "pull")
+    assert (tmp_path / "champion/artifacts/train/best.safetensors").read_text() == "second"
 
 
 def test_a_cleanup_keeps_the_champions_files_and_the_doctor_reports_missing_ones(project: Path) -> None:
-    write_lock(project, OTHER)
+    folder = write_lock(project, OTHER)
     write_ref(project, "digits", champion_commit(project, model_md5=OTHER))
     git(project, "checkout", "-q", "dvc.lock")  # only the ref has the lock of the champion now
     history = History(project)
     assert read_ref(project, "digits") in history.commits
-    assert f"{OTHER}.dir" in history.hashes([])
+    assert folder in history.hashes([])
     [champion, *_] = missing_objects(project)
     assert champion.what == "champion refs/champions/digits: files are missing in DVC's cache: artifacts/train"

@@ -3,8 +3,9 @@
 import math
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,11 @@ from uuid import UUID
 import pytest
 from prefect import get_client
 from prefect.client.schemas.objects import State
-from prefect.states import Scheduled
+from prefect.states import Completed, Scheduled
 
 from flows import command_line, flow_run, seeds, seeds_plan, seeds_pool, train_classifier
 from flows.form import Overrides
+from flows.git import Snapshot
 from flows.reproduce import find
 from flows.seed_values import parse_seeds, seed_of_day, seeds_from
 from flows.seeds_results import SeedResult, best_on_validation, charted, spreads
@@ -144,6 +146,48 @@ def test_a_killed_parent_resumes_and_its_seeds_have_the_files_of_their_start(pro
     assert ran(project).count("evaluate") == 2
     [parent] = parents(project)
     assert (parent.status, children(parent.run_id)[0].experiment) == ("FINISHED", finished)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "data_md5", "trained"),
+    [("imagefolder", "0", [1]), ("imagefolder", "changed", [1, 0, 2]), ("digits", "changed", [])],
+)
+def test_a_parent_whose_seeds_are_all_finished_checks_whether_the_images_have_changed(
+    dataset: str, data_md5: str, trained: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = {seed: replace(result(seed, 0.9), created=created) for seed, created in ((0, 1), (1, 3), (2, 2))}
+    found: list[int] = []
+
+    def train(_flow: Any, _plan: Any, chosen: list[int], **_options: Any) -> Iterator[tuple[int, State[Any]]]:
+        for seed in chosen:
+            found.append(seed)
+            stored[seed] = replace(stored[seed], created=4, data_md5=data_md5)
+            yield seed, Completed()
+
+    monkeypatch.setattr(seeds, "train_all", train)
+    monkeypatch.setattr(seeds, "find_result", lambda _project, *, seed, **_options: stored[seed])
+    monkeypatch.setattr(seeds.Parent, "_record", lambda _self: None)
+    for name in ("log", "warn"):
+        monkeypatch.setattr(seeds, name, print)
+    values = {seed: {"download": {"dataset": dataset}} for seed in stored}
+    plan = seeds_plan.Plan("my_images", "my_images seeds=0-2", {}, values, Snapshot("c", "h"))
+    run: Any = SimpleNamespace(run_id="m", started=0.0, resumed=True)
+    parent = seeds.Parent(plan, run, select_by="accuracy")
+    parent.train_missing(train_classifier.train_classifier, keep_workspace=False)
+    assert found == trained
+    assert {one.data_md5 for one in parent._results.values()} == {data_md5 if trained else "0"}
+
+
+def test_a_retried_parent_trains_a_seed_although_prefect_answers_with_a_child_of_an_earlier_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    earlier: State[Any] = Completed()
+    new: State[Any] = Completed(timestamp=datetime(2020, 1, 1, tzinfo=UTC))  # by the clock of a remote server
+    monkeypatch.setattr(seeds, "child_states", lambda: {earlier.id})
+    answers = iter([earlier, new])
+    flow: Any = lambda *_arguments, **_options: next(answers)  # noqa: E731
+    plan: Any = SimpleNamespace(recipe="digits", overrides={})
+    assert seeds._train(flow, plan, 0, keep_workspace=False) is new
 
 
 def open_parent(command_md5: str) -> AbstractContextManager[SeedsRun]:
