@@ -34,13 +34,11 @@ from pipeline.comparison.promotion import (
 from pipeline.core.errors import UserError
 from pipeline.params import Params, PromoteParams
 from pipeline.tracking.registry import (
-    CHALLENGER,
     CHAMPION,
     DECISION,
     MAX_TAG_LENGTH,
     PREVIOUS,
     Version,
-    set_alias,
     version_of_alias,
 )
 
@@ -93,13 +91,11 @@ def promote_version(project: Path, challenger: Version, *, params: Params, is_dr
             log("an interrupted promotion is not complete; the next one completes it first")
         return replace(_decide(_open(project, challenger, params=params), charges=False)[0], is_dry_run=True)
     with hold_promotion(project, name, command="a promotion", on_wait=log):
-        for line in complete(project, name, commit_of=partial(known_commit, project)):
-            log(line)
+        _complete(project, name, log=log)
         contest = _open(project, challenger, params=params)
         commit = None
         if model := contest.model:  # without a commit, the champion could not be checked out
             commit = champion_commit(project, model_md5=model.model_md5, experiment=model.experiment)
-            set_alias(name, CHALLENGER, challenger.number)
         result, look = _decide(contest, charges=True)
         champion = result.champion.number if result.champion else None
         if challenger.number != champion:
@@ -195,6 +191,7 @@ def _pending(result: Result, *, look: Look | None, commit: str | None) -> Pendin
         change=change if decision.outcome == "promoted" else None,
         look=look,
         test_md5=version.test_md5,
+        stays_challenger=decision.outcome == "refused",
     )
 
 
@@ -214,11 +211,22 @@ def as_record(decision: Decision, *, time: str) -> str:
 def roll_back(project: Path, name: str, *, log: Log) -> Change:
     """Make the version with the alias `previous` the champion again, and return that change.
 
-    The former champion becomes `previous`. Raises UserError where there is no such version, or no commit has its model.
+    The former champion becomes `previous`. A rollback that was interrupted is completed instead. Raises UserError where
+    there is no such version, no commit has its model, or the last change was a rollback: another one would bring back
+    the model from which that one went back.
     """
     with hold_promotion(project, name, command="a rollback", on_wait=log):
-        for line in complete(project, name, commit_of=partial(known_commit, project)):
-            log(line)
+        pending = read_pending(name)
+        _complete(project, name, log=log)
+        last = next(iter(history(name)), None)
+        if last and last.rolled_back:
+            if pending and pending.change == last:
+                return last
+            raise UserError(
+                f"--rollback: the last change of {name}'s champion was a rollback, to version {last.version} at "
+                f"{last.time[:16]} UTC; allowed: one rollback after a promotion; to go forward again, set the alias "
+                f"{CHAMPION} by hand in MLflow"
+            )
         champion, previous = version_of_alias(name, CHAMPION), version_of_alias(name, PREVIOUS)
         if previous is None or champion is None:
             missing = PREVIOUS if champion else CHAMPION
@@ -238,4 +246,11 @@ def roll_back(project: Path, name: str, *, log: Log) -> Change:
         )
         pending = Pending(version=previous.number, tags={DECISION: f"promoted: {change.reason}"}, change=change)
         carry_out(project, name, pending, champion=champion.number)
+        _complete(project, name, log=log)  # reports a commit that is missing here
         return change
+
+
+def _complete(project: Path, name: str, *, log: Log) -> None:
+    """Complete what an interrupted promotion has left, with a line in the log for each thing done."""
+    for line in complete(project, name, commit_of=partial(known_commit, project)):
+        log(line)

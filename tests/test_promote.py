@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
@@ -63,6 +64,10 @@ def project(prepared: Path, tmp_path: Path, no_servers: None, monkeypatch: pytes
     return folder
 
 
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
 def version(number: str) -> Version:
     return next(one for one in find_versions(NAME) if one.number == number)
 
@@ -111,10 +116,7 @@ def test_a_look_that_shows_no_gain_is_charged_once_for_the_same_two_models(proje
 
 
 def test_a_killed_look_stays_charged_with_an_unknown_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def end(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(promotion, "after_look", end)
+    monkeypatch.setattr(promotion, "after_look", interrupt)
     with pytest.raises(KeyboardInterrupt):
         promote(project, version("2"))
     [look] = read_looks(NAME, version("2").test_md5)
@@ -172,13 +174,74 @@ def test_a_champion_for_images_of_another_size_is_kept(project: Path) -> None:
     assert "its image_size is 16, that of digits version 4 20" in result.decision.reason
 
 
-def test_a_rollback_exchanges_champion_and_previous(project: Path) -> None:
+def test_a_rollback_exchanges_champion_and_previous_and_a_second_one_is_refused(project: Path) -> None:
     promote(project, version("2"))
-    first, second = roll_back(project, NAME, log=print), roll_back(project, NAME, log=print)
-    assert (first.version, second.version) == ("1", "2")
-    assert aliases() == {CHAMPION: "2", PREVIOUS: "1", CHALLENGER: None}
-    assert [one.version for one in history(NAME)] == ["2", "1", "2", "1"]
-    assert read_ref(project, NAME) == second.commit
+    change = roll_back(project, NAME, log=print)
+    for _ in range(2):
+        assert aliases() == {CHAMPION: "1", PREVIOUS: "2", CHALLENGER: None}
+        assert [one.version for one in history(NAME)] == ["1", "2", "1"]
+        assert read_ref(project, NAME) == change.commit
+        with pytest.raises(UserError, match="--rollback: the last change of digits's champion was a rollback, to vers"):
+            roll_back(project, NAME, log=print)
+
+
+@pytest.mark.parametrize("step", ["set_alias", "write_change", "set_version_tags", "write_ref", "remove_tag"])
+def test_a_rollback_that_was_killed_is_completed_by_the_same_command(
+    project: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    promote(project, version("2"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(promotion_change, step, interrupt)
+        roll_back(project, NAME, log=print)
+    assert roll_back(project, NAME, log=print).version == "1"
+    assert (aliases()[CHAMPION], [one.version for one in history(NAME)]) == ("1", ["1", "2", "1"])
+
+
+def test_a_person_who_moved_the_alias_back_is_not_overruled_by_an_interrupted_promotion(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(promotion_change, "set_version_tags", interrupt)
+        promote(project, version("2"))
+    set_alias(NAME, CHAMPION, "1")
+    promote(project, version("3"))
+    assert (aliases()[CHAMPION], [one.version for one in history(NAME)]) == ("1", ["1", "2", "1"])
+    assert version("2").tags["decision"].startswith("promoted: the challenger is better")
+    assert [look.result for look in read_looks(NAME, version("2").test_md5)] == ["promoted"]
+
+
+def test_an_interrupted_promotion_that_is_dropped_keeps_what_its_look_showed(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(promotion_change, "set_alias", interrupt)
+        promote(project, version("2"))
+    set_alias(NAME, CHAMPION, "3")
+    promotion_change.complete(project, NAME, commit_of=lambda _: None)
+    assert (aliases()[CHAMPION], [one.version for one in history(NAME)]) == ("3", ["3", "1"])
+    assert "not carried out: the alias champion was moved" in version("2").tags["decision"]
+    assert [look.result for look in read_looks(NAME, version("2").test_md5)] == ["promoted"]
+
+
+def test_a_checkout_without_the_commit_of_an_interrupted_promotion_completes_the_rest(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(promotion_change, "set_alias", interrupt)
+        promote(project, version("2"))
+    monkeypatch.setattr(promotion_change, "find_commit", lambda *_: None)
+    lines = promotion_change.complete(project, NAME, commit_of=lambda _: None)
+    assert (aliases()[CHAMPION], promotion_change.read_pending(NAME)) == ("2", None)
+    assert "git has no commit" in lines[-1]
+
+
+def test_a_champion_that_was_deleted_in_mlflow_blocks_nothing(project: Path) -> None:
+    promote(project, version("2"))
+    MlflowClient().delete_model_version(NAME, "2")
+    result = promote(project, version("3"))
+    assert result.decision
+    assert (result.decision.outcome, aliases()[CHAMPION]) == ("promoted", "3")
+    assert [one.version for one in history(NAME)] == ["3", None, "2", "1"]
 
 
 def test_a_model_that_was_rolled_back_does_not_return_by_itself(project: Path) -> None:
@@ -202,7 +265,7 @@ def test_a_rollback_without_a_previous_champion_is_refused(project: Path) -> Non
 def test_an_alias_that_was_moved_in_mlflow_is_recorded_and_the_ref_follows(project: Path) -> None:
     set_alias(NAME, CHAMPION, "2")
     promote(project, version("3"))
-    assert history(NAME)[0].reason == promotion_change.MOVED
+    assert history(NAME)[0].reason == f"{promotion_change.MOVED}; noticed at this time"
     assert (history(NAME)[0].version, aliases()[PREVIOUS]) == ("2", "1")
     assert read_ref(project, NAME) == git(project, "for-each-ref", "--format=%(objectname)", "refs/exps/*/*/better")
 
@@ -341,10 +404,11 @@ def test_the_nightly_deployment_promotes_and_the_one_for_people_does_not() -> No
 
 @pytest.mark.slow
 def test_everything_agrees_after_a_kill_at_any_point(prepared: Path, tmp_path: Path) -> None:
-    """Kill at 6 points; `python -m tests.promotion_kills` kills at all of them, and in a rollback too."""
+    """Kill at 5 points of a promotion and one of a rollback; `python -m tests.promotion_kills` kills at all of them."""
     promotion_kills.start_fork_server()
     whole = shutil.copytree(prepared, tmp_path / "whole")
     status, reached = promotion_kills.run(promotion_kills.promote_in, whole)
     assert (status, len(reached) > 20) == (0, True)
-    for last in promotion_kills.points(len(reached), 6):
+    for last in promotion_kills.points(len(reached), 5):
         promotion_kills.kill_at(prepared, tmp_path, target=promotion_kills.promote_in, last=last)
+    promotion_kills.kill_at(whole, tmp_path, target=promotion_kills.roll_back_in, last=12)
