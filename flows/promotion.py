@@ -15,7 +15,10 @@ from flows.promotion_ledger import Change, charge, history, now, read_looks
 from flows.promotion_models import (
     NotComparableError,
     champion_on,
+    check_weights,
     describe,
+    describe_differences,
+    identify_predictions,
     known_commit,
     model_of,
     pair_on,
@@ -30,6 +33,7 @@ from pipeline.comparison.promotion import (
     LookResult,
     after_look,
     before_look,
+    looks_left,
 )
 from pipeline.core.errors import UserError
 from pipeline.params import Params, PromoteParams
@@ -115,8 +119,6 @@ def _open(project: Path, challenger: Version, *, params: Params) -> _Contest:
 def _decide(contest: _Contest, *, charges: bool) -> tuple[Result, Look | None]:
     """Return the result, and the look that was made; without `charges`, it ends before a look."""
     version, champion, policy = contest.version, contest.champion, contest.params.promote
-    if reason := _rolled_back(version):
-        return Result(version, champion, _refusal(version, reason, policy=policy)), None
     try:
         found, test = _before_look(contest, read_looks(version.name, version.test_md5))
         if isinstance(found, Decision):
@@ -135,32 +137,34 @@ def _decide(contest: _Contest, *, charges: bool) -> tuple[Result, Look | None]:
 
 def _refusal(version: Version, reason: str, *, policy: PromoteParams) -> Decision:
     """Return the decision for a version that no figures can be computed of, with the looks that are charged by now."""
-    used = len(read_looks(version.name, version.test_md5))
-    return Decision("refused", reason, (), looks_used=used, looks_left=max(0, policy.max_looks - used))
+    looks = read_looks(version.name, version.test_md5)
+    return Decision("refused", reason, (), looks_used=len(looks), looks_left=looks_left(looks, policy))
 
 
 def _rolled_back(version: Version) -> str:
-    """Return why a version may not become champion again, if the last that happened to it is a rollback; else ""."""
+    """Return when a rollback went back from a version, if that is the last that happened to its model; else ""."""
     md5 = version.model_md5
     last = next((one for one in history(version.name) if md5 in (one.model_md5, one.rolled_back)), None)
     if last is None or last.rolled_back != md5:
         return ""
-    return (
-        f"a rollback at {last.time[:16]} UTC went back from this model to version {last.version}; allowed: other "
-        f"models; train another one, or set the alias {CHAMPION} by hand in MLflow"
-    )
+    return f"at {last.time[:16]} UTC from the challenger to version {last.version}"
 
 
 def _before_look(contest: _Contest, looks: list[Look]) -> tuple[Decision | LookAllowed, Candidate | None]:
     """Return what the figures without a look allow, and the champion's predictions for the challenger's test images."""
-    challenger, champion, params = contest.model, contest.champion_model, contest.params
-    validation, test, split = None, None, None
+    params, rollback = contest.params, _rolled_back(contest.version)
+    challenger, champion = (None, None) if rollback else (contest.model, contest.champion_model)
+    validation, test, split, predictions, differences = None, None, None, "", list[str]()
+    for model in filter(None, (challenger, champion)):
+        check_weights(model)
     if challenger and champion:
         with suppress(NotComparableError):  # the decision reports that there is no validation image
             images = champion_on(champion, challenger, "validation", params=params)
             validation = pair_on(challenger, images, "validation")
         test = champion_on(champion, challenger, "test", params=params)
         split = read_test_split(challenger, test)
+        predictions = identify_predictions(challenger, test)
+        differences = describe_differences(challenger, champion)
     nothing = Challenger(contest.version.model_md5, None, None, None)
     found = before_look(
         describe(challenger, params=params) if challenger else nothing,
@@ -169,6 +173,9 @@ def _before_look(contest: _Contest, looks: list[Look]) -> tuple[Decision | LookA
         test=split,
         looks=looks,
         params=params.promote,
+        predictions=predictions,
+        differences=differences,
+        rollback=rollback,
     )
     return found, test
 

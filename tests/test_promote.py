@@ -115,6 +115,41 @@ def test_a_look_that_shows_no_gain_is_charged_once_for_the_same_two_models(proje
     assert [look.result for look in read_looks(NAME, made.test_md5)] == ["refused"]
 
 
+def test_other_predictions_of_the_same_weights_are_another_look(project: Path) -> None:
+    made = add_model(project, "lucky", errors=200, validation_errors=10, seed=3)
+    promote(project, made)
+    git(project, "update-ref", "-d", git(project, "for-each-ref", "--format=%(refname)", "refs/exps/*/*/lucky"))
+    again = add_model(project, "again", errors=199, validation_errors=10, seed=3)
+    promote(project, again)
+    looks = read_looks(NAME, made.test_md5)
+    assert (again.number, [look.challenger for look in looks]) == (made.number, [made.model_md5] * 2)
+    assert looks[0].predictions != looks[1].predictions
+
+
+def test_a_gain_by_another_evaluation_is_refused_without_a_look(project: Path) -> None:
+    made = add_model(project, "views", errors=60, seed=3, evaluate={"test_time_augmentation": "mirror"})
+    result = promote(project, made)
+    assert result.decision
+    assert "evaluate.test_time_augmentation is mirror, that of the champion unknown" in result.decision.reason
+    assert read_looks(NAME, made.test_md5) == []
+
+
+def test_predictions_of_other_weights_than_the_registered_ones_are_refused(project: Path) -> None:
+    made = add_model(project, "last", errors=60, seed=3, evaluate={"checkpoint": "last"}, evaluated_md5="0" * 32)
+    result = promote(project, made)
+    assert result.decision
+    assert "(evaluate.checkpoint: last); allowed: best; evaluate it with" in result.decision.reason
+
+
+def test_the_time_for_one_image_is_measured_where_it_is_limited(project: Path) -> None:
+    for limit, unit in ((None, "unknown"), (60_000.0, "ms")):
+        policy = params(promote__max_latency_milliseconds=limit)
+        result = promote_version(project, version("3"), params=policy, is_dry_run=True, log=print)
+        assert result.decision
+        found = next(check.found for check in result.decision.checks if check.name == "time for one image")
+        assert found.endswith(unit)
+
+
 def test_a_killed_look_stays_charged_with_an_unknown_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(promotion, "after_look", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -250,7 +285,7 @@ def test_a_model_that_was_rolled_back_does_not_return_by_itself(project: Path) -
     result = promote(project, version("2"))
     assert result.decision
     assert (result.decision.outcome, aliases()[CHAMPION]) == ("refused", "1")
-    assert "went back from this model to version 1; allowed: other models" in result.decision.reason
+    assert "UTC from the challenger to version 1; allowed: none" in result.decision.reason
     set_alias(NAME, CHAMPION, "2")  # by hand
     result = promote(project, version("2"))
     assert result.decision

@@ -87,7 +87,7 @@ def test_a_better_challenger_is_promoted_by_one_look_that_is_charged() -> None:
     assert (gate.decision.outcome, gate.decision.looks_used, gate.decision.looks_left) == ("promoted", 1, 99)
     assert gate.decision.level == pytest.approx(0.0005)
     assert "better than the champion on 1,000 test images: +6.00% of accuracy" in gate.decision.reason
-    assert len(gate.decision.checks) == 11
+    assert len(gate.decision.checks) == 12
     assert all(check.passed and check.found and check.allowed for check in gate.decision.checks)
 
 
@@ -212,6 +212,24 @@ def test_a_look_at_other_models_is_charged() -> None:
     others = [Look(1, "new", "former", 0.0005, ""), Look(2, "other", "champion", 0.0005, "")]
     gate = Gate(looks=others)
     assert (gate.is_charged, gate.decision.looks_used) == (True, 3)
+
+
+def test_a_look_at_other_predictions_of_the_same_models_is_charged() -> None:
+    charged = Look(1, "new", "champion", 0.0005, "", predictions="former")
+    assert Gate(looks=[charged], predictions="other").is_charged
+    assert not Gate(looks=[charged], predictions="former").is_charged
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"differences": ["evaluate.checkpoint is last, that of the champion best"]}, "evaluated in the same way"),
+        ({"rollback": "at 2026-01-01T00:00 UTC from the challenger to version 1"}, "rollback"),
+    ],
+)
+def test_another_evaluation_or_a_rollback_refuses_and_costs_no_look(arguments: dict[str, Any], name: str) -> None:
+    gate = Gate(**arguments)
+    assert (failed(gate.decision), gate.has_look) == ([name], False)
 
 
 def test_a_challenger_that_is_not_better_on_test_is_refused_and_the_look_is_spent() -> None:
