@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flows.candidates import Model
 from flows.champion_ref import champion_commit
@@ -47,7 +48,9 @@ from pipeline.tracking.registry import (
 )
 
 RECORD = "promote.decision"  # tag of a version: its last decision with all figures, as JSON
-MAX_RECORD_LENGTH = MAX_TAG_LENGTH - 2_000  # the tag of the pending decision has the record and more in it
+# The tag of the pending decision has the record, the reason twice, and less than 1,000 characters besides
+MAX_REASON_LENGTH = 450
+MAX_RECORD_LENGTH = MAX_TAG_LENGTH - 2 * MAX_REASON_LENGTH - 1_000
 NUM_CLASSES_RECORDED = 10  # those with the smallest p-values
 
 Log = Callable[[str], None]
@@ -184,17 +187,18 @@ def _pending(result: Result, *, look: Look | None, commit: str | None) -> Pendin
     """Return all that the steps of a decision need."""
     version, champion, decision, time = result.challenger, result.champion, result.decision, now()
     assert decision
+    reason = shorten(decision.reason, MAX_REASON_LENGTH)
     change = Change(
         time=time,
         version=version.number,
         model_md5=version.model_md5,
         commit=commit,
-        reason=decision.reason,
+        reason=reason,
         previous=champion.number if champion else None,
     )
     return Pending(
         version=version.number,
-        tags={DECISION: f"{decision.outcome}: {decision.reason}", RECORD: as_record(decision, time=time)},
+        tags={DECISION: f"{decision.outcome}: {reason}", RECORD: as_record(decision, time=time)},
         change=change if decision.outcome == "promoted" else None,
         look=look,
         test_md5=version.test_md5,
@@ -203,16 +207,43 @@ def _pending(result: Result, *, look: Look | None, commit: str | None) -> Pendin
 
 
 def as_record(decision: Decision, *, time: str) -> str:
-    """Return a decision with all figures as JSON of at most MAX_RECORD_LENGTH characters.
+    """Return a decision with all figures as JSON, which has at most MAX_RECORD_LENGTH characters as a JSON string.
 
-    Of many classes, those with the smallest p-values are in it.
+    Of many classes, those with the smallest p-values are in it; long texts are shortened.
     """
     values = {"time": time, **asdict(decision)}
     if figures := values["figures"]:
         figures["classes"] = sorted(figures["classes"], key=lambda each: each["p_value"])[:NUM_CLASSES_RECORDED]
-        while len(json.dumps(values)) > MAX_RECORD_LENGTH and figures["classes"]:
+        while _is_too_long(values) and figures["classes"]:
             figures["classes"].pop()
+    length = MAX_REASON_LENGTH
+    while _is_too_long(values):
+        length = length * 3 // 4
+        values = _shorten_all(values, length)
     return json.dumps(values)
+
+
+def _is_too_long(record: object) -> bool:
+    return len(json.dumps(json.dumps(record))) > MAX_RECORD_LENGTH
+
+
+def _shorten_all(value: Any, length: int) -> Any:
+    """Return JSON values with each text shortened."""
+    if isinstance(value, dict):
+        return {key: _shorten_all(each, length) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shorten_all(each, length) for each in value]
+    return shorten(value, length) if isinstance(value, str) else value
+
+
+def shorten(text: str, length: int) -> str:
+    """Return the beginning of a text that has at most `length` characters, 8 or more, as a JSON string."""
+    kept = len(text)
+    shortened = text
+    while len(json.dumps(shortened)) > length:
+        kept = kept * 9 // 10
+        shortened = f"{text[:kept]}…"
+    return shortened
 
 
 def roll_back(project: Path, name: str, *, log: Log) -> Change:
