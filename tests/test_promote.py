@@ -19,16 +19,18 @@ from flows.champion_ref import read_ref
 from flows.file_lock import hold_promotion
 from flows.promote import parse_arguments, read_time
 from flows.promotion import Result, promote_version, roll_back
-from flows.promotion_ledger import champion_at, history, read_looks
+from flows.promotion_ledger import champion_at, history, now, read_looks
 from flows.promotion_models import choose_name, find_challenger
 from flows.promotion_page import as_markdown, as_text, headline, history_table
-from pipeline.comparison.promotion import after_look, before_look
+from pipeline.comparison.models import ClassDifference, Difference
+from pipeline.comparison.promotion import Check, Decision, Figures, Look, after_look, before_look
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.git import git
 from pipeline.core.yaml import read_yaml
 from pipeline.tracking.registry import (
     CHALLENGER,
     CHAMPION,
+    MAX_TAG_LENGTH,
     PREVIOUS,
     Version,
     find_versions,
@@ -365,6 +367,31 @@ def test_the_history_says_what_was_champion_when_and_why(project: Path) -> None:
     assert "the challenger is better than the champion on 2,000 test images" in lines[1]
 
 
+def test_the_history_says_where_the_alias_was_moved_since(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flows.promote._print_history(NAME, at=None)
+    assert "moved" not in capsys.readouterr().out
+    set_alias(NAME, CHAMPION, "2")
+    flows.promote._print_history(NAME, at="2100-01-01")
+    assert "the alias champion is now of version 2: it was moved since" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("letter", ["x", "é", '"'])
+def test_a_decision_about_many_classes_with_long_names_fits_into_its_tag(letter: str) -> None:
+    names = [f"{number:03d}{letter * 250}" for number in range(100)]
+    worse = tuple(ClassDifference(name, 50, 0.5, 0.9, 1e-9, 1e-7) for name in names)
+    figures = Figures(5000, 1000, 10, Difference(0.9, 0.8, 0.05, 0.15), 1e-99, 0.01, worse)
+    checks = tuple(Check(f"check {each}", names[0], names[1], passed=False) for each in range(12))
+    reason = "; ".join(check.failure for check in checks)
+    for outcome in ("promoted", "refused"):
+        decision = Decision(outcome, reason, checks, 12345, 12345, 0.05 / 3, figures)  # type: ignore[arg-type]
+        one = Version("n" * 200, "12345", None, "a" * 32, "b" * 32, {}, (), 0)
+        look = Look(12345, "a" * 32, "b" * 32, 0.05 / 3, now(), "unknown", "c" * 32)
+        pending = promotion._pending(Result(one, one, decision), look=look, commit="d" * 40)
+        assert len(pending.as_json()) <= MAX_TAG_LENGTH
+        record = json.loads(pending.tags["promote.decision"])
+        assert (record["outcome"], len(record["checks"])) == (outcome, 12)
+
+
 def test_the_pages_have_all_figures_and_checks(project: Path) -> None:
     result = promote(project, version("2"))
     for text in (as_text(result), as_markdown(result).replace("\\", "")):
@@ -392,6 +419,13 @@ def test_the_challenger_is_found_by_experiment_run_or_number_and_is_the_newest_b
     run_id = version("2").run_id
     assert {find_challenger(project, text, dataset=None).number for text in ("2", "better", run_id)} == {"2"}
     assert find_challenger(project, None, dataset=None).number == "3"
+
+
+def test_a_model_of_the_last_epoch_is_not_registered_and_named_as_such(project: Path) -> None:
+    made = add_model(project, "last", errors=60, seed=3, evaluate={"checkpoint": "last"})
+    MlflowClient().delete_model_version(NAME, made.number)
+    with pytest.raises(UserError, match="CHALLENGER: last was evaluated with evaluate.checkpoint: last, and such a"):
+        find_challenger(project, "last", dataset=None)
 
 
 def test_of_several_data_sets_one_must_be_named(project: Path) -> None:
@@ -443,7 +477,7 @@ def test_everything_agrees_after_a_kill_at_any_point(prepared: Path, tmp_path: P
     promotion_kills.start_fork_server()
     whole = shutil.copytree(prepared, tmp_path / "whole")
     status, reached = promotion_kills.run(promotion_kills.promote_in, whole)
-    assert (status, len(reached) > 20) == (0, True)
+    assert (status, len(reached) > 15) == (0, True)
     for last in promotion_kills.points(len(reached), 5):
         promotion_kills.kill_at(prepared, tmp_path, target=promotion_kills.promote_in, last=last)
     promotion_kills.kill_at(whole, tmp_path, target=promotion_kills.roll_back_in, last=12)

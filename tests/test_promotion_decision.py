@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.comparison.models import ClassDifference
 from pipeline.comparison.pairing import Candidate, Pairing
 from pipeline.comparison.promotion import (
     Challenger,
@@ -13,6 +14,7 @@ from pipeline.comparison.promotion import (
     Look,
     LookAllowed,
     TestSplit,
+    _classes_check,
     after_look,
     before_look,
     describe_challenger,
@@ -259,6 +261,14 @@ def test_a_badly_calibrated_challenger_is_refused_after_the_look(error: float | 
     gate = Gate(challenger=replace(GOOD, calibration_error=error))
     assert gate.decision.reason == f"calibration error: {found}; allowed: at most 0.1000"
     assert gate.is_charged
+
+
+def test_of_many_worse_classes_five_are_listed_with_short_names() -> None:
+    names = tuple(f"{number}" * 200 for number in range(8))
+    worse = tuple(ClassDifference(name, 50, 0.5, 0.9, 1e-9, 1e-7) for name in names)
+    check = _classes_check(worse, POLICY)
+    assert not check.passed
+    assert check.found.endswith(f", {'4' * 40} -40.00%, and 3 more")
 
 
 def test_a_class_that_is_shown_to_be_worse_refuses_a_better_model() -> None:
