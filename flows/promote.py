@@ -2,11 +2,13 @@
 
 `python -m flows.promote [CHALLENGER] [--dataset NAME] [--dry-run | --rollback | --history | --at DATE]`. CHALLENGER:
 number of a version, DVC experiment, id or name of an MLflow run; by default the newest version that is not the
-champion. Exit status: 0 promoted or unchanged, 3 refused, 2 a mistake to fix, 75 another try may help.
+champion. Exit status: 0 promoted or unchanged, 3 refused, 2 a mistake to fix, 75 another try may help; of a dry run, 0
+also where the challenger would be promoted or compared on the test split, and 3 where it would be refused.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import chdir
 from datetime import UTC, datetime
 
@@ -30,12 +32,16 @@ from flows.run_log import leave_failure_to_caller, log, shorten_logs
 from pipeline.core.errors import TemporaryError, UserError, report_errors
 from pipeline.params import load_params
 from pipeline.tracking.registrations import register_pending
+from pipeline.tracking.registry import CHAMPION, version_of_alias
 from pipeline.tracking.store_uri import check_connection, tracking_uri
 
 EXIT_REFUSED = 3
 Outcome = Result | Change  # of a promotion, and of a rollback
 STATE_NAMES = {"promoted": "Promoted", "refused": "Refused", "unchanged": "Unchanged"}  # of completed runs in Prefect
-EPILOG = "Exit status: 0 promoted or unchanged, 3 refused, 2 a mistake to fix, 75 another try may help."
+EPILOG = (
+    "Exit status: 0 promoted or unchanged (with --dry-run: would be promoted, or compared on the test split), "
+    "3 refused (would be refused), 2 a mistake to fix, 75 another try may help."
+)
 
 shorten_logs()
 
@@ -148,12 +154,26 @@ def _print_history(name: str, *, at: str | None) -> None:
         print(
             history_table(changes) if changes else f"{name} has had no champion yet; `python -m flows.promote` decides"
         )
+        _print_moved(name, changes)
         return
     time = read_time(at)
     change = champion_at(changes, time)
     if change is None or change.version is None:
         raise UserError(f"--at: {name} had no champion at {time:%Y-%m-%d %H:%M:%S} UTC; `--history` prints all changes")
     print(history_table([change]))
+    if change == changes[0]:
+        _print_moved(name, changes)
+
+
+def _print_moved(name: str, changes: Sequence[Change]) -> None:
+    """Print a line where the alias in MLflow is not of the version that the newest change has."""
+    champion = version_of_alias(name, CHAMPION)
+    number, newest = champion.number if champion else None, changes[0].version if changes else None
+    if number != newest:
+        print(
+            f"the alias {CHAMPION} is now {f'of version {number}' if number else 'removed'}: it was moved since, by "
+            "hand in MLflow or by a promotion that was interrupted; the next promotion adds it here"
+        )
 
 
 def read_time(text: str) -> datetime:

@@ -81,6 +81,7 @@ def charge(name: str, test_md5: str, allowed: LookAllowed, *, params: PromotePar
         champion=allowed.champion_md5,
         level=allowed.level,
         time=now(),
+        predictions=allowed.predictions,
     )
     key = f"{_prefix(test_md5)}{number:04d}-{secrets.token_hex(3)}"
     set_tag(name, key, json.dumps(asdict(look)))

@@ -1,5 +1,6 @@
 """The models of a promotion: find the challenger, measure it, and let the champion predict the challenger's images."""
 
+import json
 import statistics
 import tempfile
 import time
@@ -15,10 +16,11 @@ from flows.champion_ref import champion_commit
 from flows.stored_models import Split, file_of
 from flows.workspace import existing_store
 from pipeline.arrays import DatasetInfo
-from pipeline.artifacts import BEST_WEIGHTS, NORMALIZE, TRAIN
+from pipeline.artifacts import BEST_WEIGHTS, NORMALIZE, TRAIN, bytes_md5
 from pipeline.comparison.pairing import Candidate, Pairing, pair
 from pipeline.comparison.promotion import Challenger, TestSplit, describe_challenger, describe_test_split
 from pipeline.core.errors import UserError
+from pipeline.core.git import UNKNOWN
 from pipeline.evaluation.predict_split import load_to_evaluate, predict_split
 from pipeline.evaluation.predictions import split_md5
 from pipeline.models.config import ModelConfig
@@ -29,6 +31,8 @@ from pipeline.tracking.registry import CHAMPION, Version, find_names, find_versi
 from pipeline.tracking.store import connect
 
 WARM_UP, TIMED = 5, 31  # predictions of one image before the clock starts, and those that are timed
+EVALUATION = ("checkpoint", "test_time_augmentation")  # parameters of `evaluate` that change predictions
+EVALUATE_BEST = "evaluate it with `make run` and the same parameters, but `evaluate.checkpoint=best`"
 MAX_SHOWN = 80  # characters of a value in a reason
 NO_STORE = "no model has been evaluated yet; `make run` trains and evaluates one"
 
@@ -86,6 +90,11 @@ def _registered(model: Model, *, text: str, dataset: str | None) -> Version:
         for version in versions_of_model(name, model.model_md5):
             if version.test_md5 == model.test_md5:
                 return version
+    if model.params.get("evaluate.checkpoint") == "last":
+        raise UserError(
+            f"CHALLENGER: {text} was evaluated with evaluate.checkpoint: last, and such a model is not registered; "
+            f"allowed: best; {EVALUATE_BEST}"
+        )
     raise UserError(
         f"CHALLENGER: {text} is not registered in MLflow ({', '.join(names) or 'which has no registered model'}); "
         "allowed: an evaluated model; `dvc exp apply` it, and run `dvc repro --force evaluate`"
@@ -105,13 +114,44 @@ def known_commit(project: Path, version: Version) -> str | None:
         return None
 
 
+def check_weights(model: Model) -> None:
+    """Raise NotComparableError where the predictions of a model are not those of its registered weights."""
+    if model.predictions.weights_md5 not in (None, model.model_md5):
+        raise NotComparableError(
+            f"{model.label}: its predictions are of other weights than the registered ones, {BEST_WEIGHTS} "
+            f"(evaluate.checkpoint: {model.params.get('evaluate.checkpoint', UNKNOWN)}); allowed: best; {EVALUATE_BEST}"
+        )
+
+
+def describe_differences(challenger: Model, champion: Model) -> list[str]:
+    """Return the parameters of evaluation that change predictions and that the models differ in, with both values."""
+    names = [f"evaluate.{field}" for field in EVALUATION]
+    values = [(name, challenger.params.get(name, UNKNOWN), champion.params.get(name, UNKNOWN)) for name in names]
+    return [f"{name} is {own}, that of the champion {other}" for name, own, other in values if own != other]
+
+
+def identify_predictions(challenger: Model, champion: Candidate) -> str:
+    """Return an MD5 of what two models predict for test images, and of the images on which they are not compared."""
+    parts = []
+    for each in (candidate(challenger), champion):
+        known, unfit = each.predictions, each.leaked | each.trained_on
+        is_unfit = [one in unfit for one in known.content_hashes]
+        labels = known.actual.tolist(), known.predicted.tolist()
+        parts.append([list(known.class_names), list(known.content_hashes), is_unfit, *labels])
+    return bytes_md5(json.dumps(parts).encode())
+
+
 def describe(model: Model, *, params: Params) -> Challenger:
-    """Return the figures of a challenger that need no champion, with its size and its time for one image."""
+    """Return the figures of a challenger that need no champion, with its size and its time for one image.
+
+    The time is measured only where the policy limits it.
+    """
+    is_limited = params.promote.max_latency_milliseconds is not None
     return describe_challenger(
         candidate(model),
         model_md5=model.model_md5,
         megabytes=file_of(model, str(TRAIN / BEST_WEIGHTS)).stat().st_size / 1e6,
-        latency_milliseconds=measure_latency(model, params=params.evaluate),
+        latency_milliseconds=measure_latency(model, params=params.evaluate) if is_limited else None,
     )
 
 
@@ -142,10 +182,7 @@ def champion_on(champion: Model, challenger: Model, split: Split, *, params: Par
     own, other = candidate(champion, split), candidate(challenger, split)
     if split_md5(own.predictions) == split_md5(other.predictions):
         return own
-    values = {
-        field: champion.params.get(f"evaluate.{field}", getattr(params.evaluate, field))
-        for field in ("checkpoint", "test_time_augmentation")
-    }
+    values = {field: champion.params.get(f"evaluate.{field}", getattr(params.evaluate, field)) for field in EVALUATION}
     evaluate = EvaluateParams.model_validate({**params.evaluate.model_dump(), **values})
     weights = TRAIN / f"{evaluate.checkpoint}.safetensors"
     arrays = [NORMALIZE / f"{split}_{part}" for part in ("images.npy", "labels.npy", "files.parquet")]

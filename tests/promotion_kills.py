@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import chdir
+from contextlib import chdir, suppress
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from flows.champion_ref import read_ref
 from flows.promotion import promote_version, roll_back
 from flows.promotion_change import complete, read_pending
 from flows.promotion_ledger import history, read_looks
+from pipeline.core.errors import UserError
 from pipeline.tracking.registry import CHAMPION, PREVIOUS, find_versions, version_of_alias
 from pipeline.tracking.store import connect
 from tests.conftest import PROJECT, make_mlflow_store, params
@@ -94,14 +95,31 @@ def complete_in(project: Path, number: str, *, last: int | None, journal: Path, 
     enter(project)
     complete(project, NAME, commit_of=lambda _: None)
     check_agreement(project)
+    check_promotion(project, number, outcomes=("promoted", "unchanged"), champion=number)
+
+
+def repeat_rollback_in(
+    project: Path, number: str, *, last: int | None, journal: Path, with_reads: bool = False
+) -> None:
+    """Repeat the command that was killed, which must end one rollback; then try to promote the bad model again."""
+    enter(project)
+    with suppress(UserError):  # it is refused where the one that was killed had done everything
+        roll_back(project, NAME, log=print)
+    check_agreement(project)
+    assert [change.version for change in history(NAME)] == ["1", "2", "1"]
+    check_promotion(project, number, outcomes=("refused",), champion="1")
+
+
+def check_promotion(project: Path, number: str, *, outcomes: tuple[str, ...], champion: str) -> None:
+    """Promote a version, and check what was decided, which version is champion then, and that all agrees."""
     [version] = [one for one in find_versions(NAME) if one.number == number]
     result = promote_version(project, version, params=params(), is_dry_run=False, log=print)
     assert result.decision
-    assert result.decision.outcome in ("promoted", "unchanged")
+    assert result.decision.outcome in outcomes
+    found = version_of_alias(NAME, CHAMPION)
+    assert found
+    assert found.number == champion
     check_agreement(project)
-    champion = version_of_alias(NAME, CHAMPION)
-    assert champion
-    assert champion.number == number
 
 
 def enter(project: Path) -> None:
@@ -123,7 +141,8 @@ def check_agreement(project: Path) -> None:
     assert (previous.number if previous else None) == changes[0].previous
     assert read_ref(project, NAME) == changes[0].commit
     assert champion.tags["decision"].startswith("promoted: ")
-    assert better.tags.get("decision", "").startswith("promoted: ") == was_champion
+    decided = better.tags.get("decision", "")
+    assert decided.startswith(("promoted: ", "refused: rollback")) == was_champion
     assert results == ["promoted"] if was_champion else results in ([], ["unknown"])
 
 
@@ -151,7 +170,7 @@ def kill_at(prepared: Path, folder: Path, *, target: Callable[..., None], last: 
     project = shutil.copytree(prepared, folder / f"{target.__name__}-{last}")
     status, reached = run(target, project, last=last, with_reads=with_reads)
     assert status == -signal.SIGKILL, (status, reached)
-    status, _ = run(complete_in, project)
+    status, _ = run(repeat_rollback_in if target is roll_back_in else complete_in, project)
     assert status == 0, f"point {last}, after {reached[-1:]}"
     shutil.rmtree(project)
     return reached[-1] if reached else "the start"

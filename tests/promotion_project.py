@@ -43,18 +43,20 @@ def add_model(
     leaked: int = 0,
     image_size: int = 16,
     name: str = NAME,
+    evaluate: Mapping[str, str] | None = None,
+    evaluated_md5: str = "",
 ) -> Version:
     """Add a model as a DVC experiment, an MLflow run and a registered version, and return that version.
 
     Of 2,000 test images it gets the first `errors` wrong, of 400 validation images by default a fifth as many. The
     images have the content hashes from `first_image` on. The first `leaked` test images are near-duplicates of images
-    in train.
+    in train. `evaluate` has parameters of that stage. `evaluated_md5` is by default that of the weights.
     """
     data, hashes = _normalize(project, first_image=first_image, leaked=leaked, image_size=image_size)
     weights = _train(project, seed=seed, image_size=image_size)
     md5 = bytes_md5((weights / "best.safetensors").read_bytes())
     wrong = {"validation": errors // 5 if validation_errors is None else validation_errors, "test": errors}
-    evaluated = _evaluate(project, hashes, errors=wrong, weights_md5=md5)
+    evaluated = _evaluate(project, hashes, errors=wrong, weights_md5=evaluated_md5 or md5)
     test = evaluated["test"]
     files = {
         "artifacts/evaluate/predictions.parquet": project / "predictions.parquet",
@@ -64,7 +66,7 @@ def add_model(
     outs |= {path: _cache(project, file.read_bytes()) for path, file in files.items()}
     for file in files.values():
         file.unlink()
-    _save_experiment(project, title, outs)
+    _save_experiment(project, title, outs, evaluate=evaluate or {})
     return _register(title, model_md5=md5, test=test, name=name)
 
 
@@ -155,11 +157,12 @@ def _cache_folder(project: Path, folder: Path) -> str:
     return _cache(project, json.dumps(entries).encode(), suffix=".dir")
 
 
-def _save_experiment(project: Path, title: str, outs: Mapping[str, str]) -> None:
-    """Save a DVC experiment whose `dvc.lock` has these outputs; the checkout stays as it is."""
+def _save_experiment(project: Path, title: str, outs: Mapping[str, str], *, evaluate: Mapping[str, str]) -> None:
+    """Save a DVC experiment whose `dvc.lock` has these outputs and parameters; the checkout stays as it is."""
     lock = project / "dvc.lock"
     outputs = [{"path": path, "hash": "md5", "md5": md5} for path, md5 in outs.items()]
-    YAML().dump({"schema": "2.0", "stages": {"all": {"cmd": "true", "outs": outputs}}}, lock)
+    values = {"params.yaml": {"evaluate": dict(evaluate)}}
+    YAML().dump({"schema": "2.0", "stages": {"all": {"cmd": "true", "params": values, "outs": outputs}}}, lock)
     git(project, "add", "dvc.lock")
     tree, head = git(project, "write-tree"), git(project, "rev-parse", "HEAD")
     commit = git(project, "commit-tree", tree, "-p", head, "-m", title)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow import MlflowClient
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
@@ -18,16 +19,18 @@ from flows.champion_ref import read_ref
 from flows.file_lock import hold_promotion
 from flows.promote import parse_arguments, read_time
 from flows.promotion import Result, promote_version, roll_back
-from flows.promotion_ledger import champion_at, history, read_looks
+from flows.promotion_ledger import champion_at, history, now, read_looks
 from flows.promotion_models import choose_name, find_challenger
 from flows.promotion_page import as_markdown, as_text, headline, history_table
-from pipeline.comparison.promotion import after_look, before_look
+from pipeline.comparison.models import ClassDifference, Difference
+from pipeline.comparison.promotion import Check, Decision, Figures, Look, after_look, before_look
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.git import git
 from pipeline.core.yaml import read_yaml
 from pipeline.tracking.registry import (
     CHALLENGER,
     CHAMPION,
+    MAX_TAG_LENGTH,
     PREVIOUS,
     Version,
     find_versions,
@@ -61,6 +64,10 @@ def project(prepared: Path, tmp_path: Path, no_servers: None, monkeypatch: pytes
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
     connect()
     return folder
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def version(number: str) -> Version:
@@ -110,11 +117,43 @@ def test_a_look_that_shows_no_gain_is_charged_once_for_the_same_two_models(proje
     assert [look.result for look in read_looks(NAME, made.test_md5)] == ["refused"]
 
 
-def test_a_killed_look_stays_charged_with_an_unknown_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def end(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+def test_other_predictions_of_the_same_weights_are_another_look(project: Path) -> None:
+    made = add_model(project, "lucky", errors=200, validation_errors=10, seed=3)
+    promote(project, made)
+    git(project, "update-ref", "-d", git(project, "for-each-ref", "--format=%(refname)", "refs/exps/*/*/lucky"))
+    again = add_model(project, "again", errors=199, validation_errors=10, seed=3)
+    promote(project, again)
+    looks = read_looks(NAME, made.test_md5)
+    assert (again.number, [look.challenger for look in looks]) == (made.number, [made.model_md5] * 2)
+    assert looks[0].predictions != looks[1].predictions
 
-    monkeypatch.setattr(promotion, "after_look", end)
+
+def test_a_gain_by_another_evaluation_is_refused_without_a_look(project: Path) -> None:
+    made = add_model(project, "views", errors=60, seed=3, evaluate={"test_time_augmentation": "mirror"})
+    result = promote(project, made)
+    assert result.decision
+    assert "evaluate.test_time_augmentation is mirror, that of the champion unknown" in result.decision.reason
+    assert read_looks(NAME, made.test_md5) == []
+
+
+def test_predictions_of_other_weights_than_the_registered_ones_are_refused(project: Path) -> None:
+    made = add_model(project, "last", errors=60, seed=3, evaluate={"checkpoint": "last"}, evaluated_md5="0" * 32)
+    result = promote(project, made)
+    assert result.decision
+    assert "(evaluate.checkpoint: last); allowed: best; evaluate it with" in result.decision.reason
+
+
+def test_the_time_for_one_image_is_measured_where_it_is_limited(project: Path) -> None:
+    for limit, unit in ((None, "unknown"), (60_000.0, "ms")):
+        policy = params(promote__max_latency_milliseconds=limit)
+        result = promote_version(project, version("3"), params=policy, is_dry_run=True, log=print)
+        assert result.decision
+        found = next(check.found for check in result.decision.checks if check.name == "time for one image")
+        assert found.endswith(unit)
+
+
+def test_a_killed_look_stays_charged_with_an_unknown_result(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promotion, "after_look", interrupt)
     with pytest.raises(KeyboardInterrupt):
         promote(project, version("2"))
     [look] = read_looks(NAME, version("2").test_md5)
@@ -172,13 +211,74 @@ def test_a_champion_for_images_of_another_size_is_kept(project: Path) -> None:
     assert "its image_size is 16, that of digits version 4 20" in result.decision.reason
 
 
-def test_a_rollback_exchanges_champion_and_previous(project: Path) -> None:
+def test_a_rollback_exchanges_champion_and_previous_and_a_second_one_is_refused(project: Path) -> None:
     promote(project, version("2"))
-    first, second = roll_back(project, NAME, log=print), roll_back(project, NAME, log=print)
-    assert (first.version, second.version) == ("1", "2")
-    assert aliases() == {CHAMPION: "2", PREVIOUS: "1", CHALLENGER: None}
-    assert [one.version for one in history(NAME)] == ["2", "1", "2", "1"]
-    assert read_ref(project, NAME) == second.commit
+    change = roll_back(project, NAME, log=print)
+    for _ in range(2):
+        assert aliases() == {CHAMPION: "1", PREVIOUS: "2", CHALLENGER: None}
+        assert [one.version for one in history(NAME)] == ["1", "2", "1"]
+        assert read_ref(project, NAME) == change.commit
+        with pytest.raises(UserError, match="--rollback: the last change of digits's champion was a rollback, to vers"):
+            roll_back(project, NAME, log=print)
+
+
+@pytest.mark.parametrize("step", ["set_alias", "write_change", "set_version_tags", "write_ref", "remove_tag"])
+def test_a_rollback_that_was_killed_is_completed_by_the_same_command(
+    project: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    promote(project, version("2"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(promotion_change, step, interrupt)
+        roll_back(project, NAME, log=print)
+    assert roll_back(project, NAME, log=print).version == "1"
+    assert (aliases()[CHAMPION], [one.version for one in history(NAME)]) == ("1", ["1", "2", "1"])
+
+
+def test_a_person_who_moved_the_alias_back_is_not_overruled_by_an_interrupted_promotion(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(promotion_change, "set_version_tags", interrupt)
+        promote(project, version("2"))
+    set_alias(NAME, CHAMPION, "1")
+    promote(project, version("3"))
+    assert (aliases()[CHAMPION], [one.version for one in history(NAME)]) == ("1", ["1", "2", "1"])
+    assert version("2").tags["decision"].startswith("promoted: the challenger is better")
+    assert [look.result for look in read_looks(NAME, version("2").test_md5)] == ["promoted"]
+
+
+def test_an_interrupted_promotion_that_is_dropped_keeps_what_its_look_showed(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(promotion_change, "set_alias", interrupt)
+        promote(project, version("2"))
+    set_alias(NAME, CHAMPION, "3")
+    promotion_change.complete(project, NAME, commit_of=lambda _: None)
+    assert (aliases()[CHAMPION], [one.version for one in history(NAME)]) == ("3", ["3", "1"])
+    assert "not carried out: the alias champion was moved" in version("2").tags["decision"]
+    assert [look.result for look in read_looks(NAME, version("2").test_md5)] == ["promoted"]
+
+
+def test_a_checkout_without_the_commit_of_an_interrupted_promotion_completes_the_rest(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(promotion_change, "set_alias", interrupt)
+        promote(project, version("2"))
+    monkeypatch.setattr(promotion_change, "find_commit", lambda *_: None)
+    lines = promotion_change.complete(project, NAME, commit_of=lambda _: None)
+    assert (aliases()[CHAMPION], promotion_change.read_pending(NAME)) == ("2", None)
+    assert "git has no commit" in lines[-1]
+
+
+def test_a_champion_that_was_deleted_in_mlflow_blocks_nothing(project: Path) -> None:
+    promote(project, version("2"))
+    MlflowClient().delete_model_version(NAME, "2")
+    result = promote(project, version("3"))
+    assert result.decision
+    assert (result.decision.outcome, aliases()[CHAMPION]) == ("promoted", "3")
+    assert [one.version for one in history(NAME)] == ["3", None, "2", "1"]
 
 
 def test_a_model_that_was_rolled_back_does_not_return_by_itself(project: Path) -> None:
@@ -187,7 +287,7 @@ def test_a_model_that_was_rolled_back_does_not_return_by_itself(project: Path) -
     result = promote(project, version("2"))
     assert result.decision
     assert (result.decision.outcome, aliases()[CHAMPION]) == ("refused", "1")
-    assert "went back from this model to version 1; allowed: other models" in result.decision.reason
+    assert "UTC from the challenger to version 1; allowed: none" in result.decision.reason
     set_alias(NAME, CHAMPION, "2")  # by hand
     result = promote(project, version("2"))
     assert result.decision
@@ -202,7 +302,7 @@ def test_a_rollback_without_a_previous_champion_is_refused(project: Path) -> Non
 def test_an_alias_that_was_moved_in_mlflow_is_recorded_and_the_ref_follows(project: Path) -> None:
     set_alias(NAME, CHAMPION, "2")
     promote(project, version("3"))
-    assert history(NAME)[0].reason == promotion_change.MOVED
+    assert history(NAME)[0].reason == f"{promotion_change.MOVED}; noticed at this time"
     assert (history(NAME)[0].version, aliases()[PREVIOUS]) == ("2", "1")
     assert read_ref(project, NAME) == git(project, "for-each-ref", "--format=%(objectname)", "refs/exps/*/*/better")
 
@@ -267,6 +367,31 @@ def test_the_history_says_what_was_champion_when_and_why(project: Path) -> None:
     assert "the challenger is better than the champion on 2,000 test images" in lines[1]
 
 
+def test_the_history_says_where_the_alias_was_moved_since(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flows.promote._print_history(NAME, at=None)
+    assert "moved" not in capsys.readouterr().out
+    set_alias(NAME, CHAMPION, "2")
+    flows.promote._print_history(NAME, at="2100-01-01")
+    assert "the alias champion is now of version 2: it was moved since" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("letter", ["x", "é", '"'])
+def test_a_decision_about_many_classes_with_long_names_fits_into_its_tag(letter: str) -> None:
+    names = [f"{number:03d}{letter * 250}" for number in range(100)]
+    worse = tuple(ClassDifference(name, 50, 0.5, 0.9, 1e-9, 1e-7) for name in names)
+    figures = Figures(5000, 1000, 10, Difference(0.9, 0.8, 0.05, 0.15), 1e-99, 0.01, worse)
+    checks = tuple(Check(f"check {each}", names[0], names[1], passed=False) for each in range(12))
+    reason = "; ".join(check.failure for check in checks)
+    for outcome in ("promoted", "refused"):
+        decision = Decision(outcome, reason, checks, 12345, 12345, 0.05 / 3, figures)
+        one = Version("n" * 200, "12345", None, "a" * 32, "b" * 32, {}, (), 0)
+        look = Look(12345, "a" * 32, "b" * 32, 0.05 / 3, now(), "unknown", "c" * 32)
+        pending = promotion._pending(Result(one, one, decision), look=look, commit="d" * 40)
+        assert len(pending.as_json()) <= MAX_TAG_LENGTH
+        record = json.loads(pending.tags["promote.decision"])
+        assert (record["outcome"], len(record["checks"])) == (outcome, 12)
+
+
 def test_the_pages_have_all_figures_and_checks(project: Path) -> None:
     result = promote(project, version("2"))
     for text in (as_text(result), as_markdown(result).replace("\\", "")):
@@ -294,6 +419,13 @@ def test_the_challenger_is_found_by_experiment_run_or_number_and_is_the_newest_b
     run_id = version("2").run_id
     assert {find_challenger(project, text, dataset=None).number for text in ("2", "better", run_id)} == {"2"}
     assert find_challenger(project, None, dataset=None).number == "3"
+
+
+def test_a_model_of_the_last_epoch_is_not_registered_and_named_as_such(project: Path) -> None:
+    made = add_model(project, "last", errors=60, seed=3, evaluate={"checkpoint": "last"})
+    MlflowClient().delete_model_version(NAME, made.number)
+    with pytest.raises(UserError, match="CHALLENGER: last was evaluated with evaluate"):
+        find_challenger(project, "last", dataset=None)
 
 
 def test_of_several_data_sets_one_must_be_named(project: Path) -> None:
@@ -341,10 +473,11 @@ def test_the_nightly_deployment_promotes_and_the_one_for_people_does_not() -> No
 
 @pytest.mark.slow
 def test_everything_agrees_after_a_kill_at_any_point(prepared: Path, tmp_path: Path) -> None:
-    """Kill at 6 points; `python -m tests.promotion_kills` kills at all of them, and in a rollback too."""
+    """Kill at 5 points of a promotion and one of a rollback; `python -m tests.promotion_kills` kills at all of them."""
     promotion_kills.start_fork_server()
     whole = shutil.copytree(prepared, tmp_path / "whole")
     status, reached = promotion_kills.run(promotion_kills.promote_in, whole)
-    assert (status, len(reached) > 20) == (0, True)
-    for last in promotion_kills.points(len(reached), 6):
+    assert (status, len(reached) > 15) == (0, True)
+    for last in promotion_kills.points(len(reached), 5):
         promotion_kills.kill_at(prepared, tmp_path, target=promotion_kills.promote_in, last=last)
+    promotion_kills.kill_at(whole, tmp_path, target=promotion_kills.roll_back_in, last=12)

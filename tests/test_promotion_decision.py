@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.comparison.models import ClassDifference
 from pipeline.comparison.pairing import Candidate, Pairing
 from pipeline.comparison.promotion import (
     Challenger,
@@ -13,6 +14,7 @@ from pipeline.comparison.promotion import (
     Look,
     LookAllowed,
     TestSplit,
+    _classes_check,
     after_look,
     before_look,
     describe_challenger,
@@ -87,7 +89,7 @@ def test_a_better_challenger_is_promoted_by_one_look_that_is_charged() -> None:
     assert (gate.decision.outcome, gate.decision.looks_used, gate.decision.looks_left) == ("promoted", 1, 99)
     assert gate.decision.level == pytest.approx(0.0005)
     assert "better than the champion on 1,000 test images: +6.00% of accuracy" in gate.decision.reason
-    assert len(gate.decision.checks) == 11
+    assert len(gate.decision.checks) == 12
     assert all(check.passed and check.found and check.allowed for check in gate.decision.checks)
 
 
@@ -214,6 +216,24 @@ def test_a_look_at_other_models_is_charged() -> None:
     assert (gate.is_charged, gate.decision.looks_used) == (True, 3)
 
 
+def test_a_look_at_other_predictions_of_the_same_models_is_charged() -> None:
+    charged = Look(1, "new", "champion", 0.0005, "", predictions="former")
+    assert Gate(looks=[charged], predictions="other").is_charged
+    assert not Gate(looks=[charged], predictions="former").is_charged
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"differences": ["evaluate.checkpoint is last, that of the champion best"]}, "evaluated in the same way"),
+        ({"rollback": "at 2026-01-01T00:00 UTC from the challenger to version 1"}, "rollback"),
+    ],
+)
+def test_another_evaluation_or_a_rollback_refuses_and_costs_no_look(arguments: dict[str, Any], name: str) -> None:
+    gate = Gate(**arguments)
+    assert (failed(gate.decision), gate.has_look) == ([name], False)
+
+
 def test_a_challenger_that_is_not_better_on_test_is_refused_and_the_look_is_spent() -> None:
     gate = Gate(paired_test=EQUAL)
     assert (gate.decision.outcome, gate.decision.looks_used, gate.decision.looks_left) == ("refused", 1, 99)
@@ -241,6 +261,14 @@ def test_a_badly_calibrated_challenger_is_refused_after_the_look(error: float | 
     gate = Gate(challenger=replace(GOOD, calibration_error=error))
     assert gate.decision.reason == f"calibration error: {found}; allowed: at most 0.1000"
     assert gate.is_charged
+
+
+def test_of_many_worse_classes_five_are_listed_with_short_names() -> None:
+    names = tuple(f"{number}" * 200 for number in range(8))
+    worse = tuple(ClassDifference(name, 50, 0.5, 0.9, 1e-9, 1e-7) for name in names)
+    check = _classes_check(worse, POLICY)
+    assert not check.passed
+    assert check.found.endswith(f", {'4' * 40} -40.00%, and 3 more")
 
 
 def test_a_class_that_is_shown_to_be_worse_refuses_a_better_model() -> None:

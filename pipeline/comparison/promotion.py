@@ -27,6 +27,7 @@ from pipeline.params import PromoteParams
 
 Outcome = Literal["promoted", "refused", "unchanged"]
 LookResult = Literal["promoted", "refused", "unknown"]
+MAX_LISTED, MAX_NAME_LENGTH = 5, 40  # of classes in a check
 ROUNDING = 1e-6  # of a look: the sum of the levels of all looks may exceed the budget by rounding
 
 
@@ -61,6 +62,7 @@ class Look:
     """A look at a test split that was charged to its budget, from the ledger.
 
     `challenger` and `champion` are the MD5s of the weights; `result` is "unknown" until the look has been seen.
+    `predictions` identifies what both models predicted, which depends on more than the weights.
     """
 
     number: int
@@ -69,6 +71,7 @@ class Look:
     level: float
     time: str
     result: LookResult = "unknown"
+    predictions: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,9 @@ class Decision:
 class LookAllowed:
     """The permission for a look at this level, with the checks that the challenger passed before.
 
-    `charged` is the look of the same two models that the ledger has already, as after a kill: it is not charged again,
-    since the same test of the same images has the same result. Without one, the look must be charged before the test
-    predictions are compared. `looks_used` includes this look.
+    `charged` is the look at the same predictions of the same two models that the ledger has already, as after a kill:
+    it is not charged again, since the same test of the same predictions has the same result. Without one, the look must
+    be charged before the test predictions are compared. `looks_used` includes this look.
     """
 
     challenger: Challenger
@@ -141,6 +144,7 @@ class LookAllowed:
     checks: tuple[Check, ...]
     looks_used: int
     looks_left: int
+    predictions: str = ""
 
 
 def describe_challenger(
@@ -177,25 +181,35 @@ def before_look(
     test: TestSplit | None,
     looks: Sequence[Look],
     params: PromoteParams,
+    predictions: str = "",
+    differences: Sequence[str] = (),
+    rollback: str = "",
 ) -> Decision | LookAllowed:
     """Return the decision where no look is needed or allowed, else the permission for one.
 
     In `validation`, the challenger is A and the champion B; None where they have no validation image in common. `test`
-    is None only without a champion. `looks` are all that the ledger has for this test split.
+    is None only without a champion. `looks` are all that the ledger has for this test split. `predictions` identifies
+    what both models predict for the test images they are compared on: a look at other predictions is another look.
+    `differences` are those of their parameters of evaluation, whose gain would be credited to the model. `rollback`
+    describes the rollback that went back from the challenger, and is empty where there was none.
+
+    Models that no figures can be computed of, as with other classes, are refused by the caller, not here.
     """
-    used, left = len(looks), _looks_left(looks, params)
+    used, left = len(looks), looks_left(looks, params)
     if challenger.model_md5 == champion_md5:
         reason = "the challenger is the champion: their weights have the same MD5"
         return Decision("unchanged", reason, (), looks_used=used, looks_left=left)
+    if rollback:
+        return _decision((_rollback_check(rollback),), "", looks_used=used, looks_left=left)
     if champion_md5 is None:
         checks = (*_own_checks(challenger, params), _calibration_check(challenger, params))
         reason = "there is no champion yet, and the challenger passes all checks that need none"
         return _decision(checks, reason, looks_used=used, looks_left=left)
     assert test is not None
-    models = challenger.model_md5, champion_md5
-    charged = next((each for each in looks if (each.challenger, each.champion) == models), None)
+    own = challenger.model_md5, champion_md5, predictions
+    charged = next((each for each in looks if (each.challenger, each.champion, each.predictions) == own), None)
     level = charged.level if charged else params.look_level
-    checks = _own_checks(challenger, params)
+    checks = (*_own_checks(challenger, params), _evaluation_check(differences))
     if _all_passed(checks):
         checks += _room_checks(test, validation, level=level, params=params)
     if _all_passed(checks):
@@ -205,7 +219,8 @@ def before_look(
     if not _all_passed(checks):
         return _decision(checks, "", looks_used=used, looks_left=left)
     new = 0 if charged else 1
-    return LookAllowed(challenger, champion_md5, level, charged, checks, looks_used=used + new, looks_left=left - new)
+    used, left = used + new, left - new
+    return LookAllowed(challenger, champion_md5, level, charged, checks, used, left, predictions=predictions)
 
 
 def after_look(look: LookAllowed, test: Pairing, *, params: PromoteParams) -> Decision:
@@ -269,6 +284,21 @@ def _own_checks(challenger: Challenger, params: PromoteParams) -> tuple[Check, .
         _limit("leaked test images", challenger.leaked_fraction, params.max_leaked_fraction, form="{:.2%}"),
         _limit("size of the weights", challenger.megabytes, params.max_megabytes, form="{:g} MB"),
         _limit("time for one image", challenger.latency_milliseconds, params.max_latency_milliseconds, form="{:g} ms"),
+    )
+
+
+def _rollback_check(rollback: str) -> Check:
+    remedy = "train another model, or set the alias champion by hand in MLflow"
+    return Check("rollback", rollback, "none from the challenger", passed=False, remedy=remedy)
+
+
+def _evaluation_check(differences: Sequence[str]) -> Check:
+    return Check(
+        "evaluated in the same way",
+        "; ".join(differences) or "yes",
+        "yes, else a gain of the evaluation would count as one of the model",
+        passed=not differences,
+        remedy="evaluate the challenger with the champion's parameters",
     )
 
 
@@ -337,15 +367,15 @@ def _budget_check(looks: Sequence[Look], params: PromoteParams) -> Check:
     """Return the check that the budget of the test split allows another look."""
     return Check(
         "looks at this test split",
-        f"{len(looks)} charged, {_looks_left(looks, params)} left",
+        f"{len(looks)} charged, {looks_left(looks, params)} left",
         f"{params.max_looks}, with levels of {params.false_promotion_budget:g} in total",
-        passed=_looks_left(looks, params) > 0,
+        passed=looks_left(looks, params) > 0,
         remedy="the budget is spent: new test data are needed",
     )
 
 
-def _looks_left(looks: Sequence[Look], params: PromoteParams) -> int:
-    """Return how many looks the budget allows: by their number, and by the levels that were charged so far.
+def looks_left(looks: Sequence[Look], params: PromoteParams) -> int:
+    """Return how many more looks the budget allows: by their number, and by the levels that were charged so far.
 
     The levels differ where the policy was changed.
     """
@@ -356,7 +386,9 @@ def _looks_left(looks: Sequence[Look], params: PromoteParams) -> int:
 def _classes_check(classes: Sequence[ClassDifference], params: PromoteParams) -> Check:
     """Return the check that no class is shown to lose more recall than allowed."""
     worse = [each for each in classes if each.verdict == "worse"]
-    lost = [f"{each.name} {each.recall_a - each.recall_b:+.2%}" for each in worse]
+    lost = [f"{each.name[:MAX_NAME_LENGTH]} {each.recall_a - each.recall_b:+.2%}" for each in worse[:MAX_LISTED]]
+    if len(worse) > MAX_LISTED:
+        lost.append(f"and {len(worse) - MAX_LISTED} more")
     return Check(
         "recall of classes shown to be worse",
         ", ".join(lost) or "no class is shown to be worse",
