@@ -46,8 +46,10 @@ def as_text(result: Result) -> str:
 
 def as_markdown(result: Result) -> str:
     """Return the decision with all figures for Prefect's page."""
+    title, _, reason = headline(result).partition(": ")
     parts = [
-        f"# {escape(headline(result))}",
+        f"# {escape(title)}",
+        *([escape(reason)] if reason else []),
         "\n".join(f"- **{name}**: {escape(text)}" for name, text in _facts(result)),
     ]
     if checks := _checks(result):

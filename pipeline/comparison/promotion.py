@@ -282,8 +282,10 @@ def _own_checks(challenger: Challenger, params: PromoteParams) -> tuple[Check, .
     """Return the checks that need neither a champion nor predictions."""
     return (
         _limit("leaked test images", challenger.leaked_fraction, params.max_leaked_fraction, form="{:.2%}"),
-        _limit("size of the weights", challenger.megabytes, params.max_megabytes, form="{:g} MB"),
-        _limit("time for one image", challenger.latency_milliseconds, params.max_latency_milliseconds, form="{:g} ms"),
+        _limit("size of the weights", challenger.megabytes, params.max_megabytes, form="{:.3g} MB"),
+        _limit(
+            "time for one image", challenger.latency_milliseconds, params.max_latency_milliseconds, form="{:.3g} ms"
+        ),
     )
 
 
