@@ -147,7 +147,7 @@ def _fetch(experiment: str | None) -> str:
     if experiment is None:
         return "`.venv/bin/dvc fetch` fetches it from the remote, `.venv/bin/dvc repro` makes it again"
     return (
-        "`.venv/bin/dvc fetch --all-experiments` fetches it from the remote, "
+        f"`.venv/bin/dvc exp pull origin {experiment}` fetches it, if it was pushed, "
         f"`.venv/bin/dvc exp apply {experiment} && .venv/bin/dvc repro` makes it again"
     )
 
