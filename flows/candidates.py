@@ -154,7 +154,8 @@ def _find_version(sources: Sources, text: str, *, registered: str | None) -> Ver
         if version.number == number or alias in version.aliases:
             return version
     known = ", ".join(" ".join([f"{name}/{one.number}", *one.aliases]) for one in versions)
-    raise UserError(f"{text}: no such version of {name}; allowed: {known or 'none, since nothing is registered yet'}")
+    allowed = known or "none, since nothing is registered yet"
+    raise UserError(f"{text}: {name} has no such version or alias; allowed: {allowed}")
 
 
 def _only_name(names: Sequence[str], *, alias: str) -> str:

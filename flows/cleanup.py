@@ -110,7 +110,7 @@ def _reason_to_keep_files(project: Path, history: History, experiments: Sequence
     if missing := history.missing_folders(experiments):
         return (
             f"it is not known which of them belong to {', '.join(missing)}, whose listing is missing; bring it back: "
-            "`dvc fetch --all-experiments`, or `dvc repro`"
+            "`dvc exp pull`, or `dvc repro`"
         )
     return ""
 

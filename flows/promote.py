@@ -49,8 +49,10 @@ shorten_logs()
 def name_flow_run() -> str:
     """Return the name of the current flow run, such as `promote digits-lr-0-03-3fa9c1` or `rollback digits`."""
     values = runtime.flow_run.parameters
+    if values.get("rollback"):
+        return f"rollback {values.get('dataset') or ''}".strip()
     what = values.get("challenger") or values.get("dataset") or "the newest model"
-    return f"{'rollback' if values.get('rollback') else 'promote'} {what}"
+    return f"promote {what}{' (dry run)' if values.get('dry_run') else ''}"
 
 
 @flow(name="promote", flow_run_name=name_flow_run, persist_result=False)

@@ -321,7 +321,9 @@ def test_registered_versions_and_aliases_are_found(recorded: Path, monkeypatch: 
     for text in ("champion", f"digits/{number}", f"models:/digits/{number}", "models:/digits@champion"):
         assert find_models(recorded, text).models[0].experiment == "good", text
     assert run(monkeypatch, "poor", "champion", "--no-mlflow") == 4
-    with pytest.raises(UserError, match=f"previous: no such version of digits; allowed: digits/{number} champion"):
+    with pytest.raises(
+        UserError, match=f"previous: digits has no such version or alias; allowed: digits/{number} champion"
+    ):
         find_models(recorded, "previous")
     register("photos", model)
     with pytest.raises(UserError, match=r"champion: found 2 registered models \(digits, photos\); .*NAME@champion"):

@@ -33,7 +33,7 @@ FAST = {
     "PREFECT_SERVER_EVENTS_PROACTIVE_GRANULARITY": "PT1S",
 }
 DUE = r"due \d{4}-\d\d-\d\d \d\d:\d\d UTC"
-NIGHT = rf"digits epochs=\d+, {DUE}"
+NIGHT = rf"digits epochs=\d+ seed=\d+, {DUE}"
 PAGE = r"http://127\.0\.0\.1:\d+/runs/flow-run/[0-9a-f-]{36}"
 
 
