@@ -269,8 +269,8 @@ def roll_back(project: Path, name: str, *, log: Log) -> Change:
         if previous is None or champion is None:
             missing = PREVIOUS if champion else CHAMPION
             raise UserError(
-                f"--rollback: no version of {name} has the alias {missing}; allowed: after a promotion that replaced a "
-                "champion; name the version to promote instead"
+                f"--rollback: no version of {name} has the alias {missing}, so there is no earlier champion to go back "
+                "to; allowed: after a promotion that replaced a champion; name the version to promote instead"
             )
         known = next((one.commit for one in history(name) if one.version == previous.number and one.commit), None)
         change = Change(

@@ -164,9 +164,8 @@ def _of_lock(sources: Sources, text: str, *, label: str, experiment: Experiment 
         raise UserError(f"{label}: its dvc.lock has no model; allowed: a trained one; run `.venv/bin/dvc repro` first")
     hashes = _all_files(sources, lock.outputs)
     if WEIGHTS not in hashes:
-        raise UserError(
-            f"{label}: found no listing of {TRAIN} in DVC's cache; {_fetch(experiment.name if experiment else None)}"
-        )
+        fetch = _fetch(experiment.name if experiment else None)
+        raise UserError(f"{label}: DVC's cache does not have the files of its model; {fetch}")
     model_md5 = hashes[WEIGHTS]
     runs = runs_of(sources, experiment) if experiment else sources.runs_of_model(model_md5)
     return Model(

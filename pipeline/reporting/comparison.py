@@ -32,7 +32,7 @@ MAX_CHANGED_LISTED = 300  # in the table of the images that only one model gets 
 METRICS = (
     ("accuracy", "accuracy", True, True),
     ("macro_f1", "macro F1", True, True),
-    ("loss", "loss (cross-entropy in nats)", False, False),
+    ("loss", "cross-entropy in nats", False, False),
     ("calibration_error", "expected calibration error", True, False),
 )
 

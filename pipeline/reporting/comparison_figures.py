@@ -25,7 +25,7 @@ def advantages(comparison: ModelComparison, *, a: str, b: str, name: str) -> Mar
         _ahead("higher macro F1", comparison.macro_f1, scale=100),
         _ahead("better calibration", comparison.calibration_error, scale=-100),
     ]
-    losses = [_ahead("lower loss", comparison.loss, scale=-1)]
+    losses = [_ahead("lower cross-entropy", comparison.loss, scale=-1)]
     with matplotlib.rc_context(STYLE):
         figure, (upper, lower) = new_panels(size=(4.8, 3.3), heights=(3, 1))
         if comparison.detectable is not None:
