@@ -51,7 +51,7 @@ run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epoc
 	@$(BIN)/python -m flows.train_classifier $(if $(RECIPE),--recipe "$(RECIPE)") $(if $(IMAGES_FOLDER),--images "$$IMAGES_FOLDER") \
 	    $(if $(SEEDS),--seeds "$(SEEDS)") $(foreach value,$(SET),--set "$(value)")
 
-test: $(INSTALLED_DEV) ## run all tests (16 minutes on 2 cores)
+test: $(INSTALLED_DEV) ## run all tests (19 minutes on 2 cores)
 	$(BIN)/python -m pytest $(or $(PYTEST),$(WORKERS) 3)
 
 test-quick: $(INSTALLED_DEV) ## run the tests that start neither servers nor trainings in separate processes (3 minutes)
