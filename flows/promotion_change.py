@@ -153,7 +153,7 @@ def complete(project: Path, name: str, *, commit_of: Callable[[Version], str | N
 def _why_dropped(name: str, pending: Pending) -> str:
     """Return why an interrupted decision must not be carried out any more, else "".
 
-    Before the history has the change, an alias that a person moved back cannot be told from one that never moved.
+    Before the history has the change, an alias that a person moved back looks like one that never moved.
     """
     change, champion = pending.change, version_of_alias(name, CHAMPION)
     number = champion.number if champion else None

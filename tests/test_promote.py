@@ -70,6 +70,13 @@ def interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
+def promote_until(step: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promote version 2, and interrupt that before a step of the change is carried out."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(promotion_change, step, interrupt)
+        promote(project, version("2"))
+
+
 def version(number: str) -> Version:
     return next(one for one in find_versions(NAME) if one.number == number)
 
@@ -237,9 +244,7 @@ def test_a_rollback_that_was_killed_is_completed_by_the_same_command(
 def test_a_person_who_moved_the_alias_back_is_not_overruled_by_an_interrupted_promotion(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(promotion_change, "set_version_tags", interrupt)
-        promote(project, version("2"))
+    promote_until("set_version_tags", project, monkeypatch)
     set_alias(NAME, CHAMPION, "1")
     promote(project, version("3"))
     assert (aliases()[CHAMPION], [one.version for one in history(NAME)]) == ("1", ["1", "2", "1"])
@@ -250,9 +255,7 @@ def test_a_person_who_moved_the_alias_back_is_not_overruled_by_an_interrupted_pr
 def test_an_interrupted_promotion_that_is_dropped_keeps_what_its_look_showed(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(promotion_change, "set_alias", interrupt)
-        promote(project, version("2"))
+    promote_until("set_alias", project, monkeypatch)
     set_alias(NAME, CHAMPION, "3")
     promotion_change.complete(project, NAME, commit_of=lambda _: None)
     assert (aliases()[CHAMPION], [one.version for one in history(NAME)]) == ("3", ["3", "1"])
@@ -263,9 +266,7 @@ def test_an_interrupted_promotion_that_is_dropped_keeps_what_its_look_showed(
 def test_a_checkout_without_the_commit_of_an_interrupted_promotion_completes_the_rest(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(promotion_change, "set_alias", interrupt)
-        promote(project, version("2"))
+    promote_until("set_alias", project, monkeypatch)
     monkeypatch.setattr(promotion_change, "find_commit", lambda *_: None)
     lines = promotion_change.complete(project, NAME, commit_of=lambda _: None)
     assert (aliases()[CHAMPION], promotion_change.read_pending(NAME)) == ("2", None)

@@ -41,7 +41,7 @@ class RecipeComparison:
 def compare_recipes(
     correct_a: npt.NDArray[np.bool_], correct_b: npt.NDArray[np.bool_], *, level: float = LEVEL, seed: int = 0
 ) -> RecipeComparison:
-    """Compare two recipes; the arrays (number of models, N) tell which of the same N images each model gets right.
+    """Compare two recipes; the arrays (number of models, N) are True where a model gets one of the same N images right.
 
     The interval covers both that other seeds give other models, and that other images may suit one recipe better: see
     `mean_difference_interval` and `image_variance`. Raises UserError where a recipe has fewer than two models.
