@@ -20,6 +20,7 @@ from pipeline.core.git import EXCLUDE_OUTPUTS, PARAMETER_FILES, git, read_commit
 from pipeline.core.yaml import parse_yaml
 from pipeline.params import PARAMS_FILE
 from pipeline.reporting.baseline import METRICS_FILE
+from pipeline.tracking.provenance import metrics_of_models
 
 DVC_FILES = ".dvc/tmp"  # a folder whose files DVC adds to an experiment
 VALIDATION = "validation_"  # the beginning of the columns of the history that have metrics of the validation split
@@ -116,15 +117,8 @@ def selected_validation(history: Path) -> dict[str, float]:
 
 
 def spreads(results: Sequence[SeedResult]) -> dict[str, Spread]:
-    """Return the spread of each metric of the test split that all seeds have, accuracy first.
-
-    The ends of the intervals and the numbers of images are left out.
-    """
-    names = [
-        name
-        for name, value in results[0].metrics.items()
-        if isinstance(value, float) and not name.endswith(("_low", "_high"))
-    ]
+    """Return the spread of each metric that compares models and that all seeds have, accuracy first."""
+    names = metrics_of_models(results[0].metrics)
     shared = [name for name in names if all(isinstance(one.metrics.get(name), float) for one in results)]
     return {
         name: spread([one.metrics[name] for one in results])

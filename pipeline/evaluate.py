@@ -6,7 +6,6 @@ Calibrated probabilities are those after the temperature in `model.json`. It was
 views of the images, and is also used with `evaluate.checkpoint: last` and `evaluate.test_time_augmentation`.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from pipeline.arrays import DatasetInfo
@@ -23,7 +22,7 @@ from pipeline.evaluation.predictions import Predictions, split_md5, write_predic
 from pipeline.params import load_params
 from pipeline.tracking.experiments import experiment_name
 from pipeline.tracking.models import ensure_model
-from pipeline.tracking.provenance import output_values, result_values
+from pipeline.tracking.provenance import metrics_of_models, output_values, result_values
 from pipeline.tracking.registrations import register_evaluation
 from pipeline.tracking.run_title import read_setup
 from pipeline.tracking.runs import find_or_create_run
@@ -123,7 +122,7 @@ def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_re
         )
     print(f"MLflow run {run.run_id}", flush=True)
     write_result(StepResult(run.run_id, run.experiment_id))
-    run.log(charted(result.metrics), step=0)
+    run.log({f"{TEST_METRICS}{name}": value for name, value in metrics_of_models(result.metrics).items()}, step=0)
     with store_errors():
         if not run.flush():
             raise TemporaryError("MLflow does not answer: the evaluation was not logged; run the same command again")
@@ -137,19 +136,6 @@ def _log_to_mlflow(result: Evaluation, *, model_md5: str, experiment: str, is_re
         for name in ("confusion_matrix.png", "per_class.csv", "metrics.json"):
             run.log_file(EVALUATE / name, folder="plots" if name.endswith("png") else "evaluate")
     return run.run_id
-
-
-def charted(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics that compare models, accuracy first, under their names in MLflow, which draws charts of them.
-
-    The ends of the interval and the numbers of images are in `metrics.json` only: they follow from the accuracy and the
-    data set.
-    """
-    return {
-        f"{TEST_METRICS}{name}": value
-        for name, value in sorted(metrics.items(), key=lambda item: item[0] != "accuracy")
-        if isinstance(value, float) and not name.endswith(("_low", "_high"))
-    }
 
 
 if __name__ == "__main__":

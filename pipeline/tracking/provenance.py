@@ -203,6 +203,18 @@ def result_values(metrics: Mapping[str, float]) -> dict[str, float]:
     return {f"result.{name}": metrics[name] for name in names if name in metrics}
 
 
+def metrics_of_models(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics in `metrics.json` that compare models, accuracy first: those of which MLflow draws charts.
+
+    The ends of the interval and the numbers of images are left out: they follow from the accuracy and the data set.
+    """
+    return {
+        name: value
+        for name, value in sorted(metrics.items(), key=lambda item: item[0] != "accuracy")
+        if isinstance(value, float) and not name.endswith(("_low", "_high"))
+    }
+
+
 def environment_files(difference: bytes) -> dict[str, bytes]:
     """Return the files to record with a run: the difference to the commit, if any, and the installed packages."""
     packages = "".join(f"{line}\n" for line in _packages()).encode()
