@@ -37,7 +37,7 @@ from pipeline.models.config import ModelConfig, configure
 from pipeline.models.cpu_kernels import cpu_kernels_in_use
 from pipeline.models.files import save_config, save_weights
 from pipeline.models.freezing import apply_freezing
-from pipeline.models.inference import logits_of
+from pipeline.models.inference import logits_of, probabilities_of
 from pipeline.models.names import TIMM_PREFIX
 from pipeline.models.pretrained import load_pretrained
 from pipeline.params import Params, TrainParams, load_params
@@ -57,6 +57,7 @@ from pipeline.training.loop import TrainingResult, train, validate_before_traini
 from pipeline.training.memory import explain_memory_errors
 from pipeline.training.state import Epoch, Validation
 from pipeline.training.temperature import fit_temperature
+from pipeline.training.thresholds import fit_thresholds
 
 FIRST_METRIC = "validation/accuracy"  # MLflow's compare page opens on the metric that was logged first
 
@@ -365,8 +366,8 @@ def _write(
 ) -> None:
     """Write weights, configuration, history and curves to `artifacts/train/`, all or nothing.
 
-    `trained` is the classifier or its head, to which the weights of the result belong. The temperature in the
-    configuration is that of the best weights on the validation split.
+    `trained` is the classifier or its head, to which the weights of the result belong. Temperature and thresholds in
+    the configuration are those of the best weights on the validation split.
     """
     with replace_folder(TRAIN) as folder:
         for name, weights in (("last", result.last), ("best", result.best)):
@@ -374,7 +375,8 @@ def _write(
             save_weights(classifier, folder / f"{name}.safetensors")
         logits = logits_of(trained, validation_split, batch_size=validation_batch_size(trained, validation_split))
         temperature = fit_temperature(logits.cpu().numpy(), validation_split.labels.cpu().numpy())
-        save_config(config.model_copy(update={"temperature": temperature}), folder)
+        thresholds = fit_thresholds(probabilities_of(logits, temperature=temperature))
+        save_config(config.model_copy(update={"temperature": temperature, "thresholds": thresholds}), folder)
         selected = result.selected
         reasons = {selected.epoch: selected.reason}
         rows = [{**vars(epoch), SELECTED_COLUMN: reasons.get(epoch.epoch, "")} for epoch in result.history]

