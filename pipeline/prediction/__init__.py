@@ -1,1 +1,1 @@
-"""Compare models and recipes on the same images; nothing here changes what a stage writes."""
+"""Use a trained model: find its files, classify images, write the answers; nothing here changes what a stage writes."""
