@@ -1,8 +1,5 @@
 """Coverage and accuracy in the report are those of a count by hand, and few images are called few."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -12,7 +9,7 @@ from pipeline.reporting.coverage import CoverageCurve, coverage_curve, threshold
 from pipeline.reporting.figures import coverage
 
 
-def predictions(confidences: npt.ArrayLike, is_correct: Sequence[Any]) -> Predictions:
+def predictions(confidences: npt.ArrayLike, is_correct: npt.ArrayLike) -> Predictions:
     """Return predictions of two classes, in which the second is predicted with these probabilities."""
     highest = np.asarray(confidences, dtype=np.float32)
     probabilities = np.stack([1 - highest, highest], axis=1)

@@ -4,6 +4,7 @@ import json
 import math
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -80,7 +81,7 @@ def test_thresholds_fall_as_the_coverage_rises() -> None:
     assert thresholds == sorted(thresholds, reverse=True)
 
 
-def model_in(folder: Path, **changes: object) -> LoadedModel:
+def model_in(folder: Path, **changes: Any) -> LoadedModel:
     chosen = config(**changes)
     save_config(chosen, folder)
     save_weights(build(chosen), folder / "best.safetensors")
