@@ -35,6 +35,9 @@ HOSTILE_NAMES = [
 ]
 HOSTILE_FILE = "test/<img src=//evil.example>/\"'{{ 1+1 }} \x1b[31m"
 
+# the first two report some images of 3 and of 100 classes, the first one none of 100
+THRESHOLDS = {0.5: 0.3756, 0.9: 0.01088, 0.95: 0.0}
+
 
 def write_artifacts(folder: Path, *, classes: int, size: int, channels: int) -> None:
     """Write what download, normalize and train write, for a small network that is not trained."""
@@ -53,6 +56,7 @@ def write_artifacts(folder: Path, *, classes: int, size: int, channels: int) -> 
         mean=(0.4,) * channels,
         std=(0.02,) * channels,
         temperature=2.5,
+        thresholds=THRESHOLDS,
     )
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = [

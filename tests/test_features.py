@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from pipeline.arrays import Split
-from pipeline.artifacts import file_md5
+from pipeline.artifacts import file_md5, read_split
+from pipeline.models.files import load_model
+from pipeline.models.inference import class_probabilities
 from pipeline.training import batches, features
 from pipeline.training.batches import epoch_batches
 from pipeline.training.features import find_separable_head, kept_features, select_trained, with_features
@@ -135,6 +137,15 @@ def feature_files() -> list[Path]:
     return sorted(Path(".cache/features").iterdir())
 
 
+def check_thresholds() -> None:
+    """Check the coverages with the whole network, whose logits differ from those of the head by rounding."""
+    classifier, config = load_model(Path("artifacts/train"))
+    probabilities = class_probabilities(classifier, read_split("validation")[0], config=config).max(1)
+    assert config.thresholds
+    for coverage, threshold in config.thresholds.items():
+        assert (probabilities >= threshold).mean() >= coverage
+
+
 @pytest.mark.slow
 def test_kept_features_save_time_only(frozen: Callable[..., Project], monkeypatch: pytest.MonkeyPatch) -> None:
     project = frozen(**FROZEN)
@@ -145,6 +156,7 @@ def test_kept_features_save_time_only(frozen: Callable[..., Project], monkeypatc
     body, written = load_file(WEIGHTS), load_file("artifacts/train/best.safetensors")
     assert torch.equal(written["network.0.weight"], body["0.weight"])
     assert not torch.equal(written["network.11.weight"], body["11.weight"][:3])
+    check_thresholds()
 
     output = project.finish()
     assert f"features of train: read from {train_file}" in output

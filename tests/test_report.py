@@ -32,7 +32,7 @@ from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.search import find_run, find_runs
 from pipeline.tracking.store import connect
 from tests.conftest import PROJECT, make_once, run_step
-from tests.report_page import HOSTILE_NAMES, Page, write_artifacts
+from tests.report_page import HOSTILE_NAMES, THRESHOLDS, Page, write_artifacts
 
 SIZES = {"few": {"classes": 3, "size": 32, "channels": 1}, "many": {"classes": 100, "size": 128, "channels": 3}}
 HOSTILE = "\"><script>alert('x')</script>{{ 7*7 }}"
@@ -121,6 +121,21 @@ def class_figures(actual: Any, predicted: Any, names: list[str]) -> dict[str, fl
     return found
 
 
+def coverage_figures(confidence: Any, correct: Any) -> dict[str, float]:
+    """Return the figures of each threshold of the model, and those of the text, which are of the last threshold."""
+    found = dict[str, float]()
+    for stated, threshold in THRESHOLDS.items():
+        reported = confidence >= threshold
+        number, suffix = int(reported.sum()), f"/{stated}"
+        found |= {f"threshold{suffix}": threshold, f"reported{suffix}": number}
+        found |= with_interval("coverage", suffix, reported.mean(), wilson(number, len(confidence)))
+        if number:
+            interval = wilson(correct[reported].sum(), number)
+            found |= with_interval("reported_accuracy", suffix, correct[reported].mean(), interval)
+    last = {name: found[f"reported_{name}/0.95"] for name in ("accuracy", "accuracy_low", "accuracy_high")}
+    return found | {f"typical/{name}": value for name, value in (last | {"coverage": found["coverage/0.95"]}).items()}
+
+
 def calibration_error(probabilities: Any, actual: Any, predicted: Any) -> float:
     """Return the error over 15 bins of equal width (low, high], bin by bin."""
     confidence = probabilities[np.arange(len(actual)), predicted].astype(float)
@@ -166,6 +181,7 @@ def expected_figures(folder: Path) -> dict[str, float]:
         "validation_accuracy": 0.3,
     }
     confidence = calibrated[np.arange(len(actual)), predicted].astype(float)
+    found |= coverage_figures(confidence, correct)
     sure = confidence >= 0.9
     found |= {"sure/images": int(sure.sum()), "confidence_excess": confidence.mean() - correct.mean()}
     if sure.any():
@@ -243,6 +259,16 @@ def test_what_is_unknown_is_shown_as_unknown(made: Report) -> None:
     assert "MLflow run\nunknown" in re.sub(r"(?<=run)(?=unknown)", "\n", cost)
     assert "MLflow could not be asked: no <such> file" in text
     assert cost.count("unknown") >= 12
+
+
+def test_a_model_without_thresholds_and_few_images_are_stated_as_such(made: Report) -> None:
+    config = made.model.config.model_copy(update={"thresholds": None})
+    without = Page(render(replace(made, model=replace(made.model, config=config)))).text
+    assert "The model has no thresholds, since an earlier version trained it; dvc repro train" in without
+    assert "--coverage" not in without
+    text, is_few = Page(render(made)).text, len(made.content.predictions) < 100
+    assert "Use a threshold by python -m pipeline.predict --coverage 0.95 PATHS…" in text
+    assert ("There are only 13 test images" in text, "There are only 3 validation images" in text) == (is_few, is_few)
 
 
 @pytest.mark.parametrize(("md5", "found"), [("b" * 32, "b" * 32), (None, "unknown")])

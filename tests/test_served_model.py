@@ -1,12 +1,18 @@
 """A served model accepts images of whole numbers, and refuses anything else in one line."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.tracking.served_model import InvalidImages, as_images
+from pipeline.models.build import build
+from pipeline.models.files import save_config, save_weights
+from pipeline.tracking.served_model import InvalidImages, InvalidRequest, ServedModel, as_images, find_threshold
+from tests.conftest import colored_images
+from tests.test_model import config
 
 SHAPE = (4, 4, 1)
 IMAGES = np.arange(32, dtype=np.uint8).reshape(2, *SHAPE) * 8
@@ -62,7 +68,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "complex numbers": (IMAGES * 1j, "found complex numbers instead of numbers"),
     "no image": ([], "found no image"),
     "no image of the right size": (IMAGES[:0], "found no image"),
-    "an image without a batch": (IMAGES[0], r"found an array of shape \(4, 4, 1\); allowed: images .* \(N, 4, 4, 1\)"),
+    "an image without a batch": (
+        IMAGES[0],
+        r"found an array of shape \(4, 4, 1\) has no batch axis: send it as \[image\]; allowed: images ",
+    ),
+    "a larger image without a batch": (np.zeros((9, 9, 1)), r"found an array of shape \(9, 9, 1\) has no batch axis"),
     "channels first": (IMAGES.transpose(0, 3, 1, 2), r"found an array of shape \(2, 1, 4, 4\)"),
     "no channels": (IMAGES[..., 0], r"found an array of shape \(2, 4, 4\)"),
     "another size": (IMAGES[:, 1:, 1:], r"found an array of shape \(2, 3, 3, 1\)"),
@@ -91,3 +101,40 @@ def test_the_server_cannot_prepend_the_input_to_the_message() -> None:
     before = error.message
     error.message = f"Failed to predict data '{IMAGES}'. \nError: {before}"
     assert error.message == before
+
+
+CONFIG = config(class_names=("cat", "dog"), thresholds={0.5: 0.9, 0.95: 0.4})
+
+
+@pytest.mark.parametrize(("coverage", "threshold"), [(None, None), (0.5, 0.9), (0.95, 0.4)])
+def test_a_coverage_has_the_threshold_of_the_model(coverage: float | None, threshold: float | None) -> None:
+    assert find_threshold(CONFIG, coverage) == threshold
+
+
+@pytest.mark.parametrize(
+    ("changes", "coverage", "message"),
+    [
+        ({}, 0.94, "params: coverage is 0.94; allowed: 0.5, 0.95$"),
+        ({}, float("nan"), "params: coverage is nan; allowed: 0.5, 0.95$"),
+        ({"thresholds": None}, 0.5, "the model has no thresholds, since an earlier version trained it; leave coverage"),
+        ({"class_names": ("cat", "is_unknown")}, 0.5, "a class has the name of the column is_unknown"),
+    ],
+)
+def test_a_coverage_without_a_threshold_is_refused(changes: dict[str, Any], coverage: float, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as error:
+        find_threshold(CONFIG.model_copy(update=changes), coverage)
+    assert "\n" not in error.value.message
+    assert error.value.error_code == "INVALID_PARAMETER_VALUE"
+
+
+def test_a_class_called_unknown_is_told_from_an_image_of_unknown_class(tmp_path: Path) -> None:
+    chosen = config(class_names=("dog", "unknown"), thresholds={0.5: 1.0, 0.95: 0.0})
+    save_config(chosen, tmp_path)
+    save_weights(build(chosen), tmp_path / "best.safetensors")
+    model = ServedModel()
+    model.load_context(SimpleNamespace(artifacts={"weights": str(tmp_path / "best.safetensors")}))
+    images = colored_images(2, size=chosen.image_size, channels=chosen.channels)[0]
+    unknown, covered = (model.predict(None, images, {"coverage": coverage}) for coverage in (0.5, 0.95))
+    assert unknown[["predicted_class", "is_unknown"]].values.tolist() == [["unknown", True]] * 2
+    assert covered["is_unknown"].tolist() == [False, False]
+    assert set(covered["predicted_class"]) <= {"dog", "unknown"}

@@ -15,10 +15,10 @@ import requests
 from safetensors.torch import load_file, save_file
 
 from pipeline.arrays import DatasetInfo
-from pipeline.artifacts import file_md5, read_csv, read_json, replace_folder, verify, write_csv
+from pipeline.artifacts import TRAIN, file_md5, read_csv, read_json, read_split, replace_folder, verify, write_csv
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.yaml import dump_yaml
-from pipeline.models.files import load_model
+from pipeline.models.files import load_config, load_model
 from pipeline.tracking import model_code
 from pipeline.tracking.logger import RunLogger
 from pipeline.tracking.models import SERVED_PACKAGES, fetch_model, log_model
@@ -251,6 +251,18 @@ def test_the_recorded_model_predicts_and_contains_no_pickle(store: Path) -> None
     assert not [path for path in (store / "mlartifacts").rglob("*") if path.suffix in {".pkl", ".pth", ".pickle"}]
 
 
+def test_the_recorded_model_reports_an_unknown_class_below_the_threshold_of_a_coverage(store: Path) -> None:
+    model, config = mlflow.pyfunc.load_model(f"runs:/{only_run().info.run_id}/model"), load_config(store / TRAIN)
+    images, _ = read_split("validation")
+    plain, table = model.predict(images), model.predict(images, params={"coverage": 0.5})
+    assert config.thresholds
+    is_unknown = (plain.iloc[:, 1:].max(axis=1) < config.thresholds[0.5]).tolist()
+    assert (table["is_unknown"].tolist(), sum(is_unknown)) == (is_unknown, len(images) // 2)
+    expected = ["unknown" if is_below else name for name, is_below in zip(plain.iloc[:, 0], is_unknown, strict=True)]
+    assert table["predicted_class"].tolist() == expected
+    assert table.iloc[:, 1:-1].equals(plain.iloc[:, 1:])
+
+
 APPLICATION = """
 import sys
 import pipeline, model, flows
@@ -367,10 +379,17 @@ def test_the_recorded_model_can_be_served(served: str) -> None:
     assert [set(row) for row in predictions] == [{"predicted_class", "class 0", "class 1", "class 2"}] * 2
     floats = json.dumps({"instances": images.astype(float).tolist()}).encode()
     assert json.loads(response_of(f"{served}/invocations", floats))["predictions"] == predictions
+    body = json.dumps({"inputs": images.tolist(), "params": {"coverage": 0.95}}).encode()
+    reported = json.loads(response_of(f"{served}/invocations", body))["predictions"]
+    assert [set(row) for row in reported] == [{"is_unknown", *predictions[0]}] * 2
     for wrong, message in (
         ({"inputs": (images / 255).tolist()}, "inputs: found the value 0."),
         ({"instances": (images.astype(int) - 128).tolist()}, "inputs: found the value -"),
-        ({"inputs": images[0].tolist()}, "inputs: found an array of shape (32, 32, 3); allowed: images as they were"),
+        (
+            {"inputs": images[0].tolist()},
+            "inputs: found an array of shape (32, 32, 3) has no batch axis: send it as [i",
+        ),
+        ({"inputs": images.tolist(), "params": {"coverage": 2}}, "params: coverage is 2.0; allowed: 0.5, 0.6, 0.7, 0."),
         ({"inputs": []}, "inputs: found no image"),
         ({"inputs": ["aGVsbG8="]}, "inputs: found text instead of numbers"),
         ({"dataframe_split": {"columns": ["a", "b"], "data": [[1, 2]]}}, "inputs: found a table of 2 columns"),

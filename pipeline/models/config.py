@@ -9,6 +9,7 @@ from pipeline.models.preparation import Interpolation, Preparation, pretrained_p
 from pipeline.params import Channels, CpuKernels, Resize, TrainParams
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+UNKNOWN = "unknown"  # what is reported as the class of an image whose probability is below the threshold
 Fraction = Annotated[FiniteFloat, Field(ge=0, le=1)]
 
 

@@ -10,6 +10,7 @@ from pipeline.arrays import CPU, Split
 from pipeline.artifacts import Images
 from pipeline.core.errors import UserError
 from pipeline.models.build import Classifier
+from pipeline.models.config import UNKNOWN as UNKNOWN  # noqa: PLC0414  # other modules import it from here
 from pipeline.models.config import ModelConfig
 from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.models.files import load_config, load_model
@@ -18,7 +19,6 @@ from pipeline.params import Views
 from pipeline.tracking.model_files import ModelFiles
 
 BATCH_SIZE = 256  # images on a GPU at a time
-UNKNOWN = "unknown"  # the class of an image whose probability is below the threshold
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,13 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from pipeline.reporting.coverage import CoverageCurve, ThresholdResult
 from pipeline.reporting.svg import ACCENT, INK, MUTED, STYLE, new_axes, to_svg
 from pipeline.reporting.text import NO_BREAK_SPACE, percent
 
 ACCENT_RGB = (47, 111, 208)  # of the heat map, whose pixels cannot use variables; readable on light and dark
-FEW_IMAGES = 10  # of a bar of the reliability diagram: with fewer ones, it is pale
+FEW_IMAGES = 10  # of a bar or of a point of a curve: with fewer ones, it is pale
+MAX_POINTS = 400  # of a curve
 
 
 def curve(history: Sequence[Mapping[str, Any]], quantity: str, *, selected: int | None) -> Markup:
@@ -89,6 +91,55 @@ def _reliability_bar(axes: Axes, each: Mapping[str, Any]) -> None:
     number = each["images"]
     text = f"{number}" if number < 10_000 else f"{number / 1000:.0f}k"
     axes.text(center, -0.045, text, ha="center", va="center", fontsize=6.5)
+
+
+def coverage(curve: CoverageCurve, results: Sequence[ThresholdResult]) -> Markup:
+    """Plot the accuracy of the reported classes by coverage, with the thresholds of the model and their intervals."""
+    chosen = np.unique(np.linspace(0, len(curve.images) - 1, MAX_POINTS).round().astype(int))
+    coverages, accuracies = curve.coverages[chosen], curve.accuracies[chosen]
+    is_firm = curve.images[chosen] >= min(FEW_IMAGES, curve.images[-1])
+    with matplotlib.rc_context(STYLE):
+        figure, axes = new_axes(size=(4.8, 3.2))
+        axes.plot(coverages, accuracies, color=ACCENT, linewidth=1.8, alpha=0.35)
+        axes.plot(coverages[is_firm], accuracies[is_firm], color=ACCENT, linewidth=1.8, label="all thresholds")
+        lows = [accuracies[is_firm].min(), *(_threshold_mark(axes, each) for each in results if each.reported)]
+        if results:
+            axes.scatter([], [], color=INK, s=18, label=f"of the model (95{NO_BREAK_SPACE}% intervals)")
+        axes.set(xlabel="coverage: test images whose class is reported", ylabel="accuracy of the reported classes")
+        margin = 0.06 * (1 - min(lows)) or 0.01
+        axes.set(xlim=(0, 1.02), ylim=(min(lows) - margin, 1 + margin))
+        axes.set_yticks([tick for tick in MaxNLocator(5).tick_values(min(lows), 1) if min(lows) <= tick <= 1])
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{100 * value:.4g}{NO_BREAK_SPACE}%")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8.5)
+        return to_svg(figure, name="coverage", text=_coverage_text(curve, results))
+
+
+def _threshold_mark(axes: Axes, result: ThresholdResult) -> float:
+    """Draw a threshold with the interval of its accuracy, and return the lower end of the interval."""
+    assert result.accuracy is not None
+    assert result.accuracy_interval is not None
+    low, high = result.accuracy_interval
+    axes.vlines(result.coverage, low, high, color=INK, linewidth=0.8)
+    axes.scatter(result.coverage, result.accuracy, color=INK, s=18, zorder=3)
+    return low
+
+
+def _coverage_text(curve: CoverageCurve, results: Sequence[ThresholdResult]) -> str:
+    """Return what the curve shows, as its text alternative."""
+    half = int(np.searchsorted(curve.coverages, 0.5))
+    points = "; ".join(
+        f"coverage {percent(each.coverage)} at the threshold for {percent(each.stated, 0)}: accuracy "
+        f"{percent(each.accuracy)}"
+        for each in results
+        if each.reported
+    )
+    marked = f" Thresholds of the model: {points}." if points else ""
+    return (
+        f"Curve of the accuracy of the reported classes by coverage, of {curve.images[-1]:,} test images: "
+        f"{percent(curve.accuracies[-1])} at a coverage of 100{NO_BREAK_SPACE}%, {percent(curve.accuracies[half])} at "
+        f"{percent(curve.coverages[half])}.{marked}"
+    )
 
 
 def heat_map(confusion: npt.NDArray[np.int64]) -> Markup:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from pipeline.artifacts import SELECTED_COLUMN
 from pipeline.params import Params
-from pipeline.reporting import figures, gallery
+from pipeline.reporting import coverage, figures, gallery
 from pipeline.reporting.baseline import Baseline
 from pipeline.reporting.commands import REPORT, commands
 from pipeline.reporting.data import Content, Row, confidence_summary, frequent_confusions
@@ -58,6 +58,7 @@ def render(report: Report) -> str:
         max_mistakes=MAX_MISTAKES_LISTED,
         max_rows=MAX_CLASSES_IN_TABLE,
         **_views(report.content),
+        **_coverage_views(report.content, report.model),
     )
 
 
@@ -85,6 +86,19 @@ def _views(content: Content) -> dict[str, Any]:
         "examples": gallery.examples(
             content.train_images, content.train_labels, file_names=content.train_names, class_names=names
         ),
+    }
+
+
+def _coverage_views(content: Content, model: ModelFacts) -> dict[str, Any]:
+    """Return the curve of coverage against accuracy, and what the thresholds of the model give on the test split."""
+    thresholds = model.config.thresholds
+    results = coverage.threshold_results(content.predictions, thresholds or {})
+    return {
+        "coverage_curve": figures.coverage(coverage.coverage_curve(content.predictions), results),
+        "has_thresholds": thresholds is not None,
+        "threshold_results": results,
+        "typical": coverage.typical_result(results),
+        "few_in_split": coverage.FEW_IMAGES,
     }
 
 

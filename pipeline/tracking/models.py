@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, Schema
+from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import DataType
 from mlflow.utils import requirements_utils
 
@@ -32,13 +32,15 @@ def log_model(folder: Path) -> None:
     """Record the model in the active run, for `mlflow.pyfunc.load_model` and `mlflow models serve`, without a pickle.
 
     Input: images (N, H, W, C) of whole numbers from 0 to 255. Output: a table with `predicted_class` and a column of
-    probabilities for each class. The signature leaves the input out: MLflow would cast the values to its type, and the
-    model could no longer refuse fractions, negative and too large values.
+    probabilities for each class. The optional parameter `coverage` makes the predicted class "unknown" where its
+    probability is below the threshold of the model. The signature leaves the input out: MLflow would cast the values to
+    its type, and the model could no longer refuse fractions, negative and too large values.
     """
     values = read_json(folder / "model.json")
     size, channels = values["image_size"], values["channels"]
     probabilities = [ColSpec(DataType.double, name) for name in values["class_names"]]
     columns = [ColSpec(DataType.string, "predicted_class"), *probabilities]
+    coverage = ParamSchema([ParamSpec("coverage", DataType.double, default=None)])
     # MLflow warns that there is no example of the input, with which it would trace the model for half a minute
     with warnings.catch_warnings(), _without_list_of_modules(), renamed_package() as code:
         warnings.simplefilter("ignore", UserWarning)
@@ -52,7 +54,7 @@ def log_model(folder: Path) -> None:
                 "checksums": str(folder / CHECKSUMS),  # `predict` verifies a fetched model by them
             },
             code_paths=[str(code.package)],
-            signature=ModelSignature(outputs=Schema(list(columns))),
+            signature=ModelSignature(outputs=Schema(list(columns)), params=coverage),
             metadata={"inputs": f"images (N, {size}, {size}, {channels}) of whole numbers from 0 to 255"},
             pip_requirements=_requirements(values["model"]),
         )

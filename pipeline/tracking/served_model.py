@@ -15,23 +15,20 @@ from mlflow.pyfunc.model import PythonModel
 
 from pipeline.artifacts import Images
 from pipeline.core.errors import UserError
+from pipeline.models.config import UNKNOWN, ModelConfig
 from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.models.files import load_config, load_model
 from pipeline.models.inference import class_probabilities
 
 MAX_PIXEL = 255
+IS_UNKNOWN = "is_unknown"  # the last column of an answer with `coverage`
 
 
-class InvalidImages(MlflowException):
-    """The error for input that is not a batch of images; a server answers with status 400 and only the message."""
+class InvalidRequest(MlflowException):
+    """The error for a request that cannot be answered; a server answers with status 400 and only the message."""
 
-    def __init__(self, found: str, *, shape: tuple[int, int, int]) -> None:
-        size = ", ".join(map(str, shape))
-        super().__init__(
-            f"inputs: found {found}; allowed: images as they were decoded, (N, {size}), of whole numbers from 0 to "
-            f"{MAX_PIXEL}; the model itself scales and normalizes them",
-            error_code=INVALID_PARAMETER_VALUE,
-        )
+    def __init__(self, message: str) -> None:
+        super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
 
     @property
     def message(self) -> str:
@@ -42,11 +39,24 @@ class InvalidImages(MlflowException):
         """Ignore the message that MLflow's server sets, which has the whole input before ours."""
 
 
+class InvalidImages(InvalidRequest):
+    """The error for input that is not a batch of images."""
+
+    def __init__(self, found: str, *, shape: tuple[int, int, int]) -> None:
+        size = ", ".join(map(str, shape))
+        super().__init__(
+            f"inputs: found {found}; allowed: images as they were decoded, (N, {size}), of whole numbers from 0 to "
+            f"{MAX_PIXEL}; the model itself scales and normalizes them"
+        )
+
+
 class ServedModel(PythonModel):
     """A model that predicts the classes of images (N, H, W, C) of whole numbers from 0 to 255.
 
     The images may be an array, nested lists, or the only column of a DataFrame. The result is a table with the column
-    `predicted_class` and a column of probabilities for each class. Raises InvalidImages.
+    `predicted_class` and a column of probabilities for each class. With the parameter `coverage`, the predicted class
+    is UNKNOWN where its probability is below the threshold of the model for this coverage, and a last column
+    IS_UNKNOWN has true there, since a data set may have a class of that name. Raises InvalidRequest.
     """
 
     def load_context(self, context: Any) -> None:
@@ -61,13 +71,40 @@ class ServedModel(PythonModel):
     # MLflow reads the type hints at run time; `np.ndarray` without type arguments makes it pass the input unchanged
     def predict(self, context: Any, model_input: np.ndarray, params: Any = None) -> pd.DataFrame:  # noqa: ARG002
         """Return the table of predicted classes and probabilities for the images in `model_input`."""
+        threshold = find_threshold(self.config, (params or {}).get("coverage"))
         size = self.config.image_size
         images = as_images(model_input, shape=(size, size, self.config.channels))
         probabilities = class_probabilities(self.network, images, config=self.config)
         names = list(self.config.class_names)
         table = pd.DataFrame(probabilities.astype(np.float64), columns=names)
         table.insert(0, "predicted_class", [names[index] for index in probabilities.argmax(1)])
+        if threshold is not None:
+            is_unknown = probabilities.max(1) < threshold
+            table["predicted_class"] = table["predicted_class"].mask(is_unknown, UNKNOWN)
+            table[IS_UNKNOWN] = is_unknown
         return table
+
+
+def find_threshold(config: ModelConfig, coverage: float | None) -> float | None:
+    """Return the threshold of a model for a coverage, or None without a coverage.
+
+    Raises InvalidRequest where the model has no such threshold, or a class has the name of the column IS_UNKNOWN.
+    """
+    if coverage is None:
+        return None
+    if config.thresholds is None:
+        raise InvalidRequest(
+            f"params: coverage is {coverage}, but the model has no thresholds, since an earlier version trained it; "
+            "leave coverage out, or train the model again"
+        )
+    if coverage not in config.thresholds:
+        raise InvalidRequest(f"params: coverage is {coverage}; allowed: {', '.join(map(str, config.thresholds))}")
+    if IS_UNKNOWN in config.class_names:
+        raise InvalidRequest(
+            f"params: coverage is {coverage}, but a class has the name of the column {IS_UNKNOWN}, which the answer "
+            "would have; leave coverage out, or rename the class and train the model again"
+        )
+    return config.thresholds[coverage]
 
 
 def as_images(found: object, *, shape: tuple[int, int, int]) -> Images:
@@ -78,6 +115,8 @@ def as_images(found: object, *, shape: tuple[int, int, int]) -> Images:
     values = _array(found, shape=shape)
     if not len(values):
         raise InvalidImages("no image", shape=shape)
+    if values.ndim == 3 and values.shape[2] == shape[2]:
+        raise InvalidImages(f"an array of shape {values.shape} has no batch axis: send it as [image]", shape=shape)
     if values.shape[1:] != shape:
         raise InvalidImages(f"an array of shape {values.shape}", shape=shape)
     is_invalid = ~((values >= 0) & (values <= MAX_PIXEL))

@@ -25,7 +25,7 @@ from pipeline.evaluation.metrics import evaluate, prediction_rows
 from pipeline.models.airbench import Airbench
 from pipeline.models.build import Classifier, build, memory_format
 from pipeline.models.freezing import apply_freezing
-from pipeline.models.inference import logits_of
+from pipeline.models.inference import trained_logits
 from pipeline.params import TrainParams, check_params
 from pipeline.training.device import prepare_torch
 from pipeline.training.features import compute_features, select_trained, with_features
@@ -79,7 +79,7 @@ def bits(network: str, *, kernels: str, threads: int) -> Bits:
     if trained is not classifier:
         splits = [_features(classifier, trained, split) for split in splits]
     train(trained, params=params, train_split=splits[0], validation_split=splits[1])
-    logits = logits_of(classifier, other_split, batch_size=len(other_split))
+    logits = _logits(classifier.eval(), other_split)
     labels = other_split.labels.numpy()
     temperature = fit_temperature(logits.numpy(), labels)
     predictions = predictions_of(logits, labels, class_names=CLASS_NAMES, temperature=temperature)
@@ -94,6 +94,13 @@ def bits(network: str, *, kernels: str, threads: int) -> Bits:
         weights=bytes_md5(save({name: tensor.contiguous() for name, tensor in classifier.state_dict().items()})),
         evaluation=bytes_md5(logits.numpy().tobytes() + text.encode()),
     )
+
+
+def _logits(classifier: Classifier, split: Split) -> torch.Tensor:
+    """Return the logits (N, num_classes) float32 as `evaluate` computes them, which do not depend on the threads."""
+    one, two = (trained_logits(classifier, split, threads=number, batch_size=len(split)) for number in (1, 2))
+    assert torch.equal(one, two), "the logits depend on the number of threads"
+    return one
 
 
 def _features(classifier: Classifier, head: nn.Module, split: Split) -> Split:
