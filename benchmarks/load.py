@@ -92,12 +92,12 @@ def milliseconds(replies: Sequence[Reply], percentile: float) -> float:
     return 1000 * float(np.percentile([reply.end - reply.start for reply in replies], percentile))
 
 
-def goes_back(replies: Sequence[Reply], *, old: bytes, new: bytes) -> list[int]:
-    """Return the clients to which a reply with the text `old` came after one with `new`, or one with neither came."""
+def confused_clients(replies: Sequence[Reply], *, old: bytes, new: bytes) -> list[int]:
+    """Return the clients whose replies were not first with the text `old`, if any, and then with `new`, at least one."""
     wrong = []
     for client in sorted({reply.client for reply in replies}):
         own = [reply.content for reply in replies if reply.client == client]
         is_new = [new in content for content in own]
-        if sorted(is_new) != is_new or not all((old in content) != (new in content) for content in own):
+        if is_new != sorted(is_new) or not is_new[-1] or any((old in each) == (new in each) for each in own):
             wrong.append(client)
     return wrong

@@ -47,8 +47,12 @@ def started(command: Sequence[str], *, health: str, log: Path) -> Iterator[None]
 
     Raises UserError where it does not start.
     """
+    # MLflow starts uvicorn by its name
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=environment
+        )
     try:
         _wait_until_ready(process, health, log=log)
         yield

@@ -28,7 +28,7 @@ import httpx
 import numpy as np
 
 from benchmarks.cifar10 import ARCHIVE
-from benchmarks.load import Load, Reply, goes_back, milliseconds
+from benchmarks.load import Load, Reply, confused_clients, milliseconds
 from benchmarks.served_project import NAME, make_project, started
 from benchmarks.setting import PROJECT, options, positive, scratch
 from benchmarks.table import header, median_ratio, table
@@ -181,14 +181,14 @@ def change_champion(photographs: Sequence[bytes], *, arguments: argparse.Namespa
     if first is None:
         print(f"after {len(load.replies):,} answers, the new champion has not answered")
         return False
-    wrong = goes_back(load.replies, old=old, new=new)
+    wrong = confused_clients(load.replies, old=old, new=new)
     delay = load.replies[first - 1].end - changed_at[0]
     before, after = load.replies[: first - 1], load.replies[first - 1 :]
     failures = sum(bool(reply.error) for reply in load.replies)
     print(
         f"champion changed after answer {load.change_after:,}; of {len(load.replies):,} answers to {load.clients} "
         f"clients, number {first:,} is the first of the new one, {delay:.1f} s later\n"
-        f"failures: {failures}; clients that saw the old one again: {len(wrong)}\n"
+        f"failures: {failures}; clients that did not see the old one, then the new one: {len(wrong)}\n"
         f"p99 before: {milliseconds(before, 99):.1f} ms, after: {milliseconds(after, 99):.1f} ms; the longest answer: "
         f"{milliseconds(load.replies, 100):.1f} ms"
     )

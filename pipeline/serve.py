@@ -17,7 +17,6 @@ import uvicorn
 
 from pipeline.core.errors import UserError, escape_control_chars, report_errors
 from pipeline.core.network import LOOPBACK
-from pipeline.prediction.model import find_threshold
 from pipeline.serving.app import App
 from pipeline.serving.connection import Connection, logger
 from pipeline.serving.current import CurrentModel, ServedNow, open_model
@@ -150,9 +149,8 @@ def main() -> None:
         host, coverage = arguments.host, arguments.coverage
         with (
             closing(bind(host, arguments.port)) as bound,  # before the model is loaded, which takes seconds
-            open_model(arguments.model, poll_seconds=arguments.poll_seconds) as current,
+            open_model(arguments.model, poll_seconds=arguments.poll_seconds, coverage=coverage) as current,
         ):
-            find_threshold(current.get().model, coverage)
             port = bound.getsockname()[1]
             try:
                 bound.listen()

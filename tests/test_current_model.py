@@ -198,6 +198,18 @@ def test_a_champion_with_other_classes_or_sizes_is_taken_over_with_a_warning(
     assert "version 3 accepts arrays (N, 40, 40, 3) and no longer (N, 32, 32, 3)" in reported
 
 
+def test_a_champion_without_the_threshold_of_the_server_is_not_taken_over(project: Path) -> None:
+    add_version(3, thresholds={0.95: 0.5})
+    make_champion("3")
+    follower = Follower(name="digits", alias="champion", coverage=0.95)
+    make_champion("2")
+    follower.look()
+    assert "version 2 cannot be served: --coverage 0.95: models:/digits/2 has no thresholds" in str(
+        follower.current.problem
+    )
+    assert follower.current.get().version == "3"
+
+
 def test_a_champion_that_computes_no_numbers_is_not_taken_over(follower: Follower) -> None:
     add_version(3, mean=(1e300,) * 3)
     make_champion("3")

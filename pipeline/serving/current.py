@@ -22,8 +22,10 @@ from pipeline.arrays import CPU
 from pipeline.artifacts import TRAIN
 from pipeline.core.errors import UserError, escape_control_chars, first_line
 from pipeline.models.files import load_model
-from pipeline.prediction.model import LoadedModel, load
+from pipeline.prediction.model import LoadedModel, find_threshold, load
+from pipeline.tracking import registry
 from pipeline.tracking.model_files import MAX_LISTED, ModelFiles, find_model_files
+from pipeline.tracking.store import connect
 
 POLL_SECONDS = 2.0
 STOP_SECONDS = 5.0  # how long the end of a server waits for the thread, which may be in a download
@@ -68,19 +70,24 @@ class CurrentModel:
 
 
 @contextmanager
-def open_model(text: str | None, *, poll_seconds: float = POLL_SECONDS) -> Iterator[CurrentModel]:
+def open_model(
+    text: str | None, *, poll_seconds: float = POLL_SECONDS, coverage: float | None = None
+) -> Iterator[CurrentModel]:
     """Load the model that a text names, warm it up on the CPU, and yield it; follow an alias until the block ends.
 
     Without a text, the model is the champion of the only registered model that has one, or, as long as there is no
-    champion, that in `artifacts/train/`. Raises UserError where there is no such model, where several registered models
-    have a champion, or where a file is damaged; TemporaryError where MLflow's server does not answer.
+    champion, that in `artifacts/train/`. With a `coverage`, each model must have a threshold for it, as a server that
+    reports unknown images by default could answer no request without one.
+
+    Raises UserError where there is no such model, where several registered models have a champion, where a file is
+    damaged, or where there is no such threshold; TemporaryError where MLflow's server does not answer.
     """
     text = text or _find_champion()
     alias = _ALIAS.fullmatch(text or "")
     if not alias:
-        yield CurrentModel(_load_fixed(text))
+        yield CurrentModel(_load_fixed(text, coverage=coverage))
         return
-    follower = Follower(name=alias[1], alias=alias[2])
+    follower = Follower(name=alias[1], alias=alias[2], coverage=coverage)
     stop = Event()
     thread = Thread(target=follower.run, args=(stop,), kwargs={"poll_seconds": poll_seconds}, daemon=True)
     thread.start()
@@ -93,9 +100,6 @@ def open_model(text: str | None, *, poll_seconds: float = POLL_SECONDS) -> Itera
 
 def _find_champion() -> str | None:
     """Return the address of the only champion, or None where there is none and `artifacts/train/` has a model."""
-    from pipeline.tracking import registry  # noqa: PLC0415  # MLflow takes seconds to import
-    from pipeline.tracking.store import connect  # noqa: PLC0415  # MLflow takes seconds to import
-
     connect()
     names = [name for name in registry.find_names() if registry.number_of_alias(name, registry.CHAMPION)]
     addresses = [f"models:/{name}@{registry.CHAMPION}" for name in names]
@@ -115,10 +119,10 @@ def _find_champion() -> str | None:
     return None
 
 
-def _load_fixed(text: str | None) -> ServedNow:
+def _load_fixed(text: str | None, *, coverage: float | None) -> ServedNow:
     """Return a model that is never replaced, after a first prediction."""
     model = load(find_model_files(text))
-    _warm_up(model)
+    _try_out(model, coverage=coverage)
     version = _VERSION.fullmatch(text or "")
     return ServedNow(model, version[1], version[2]) if version else ServedNow(model, model.files.label)
 
@@ -129,15 +133,13 @@ class Follower:
     Creating it loads the model; raises as `open_model`.
     """
 
-    def __init__(self, *, name: str, alias: str) -> None:
-        from pipeline.tracking.store import connect  # noqa: PLC0415  # MLflow takes seconds to import
-
-        self._name, self._alias = name, alias
+    def __init__(self, *, name: str, alias: str, coverage: float | None = None) -> None:
+        self._name, self._alias, self._coverage = name, alias, coverage
         self._questions, self._loads = _BackOff(), _BackOff()
         self._number: str | None = None  # the version that `_loads` is about
         self._kind: str | None = None  # of the problem
         connect()
-        number = self._find()
+        number = registry.number_of_alias(self._name, self._alias)
         if number is None:
             raise UserError(
                 f"--model {self._uri}: no version in MLflow's model registry has this alias; allowed: a model that has "
@@ -162,7 +164,7 @@ class Follower:
         if not self._questions.is_due():
             return
         try:
-            number = self._find()
+            number = registry.number_of_alias(self._name, self._alias)
         except Exception as error:  # no failure of MLflow may end the thread
             self._questions.fail()
             self._report("registry", f"the model registry does not say which version is next: {first_line(error)}")
@@ -208,18 +210,12 @@ class Follower:
             _print(f"{self._uri}: version {self.current.get().version} has the alias, and answers")
         self._kind = self.current.problem = self._number = None
 
-    def _find(self) -> str | None:
-        """Return the number of the version that has the alias, or None."""
-        from pipeline.tracking import registry  # noqa: PLC0415  # MLflow takes seconds to import
-
-        return registry.number_of_alias(self._name, self._alias)
-
     def _load(self, number: str, load_files: Callable[[ModelFiles], LoadedModel]) -> ServedNow:
         """Return the version, ready to answer: fetched, verified by its checksums, loaded and used once."""
         with tempfile.TemporaryDirectory(prefix="served-model-") as target:
             files = find_model_files(f"models:/{self._name}/{number}", target=Path(target))
             model = load_files(files)
-        _warm_up(model)
+        _try_out(model, coverage=self._coverage)
         return ServedNow(model, self._name, number)
 
 
@@ -248,8 +244,12 @@ def _load_beside(files: ModelFiles) -> LoadedModel:
     return LoadedModel(classifier, config, files, CPU)
 
 
-def _warm_up(model: LoadedModel) -> None:
-    """Compute the answer for a black image, as the first answer takes longest; raise UserError if it has a NaN."""
+def _try_out(model: LoadedModel, *, coverage: float | None) -> None:
+    """Compute the answer for a black image, as the first answer takes longest.
+
+    Raises UserError where the answer has a NaN, or the model has no threshold for the coverage.
+    """
+    find_threshold(model, coverage)
     size = model.config.image_size
     image = np.zeros((1, size, size, model.config.channels), dtype=np.uint8)
     if not np.isfinite(model.quick_probabilities(image)).all():
