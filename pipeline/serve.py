@@ -144,8 +144,6 @@ def main() -> None:
             timeout_seconds=arguments.timeout_seconds,
             max_waiting=arguments.max_waiting,
         )
-        for number in SIGNALS:
-            signal.signal(number, _leave)
         host, coverage = arguments.host, arguments.coverage
         with (
             closing(bind(host, arguments.port)) as bound,  # before the model is loaded, which takes seconds

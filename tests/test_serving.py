@@ -4,9 +4,13 @@ import asyncio
 import base64
 import json
 import logging
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,9 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import serve
 from pipeline.arrays import CPU
+from pipeline.core.errors import EXIT_USER
 from pipeline.images.decode import decode
 from pipeline.models.build import build
+from pipeline.models.files import save_config, save_weights
 from pipeline.prediction.model import LoadedModel
 from pipeline.serving import limits as limits_module
 from pipeline.serving import requests as requests_module
@@ -294,13 +301,11 @@ def test_no_page_may_read_an_answer(ask: Post) -> None:
     assert not [name for name in response.headers if name.startswith("access-control")]
 
 
-def test_a_coverage_of_the_server_that_a_new_model_lacks_is_not_the_fault_of_the_client(current: CurrentModel) -> None:
+def test_a_model_without_thresholds_refuses_a_coverage(ask: Post, current: CurrentModel) -> None:
     current.replace(ServedNow(loaded_model(), "digits", "4"))
-    response = asyncio.run(send(server(current, coverage=0.5), "POST", "/predict", content=PHOTO))
-    assert (response.status_code, response.json()) == (
-        503,
-        {"error": "the model has no threshold for 0.5, the coverage of this server"},
-    )
+    response = ask(path="/predict?coverage=0.9", content=PHOTO)
+    assert response.status_code == 400
+    assert response.json()["error"].startswith("coverage is 0.9; allowed: none, since the model has no thresholds")
 
 
 # ---- limits
@@ -469,3 +474,66 @@ def test_a_defect_of_the_server_is_answered_without_its_traceback(
         asyncio.run(server(current)(scope, body, record))  # type: ignore[arg-type]
     assert answers[0]["status"] == 500
     assert json.loads(answers[1]["body"]) == {"error": "the server has failed; its output has the reason"}
+
+
+# ---- a server of its own
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: LoadedModel) -> Path:
+    """Write the files of the model; return their folder."""
+    save_weights(model.classifier, tmp_path / "best.safetensors")
+    save_config(model.config, tmp_path)
+    return tmp_path
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipeline.serve", *arguments]
+    return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_server_answers_refuses_and_ends_with_the_requests_in_flight(folder: Path) -> None:
+    process = start("--model", str(folder), "--port", "0", "--max-megabytes", "1")
+    assert process.stdout is not None
+    name, separator, address = process.stdout.readline().removesuffix("; Ctrl-C stops it\n").partition(" at ")
+    assert (name, separator) == (f"serving {folder}", " at "), process.communicate()
+    assert process.stdout.readline() == f"curl --data-binary @photo.jpg {address}/predict\n"
+    assert classes(httpx.post(f"{address}/predict", content=PHOTO, timeout=60)) == ["b"]
+    for content in (bytes(50_000_000), iter([bytes(100_000)] * 500)):  # with Content-Length, and in chunks
+        assert httpx.post(f"{address}/predict", content=content, timeout=60).status_code == 413
+    second = start("--model", str(folder), "--port", address.rpartition(":")[2])
+    assert second.communicate()[1].startswith(f"error: port {address.rpartition(':')[2]} is in use; allowed: a free")
+    assert second.returncode == EXIT_USER
+
+    def last_part_after_the_signal() -> Iterator[bytes]:
+        yield PHOTO[:-1]
+        while httpx.get(f"{address}/health", timeout=60).json()["in_flight"] == 0:
+            pass
+        process.send_signal(signal.SIGTERM)
+        yield PHOTO[-1:]
+
+    assert classes(httpx.post(f"{address}/predict", content=last_part_after_the_signal(), timeout=60)) == ["b"]
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stderr) == (0, "")
+    assert stdout.split()[2:5] == ["POST", "/predict", "200"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--port", "65536"], "error: --port (PORT): found 65536; allowed: 0 to 65535; "),
+        (["--max-images", "0"], "error: --max-images: found 0; allowed: 1 or more; "),
+        (["--timeout-seconds", "nan"], "error: --timeout-seconds: found nan; allowed: above 0, "),
+        (["--host", "192.0.2.1"], "error: --host 192.0.2.1 --port 8080: Cannot assign requested address; allowed: "),
+    ],
+)
+def test_a_bad_option_is_reported_in_one_line(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["serve", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        serve.main()
+    stderr = capsys.readouterr().err
+    assert (exit_info.value.code, stderr[: len(message)]) == (EXIT_USER, message)
+    assert len(stderr.splitlines()) == 1

@@ -74,12 +74,10 @@ def read_options(query: QueryParams) -> Options:
 def read_threshold(coverage: float | None, *, default: float | None, config: ModelConfig) -> float | None:
     """Return the threshold of the model for the coverage of a request, else for the default, or None without both.
 
-    Raises RequestError where the model has no such threshold.
+    The model must have a threshold for the default. Raises RequestError where it has none for that of the request.
     """
     thresholds = config.thresholds or {}
     if coverage is None:
-        if default is not None and default not in thresholds:
-            raise RequestError(503, f"the model has no threshold for {default:g}, the coverage of this server")
         return None if default is None else thresholds[default]
     if coverage not in thresholds:
         allowed = ", ".join(map(str, thresholds)) or "none, since the model has no thresholds; leave it out"
