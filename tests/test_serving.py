@@ -242,7 +242,11 @@ REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
     "scaled pixels": (400, {"json": {"inputs": (IMAGES[:1] / 255).tolist()}}, "inputs: found the value "),
     "a named input": (400, {"json": {"inputs": {"image": 1}}}, "inputs: found named inputs 'image' instead of one"),
     "too many images": (413, {"json": {"images": ["a"] * 41}}, "the request has more than 40 images; allowed: 40; "),
-    "too many arrays": (413, {"json": {"inputs": np.zeros((41, 32, 32, 3), int).tolist()}}, "the request has more tha"),
+    "too many arrays": (
+        413,
+        {"json": {"inputs": np.zeros((41, 32, 32, 3), int).tolist()}},
+        "the request has more than",
+    ),
     "too many files": (413, {"files": [("image", b"a")] * 41}, "the request has more than 40 images"),
     "a form of text": (400, {"data": {"a": "b"}, "files": {"image": PHOTO}}, 'field "a" is text, not a file; send one'),
     "a form without a boundary": (

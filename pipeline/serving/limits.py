@@ -13,7 +13,7 @@ from starlette.requests import Request
 
 from pipeline.core.processes import num_cores
 
-# An image with more pixels than QUICK_PIXELS is decoded alone, as decoding may take 20 bytes for each pixel.
+# An image with more pixels than QUICK_PIXELS is decoded alone, as decoding takes up to 30 bytes for each pixel.
 QUICK_PIXELS = 2**24
 MAX_PIXELS = 2**26  # 67 megapixels; a PNG file of 0.2 MB can have as many
 MAX_BUFFERED_BYTES = 2**28  # of the bodies of all requests together
