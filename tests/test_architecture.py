@@ -204,6 +204,7 @@ MAY_LOAD = {stage: {"torch"} for stage in stage_names()} | {
     "train": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
     "evaluate": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
     "predict": {"torch"},
+    "serve": {"torch", "mlflow", "sqlalchemy", "pandas", "scipy"},
     "report": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
 }
 
