@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import socket
 import time
 import weakref
 from pathlib import Path
@@ -18,7 +19,6 @@ from pipeline.serving.current import MAX_SKIPPED_LOOKS, Follower, open_model
 from pipeline.tracking import registry
 from pipeline.tracking.models import fetch_model
 from pipeline.tracking.store import connect
-from tests.conftest import free_port
 from tests.registered_models import register, write_model
 
 ADDRESS = "models:/digits@champion"
@@ -158,15 +158,24 @@ def test_a_repaired_promotion_is_taken_over_at_once(follower: Follower) -> None:
         assert (follower.current.get().version, follower.current.problem is None) == (served, number == served)
 
 
+@pytest.mark.parametrize("accepts_connections", [False, True], ids=["refused", "silent"])
 def test_a_registry_that_does_not_answer_leaves_the_model(
-    follower: Follower, capsys: pytest.CaptureFixture[str]
+    follower: Follower,
+    accepts_connections: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"http://127.0.0.1:{free_port()}")
-    for _ in range(4):
-        follower.look()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # 20 seconds otherwise
+    store = mlflow.get_tracking_uri()
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        if accepts_connections:
+            bound.listen()
+        mlflow.set_tracking_uri(f"http://127.0.0.1:{bound.getsockname()[1]}")
+        for _ in range(4):
+            follower.look()
     assert "the model registry does not say which version is next" in str(follower.current.problem)
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(store)
     make_champion("2")
     for _ in range(4):
         follower.look()
