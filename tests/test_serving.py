@@ -443,7 +443,7 @@ def test_an_image_of_too_many_pixels_is_refused_and_a_large_one_decoded_alone(
     assert response.status_code == 400
     assert "8192 x 8193 pixels; allowed: 67,108,864 in all" in response.json()["error"]
     monkeypatch.setattr(requests_module, "QUICK_PIXELS", 100)
-    with requests_module._large_image:
+    with requests_module._large:
         held = ask(content=PHOTO, app={"timeout_seconds": 0.2})
     assert held.status_code == 503
     assert ask(content=PHOTO).status_code == 200

@@ -10,6 +10,7 @@ import binascii
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,9 @@ DEFAULT_TOP = 3
 BLOCK_IMAGES = 32  # decoded and classified together; more would take memory and no less time
 ARRAY_FIELDS = ("inputs", "instances")
 MAX_NAME_LENGTH = 100  # of what a message quotes from a request
-_large_image = threading.Lock()  # held by the thread that decodes an image of more than QUICK_PIXELS
+QUICK_JSON_BYTES = 4_000_000  # nested lists take 20 times as much memory as their JSON
+# held by the thread that decodes an image of more than QUICK_PIXELS, or reads JSON of more than QUICK_JSON_BYTES
+_large = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,12 @@ def image_blocks(body: bytes, *, content_type: str, config: ModelConfig, max_ima
     if media_type == b"multipart/form-data":
         photographs = _photographs_of_form(body, boundary=parameters.get(b"boundary", b""), max_images=max_images)
     elif media_type.endswith(b"json") or body.lstrip()[:1] in (b"{", b"["):
-        field, value = _field_of_json(body)
-        if field in ARRAY_FIELDS:
-            yield from _blocks_of_array(value, config=config, max_images=max_images)
+        with _large if len(body) > QUICK_JSON_BYTES else nullcontext():
+            found = _read_json(body, config=config, max_images=max_images)
+        if isinstance(found, np.ndarray):
+            yield from (found[start : start + BLOCK_IMAGES] for start in range(0, len(found), BLOCK_IMAGES))
             return
-        photographs = _photographs_of_json(value, max_images=max_images)
+        photographs = found
     else:
         photographs = [Photograph("the body", body)]
     for start in range(0, len(photographs), BLOCK_IMAGES):
@@ -133,6 +137,14 @@ def _photographs_of_form(body: bytes, *, boundary: bytes, max_images: int) -> li
     if not photographs:
         raise RequestError(400, "the form has no file, or is incomplete; send one, as by `curl -F image=@FILE`")
     return photographs
+
+
+def _read_json(body: bytes, *, config: ModelConfig, max_images: int) -> list[Photograph] | Images:
+    """Return the files or the arrays of the only field of the JSON object."""
+    field, value = _field_of_json(body)
+    if field in ARRAY_FIELDS:
+        return _images_of_array(value, config=config, max_images=max_images)
+    return _photographs_of_json(value, max_images=max_images)
 
 
 def _field_of_json(body: bytes) -> tuple[str, Any]:
@@ -173,15 +185,17 @@ def _from_base64(text: Any, *, index: int) -> bytes:
         raise RequestError(400, f"images[{index}]: no valid base64: {first_line(error)}") from None
 
 
-def _blocks_of_array(value: Any, *, config: ModelConfig, max_images: int) -> Iterator[Images]:
-    """Yield nested lists of numbers as blocks of images."""
+def _images_of_array(value: Any, *, config: ModelConfig, max_images: int) -> Images:
+    """Return nested lists of numbers as images (N, H, W, C) uint8."""
+    size = config.image_size
+    if isinstance(value, list) and len(value) > size:  # it may not be an image without the axis of the batch
+        _check_count(len(value), max_images=max_images)
     try:
-        images = as_images(value, shape=(config.image_size, config.image_size, config.channels))
+        images = as_images(value, shape=(size, size, config.channels))
     except InvalidImages as error:
         raise RequestError(400, _shortened(first_line(error.message), length=5 * MAX_NAME_LENGTH)) from None
     _check_count(len(images), max_images=max_images)
-    for start in range(0, len(images), BLOCK_IMAGES):
-        yield images[start : start + BLOCK_IMAGES]
+    return images
 
 
 def _decode(photograph: Photograph, *, config: ModelConfig) -> npt.NDArray[np.uint8]:
@@ -192,7 +206,7 @@ def _decode(photograph: Photograph, *, config: ModelConfig) -> npt.NDArray[np.ui
         try:
             return decode(content, image_size=size, channels=channels, resize=resize, max_pixels=QUICK_PIXELS)
         except TooManyPixels:
-            with _large_image:
+            with _large:
                 return decode(content, image_size=size, channels=channels, resize=resize, max_pixels=MAX_PIXELS)
     except UnreadableImage as error:
         hint = "; `curl --data-binary @FILE` sends a file unchanged" if photograph.place == "the body" else ""
