@@ -92,7 +92,7 @@ def test_without_a_champion_the_model_of_the_checkout_is_served(
     write_model(Path("artifacts/train"), seed=1)
     with open_model(None) as current:
         assert (current.get().name, current.get().version) == ("artifacts/train", None)
-    assert "no champion yet: serves artifacts/train" in capsys.readouterr().err
+    assert "no champion yet: serves artifacts/train" in capsys.readouterr().out
 
 
 def test_an_alias_that_no_version_has_is_refused(project: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_damaged_champion_is_not_taken_over_and_reported_once(
     for _ in range(2 * MAX_SKIPPED_LOOKS):
         follower.look()
     assert follower.current.get().version == "1"
-    assert capsys.readouterr().err.count("version 3 cannot be served: ") == 1
+    assert capsys.readouterr().out.count("version 3 cannot be served: ") == 1
     assert f"{ADDRESS}: version 3 cannot be served: " in str(follower.current.problem)
     shutil.copy("model 3/best.safetensors", weights)
     for _ in range(MAX_SKIPPED_LOOKS + 1):
@@ -180,7 +180,7 @@ def test_a_registry_that_does_not_answer_leaves_the_model(
     for _ in range(4):
         follower.look()
     assert (follower.current.get().version, follower.current.problem) == ("2", None)
-    assert capsys.readouterr().err.count("warning: ") == 1
+    assert capsys.readouterr().out.count("warning: ") == 1
 
 
 def test_a_deleted_alias_leaves_the_model(follower: Follower, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +192,7 @@ def test_a_deleted_alias_leaves_the_model(follower: Follower, capsys: pytest.Cap
     make_champion("1")
     follower.look()
     assert follower.current.problem is None
-    assert capsys.readouterr().err.count("\n") == 2
+    assert capsys.readouterr().out.count("\n") == 2
 
 
 def test_a_champion_with_other_classes_or_sizes_is_taken_over_with_a_warning(
@@ -202,7 +202,7 @@ def test_a_champion_with_other_classes_or_sizes_is_taken_over_with_a_warning(
     make_champion("3")
     follower.look()
     assert follower.current.get().version == "3"
-    reported = capsys.readouterr().err
+    reported = capsys.readouterr().out
     assert "version 3 has other classes: a, d instead of a, b, c" in reported
     assert "version 3 accepts arrays (N, 40, 40, 3) and no longer (N, 32, 32, 3)" in reported
 
