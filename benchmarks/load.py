@@ -93,7 +93,7 @@ def milliseconds(replies: Sequence[Reply], percentile: float) -> float:
 
 
 def confused_clients(replies: Sequence[Reply], *, old: bytes, new: bytes) -> list[int]:
-    """Return the clients whose replies were not first with the text `old`, if any, and then with `new`, at least one."""
+    """Return the clients whose replies were not first those with the text `old`, if any, and then those with `new`."""
     wrong = []
     for client in sorted({reply.client for reply in replies}):
         own = [reply.content for reply in replies if reply.client == client]

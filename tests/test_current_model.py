@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import socket
 import time
 import weakref
 from pathlib import Path
@@ -18,7 +19,6 @@ from pipeline.serving.current import MAX_SKIPPED_LOOKS, Follower, open_model
 from pipeline.tracking import registry
 from pipeline.tracking.models import fetch_model
 from pipeline.tracking.store import connect
-from tests.conftest import free_port
 from tests.registered_models import register, write_model
 
 ADDRESS = "models:/digits@champion"
@@ -92,7 +92,7 @@ def test_without_a_champion_the_model_of_the_checkout_is_served(
     write_model(Path("artifacts/train"), seed=1)
     with open_model(None) as current:
         assert (current.get().name, current.get().version) == ("artifacts/train", None)
-    assert "no champion yet: serves artifacts/train" in capsys.readouterr().err
+    assert "no champion yet: serves artifacts/train" in capsys.readouterr().out
 
 
 def test_an_alias_that_no_version_has_is_refused(project: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_damaged_champion_is_not_taken_over_and_reported_once(
     for _ in range(2 * MAX_SKIPPED_LOOKS):
         follower.look()
     assert follower.current.get().version == "1"
-    assert capsys.readouterr().err.count("version 3 cannot be served: ") == 1
+    assert capsys.readouterr().out.count("version 3 cannot be served: ") == 1
     assert f"{ADDRESS}: version 3 cannot be served: " in str(follower.current.problem)
     shutil.copy("model 3/best.safetensors", weights)
     for _ in range(MAX_SKIPPED_LOOKS + 1):
@@ -158,20 +158,29 @@ def test_a_repaired_promotion_is_taken_over_at_once(follower: Follower) -> None:
         assert (follower.current.get().version, follower.current.problem is None) == (served, number == served)
 
 
+@pytest.mark.parametrize("accepts_connections", [False, True], ids=["refused", "silent"])
 def test_a_registry_that_does_not_answer_leaves_the_model(
-    follower: Follower, capsys: pytest.CaptureFixture[str]
+    follower: Follower,
+    accepts_connections: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"http://127.0.0.1:{free_port()}")
-    for _ in range(4):
-        follower.look()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")  # 20 seconds otherwise
+    store = mlflow.get_tracking_uri()
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        if accepts_connections:
+            bound.listen()
+        mlflow.set_tracking_uri(f"http://127.0.0.1:{bound.getsockname()[1]}")
+        for _ in range(4):
+            follower.look()
     assert "the model registry does not say which version is next" in str(follower.current.problem)
-    mlflow.set_tracking_uri(before)
+    mlflow.set_tracking_uri(store)
     make_champion("2")
     for _ in range(4):
         follower.look()
     assert (follower.current.get().version, follower.current.problem) == ("2", None)
-    assert capsys.readouterr().err.count("warning: ") == 1
+    assert capsys.readouterr().out.count("warning: ") == 1
 
 
 def test_a_deleted_alias_leaves_the_model(follower: Follower, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,7 +192,7 @@ def test_a_deleted_alias_leaves_the_model(follower: Follower, capsys: pytest.Cap
     make_champion("1")
     follower.look()
     assert follower.current.problem is None
-    assert capsys.readouterr().err.count("\n") == 2
+    assert capsys.readouterr().out.count("\n") == 2
 
 
 def test_a_champion_with_other_classes_or_sizes_is_taken_over_with_a_warning(
@@ -193,7 +202,7 @@ def test_a_champion_with_other_classes_or_sizes_is_taken_over_with_a_warning(
     make_champion("3")
     follower.look()
     assert follower.current.get().version == "3"
-    reported = capsys.readouterr().err
+    reported = capsys.readouterr().out
     assert "version 3 has other classes: a, d instead of a, b, c" in reported
     assert "version 3 accepts arrays (N, 40, 40, 3) and no longer (N, 32, 32, 3)" in reported
 

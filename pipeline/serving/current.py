@@ -7,7 +7,6 @@ the model that it got from `CurrentModel.get` until it is answered. Whatever fai
 """
 
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -281,4 +280,5 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _print(message: str) -> None:
-    print(escape_control_chars(message), file=sys.stderr, flush=True)
+    """Print a line to stdout, as the log of requests: stderr is discarded while a TIFF file is decoded."""
+    print(escape_control_chars(message), flush=True)
