@@ -1,13 +1,15 @@
 # `make help` lists the targets.
 
 PYTHON ?= python3.11
-# These five are read from the command line only, as in `make run IMAGES=…`: the environment, of a CI above all, may use
+# These seven are read from the command line only, as in `make run IMAGES=…`: the environment, of a CI above all, may use
 # such common names for something else.
 RECIPE :=
 SET :=
 IMAGES :=
 SEEDS :=
 EXTRAS :=
+MODEL :=
+PORT :=
 # pytest's own options, as in: make test PYTEST="-k train"
 PYTEST ?=
 # `make test` uses one process more than there are cores (2), since the slow tests often wait for servers
@@ -34,7 +36,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 
 .PHONY: help run test test-quick coverage faults check-bits results bench gpu check lint format types experiments ui \
-    worker prefect-env stop install lock audit clean
+    serve worker prefect-env stop install lock audit clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,8 +44,9 @@ help: ## list the targets
 # make would accept `make run train.epochs=3` and ignore the value; `run` refuses it
 MISPLACED := $(filter download.% normalize.% train.% evaluate.%,$(.VARIABLES))
 
-# the path as the user wrote it: neither make nor the shell expands characters in it
+# the paths as the user wrote them: neither make nor the shell expands characters in them
 export IMAGES_FOLDER := $(value IMAGES)
+export SERVED_MODEL := $(value MODEL)
 
 run: $(INSTALLED) ## run the flow: make run RECIPE=cifar10_lenet SET="train.epochs=3" SEEDS=5; make run IMAGES="/my photos"
 	@if [ -n "$(MISPLACED)" ]; then \
@@ -98,6 +101,9 @@ experiments: $(INSTALLED) ## list the experiments since the last commit: metrics
 
 ui: $(INSTALLED) ## serve MLflow's and Prefect's pages until Ctrl-C; ports: MLFLOW_PORT, PREFECT_PORT
 	@$(BIN)/python -m flows.ui
+
+serve: $(INSTALLED) ## answer photographs posted by curl until Ctrl-C, by the champion: make serve MODEL=runs:/ID/model PORT=8080
+	@$(BIN)/python -m pipeline.serve $(if $(SERVED_MODEL),--model "$$SERVED_MODEL") $(if $(PORT),--port "$(PORT)")
 
 worker: $(INSTALLED) ## register the deployments (prefect.yaml) and run them until Ctrl-C
 	@$(BIN)/python -m flows.worker

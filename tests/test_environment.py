@@ -134,16 +134,20 @@ def test_make_passes_a_path_on_unchanged(installed: Path) -> None:
     ]
     assert done.stdout.splitlines() == expected
     assert make("run", "RECIPE=digits", folder=installed).stdout.splitlines()[2:] == ["--recipe", "digits"]
+    done = make("serve", f"MODEL={PATH_WITH_SPECIAL_CHARS}", "PORT=8081", folder=installed)
+    assert done.stdout.splitlines()[2:] == ["--model", PATH_WITH_SPECIAL_CHARS, "--port", "8081"]
 
 
 def test_environment_variables_do_not_change_what_make_runs_or_installs(installed: Path) -> None:
-    names = ("IMAGES", "RECIPE", "SET", "EXTRAS", "IMAGES_FOLDER")
+    names = ("IMAGES", "RECIPE", "SET", "EXTRAS", "MODEL", "PORT", "IMAGES_FOLDER", "SERVED_MODEL")
     environment = os.environ | dict.fromkeys(names, "nightly")
     done = make("run", folder=installed, environment=environment)
     assert done.stdout.splitlines() == ["-m", "flows.train_classifier"], done.stderr
     done = make("run", "RECIPE=digits", "IMAGES=", folder=installed, environment=environment)
     assert done.stdout.splitlines()[2:] == ["--recipe", "digits"]
     assert "lock" not in make("install", folder=installed, environment=environment).stdout
+    done = make("serve", folder=installed, environment=environment)
+    assert done.stdout.splitlines() == ["-m", "pipeline.serve"], done.stderr
 
 
 def test_installed_extras_stay_installed(installed: Path) -> None:

@@ -1,9 +1,11 @@
 """Images of every mode and format become uint8 pixels of one size; damaged files raise an error with a reason."""
 
 import io
+import os
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -259,3 +261,13 @@ def test_resized_pixels_do_not_overflow() -> None:
     pixels = resize_pixels(checkers.astype(np.uint8), image_size=32, channels=1)
     assert pixels.shape == (32, 32, 1)
     assert (pixels[0, 0, 0], pixels[0, 31, 0]) == (0, 255)
+
+
+def test_threads_that_decode_tiff_files_at_the_same_time_leave_stderr_as_it_was(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    content = encoded(noise(0), "TIFF")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: read(content), range(200)))
+    os.write(2, b"still there")
+    assert capfd.readouterr().err == "still there"

@@ -67,6 +67,7 @@ def test_an_alias_moves_from_one_version_to_another(run_id: str) -> None:
         found = registry.version_of_alias("digits", "champion")
         assert found
         assert (found.number, found.aliases) == (version.number, ("champion",))
+        assert registry.number_of_alias("digits", "champion") == version.number
     assert registry.find_versions("digits")[1].aliases == ()
     for _ in range(2):
         registry.remove_alias("digits", "champion")
@@ -91,6 +92,7 @@ def test_what_does_not_exist_is_empty_or_refused(run_id: str) -> None:
     assert registry.find_versions("digits") == []
     assert registry.read_tags("digits") == {}
     assert registry.version_of_alias("digits", "champion") is None
+    assert registry.number_of_alias("digits", "champion") is None
     with pytest.raises(UserError, match="model registry: found no digits version 7"):
         registry.set_alias("digits", "champion", "7")
     without_model = MlflowClient().create_run("0").info.run_id

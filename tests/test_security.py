@@ -17,6 +17,7 @@ from PIL import Image
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import server, ui
+from pipeline import serve
 from pipeline.artifacts import write_checksums
 from pipeline.core.errors import UserError, escape_control_chars, redact_url
 from pipeline.core.yaml import dump_yaml
@@ -215,10 +216,18 @@ def test_a_password_in_the_prefect_url_is_not_shown(tmp_path: Path) -> None:
 
 
 def test_servers_listen_on_loopback_only() -> None:
-    commands = [path.read_text(encoding="utf-8") for path in SOURCES if '"--host"' in path.read_text(encoding="utf-8")]
+    sources = {path.name: path.read_text(encoding="utf-8") for path in SOURCES}
+    commands = [text for name, text in sources.items() if '"--host"' in text and name != "serve.py"]
     assert len(commands) == 2
     assert all('"--host", "127.0.0.1"' in text and "0.0.0.0" not in text for text in commands)
     assert server.Server(1, "", 4200).address == "http://127.0.0.1:4200"
+
+
+def test_the_server_of_a_model_listens_on_loopback_unless_host_names_another_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["serve"])
+    assert serve.parse_arguments().host == "127.0.0.1"
 
 
 AUDITORS = {

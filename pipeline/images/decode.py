@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -49,12 +50,17 @@ _SIGNATURES = re.compile(
 )
 _LONG_QUOTE = re.compile(r"""b?'[^']{9,}'|b?"[^"]{9,}\"""")  # in an error of Pillow: may be metadata of the file
 _RESAMPLE = Image.Resampling.BICUBIC
+_FILE_DESCRIPTOR_2 = threading.Lock()  # held by the thread that has replaced it
 _SIXTEEN_BIT = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 logging.getLogger("PIL").setLevel(logging.CRITICAL + 1)  # plugins log problems of a file, which decode() reports anyway
 
 
 class UnreadableImage(ValueError):  # noqa: N818
     """The error for an image file that cannot be decoded; its text is the reason, in one line."""
+
+
+class TooManyPixels(UnreadableImage):
+    """The error for an image with more pixels than the caller allows; nothing of it was decoded."""
 
 
 def is_image_content(head: bytes) -> bool:
@@ -69,8 +75,12 @@ def check_suffix(name: str) -> None:
         raise UnreadableImage(f"{suffix} files cannot be decoded here; export it as JPEG, PNG or TIFF")
 
 
-def decode(content: bytes, *, image_size: int, channels: Channels, resize: Resize) -> npt.NDArray[np.uint8]:
+def decode(
+    content: bytes, *, image_size: int, channels: Channels, resize: Resize, max_pixels: int = MAX_PIXELS
+) -> npt.NDArray[np.uint8]:
     """Decode the first frame of an image file to (image_size, image_size, channels) uint8; raises UnreadableImage.
+
+    With more than `max_pixels`, that is TooManyPixels, before anything is decoded.
 
     - The EXIF orientation is applied, damaged EXIF data is ignored; color profiles are not applied.
     - Transparent images are laid over white.
@@ -84,7 +94,8 @@ def decode(content: bytes, *, image_size: int, channels: Channels, resize: Resiz
     A truncated file is unreadable; wrong bytes inside JPEG data cannot always be detected.
     """
     with _reporting_unreadable(content):
-        image = _to_channels(_open(content, draft_size=DRAFT_FACTOR * image_size), channels=channels)
+        image = _open(content, draft_size=DRAFT_FACTOR * image_size, max_pixels=max_pixels)
+        image = _to_channels(image, channels=channels)
         return _pixels(to_size(image, image_size=image_size, resize=resize))
 
 
@@ -136,7 +147,7 @@ def _reporting_unreadable(content: bytes) -> Iterator[None]:
     except UnreadableImage:
         raise
     except Image.DecompressionBombError:
-        raise UnreadableImage(f"more than {MAX_PIXELS:,} pixels") from None
+        raise TooManyPixels(f"more than {MAX_PIXELS:,} pixels") from None
     except UnidentifiedImageError:
         raise UnreadableImage("empty file" if not content else "not an image, or its header is damaged") from None
     # Pillow's parsers raise nearly anything on damaged input: struct.error, SyntaxError, IndexError, OverflowError, …
@@ -171,15 +182,15 @@ def resize_pixels(pixels: npt.NDArray[np.uint8], *, image_size: int, channels: C
     return _pixels(to_size(image, image_size=image_size, resize="stretch"))
 
 
-def _open(content: bytes, *, draft_size: int | None = None) -> Image.Image:
-    """Load the first frame and turn it upright; raises UnreadableImage before decoding where it has too many pixels.
+def _open(content: bytes, *, draft_size: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Load the first frame and turn it upright; raises TooManyPixels before decoding where it has too many.
 
     A JPEG file is decoded at reduced size, with both sides at least `draft_size`, where it is given and allows that.
     """
     image: Image.Image = Image.open(BytesIO(content), formats=_FORMATS)
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise UnreadableImage(f"{width} x {height} pixels; allowed: {MAX_PIXELS:,} in all")
+    if width * height > max_pixels:
+        raise TooManyPixels(f"{width} x {height} pixels; allowed: {max_pixels:,} in all")
     if draft_size is not None:
         image.draft(None, (draft_size, draft_size))
     with _quiet_stderr() if image.format == "TIFF" else nullcontext():
@@ -192,16 +203,18 @@ def _open(content: bytes, *, draft_size: int | None = None) -> Image.Image:
 def _quiet_stderr() -> Iterator[None]:
     """Discard what is written to file descriptor 2 during the block, also by other threads.
 
-    The C library libtiff writes its warnings there.
+    The C library libtiff writes its warnings there. One thread at a time is in the block: a second one would save the
+    null device as the file descriptor to restore.
     """
-    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
+    with _FILE_DESCRIPTOR_2:
+        saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(null, 2)
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            os.close(null)
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -25,15 +25,17 @@ class ModelFiles:
     weights_md5: str
 
 
-def find_model_files(text: str | None = None) -> ModelFiles:
+def find_model_files(text: str | None = None, *, target: Path | None = None) -> ModelFiles:
     """Return the files of the model that a text names, by default those in `artifacts/train/`.
 
     The text is a folder, a `.safetensors` file with `model.json` beside it, `runs:/RUN_ID/model`,
     `models:/NAME/VERSION`, `models:/NAME@ALIAS`, or the id, its first digits (6 or more) or the name of an MLflow run.
-    An existing folder or file has precedence over a run of the same name. Raises UserError where there is no such
-    model, where a name is that of several models, or where a file was changed since it was written.
+    An existing folder or file has precedence over a run of the same name. A model in MLflow is copied into the folder
+    `target` if one is given; without it, the files stay where MLflow has them, or in a temporary folder. Raises
+    UserError where there is no such model, where a name is that of several models, or where a file was changed since it
+    was written.
     """
-    folder, checkpoint = _locate(text)
+    folder, checkpoint = _locate(text, target=target)
     if folder == TRAIN and not folder.is_dir():
         raise UserError(
             f"{TRAIN}: no such folder: this checkout has no model; run `dvc exp apply NAME` for the model of a flow "
@@ -45,13 +47,13 @@ def find_model_files(text: str | None = None) -> ModelFiles:
     return ModelFiles(text or str(TRAIN), folder, checkpoint, file_md5(folder / weights))
 
 
-def _locate(text: str | None) -> tuple[Path, str]:
+def _locate(text: str | None, *, target: Path | None) -> tuple[Path, str]:
     """Return the folder of the model that a text names, and the name of its checkpoint."""
     best = BEST_WEIGHTS.removesuffix(WEIGHTS_SUFFIX)
     if text is None:
         return TRAIN, best
     if ":/" in text:
-        return _fetch(text), best
+        return _fetch(text, target=target), best
     path = expand(text)
     if path.is_file():
         if path.suffix != WEIGHTS_SUFFIX:
@@ -62,7 +64,7 @@ def _locate(text: str | None) -> tuple[Path, str]:
         return path.parent, path.stem
     if path.is_dir() or len(path.parts) != 1:
         return path, best
-    return _fetch(f"runs:/{_find_run(text)}/model"), best
+    return _fetch(f"runs:/{_find_run(text)}/model", target=target), best
 
 
 def _find_run(text: str) -> str:
@@ -86,8 +88,8 @@ def _find_run(text: str) -> str:
     return next(iter(models.values())).run_id
 
 
-def _fetch(uri: str) -> Path:
+def _fetch(uri: str, *, target: Path | None) -> Path:
     """Return the folder with a model that MLflow has recorded."""
     from pipeline.tracking.models import fetch_model  # noqa: PLC0415  # MLflow takes seconds to import
 
-    return fetch_model(uri)
+    return fetch_model(uri, target=target)

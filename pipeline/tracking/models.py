@@ -110,15 +110,15 @@ def _models(run_id: str) -> list[LoggedModel]:
     return list(client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'"))
 
 
-def fetch_model(uri: str) -> Path:
-    """Download a recorded model; return the folder with its weights and configuration.
+def fetch_model(uri: str, *, target: Path | None = None) -> Path:
+    """Download a recorded model, into `target` if it is given; return the folder with its weights and configuration.
 
     `uri` is `runs:/<run id>/model`, `models:/<name>/<version>` or `models:/<name>@<alias>`. No code from the model is
     run. Raises UserError where there is no such model.
     """
     connect()
     try:
-        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri))
+        folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(target) if target else None))
     except (MlflowException, OSError) as error:
         raise UserError(
             f"--model {uri}: MLflow cannot provide it ({first_line(error)}); `make ui` shows the runs and their models"

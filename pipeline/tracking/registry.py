@@ -169,6 +169,14 @@ def version_of_alias(name: str, alias: str) -> Version | None:
     return next((one for one in find_versions(name) if alias in one.aliases), None)
 
 
+def number_of_alias(name: str, alias: str) -> str | None:
+    """Return the number of the version that has the alias, or None; quicker than `version_of_alias`."""
+    with store_errors():
+        model = _find_model(name)
+    number = model.aliases.get(alias) if model else None
+    return None if number is None else str(number)
+
+
 def set_alias(name: str, alias: str, number: str) -> None:
     """Give the alias to the version of this number, also where another version has it."""
     with _known(f"{name} version {number}"):
