@@ -210,7 +210,8 @@ def _matches(prefix: str, parts: Sequence[str]) -> Iterator[Input]:
 def _matching_names(prefix: str, part: str, *, only_folders: bool) -> list[str]:
     """Return the sorted names in a folder that match a part of a pattern; hidden ones only where it begins with "."."""
     if not _MAGIC.search(part):
-        return [part] if os.path.lexists(prefix + part) else []
+        is_root = not prefix + part  # the pattern begins with "/"
+        return [part] if is_root or os.path.lexists(prefix + part) else []
     if not os.path.isdir(prefix or os.curdir):  # noqa: PTH112
         return []
     files, folders = _list(prefix, hidden=part.startswith("."))
