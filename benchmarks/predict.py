@@ -162,12 +162,11 @@ def run(output: Path, folder: Path, *, kill_at: tuple[float, float] = (math.inf,
     parts itself. Raises UserError where the command failed.
     """
     target, moment = kill_at
-    partial = output.with_name(f"{output.name}.partial")
-    parts = first = len(list(partial.glob("*.parquet")))
+    parts = first = _num_parts(output)
     begin, was_killed = time.perf_counter(), False
     with start(ours(output.name), folder, new_group=True) as child:
         while child.poll() is None:
-            parts = max(parts, len(list(partial.glob("*.parquet"))))
+            parts = max(parts, _num_parts(output))
             if parts >= target:
                 time.sleep(moment * (SECONDS_OF_START if first >= target else SECONDS_OF_PART))
                 was_killed = child.poll() is None
@@ -177,6 +176,11 @@ def run(output: Path, folder: Path, *, kill_at: tuple[float, float] = (math.inf,
     if child.returncode not in (0, -signal.SIGKILL):
         raise UserError(f"the command ended with status {child.returncode}; fix what it printed, then run this again")
     return Run(parts, time.perf_counter() - begin, was_killed)
+
+
+def _num_parts(output: Path) -> int:
+    """Return the number of finished parts of a file that is being made."""
+    return len(list(output.with_name(f"{output.name}.partial").glob("[0-9]*.parquet")))
 
 
 def main() -> None:

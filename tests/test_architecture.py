@@ -201,6 +201,7 @@ MAY_LOAD = {stage: {"torch"} for stage in stage_names()} | {
     "train": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
     "evaluate": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
     "predict": {"torch"},
+    "prediction.image_files": set[str](),  # which each decoding process imports
     "report": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
 }
 
