@@ -230,38 +230,6 @@ class Output:
             yield found[0]
 
 
-def _write_csv(path: Path, tables: Iterator[pa.Table], *, schema: pa.Schema, request: Request) -> None:
-    with atomic(path) as file:
-        writer = csv.DictWriter(_Utf8(file), csv_header(schema, top=request.top), lineterminator="\n")
-        writer.writeheader()
-        for table in tables:
-            writer.writerows(csv_values(row) for row in table.to_pylist())
-
-
-class _Utf8:
-    """A text file for the module `csv` that writes UTF-8 to a binary file."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def write(self, text: str) -> int:
-        return int(self._file.write(text.encode()))
-
-
-def _write_json_lines(path: Path, tables: Iterator[pa.Table], *, schema: pa.Schema, request: Request) -> None:
-    with atomic(path) as file:
-        for table in tables:
-            for row in table.to_pylist():
-                file.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
-
-
-def _write_parquet(path: Path, tables: Iterator[pa.Table], *, schema: pa.Schema, request: Request) -> None:
-    parts_per_group = max(1, MAX_GROUP_VALUES // (PART_ROWS * request.top))
-    with parquet_writer(path, schema) as writer:
-        while group := list(islice(tables, parts_per_group)):
-            writer.write_table(pa.concat_tables(group), row_group_size=len(group) * PART_ROWS)
-
-
 def _digest(inputs: Sequence[Input]) -> str:
     """Return a hash of the paths of inputs, and of the size and the modification time of each file."""
     digest = hashlib.blake2b(digest_size=16)
