@@ -14,7 +14,7 @@ from pipeline.artifacts import atomic
 from pipeline.parquet import parquet_writer
 from pipeline.prediction.rows import Row
 
-MAX_GROUP_ENTRIES = 2**17  # of `top` in a row group of a Parquet file, of which one is in memory at a time
+SUFFIXES = (".csv", ".jsonl", ".ndjson", ".parquet")
 INPUTS_KEY = b"inputs"  # in the metadata of a part: the digest of its inputs
 
 
@@ -65,15 +65,34 @@ def _values(row: Row) -> dict[str, Any]:
     }
 
 
-def csv_header(schema: pa.Schema, *, top: int) -> list[str]:
-    """Return the columns of a CSV file: those of the schema, with `class_1, probability_1, …` in place of `top`."""
+def write_csv(path: Path, tables: Iterator[pa.Table], *, schema: pa.Schema, top: int) -> None:
+    """Write the rows of parts as CSV in UTF-8, with `class_1, probability_1, …, class_<top>, probability_<top>`."""
+    with atomic(path) as file:
+        writer = csv.DictWriter(_Utf8(file), _csv_header(schema, top=top), lineterminator="\n")
+        writer.writeheader()
+        for table in tables:
+            writer.writerows(_csv_values(row) for row in table.to_pylist())
+
+
+class _Utf8:
+    """A text file for the module `csv` that writes UTF-8 to a binary file."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        return self._file.write(text.encode())
+
+
+def _csv_header(schema: pa.Schema, *, top: int) -> list[str]:
+    """Return the columns of a CSV file: those of the schema, with a pair for each rank in place of `top`."""
     ranked = [f"{name}_{rank}" for rank in range(1, top + 1) for name in ("class", "probability")]
     names: list[str] = schema.names
     position = names.index("top")
     return names[:position] + ranked + names[position + 1 :]
 
 
-def csv_values(row: Mapping[str, Any]) -> dict[str, Any]:
+def _csv_values(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a row of a part by column of the CSV file."""
     values = {name: value for name, value in row.items() if name != "top"}
     for rank, entry in enumerate(row["top"], start=1):
@@ -81,33 +100,17 @@ def csv_values(row: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def write_csv(path: Path, tables: Iterator[pa.Table], *, schema: pa.Schema, request: Request) -> None:
-    with atomic(path) as file:
-        writer = csv.DictWriter(_Utf8(file), csv_header(schema, top=request.top), lineterminator="\n")
-        writer.writeheader()
-        for table in tables:
-            writer.writerows(csv_values(row) for row in table.to_pylist())
-
-
-class _Utf8:
-    """A text file for the module `csv` that writes UTF-8 to a binary file."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-
-    def write(self, text: str) -> int:
-        return int(self._file.write(text.encode()))
-
-
-def write_json_lines(path: Path, tables: Iterator[pa.Table], *, schema: pa.Schema, request: Request) -> None:
+def write_json_lines(path: Path, tables: Iterator[pa.Table]) -> None:
+    """Write the rows of parts as one JSON object a line, in UTF-8."""
     with atomic(path) as file:
         for table in tables:
             for row in table.to_pylist():
                 file.write(f"{json.dumps(row, ensure_ascii=False)}\n".encode())
 
 
-def write_parquet(path: Path, tables: Iterator[pa.Table], *, schema: pa.Schema, request: Request) -> None:
-    parts_per_group = max(1, MAX_GROUP_VALUES // (PART_ROWS * request.top))
+def write_parquet(path: Path, tables: Iterator[pa.Table], *, schema: pa.Schema, parts_per_group: int) -> None:
+    """Write the rows of parts as Parquet, with this many parts in a row group, of which one is in memory at a time."""
     with parquet_writer(path, schema) as writer:
         while group := list(islice(tables, parts_per_group)):
-            writer.write_table(pa.concat_tables(group), row_group_size=len(group) * PART_ROWS)
+            table = pa.concat_tables(group)
+            writer.write_table(table, row_group_size=len(table))

@@ -8,7 +8,7 @@ import numpy as np
 
 from pipeline.core.processes import num_cores
 from pipeline.params import Views
-from pipeline.prediction.decoding import ReadImage
+from pipeline.prediction.image_files import ReadImage
 from pipeline.prediction.model import LoadedModel, answer_of
 
 
