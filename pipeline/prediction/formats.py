@@ -68,20 +68,21 @@ def _values(row: Row) -> dict[str, Any]:
 def write_csv(path: Path, tables: Iterator[pa.Table], *, schema: pa.Schema, top: int) -> None:
     """Write the rows of parts as CSV in UTF-8, with `class_1, probability_1, …, class_<top>, probability_<top>`."""
     with atomic(path) as file:
-        writer = csv.DictWriter(_Utf8(file), _csv_header(schema, top=top), lineterminator="\n")
+        # the module quotes a value that has a character of the line terminator in it
+        writer = csv.DictWriter(_Utf8Lines(file), _csv_header(schema, top=top), lineterminator="\r\n")
         writer.writeheader()
         for table in tables:
             writer.writerows(_csv_values(row) for row in table.to_pylist())
 
 
-class _Utf8:
-    """A text file for the module `csv` that writes UTF-8 to a binary file."""
+class _Utf8Lines:
+    """A text file for the module `csv` that writes UTF-8 to a binary file, and ends rows with a line feed alone."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
 
     def write(self, text: str) -> int:
-        return self._file.write(text.encode())
+        return self._file.write((text.removesuffix("\r\n") + "\n").encode())
 
 
 def _csv_header(schema: pa.Schema, *, top: int) -> list[str]:
