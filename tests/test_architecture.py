@@ -76,7 +76,12 @@ ONLY_IN = {
     "ruamel": {"pipeline/core/yaml.py", "pipeline/recipes.py"},
     "PIL": {"pipeline/images/decode.py", "pipeline/reporting/gallery.py"},
     "pillow_heif": {"pipeline/images/decode.py"},
-    "pyarrow": {"pipeline/parquet.py", "pipeline/evaluation/predictions.py"},
+    "pyarrow": {
+        "pipeline/parquet.py",
+        "pipeline/evaluation/predictions.py",
+        "pipeline/prediction/formats.py",
+        "pipeline/prediction/output.py",
+    },
     "scipy": {
         "pipeline/comparison/models.py",
         "pipeline/comparison/paired.py",

@@ -1,6 +1,6 @@
 """Read the image files of a command line in blocks, on all cores."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from itertools import chain, islice
 
@@ -16,7 +16,7 @@ BLOCK_BYTES = 2**23  # of the pixels in a block; it has IMAGES_PER_CHUNK images 
 MAX_WITHOUT_POOL = 64  # inputs that this process reads alone; starting others takes longer than reading small images
 
 
-def read_images(inputs: Iterator[Input], *, config: ModelConfig) -> Iterator[list[ReadImage]]:
+def read_images(inputs: Iterator[Input], *, config: ModelConfig) -> Generator[list[ReadImage], None, None]:
     """Read the inputs in their order, and yield them in blocks of up to BLOCK_IMAGES.
 
     The pixels have the size and channels of the images that the model with this configuration was trained with. More
@@ -37,9 +37,13 @@ def read_images(inputs: Iterator[Input], *, config: ModelConfig) -> Iterator[lis
 
 
 def block_length(image_bytes: int) -> int:
-    """Return the number of inputs in a block, where the pixels of an image have this many bytes."""
+    """Return the number of inputs in a block, where the pixels of an image have this many bytes.
+
+    It is a power of two, as is the number of rows in a part of an output file: no block is in two parts, so that a GPU
+    computes the same batches after a part was kept.
+    """
     chunks = min(BLOCK_BYTES // image_bytes, BLOCK_IMAGES) // IMAGES_PER_CHUNK
-    return max(1, chunks) * IMAGES_PER_CHUNK
+    return IMAGES_PER_CHUNK << (max(1, chunks).bit_length() - 1)
 
 
 def _blocks(
