@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from pipeline.artifacts import file_md5
 from pipeline.core.errors import PartialError, escape_control_chars
-from pipeline.core.processes import num_cores
 from pipeline.core.progress import progress
 from pipeline.models.files import load_config
 from pipeline.params import Views
@@ -44,7 +43,9 @@ def run(arguments: argparse.Namespace) -> None:
 def _load(arguments: argparse.Namespace, *, files: ModelFiles, device: torch.device, top: int) -> Answer:
     """Load the model, and return the function that answers inputs with the `top` most probable classes."""
     model = load(files, device=device)
-    torch.set_num_threads(num_cores())  # PyTorch's own default ignores the CPU quota of a container
+    # the network is computed by threads of our own; for the rest, threads of PyTorch would spin while they wait, and
+    # take a quarter of the CPU time of this process from those that decode
+    torch.set_num_threads(1)
     threshold = find_threshold(model, arguments.coverage)
     return partial(_answers, model=model, top=top, threshold=threshold, views=arguments.views)
 
