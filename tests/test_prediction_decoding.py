@@ -78,7 +78,7 @@ def test_images_have_the_size_and_channels_of_the_model(here: Path, pool: bool) 
 
 
 def test_blocks_are_bounded_in_number_and_bytes(here: Path) -> None:
-    assert [block_length(size) for size in (1, 32 * 32 * 3, 224 * 224 * 3, 1024 * 1024 * 3)] == [256, 256, 48, 16]
+    assert [block_length(size) for size in (1, 32 * 32 * 3, 224 * 224 * 3, 1024 * 1024 * 3)] == [256, 256, 32, 16]
     [path] = write(1)
     blocks = list(read_images(iter([Input(path)] * 600), config=config()))
     assert [len(block) for block in blocks] == [256, 256, 88]
@@ -101,7 +101,7 @@ def test_the_inputs_are_consumed_as_a_stream(here: Path, pool: bool) -> None:
             taken += 1
             yield Input(path)
 
-    with contextlib.closing(read_images(endless(), config=config())) as blocks:  # type: ignore[type-var]
+    with contextlib.closing(read_images(endless(), config=config())) as blocks:
         assert len(next(blocks)) == 256
     assert taken < 2000
 
