@@ -44,11 +44,18 @@ def workspace(images: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def start(command: list[str], folder: Path, *, one_core: bool = False) -> subprocess.Popen[bytes]:
-    """Start a command in the folder; `one_core` pins it to one core, as if the machine had only one."""
+def start(
+    command: list[str], folder: Path, *, one_core: bool = False, new_group: bool = False
+) -> subprocess.Popen[bytes]:
+    """Start a command in the folder; `one_core` pins it to one core, as if the machine had only one.
+
+    With `new_group`, it and its processes are a process group, so that they can be killed at once.
+    """
     prefix = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))] if one_core else []
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PROJECT), *_python_path()])}
-    return subprocess.Popen([*prefix, *command], cwd=folder, env=environment, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [*prefix, *command], cwd=folder, env=environment, stdout=subprocess.DEVNULL, start_new_session=new_group
+    )
 
 
 def _python_path() -> list[str]:

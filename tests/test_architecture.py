@@ -76,7 +76,12 @@ ONLY_IN = {
     "ruamel": {"pipeline/core/yaml.py", "pipeline/recipes.py"},
     "PIL": {"pipeline/images/decode.py", "pipeline/reporting/gallery.py"},
     "pillow_heif": {"pipeline/images/decode.py"},
-    "pyarrow": {"pipeline/parquet.py", "pipeline/evaluation/predictions.py"},
+    "pyarrow": {
+        "pipeline/parquet.py",
+        "pipeline/evaluation/predictions.py",
+        "pipeline/prediction/formats.py",
+        "pipeline/prediction/output.py",
+    },
     "scipy": {
         "pipeline/comparison/models.py",
         "pipeline/comparison/paired.py",
@@ -205,6 +210,7 @@ MAY_LOAD = {stage: {"torch"} for stage in stage_names()} | {
     "evaluate": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
     "predict": {"torch"},
     "serve": {"torch", "mlflow", "sqlalchemy", "pandas", "scipy"},
+    "prediction.image_files": set[str](),  # which each decoding process imports
     "report": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
 }
 

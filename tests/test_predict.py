@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shutil
@@ -6,30 +7,34 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from pipeline import predict as module
-from pipeline.artifacts import replace_folder
+from pipeline.artifacts import replace_folder, write_checksums
 from pipeline.core.errors import EXIT_PARTIAL, EXIT_PIPE
 from pipeline.core.yaml import dump_yaml
 from pipeline.models.build import build
 from pipeline.models.cpu_kernels import PORTABLE
 from pipeline.models.files import save_config, save_weights
-from pipeline.predict import BATCH_SIZE, main, predict
+from pipeline.predict import main
+from pipeline.prediction import command, decoding
+from pipeline.prediction.image_files import ReadImage
 from pipeline.tracking import served_model
 from tests.conftest import DEFAULTS, PROJECT, colored_images, write_normalized
 from tests.raw_folders import encoded, noise
 from tests.test_model import config
 
+CONFIG: dict[str, Any] = {"classes": 3, "class_names": ("a", "b", "c"), "cpu_kernels": "portable"}
+
 
 @pytest.fixture
 def model(workspace: Path) -> Path:
     """Write a LeNet that always predicts "b", and a photo.png; return the folder of the model."""
-    chosen = config(classes=3, class_names=("a", "b", "c"), cpu_kernels="portable")
+    chosen = config(**CONFIG)
     classifier = build(chosen)
     with torch.no_grad():
         classifier.network[11].bias.copy_(torch.tensor([0.0, 5.0, 1.0]))  # type: ignore[index]
@@ -45,10 +50,18 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     main()
 
 
-def test_probabilities_are_sorted_and_sum_to_one(model: Path) -> None:
-    (result,) = predict([Path("photo.png")], folder=model)
-    assert list(result.probabilities) == ["b", "c", "a"]
-    assert sum(result.probabilities.values()) == pytest.approx(1)
+def answers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> list[Any]:
+    """Return what `--json` prints for these arguments."""
+    run(monkeypatch, *arguments, "--json")
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_probabilities_are_sorted_and_sum_to_one(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [answer] = answers(monkeypatch, capsys, "photo.png")
+    assert list(answer["probabilities"]) == ["b", "c", "a"]
+    assert sum(answer["probabilities"].values()) == pytest.approx(1)
 
 
 def test_one_line_is_printed_for_each_image(
@@ -72,16 +85,19 @@ def test_a_checkout_without_a_model_names_the_ways_to_one(
     assert all(remedy in line for remedy in ("`dvc exp apply NAME`", "`dvc checkout`", "--model runs:/RUN_ID/model"))
 
 
-def test_json_has_all_classes(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run(monkeypatch, "photo.png", "--json")
-    assert set(json.loads(capsys.readouterr().out)["probabilities"]) == {"a", "b", "c"}
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["photo.png", "--model", "elsewhere"], "error: elsewhere/model.json: no such file"),
+        (["photo.png", "--model", "elsewhere"], "error: --model elsewhere: no folder, file or MLflow run of this name"),
+        (["photo.png", "--model", "else/where"], "error: else/where/best.safetensors: no such file"),
         (["photo.png", "--top", "0"], "error: --top is 0; allowed: 1 or more"),
+        (["photo.png", "--coverage", "0.9"], "error: --coverage 0.9: artifacts/train has no thresholds"),
+        (["photo.png", "--device", "tpu"], "error: --device is tpu, but PyTorch finds no such device"),
+        (["photo.png", "--null"], "error: --null is given, but no list on standard input"),
+        (["photo.png", "--overwrite"], "error: --overwrite is given without --output"),
+        (["photo.png", "--json", "--output", "x.csv"], "error: --json prints answers, but --output writes them"),
+        (["photo.png", "--output", "x.xlsx"], "error: --output x.xlsx: found the suffix '.xlsx'; allowed: .csv, .j"),
+        (["photo.png", "--output", "x"], "error: --output x: found the suffix ''; allowed: .csv, .jsonl"),
     ],
 )
 def test_a_bad_option_is_reported_in_one_line(
@@ -111,7 +127,7 @@ def bad_files(model: Path) -> dict[str, str]:
         "text.jpg": "not readable as an image (not an image, or its header is damaged)",
         "empty.png": "not readable as an image (empty file)",
         "raw.CR2": "not readable as an image (.cr2 files cannot be decoded here; export it as JPEG, PNG or TIFF)",
-        "folder": "a folder; name image files, as in folder/*.jpg",
+        "folder": "a folder without images",
         "gone.png": "no such file",
         "loop.png": "Too many levels of symbolic links",
         "/dev/zero": "not readable as an image (a device, not a file)",
@@ -157,48 +173,69 @@ def test_all_files_are_reported_if_all_are_bad(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_a_file_without_read_permission_is_reported(model: Path) -> None:
+def test_a_file_without_read_permission_is_reported(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copy("photo.png", "secret.png")
     Path("secret.png").chmod(0)
-    secret, photo = predict([Path("secret.png"), Path("photo.png")], folder=model)
-    assert (secret.unreadable_reason, photo.unreadable_reason) == ("Permission denied", "")
+    with pytest.raises(SystemExit, match="3"):
+        run(monkeypatch, "secret.png", "photo.png")
+    assert capsys.readouterr().err.startswith("error: secret.png: Permission denied\n")
 
 
-def test_predictions_are_made_batch_by_batch_and_belong_to_their_files(model: Path) -> None:
-    read = []
-
-    def paths() -> Iterator[Path]:
-        for number in range(2 * BATCH_SIZE + 1):
-            read.append(number)
-            Image.fromarray(np.full((32, 32, 3), 3 * number, np.uint8)).save(f"{number}.png")
-            yield Path(f"{number}.png")
-
-    answers = predict(paths(), folder=model)
-    first = next(answers)
-    assert len(read) == BATCH_SIZE
-    together = {answer.path: answer.probabilities for answer in [first, *answers]}
-    assert list(together) == [Path(f"{number}.png") for number in range(2 * BATCH_SIZE + 1)]
-    for number in (0, BATCH_SIZE - 1, BATCH_SIZE, 2 * BATCH_SIZE):
-        (alone,) = predict([Path(f"{number}.png")], folder=model)
-        assert together[alone.path] == pytest.approx(alone.probabilities, abs=1e-5)
+def write_shades(count: int) -> list[str]:
+    """Write images that differ, and return their names."""
+    for number in range(count):
+        Image.fromarray(np.full((32, 32, 3), 3 * number, np.uint8)).save(f"{number}.png")
+    return [f"{number}.png" for number in range(count)]
 
 
-def test_predictions_are_printed_before_the_next_batch_is_read(
-    model: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_the_answer_for_an_image_depends_on_no_other_image(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = write_shades(20)
+    together = answers(monkeypatch, capsys, *names)
+    assert [answer["image"] for answer in together] == names
+    assert answers(monkeypatch, capsys, *reversed(names)) == together[::-1]
+    assert answers(monkeypatch, capsys, names[7]) == [together[7]]
+
+
+def test_answers_are_printed_before_the_next_block_is_read(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     printed: list[int] = []
-    original = module._batches
 
-    def record_printed(paths: list[Path]) -> Iterator[list[Path]]:
-        for batch in original(paths):
+    def record_printed(*arguments: Any, **options: Any) -> Iterator[list[ReadImage]]:
+        for block in decoding.read_images(*arguments, **options):
             printed.append(len(capsys.readouterr().out.splitlines()))
-            yield batch
+            yield block
 
-    monkeypatch.setattr(module, "_batches", record_printed)
-    run(monkeypatch, *["photo.png"] * (BATCH_SIZE + 1))
-    assert printed == [0, BATCH_SIZE]
+    monkeypatch.setattr(command, "read_images", record_printed)
+    monkeypatch.setattr(decoding, "BLOCK_IMAGES", 16)
+    run(monkeypatch, *["photo.png"] * 17)
+    assert printed == [0, 16]
+
+
+def test_a_list_on_standard_input_is_answered_in_its_order(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = write_shades(3)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO("\0".join(names[::-1]).encode())))
+    found = answers(monkeypatch, capsys, "photo.png", "-", "--null")
+    assert [answer["image"] for answer in found] == ["photo.png", *names[::-1]]
+
+
+def test_a_coverage_answers_unknown_below_the_threshold(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [answer] = answers(monkeypatch, capsys, "photo.png")
+    for name, threshold in (("unknown", answer["probabilities"]["b"] + 1e-9), ("b", answer["probabilities"]["b"])):
+        save_config(config(**CONFIG, thresholds={0.9: threshold}), model)
+        write_checksums(model)
+        [found] = answers(monkeypatch, capsys, "photo.png", "--coverage", "0.9")
+        assert found == answer | {"class": name, "is_unknown": name == "unknown"}
+        run(monkeypatch, "photo.png", "--coverage", "0.9")
+        assert capsys.readouterr().out.startswith("photo.png: unknown: b 9" if name == "unknown" else "photo.png: b 9")
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="the file system admits UTF-8 names only")
@@ -216,7 +253,7 @@ def test_a_name_that_is_not_utf8_is_printed_escaped(
 
 
 def test_a_closed_pipe_ends_the_command_without_an_error_message(model: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.predict", *["photo.png"] * (BATCH_SIZE + 1)]
+    command = [sys.executable, "-m", "pipeline.predict", *["photo.png"] * 33]
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

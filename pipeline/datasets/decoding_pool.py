@@ -12,15 +12,15 @@ from typing import TypeVar
 
 from pipeline.core.errors import UserError
 from pipeline.core.processes import num_cores
-from pipeline.images.blocks import Block
 
 Chunk = TypeVar("Chunk")
+Decoded = TypeVar("Decoded")
 
 
 def decode_in_processes(
-    decode: Callable[[Chunk], Block], chunks: Iterable[Chunk], *, first_name: Callable[[Chunk], str]
-) -> Iterator[Block]:
-    """Decode chunks in parallel and yield their blocks in the same order, with a bounded number in memory.
+    decode: Callable[[Chunk], Decoded], chunks: Iterable[Chunk], *, first_name: Callable[[Chunk], str]
+) -> Iterator[Decoded]:
+    """Decode chunks in parallel and yield their results in the same order, with a bounded number in memory.
 
     `decode` and the chunks must be picklable; `first_name` returns the name of the first file of a chunk. Raises
     UserError where a process dies.
@@ -30,7 +30,7 @@ def decode_in_processes(
     """
     workers = num_cores()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    pending: deque[tuple[Chunk, Future[Block]]] = deque()
+    pending: deque[tuple[Chunk, Future[Decoded]]] = deque()
     try:
         for chunk in chunks:
             pending.append((chunk, pool.submit(decode, chunk)))

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.artifacts import BEST_WEIGHTS, CHECKSUMS, TRAIN, expand, file_md5, verify
+from pipeline.artifacts import BEST_WEIGHTS, CHECKSUMS, TRAIN, expand, file_md5, missing_file_message, verify
 from pipeline.core.errors import UserError
 
 WEIGHTS_SUFFIX = ".safetensors"
@@ -44,7 +44,11 @@ def find_model_files(text: str | None = None, *, target: Path | None = None) -> 
     weights = f"{checkpoint}{WEIGHTS_SUFFIX}"
     if folder == TRAIN or (folder / CHECKSUMS).exists():  # another folder without checksums is not verified
         verify(folder, ["model.json", weights], allow_unlisted=folder != TRAIN)
-    return ModelFiles(text or str(TRAIN), folder, checkpoint, file_md5(folder / weights))
+    try:
+        weights_md5 = file_md5(folder / weights)
+    except FileNotFoundError:
+        raise UserError(missing_file_message(folder / weights)) from None
+    return ModelFiles(text or str(TRAIN), folder, checkpoint, weights_md5)
 
 
 def _locate(text: str | None, *, target: Path | None) -> tuple[Path, str]:

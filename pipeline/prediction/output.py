@@ -1,0 +1,194 @@
+"""Write one row for each input into a CSV, JSON lines or Parquet file, in parts, so that a killed start is resumed.
+
+While `FILE` is being made, the folder `FILE.partial` has `request.json` (on what the rows depend besides the inputs)
+and the parts `000000.parquet`, … of PART_ROWS rows each. The next start keeps a part if its inputs are the same: their
+paths, sizes and modification times. At the end the parts are written into one file in this folder, then
+`complete.json`; the file is renamed to `FILE`, and the folder is removed.
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+
+from pipeline.core.errors import UserError
+from pipeline.prediction.formats import (
+    SUFFIXES,
+    read_part,
+    row_schema,
+    write_csv,
+    write_json_lines,
+    write_parquet,
+    write_part,
+)
+from pipeline.prediction.inputs import Input
+from pipeline.prediction.output_folder import Counts, Request, open_folder, publish, result_of
+from pipeline.prediction.rows import Row
+
+PART_ROWS = 512
+GROUP_ENTRIES = 2**17  # of `top` in a row group of a Parquet file, about
+Errors = Sequence[tuple[str, str]]  # the path of each file that cannot be read, and the reason
+Answer = Callable[[Iterator[Input]], Generator[list[Row], None, None]]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A part of the file: its path, the digest of its inputs, and their number."""
+
+    path: Path
+    inputs_digest: str
+    rows: int
+
+
+def check_output_path(path: Path) -> None:
+    """Raise UserError where `--output` has an unknown suffix or is a folder."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(
+            f"--output {path}: found the suffix {path.suffix!r}; allowed: {', '.join(SUFFIXES)}; add one of them"
+        )
+    if path.is_dir():
+        raise UserError(f"--output {path}: found a folder; allowed: a file; name one in it, such as {path}/answers.csv")
+
+
+@contextmanager
+def open_output(path: Path, request: Request, *, overwrite: bool) -> Iterator["Output"]:
+    """Begin or resume a file, and yield it while this process holds its lock.
+
+    Raises UserError where the path is not allowed, the file exists and may not be overwritten, another process writes
+    it, or the rows of an earlier start depend on something else.
+    """
+    check_output_path(path)
+    if path.exists() and not overwrite:
+        raise UserError(
+            f"--output {path}: the file exists; allowed: a file that does not; name another one, or add --overwrite"
+        )
+    with open_folder(path, request) as folder:
+        yield Output(path, folder, request)
+
+
+class Output:
+    """A file that is being made in its folder.
+
+    `counts` are those of all rows so far, and `kept` those of the rows that an earlier start has made.
+    """
+
+    def __init__(self, path: Path, folder: Path, request: Request) -> None:
+        self.path, self.folder, self.request = path, folder, request
+        self.counts = self.kept = Counts()
+        self._num_parts = 0
+        self._schema = row_schema(with_unknown=request.coverage is not None)
+        self._own_paths = [Path(os.path.realpath(own)) for own in (path, folder)]
+
+    def write(self, inputs: Iterator[Input], *, answer: Answer, report: Callable[[Errors, int], object]) -> None:
+        """Write a row for each input, in their order; one part is in memory at a time.
+
+        `answer` yields the rows of the inputs that no kept part has, in lists of any length. `report` is called for
+        each finished part with the files that cannot be read and the number of rows. The file itself and its folder are
+        left out where they are among the inputs.
+        """
+        try:
+            self._make_parts(inputs, answer=answer, report=report)
+            write_result(self.path, self._tables(), schema=self._schema, top=self.request.top)
+            publish(self.path, request=self.request, counts=self.counts)
+        except KeyboardInterrupt as error:
+            done = f"{self.folder} has the rows of {self.counts.rows:,} images"
+            raise type(error)(f"{done}; the same command resumes") from None
+
+    def _make_parts(self, inputs: Iterator[Input], *, answer: Answer, report: Callable[[Errors, int], object]) -> None:
+        """Make the parts that no earlier start has made."""
+        pending, rows = deque[_Part](), list[Row]()
+        with closing(answer(self._unanswered(inputs, pending, report=report))) as blocks:
+            for block in blocks:
+                rows += block
+                while pending and len(rows) >= pending[0].rows:
+                    part = pending.popleft()
+                    self._make_part(part, rows[: part.rows], report=report)
+                    del rows[: part.rows]
+        assert not rows
+        assert not pending
+
+    def _unanswered(
+        self, inputs: Iterator[Input], pending: deque[_Part], *, report: Callable[[Errors, int], object]
+    ) -> Iterator[Input]:
+        """Yield the inputs of the parts that are to be made, each of which is added to `pending` before its inputs."""
+        others = (each for each in inputs if not self._is_own(each.path))
+        while block := list(islice(others, PART_ROWS)):
+            part = _Part(self._part_path(self._num_parts), _digest(block), len(block))
+            self._num_parts += 1
+            errors = _errors_of_kept(part)
+            if errors is None:
+                pending.append(part)
+                yield from block
+            else:
+                self.kept += Counts(part.rows, len(errors))
+                self._count(part, errors, report=report)
+
+    def _make_part(self, part: _Part, rows: Sequence[Row], *, report: Callable[[Errors, int], object]) -> None:
+        write_part(part.path, rows, schema=self._schema, inputs_digest=part.inputs_digest)
+        self._count(part, [(row.path, row.error) for row in rows if row.error is not None], report=report)
+
+    def _count(self, part: _Part, errors: Errors, *, report: Callable[[Errors, int], object]) -> None:
+        self.counts += Counts(part.rows, len(errors))
+        report(errors, part.rows)
+
+    def _part_path(self, number: int) -> Path:
+        return self.folder / f"{number:06}.parquet"
+
+    def _is_own(self, path: str) -> bool:
+        """Return whether a path is that of the file or of its folder, or is in the folder."""
+        if self.path.name not in path:  # in most cases the file system need not be asked
+            return False
+        real = Path(os.path.realpath(path))
+        return any(real.is_relative_to(own) for own in self._own_paths)
+
+    def _tables(self) -> Iterator[pa.Table]:
+        """Yield the rows of each part."""
+        for path in map(self._part_path, range(self._num_parts)):
+            found = read_part(path)
+            if found is None:
+                raise UserError(
+                    f"{path}: missing or damaged since it was written; the same command makes it again; if it fails "
+                    "again, check the disk"
+                )
+            yield found[0]
+
+
+def write_result(path: Path, tables: Iterator[pa.Table], *, schema: pa.Schema, top: int) -> None:
+    """Write the rows of all parts into one file, whose format is that of the suffix of `path`."""
+    result, suffix = result_of(path), path.suffix.lower()
+    if suffix == ".csv":
+        write_csv(result, tables, schema=schema, top=top)
+    elif suffix == ".parquet":
+        parts_per_group = max(1, GROUP_ENTRIES // (PART_ROWS * top))
+        write_parquet(result, tables, schema=schema, parts_per_group=parts_per_group)
+    else:
+        write_json_lines(result, tables)
+
+
+def _digest(inputs: Sequence[Input]) -> str:
+    """Return a hash of the paths of inputs, and of the size and the modification time of each file."""
+    digest = hashlib.blake2b(digest_size=16)
+    for each in inputs:
+        try:
+            status = os.stat(each.path)  # noqa: PTH116  # 100,000 `Path` objects take a second
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except (OSError, ValueError) as error:
+            state = type(error).__name__
+        digest.update(json.dumps([each.path, each.error, state]).encode())
+    return digest.hexdigest()
+
+
+def _errors_of_kept(part: _Part) -> Errors | None:
+    """Return the unreadable files of a part that an earlier start has made; None where it has made no such part."""
+    found = read_part(part.path)
+    if found is None or found[1] != part.inputs_digest or len(found[0]) != part.rows:
+        return None
+    pairs = zip(found[0]["path"].to_pylist(), found[0]["error"].to_pylist(), strict=True)
+    return [(path, reason) for path, reason in pairs if reason is not None]
