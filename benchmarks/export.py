@@ -1,7 +1,7 @@
 """Train our networks for a short time, export each to both formats, and print how the exports compare.
 
-`python -m benchmarks.export [NETWORK…] [--images FOLDER]` runs the steps of the pipeline and `pipeline.export` in a clone
-of the commit that is checked out. Without a folder, the images are the digits of scikit-learn; a folder has one
+`python -m benchmarks.export [NETWORK…] [--images FOLDER]` runs the steps of the pipeline and `pipeline.export` in a
+clone of the commit that is checked out. Without a folder, the images are the digits of scikit-learn; a folder has one
 sub-folder of photographs, 200 or more together, for each class, and they are also compared from the file to the class.
 """
 
@@ -13,21 +13,21 @@ from typing import Any
 from benchmarks.results import ON_CPU, run, set_params
 from benchmarks.setting import clone, scratch
 from benchmarks.table import header, table
-from pipeline.artifacts import EVALUATE, read_json
+from pipeline.artifacts import HISTORY, SELECTED_COLUMN, TRAIN, read_csv, read_json
 from pipeline.core.errors import report_errors
 
-STEPS = ("download", "normalize", "train", "evaluate")
+STEPS = ("download", "normalize", "train")
 FORMATS = ("onnx", "torch")
 # by name: the recipe and its overrides
 NETWORKS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "lenet": ("digits", ("train.epochs=5",)),
-    "airbench": ("digits", ("train.model=airbench", "train.epochs=3")),
-    "resnet18": ("digits", ("train.model=resnet18", "train.epochs=3")),
+    "airbench": ("digits", ("train.model=airbench", "train.epochs=2")),
+    "resnet18": ("digits", ("train.model=resnet18", "train.epochs=2")),
     "my_images": ("my_images", ()),
 }
 HEADING = (
     "network",
-    "test accuracy",
+    "validation accuracy",
     "format",
     "MB: original, export",
     "ms for 1 image",
@@ -45,7 +45,8 @@ def measure(folder: Path, name: str, *, images: Path | None) -> list[list[str]]:
     set_params(folder, recipe, [*ON_CPU, *source, *changes])
     for step in STEPS:
         run(f"pipeline.{step}", folder=folder)
-    accuracy = read_json(folder / EVALUATE / "metrics.json")["accuracy"]
+    [selected] = [row for row in read_csv(folder / TRAIN / HISTORY) if row[SELECTED_COLUMN]]
+    accuracy = float(selected["validation_accuracy"])
     photographs = ["--photographs", str(images)] if images else []
     rows = []
     for to in FORMATS:
@@ -63,14 +64,15 @@ def _row(found: Mapping[str, Any], *, accuracy: float) -> list[str]:
         f"{accuracy:.1%}",
         found["format"],
         ", ".join(f"{size / 1e6:.2f}" for size in found["bytes"].values()),
-        *(
-            ", ".join(f"{value * 1000:.2f}" for value in seconds.values())
-            for seconds in found["median_seconds"].values()
-        ),
+        *(_milliseconds(seconds) for seconds in found["median_seconds"].values()),
         f"{verification['largest_difference']:.1e}",
         f"{verification['num_other_class']} of {verification['num_clear']} clear of {verification['num_images']}",
         f"{photographs['num_same_class']} of {photographs['num_compared']}" if photographs else "not compared",
     ]
+
+
+def _milliseconds(seconds: Mapping[str, float]) -> str:
+    return ", ".join(f"{value * 1000:.2f}" for value in seconds.values())
 
 
 def main() -> None:

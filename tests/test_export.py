@@ -198,7 +198,7 @@ class Planted(ExportedNetwork):
     def __init__(self, classifier: Any, *, config: ModelConfig) -> None:
         super().__init__(copy.deepcopy(classifier), config=config)
         with torch.no_grad():
-            self.classifier.network[11].bias[0] += 0.002  # type: ignore[index, union-attr, operator]
+            self.classifier.network[11].bias[0] += 0.002  # type: ignore[index]
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ ONNX_OPSET = 18  # the first with antialiased resizes
 EXAMPLE_BATCH = 2  # images that are traced; a batch of one would make the size of the batch a constant
 ERRORS_ONLY = 3  # of ONNX Runtime's levels of severity
 
-Run = Callable[[Images], npt.NDArray[np.float32]]  # (N, H, W, C) to (N, num_classes)
+Run = Callable[[Images], npt.NDArray[Any]]  # (N, H, W, C) to (N, num_classes)
 
 
 def write(network: nn.Module, path: Path, *, to: Format, config: ModelConfig) -> None:

@@ -34,4 +34,5 @@ class ExportedNetwork(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.classifier(self.normalize(images)).float()
-        return (logits if self.temperature is None else logits / self.temperature).softmax(1)
+        calibrated: Tensor = logits if self.temperature is None else logits / self.temperature
+        return calibrated.softmax(1)

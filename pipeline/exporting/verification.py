@@ -26,7 +26,9 @@ MIN_MARGIN = 2 * MAX_DIFFERENCE
 MIN_PHOTOGRAPHS, MAX_PHOTOGRAPHS = 200, 1000
 MIN_AGREEMENT = 0.99  # fraction of photographs with the same class
 PHOTOGRAPHS_PER_BLOCK = 32
-ROUNDS = {1: 31, 64: 7}  # by batch size: how often the time for a batch is measured
+MEASURED_BATCH_SIZES = (1, 64)
+MIN_ROUNDS, MAX_ROUNDS = 3, 31  # how often the time for a batch is measured
+MAX_SECONDS = 10.0  # for all rounds of one batch size, unless MIN_ROUNDS take longer
 
 Probabilities = npt.NDArray[Any]  # (N, num_classes)
 
@@ -169,17 +171,26 @@ def check_photographs(agreement: PhotographAgreement, *, export: str) -> None:
 def latencies(runs: Mapping[str, Run], images: Images) -> dict[int, dict[str, float]]:
     """Return the median seconds for one batch by batch size and by name of the network; they run in turns.
 
-    Before each measured batch, the network runs once unmeasured, as in a series of requests.
+    The first batch of each network is not measured.
     """
     found: dict[int, dict[str, float]] = {}
-    for size, rounds in ROUNDS.items():
+    for size in MEASURED_BATCH_SIZES:
         batch = images[np.arange(size) % len(images)]
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(rounds):
-            for name, run in runs.items():
-                run(batch)
-                start = time.perf_counter()
-                run(batch)
-                seconds[name].append(time.perf_counter() - start)
-        found[size] = {name: statistics.median(values) for name, values in seconds.items()}
+        for run in runs.values():
+            run(batch)
+        found[size] = _median_seconds(runs, batch)
     return found
+
+
+def _median_seconds(runs: Mapping[str, Run], batch: Images) -> dict[str, float]:
+    """Return the median seconds for the batch by name of the network."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    start = time.perf_counter()
+    for finished in range(MAX_ROUNDS):
+        if finished >= MIN_ROUNDS and time.perf_counter() - start > MAX_SECONDS:
+            break
+        for name, run in runs.items():
+            before = time.perf_counter()
+            run(batch)
+            seconds[name].append(time.perf_counter() - before)
+    return {name: statistics.median(values) for name, values in seconds.items()}
