@@ -43,7 +43,7 @@ dynamic_batching {{
 """
 
 _SERVICE = """\
-# for KServe 0.11 to 0.15 and its runtime kserve-tritonserver: kubectl apply -f {file}
+# for KServe 0.12 or later and its runtime kserve-tritonserver: kubectl apply -f {file}
 apiVersion: serving.kserve.io/v1beta1
 kind: InferenceService
 metadata:
