@@ -24,7 +24,7 @@ from pipeline.evaluation.predictions import read_predictions
 from pipeline.images.blocks import hash_content
 from pipeline.models.files import save_config
 from pipeline.prediction import output
-from pipeline.prediction.output_folder import open_folder
+from pipeline.prediction.output_folder import Request, open_folder
 from pipeline.recipes import compose
 from tests import prediction_kills
 from tests.conftest import PROJECT, run_step
@@ -33,7 +33,7 @@ from tests.test_model import config
 from tests.test_predict import CONFIG, model, run, write_shades  # noqa: F401  # a fixture that each test uses
 
 READERS: dict[str, Callable[[str], pd.DataFrame]] = {
-    "csv": lambda path: pd.read_csv(path, dtype={"content_hash": str}, float_precision="round_trip"),
+    "csv": lambda path: pd.read_csv(path, dtype={"content_hash": str}),
     "jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, precise_float=True),
     "parquet": pd.read_parquet,
 }
@@ -180,7 +180,7 @@ def test_what_another_program_made_at_the_path_of_the_folder_is_kept(command: Co
 
 def test_a_second_process_on_the_same_file_is_refused(command: Command) -> None:
     request: Any = {"weights_md5": "", "config_md5": "", "top": 1, "coverage": None, "views": "none", "device": "cpu"}
-    with open_folder(Path("out.csv"), output.Request(**request)):
+    with open_folder(Path("out.csv"), Request(**request)):
         status, _, stderr = command("photo.png", "--output", "out.csv")
     assert (status, len(stderr.splitlines())) == (EXIT_USER, 1)
     assert stderr.startswith("error: --output out.csv: another process is writing it; allowed: one at a time")
