@@ -33,7 +33,7 @@ from tests.test_model import config
 from tests.test_predict import CONFIG, model, run, write_shades  # noqa: F401  # a fixture that each test uses
 
 READERS: dict[str, Callable[[str], pd.DataFrame]] = {
-    "csv": lambda path: pd.read_csv(path, dtype={"content_hash": str}, float_precision="round_trip"),
+    "csv": lambda path: pd.read_csv(path, dtype={"content_hash": str}),
     "jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, precise_float=True),
     "parquet": pd.read_parquet,
 }

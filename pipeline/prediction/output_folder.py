@@ -81,6 +81,11 @@ def publish(path: Path, *, request: Request, counts: Counts) -> None:
     """
     write_json(folder_of(path) / COMPLETE, {"request": asdict(request), "counts": asdict(counts)})
     result_of(path).replace(path)
+    descriptor = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)  # the rename must survive a power failure if the removal of the parts does
+    finally:
+        os.close(descriptor)
     _remove(path)
 
 
