@@ -213,7 +213,7 @@ def test_a_champion_without_the_threshold_of_the_server_is_not_taken_over(projec
     follower = Follower(name="digits", alias="champion", coverage=0.95)
     make_champion("2")
     follower.look()
-    assert "version 2 cannot be served: --coverage 0.95: models:/digits/2 has no thresholds" in str(
+    assert "version 2 cannot be served: --coverage is 0.95, but the model has no thresholds" in str(
         follower.current.problem
     )
     assert follower.current.get().version == "3"

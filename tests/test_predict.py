@@ -91,7 +91,7 @@ def test_a_checkout_without_a_model_names_the_ways_to_one(
         (["photo.png", "--model", "elsewhere"], "error: --model elsewhere: no folder, file or MLflow run of this name"),
         (["photo.png", "--model", "else/where"], "error: else/where/best.safetensors: no such file"),
         (["photo.png", "--top", "0"], "error: --top is 0; allowed: 1 or more"),
-        (["photo.png", "--coverage", "0.9"], "error: --coverage 0.9: artifacts/train has no thresholds"),
+        (["photo.png", "--coverage", "0.9"], "error: --coverage is 0.9, but the model has no thresholds"),
         (["photo.png", "--device", "tpu"], "error: --device is tpu, but PyTorch finds no such device"),
         (["photo.png", "--null"], "error: --null is given, but no list on standard input"),
         (["photo.png", "--overwrite"], "error: --overwrite is given without --output"),

@@ -309,7 +309,7 @@ def test_a_model_without_thresholds_refuses_a_coverage(ask: Post, current: Curre
     current.replace(ServedNow(loaded_model(), "digits", "4"))
     response = ask(path="/predict?coverage=0.9", content=PHOTO)
     assert response.status_code == 400
-    assert response.json()["error"].startswith("coverage is 0.9; allowed: none, since the model has no thresholds")
+    assert response.json()["error"].startswith("coverage is 0.9, but the model has no thresholds")
 
 
 # ---- limits

@@ -48,6 +48,21 @@ class ModelConfig(BaseModel):
             raise ValueError(f"mean and std must have {self.channels} numbers each, one for each channel")
         return self
 
+    def threshold(self, coverage: float) -> float:
+        """Return the threshold for a coverage, the fraction of validation images whose class was reported.
+
+        Raises ValueError with what is allowed where the model has none for it.
+        """
+        if not self.thresholds:
+            raise ValueError(
+                f"coverage is {coverage}, but the model has no thresholds, since an earlier version trained it; "
+                "allowed: no coverage; train the model again to get them"
+            )
+        if coverage not in self.thresholds:
+            allowed = ", ".join(map(str, self.thresholds))
+            raise ValueError(f"coverage is {coverage}; allowed: {allowed}; choose one of these")
+        return self.thresholds[coverage]
+
     @property
     def network_size(self) -> int:
         """Return the height and width of the network's input in pixels."""

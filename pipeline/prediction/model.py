@@ -10,8 +10,7 @@ from pipeline.arrays import CPU, Split
 from pipeline.artifacts import Images
 from pipeline.core.errors import UserError
 from pipeline.models.build import Classifier
-from pipeline.models.config import UNKNOWN as UNKNOWN  # noqa: PLC0414  # other modules import it from here
-from pipeline.models.config import ModelConfig
+from pipeline.models.config import UNKNOWN, ModelConfig
 from pipeline.models.cpu_kernels import use_cpu_kernels
 from pipeline.models.files import load_config, load_model
 from pipeline.models.inference import class_probabilities, probabilities_of, trained_logits
@@ -75,21 +74,11 @@ def load(files: ModelFiles, *, device: torch.device = CPU) -> LoadedModel:
 
 
 def find_threshold(model: LoadedModel, coverage: float | None) -> float | None:
-    """Return the threshold of the model for a coverage, the fraction of validation images whose class was reported.
-
-    Without a coverage, there is no threshold. Raises UserError where the model has none for this coverage.
-    """
-    thresholds = model.config.thresholds
-    if coverage is None:
-        return None
-    if thresholds is None:
-        raise UserError(
-            f"--coverage {coverage}: {model.files.label} has no thresholds, since an earlier version trained it; "
-            "allowed: a model that this version trained; `dvc repro train` trains it again"
-        )
-    if coverage not in thresholds:
-        raise UserError(f"--coverage is {coverage}; allowed: {', '.join(map(str, thresholds))}")
-    return thresholds[coverage]
+    """Return the threshold of the model for a coverage, or None without a coverage; raises UserError."""
+    try:
+        return None if coverage is None else model.config.threshold(coverage)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
 
 
 def answer_of(

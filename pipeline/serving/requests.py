@@ -76,13 +76,12 @@ def read_threshold(coverage: float | None, *, default: float | None, config: Mod
 
     The model must have a threshold for the default. Raises RequestError where it has none for that of the request.
     """
-    thresholds = config.thresholds or {}
     if coverage is None:
-        return None if default is None else thresholds[default]
-    if coverage not in thresholds:
-        allowed = ", ".join(map(str, thresholds)) or "none, since the model has no thresholds; leave it out"
-        raise RequestError(400, f"coverage is {coverage:g}; allowed: {allowed}")
-    return thresholds[coverage]
+        return None if default is None else config.threshold(default)
+    try:
+        return config.threshold(coverage)
+    except ValueError as error:
+        raise RequestError(400, str(error)) from None
 
 
 def image_blocks(body: bytes, *, content_type: str, config: ModelConfig, max_images: int) -> Iterator[Images]:

@@ -92,19 +92,15 @@ def find_threshold(config: ModelConfig, coverage: float | None) -> float | None:
     """
     if coverage is None:
         return None
-    if config.thresholds is None:
-        raise InvalidRequest(
-            f"params: coverage is {coverage}, but the model has no thresholds, since an earlier version trained it; "
-            "leave coverage out, or train the model again"
-        )
-    if coverage not in config.thresholds:
-        raise InvalidRequest(f"params: coverage is {coverage}; allowed: {', '.join(map(str, config.thresholds))}")
     if IS_UNKNOWN in config.class_names:
         raise InvalidRequest(
             f"params: coverage is {coverage}, but a class has the name of the column {IS_UNKNOWN}, which the answer "
             "would have; leave coverage out, or rename the class and train the model again"
         )
-    return config.thresholds[coverage]
+    try:
+        return config.threshold(coverage)
+    except ValueError as error:
+        raise InvalidRequest(f"params: {error}") from None
 
 
 def as_images(found: object, *, shape: tuple[int, int, int]) -> Images:
