@@ -114,8 +114,8 @@ def test_a_coverage_has_the_threshold_of_the_model(coverage: float | None, thres
 @pytest.mark.parametrize(
     ("changes", "coverage", "message"),
     [
-        ({}, 0.94, "params: coverage is 0.94; allowed: 0.5, 0.95$"),
-        ({}, float("nan"), "params: coverage is nan; allowed: 0.5, 0.95$"),
+        ({}, 0.94, "params: coverage is 0.94; allowed: 0.5, 0.95; choose one of these$"),
+        ({}, float("nan"), "params: coverage is nan; allowed: 0.5, 0.95; choose one of these$"),
         (
             {"thresholds": None},
             0.5,
