@@ -27,6 +27,7 @@ from pipeline.exporting import folder as exporting
 from pipeline.exporting import verification
 from pipeline.exporting.folder import export
 from pipeline.exporting.formats import FORMATS, Run
+from pipeline.exporting.images import find_files
 from pipeline.exporting.network import ExportedNetwork
 from pipeline.exporting.server_files import check_name, default_name, write_labels, write_preprocessing
 from pipeline.exporting.verification import compare, compare_photographs
@@ -292,6 +293,15 @@ def test_an_export_without_images_is_refused_unless_some_are_named(
     Path("photos/a/3.png").write_bytes(b"damaged")
     run(monkeypatch, "--to", "torch", "--model", "model", "--images", "photos")
     assert "verified on 1 images from photos" in capsys.readouterr().out
+
+
+def test_the_images_of_a_folder_are_those_that_are_predicted(tmp_path: Path) -> None:
+    for name in ("2/10.JPG", "2/.3.png", ".4/5.png", "1", "6.raw", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"text" if name == "notes.txt" else encoded(noise(0), "JPEG"))
+    (tmp_path / "3").symlink_to(tmp_path / "2", target_is_directory=True)
+    found = [path.relative_to(tmp_path).as_posix() for path in find_files(tmp_path, option="--images")]
+    assert found == ["1", "6.raw", "2/10.JPG", "3/10.JPG"]
 
 
 # ---- every kind of network

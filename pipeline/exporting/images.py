@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,8 +11,9 @@ import numpy as np
 from pipeline.arrays import DatasetInfo
 from pipeline.artifacts import NORMALIZE, Images, read_split, verify_splits
 from pipeline.core.errors import UserError
-from pipeline.images.decode import IMAGE_SUFFIXES, UnreadableImage, decode
 from pipeline.models.config import ModelConfig
+from pipeline.prediction.image_files import read_image
+from pipeline.prediction.inputs import Input, expand_paths
 
 MAX_IMAGES = 256
 WAYS = (
@@ -48,34 +50,27 @@ def read_images(folder: Path, *, config: ModelConfig) -> Images:
 
     Files that cannot be read are left out. Raises UserError where none can be read.
     """
-    images = []
-    for path in spread(find_files(folder, option="--images"), MAX_IMAGES):
-        try:
-            content = path.read_bytes()
-            images.append(decode(content, image_size=config.image_size, channels=config.channels, resize=config.resize))
-        except UnreadableImage:
-            continue
+    size, channels, resize = config.image_size, config.channels, config.resize
+    files = spread(find_files(folder, option="--images"), MAX_IMAGES)
+    read = (read_image(Input(str(path)), image_size=size, channels=channels, resize=resize).pixels for path in files)
+    images = [pixels for pixels in read if pixels is not None]
     if not images:
         raise UserError(f"--images {folder}: none of the files can be read as an image; name another folder")
     return np.stack(images)
 
 
 def find_files(folder: Path, *, option: str) -> list[Path]:
-    """Return the image files in a folder and its sub-folders, by their suffixes, sorted; hidden ones are left out.
+    """Return the images that `predict` finds in a folder and its folders, in the same order.
 
     Raises UserError, naming the option, where there are none.
     """
-    found = [
-        Path(parent, name)
-        for parent, _, names in os.walk(folder)
-        for name in names
-        if Path(name).suffix.lower() in IMAGE_SUFFIXES
-    ]
-    visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    if not visible:
+    top = os.path.join(folder, "")  # noqa: PTH118  # the "/" distinguishes a folder from the list `-`
+    inputs = expand_paths([top], stdin=BytesIO(), null=False) if folder.is_dir() else ()
+    found = [Path(file.path) for file in inputs if not file.error]
+    if not found:
         state = "found no image files" if folder.is_dir() else "no such folder"
         raise UserError(f"{option} {folder}: {state}; allowed: a folder with image files; name another folder")
-    return sorted(visible)
+    return found
 
 
 def spread(items: "Sequence[Item] | Images", count: int) -> list[Item]:

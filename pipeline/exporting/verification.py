@@ -15,7 +15,8 @@ from pipeline.artifacts import Images
 from pipeline.core.errors import UserError
 from pipeline.exporting.formats import Run
 from pipeline.exporting.images import spread
-from pipeline.images.decode import UnreadableImage, decode
+from pipeline.prediction.image_files import read_image
+from pipeline.prediction.inputs import Input
 from pipeline.prediction.model import LoadedModel
 
 BATCH_SIZES = (1, 2, 7, 64)
@@ -144,11 +145,9 @@ def _read_both(
     """Return the pixels of the files by `decode` and by `preprocess`; others are counted as unreadable or refused."""
     config, pairs = model.config, []
     for path in paths:
-        try:
-            ours = decode(
-                path.read_bytes(), image_size=config.image_size, channels=config.channels, resize=config.resize
-            )
-        except UnreadableImage:
+        size, channels, resize = config.image_size, config.channels, config.resize
+        ours = read_image(Input(str(path)), image_size=size, channels=channels, resize=resize).pixels
+        if ours is None:
             counts["unreadable"] += 1
             continue
         try:
