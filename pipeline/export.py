@@ -13,7 +13,7 @@ from pipeline.artifacts import ARTIFACTS, expand
 from pipeline.core.errors import escape_control_chars, report_errors
 from pipeline.exporting.folder import Export, check_output, export
 from pipeline.exporting.formats import FORMATS
-from pipeline.exporting.images import find_files, read_images, validation_images
+from pipeline.exporting.images import MIN_IMAGES, find_files, read_images, validation_images
 from pipeline.exporting.server_files import check_name, default_name
 from pipeline.exporting.verification import BATCH_SIZES, MAX_DIFFERENCE, MAX_PHOTOGRAPHS, MIN_MARGIN, MIN_PHOTOGRAPHS
 from pipeline.prediction.model import load
@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="FOLDER", help="default: artifacts/export/onnx or artifacts/export/torch")
     parser.add_argument("--name", help="of the model in Triton and KServe (default: that of the network)")
     parser.add_argument(
-        "--images", metavar="FOLDER", help="image files to verify on (default: the validation split of this checkout)"
+        "--images",
+        metavar="FOLDER",
+        help=f"{MIN_IMAGES} image files or more to verify on (default: the validation split of this checkout)",
     )
     parser.add_argument(
         "--photographs",

@@ -24,6 +24,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.yaml import read_yaml
 from pipeline.export import main
 from pipeline.exporting import folder as exporting
+from pipeline.exporting import images as export_images
 from pipeline.exporting import verification
 from pipeline.exporting.folder import export
 from pipeline.exporting.formats import FORMATS, Run
@@ -284,15 +285,27 @@ def test_an_export_without_images_is_refused_unless_some_are_named(
     write_model(workspace / "model", config())
     line = error_of(monkeypatch, capsys, "--to", "torch", "--model", "model")
     assert (
-        "no validation images to verify the export of model on; name image files of its classes with --images" in line
+        "no validation images to verify the export of model on; name 64 image files or more of its classes with "
+        "--images" in line
     )
     assert "no such folder" in error_of(monkeypatch, capsys, "--to", "torch", "--model", "model", "--images", "photos")
     Path("photos/a").mkdir(parents=True)
-    Path("photos/a/1.png").write_bytes(encoded(noise(1)))
-    Path("photos/a/.2.png").write_bytes(encoded(noise(2)))
-    Path("photos/a/3.png").write_bytes(b"damaged")
+    for number in range(63):
+        Path(f"photos/a/{number}.png").write_bytes(encoded(noise(number)))
+    Path("photos/a/damaged.png").write_bytes(b"damaged")
+    line = error_of(monkeypatch, capsys, "--to", "torch", "--model", "model", "--images", "photos")
+    assert "--images photos: 63 of 64 files can be read as images; allowed: 64 or more" in line
+    Path("photos/a/63.png").write_bytes(encoded(noise(63)))
     run(monkeypatch, "--to", "torch", "--model", "model", "--images", "photos")
-    assert "verified on 1 images from photos" in capsys.readouterr().out
+    assert "verified on 64 images from photos" in capsys.readouterr().out
+
+
+def test_a_validation_split_of_a_few_images_is_refused(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export_images, "MIN_VALIDATION_IMAGES", 25)
+    line = error_of(monkeypatch, capsys, "--to", "torch")
+    assert "artifacts/normalize: the validation split has 24 images; allowed: 25 or more; name 64 image files" in line
 
 
 def test_the_images_of_a_folder_are_those_that_are_predicted(tmp_path: Path) -> None:

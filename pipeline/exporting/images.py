@@ -15,10 +15,11 @@ from pipeline.models.config import ModelConfig
 from pipeline.prediction.image_files import read_image
 from pipeline.prediction.inputs import Input, expand_paths
 
-MAX_IMAGES = 256
-WAYS = (
-    "name image files of its classes with --images FOLDER, or run this in a checkout whose `dvc repro normalize` made "
-    "the arrays that it was trained on"
+MIN_IMAGES, MAX_IMAGES = 64, 256  # with 64, no image is twice in the largest batch
+MIN_VALIDATION_IMAGES = 16  # small data sets have fewer than MIN_IMAGES
+REMEDIES = (
+    f"name {MIN_IMAGES} image files or more of its classes with --images FOLDER, or run this in a checkout whose "
+    "`dvc repro normalize` made the arrays that it was trained on"
 )
 Item = TypeVar("Item")
 
@@ -26,10 +27,11 @@ Item = TypeVar("Item")
 def validation_images(config: ModelConfig, *, label: str) -> Images:
     """Return up to MAX_IMAGES images (N, H, W, C) uint8 of `artifacts/normalize/`, spread over its validation split.
 
-    Raises UserError where there are none, or where they are not as those that the model takes.
+    Raises UserError where there are fewer than MIN_VALIDATION_IMAGES, or where they are not as those that the model
+    takes.
     """
     if not (NORMALIZE / "dataset.json").is_file():
-        raise UserError(f"{NORMALIZE}: no validation images to verify the export of {label} on; {WAYS}")
+        raise UserError(f"{NORMALIZE}: no validation images to verify the export of {label} on; {REMEDIES}")
     verify_splits("validation")
     info = DatasetInfo.read()
     for field in ("class_names", "image_size", "channels", "resize"):
@@ -37,25 +39,31 @@ def validation_images(config: ModelConfig, *, label: str) -> Images:
         if found != expected:
             raise UserError(
                 f"{NORMALIZE}: its validation images do not fit {label}: {field} is {_shorten(found)}; allowed: "
-                f"{_shorten(expected)}; {WAYS}"
+                f"{_shorten(expected)}; {REMEDIES}"
             )
     images, _ = read_split("validation")
-    if not len(images):
-        raise UserError(f"{NORMALIZE}: the validation split has no images; {WAYS}")
+    if len(images) < MIN_VALIDATION_IMAGES:
+        raise UserError(
+            f"{NORMALIZE}: the validation split has {len(images)} images; allowed: {MIN_VALIDATION_IMAGES} or more; "
+            f"{REMEDIES}"
+        )
     return np.stack(spread(images, MAX_IMAGES))
 
 
 def read_images(folder: Path, *, config: ModelConfig) -> Images:
     """Return up to MAX_IMAGES images (N, H, W, C) uint8 from the files of a folder, spread over them.
 
-    Files that cannot be read are left out. Raises UserError where none can be read.
+    Files that cannot be read are left out. Raises UserError where fewer than MIN_IMAGES can be read.
     """
     size, channels, resize = config.image_size, config.channels, config.resize
     files = spread(find_files(folder, option="--images"), MAX_IMAGES)
     read = (read_image(Input(str(path)), image_size=size, channels=channels, resize=resize).pixels for path in files)
     images = [pixels for pixels in read if pixels is not None]
-    if not images:
-        raise UserError(f"--images {folder}: none of the files can be read as an image; name another folder")
+    if len(images) < MIN_IMAGES:
+        raise UserError(
+            f"--images {folder}: {len(images)} of {len(files)} files can be read as images; allowed: {MIN_IMAGES} or "
+            "more; name a folder with more images"
+        )
     return np.stack(images)
 
 
