@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -167,9 +168,28 @@ def test_the_folder_alone_classifies_an_image_file(exports: Exports, to: str) ->
     photograph = exports.folder / "photographs" / "000.jpg"
     pixels = decode(photograph.read_bytes(), image_size=32, channels=3, resize="crop").copy()
     expected = exports.model.quick_probabilities(pixels[np.newaxis])[0]
-    command = [sys.executable, "preprocess.py", "../photographs/000.jpg"]
-    done = subprocess.run(command, cwd=exports.folder / to, capture_output=True, text=True, check=True)
+    done = run_preprocessing(exports.folder / to, "../photographs/000.jpg")
+    assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"../photographs/000.jpg: {CLASSES[expected.argmax()]} {expected.max():.1%}\n"
+
+
+def run_preprocessing(folder: Path, *photographs: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "preprocess.py", *photographs]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_the_folder_classifies_beside_files_that_it_cannot_read_and_other_versions(
+    exports: Exports, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(exports.folder / "onnx", tmp_path / "onnx")
+    shutil.copytree(folder / "colors/1", folder / "colors/2")
+    names = [f"{exports.folder}/photographs/{name}.jpg" for name in ("000", "203", "204", "missing")]
+    done = run_preprocessing(folder, *names)
+    assert done.returncode == 1
+    assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == names[:1]
+    assert [line.partition(": ")[0] for line in done.stderr.splitlines()] == names[1:]
+    usage = run_preprocessing(folder)
+    assert (usage.returncode, usage.stderr) == (2, "usage: python preprocess.py PHOTO…\n")
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -404,7 +424,8 @@ def test_too_few_photographs_are_refused(exports: Exports, tmp_path: Path) -> No
 
 def preprocessing(folder: Path, **changes: Any) -> Callable[[Any], Any]:
     """Write `preprocess.py` for a model, and return its function."""
-    write_preprocessing(folder, config=config(**changes))
+    paths = {"model": folder / "model.pt2", "labels": folder / "labels.txt"}
+    write_preprocessing(folder, config=config(**changes), **paths)
     function: Callable[[Any], Any] = runpy.run_path(str(folder / "preprocess.py"))["preprocess"]
     return function
 

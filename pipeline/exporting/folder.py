@@ -16,7 +16,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.processes import cpu_name, num_cores
 from pipeline.exporting.formats import FILE_NAMES, INPUT, OUTPUT, Format, Run, open_export, write
 from pipeline.exporting.network import ExportedNetwork
-from pipeline.exporting.server_files import PREPROCESS, write_labels, write_preprocessing, write_server_files
+from pipeline.exporting.server_files import LABELS, PREPROCESS, write_labels, write_preprocessing, write_server_files
 from pipeline.exporting.verification import (
     Agreement,
     PhotographAgreement,
@@ -80,7 +80,7 @@ def export(
         agreement = compare(model.probabilities(images, threads=threads), run, images)
         check_agreement(agreement, export=f"--to {to}")
         write_labels(model_folder, config=config)
-        write_preprocessing(folder, config=config)
+        write_preprocessing(folder, config=config, model=path, labels=model_folder / LABELS)
         if to == "onnx":
             write_server_files(folder, name=name, config=config)
         compared = _compare_photographs(model, run, folder / PREPROCESS, photographs, threads=threads, to=to)

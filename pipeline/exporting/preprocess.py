@@ -17,6 +17,9 @@ from PIL import Image, ImageOps
 IMAGE_SIZE = 32
 CHANNELS = 3
 RESIZE = "crop"
+# in the folder of this file
+MODEL = "model.pt2"
+LABELS = "labels.txt"
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "MPO")
 MAX_PIXELS = 2**27
 BICUBIC = Image.Resampling.BICUBIC
@@ -69,7 +72,7 @@ def resize(image: Image.Image) -> Image.Image:
 
 def run(images: Any) -> Any:
     """Return the class probabilities (N, num_classes) of images (N, IMAGE_SIZE, IMAGE_SIZE, CHANNELS) uint8."""
-    [path] = Path(__file__).parent.rglob("model.[op]*")
+    path = Path(__file__).parent / MODEL
     if path.suffix == ".onnx":
         import onnxruntime  # noqa: PLC0415  # not needed for `preprocess`
 
@@ -79,8 +82,24 @@ def run(images: Any) -> Any:
     return torch.export.load(path).module()(torch.from_numpy(images)).detach().numpy()
 
 
+def main() -> int:
+    """Print the most probable class of each photograph, and why others cannot be read; return the exit status."""
+    if not sys.argv[1:]:
+        print("usage: python preprocess.py PHOTO…", file=sys.stderr)
+        return 2
+    readable = []
+    for photo in sys.argv[1:]:
+        try:
+            readable.append((photo, preprocess(photo)))
+        except Exception as error:  # Pillow raises nearly anything for damaged files
+            print(f"{photo}: {error}", file=sys.stderr)
+    if readable:
+        labels = (Path(__file__).parent / LABELS).read_text(encoding="utf-8").splitlines()
+        rows = run(np.stack([pixels for _, pixels in readable]))
+        for (photo, _), row in zip(readable, rows, strict=True):
+            print(f"{photo}: {labels[row.argmax()]} {row.max():.1%}")
+    return int(len(readable) < len(sys.argv[1:]))
+
+
 if __name__ == "__main__":
-    [names] = Path(__file__).parent.rglob("labels.txt")
-    labels = names.read_text(encoding="utf-8").splitlines()
-    for photo, row in zip(sys.argv[1:], run(np.stack([preprocess(path) for path in sys.argv[1:]])), strict=True):
-        print(f"{photo}: {labels[row.argmax()]} {row.max():.1%}")
+    sys.exit(main())

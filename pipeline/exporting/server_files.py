@@ -98,10 +98,16 @@ def write_labels(folder: Path, *, config: ModelConfig) -> None:
     write_text(folder / LABELS, "".join(f"{escape_control_chars(name)}\n" for name in config.class_names))
 
 
-def write_preprocessing(folder: Path, *, config: ModelConfig) -> None:
-    """Write `preprocess.py` with the numbers of the model."""
+def write_preprocessing(folder: Path, *, config: ModelConfig, model: Path, labels: Path) -> None:
+    """Write `preprocess.py` with the numbers of the model, and the paths in the folder of its file and its labels."""
     text = Path(__file__).with_name(PREPROCESS).read_text(encoding="utf-8")
-    values = {"IMAGE_SIZE": config.image_size, "CHANNELS": config.channels, "RESIZE": config.resize}
+    values = {
+        "IMAGE_SIZE": config.image_size,
+        "CHANNELS": config.channels,
+        "RESIZE": config.resize,
+        "MODEL": model.relative_to(folder).as_posix(),
+        "LABELS": labels.relative_to(folder).as_posix(),
+    }
     for constant, value in values.items():
         text, count = re.subn(rf"(?m)^{constant} = .*$", f"{constant} = {json.dumps(value)}", text)
         assert count == 1, constant
