@@ -78,7 +78,9 @@ def _lines(done: Export, *, source: str) -> list[str]:
         lines += [
             f"from the file to the class: {photographs.num_same_class} of {photographs.num_compared} photographs have "
             f"the same class ({photographs.fraction:.2%}), {photographs.num_same_pixels} the same pixels",
-            f"  left out: {photographs.num_unreadable} unreadable, {photographs.num_refused} refused by preprocess.py",
+            f"  without a class, as preprocess.py cannot read them: {photographs.num_failed}",
+            f"  left out: {photographs.num_unreadable} unreadable, {photographs.num_refused} of a format or mode that "
+            "preprocess.py does not support",
         ]
     return [*lines, f"wrote {done.folder}"]
 

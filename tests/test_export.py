@@ -408,7 +408,7 @@ def test_an_export_that_changes_the_classes_of_photographs_is_refused(
     monkeypatch.setattr(exporting, "compare_photographs", other_class)
     write_photographs(Path("photographs"))
     line = error_of(monkeypatch, capsys, "--to", "torch", "--photographs", "photographs")
-    assert "0 of 203 photographs (0.0%) have the same class as by the original; allowed: 99% or more" in line
+    assert "0 of 203 photographs (0.0%) have the same class as by the original, and preprocess.py cannot" in line
     assert not Path("artifacts/export").exists()
 
 
@@ -417,6 +417,23 @@ def test_too_few_photographs_are_refused(exports: Exports, tmp_path: Path) -> No
     run = exports.model.quick_probabilities
     with pytest.raises(UserError, match=r"193 of 195 files can be compared .* allowed: 200 or more"):
         compare_photographs(exports.model, run, preprocessing(tmp_path), photographs, threads=1)
+
+
+def test_photographs_that_the_preprocessing_fails_on_count_as_another_class(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", MODEL)
+    photographs = write_photographs(tmp_path / "photographs")
+    preprocess = preprocessing(tmp_path)
+
+    def defective(path: Path) -> Any:
+        if int(path.stem) % 20 == 0:
+            raise ValueError("mode RGB; allowed: gray")
+        return preprocess(path)
+
+    found = compare_photographs(model, model.quick_probabilities, defective, photographs, threads=1)
+    assert (found.num_compared, found.num_failed, found.num_same_class) == (203, 11, 192)
+    assert (found.num_unreadable, found.num_refused) == (1, 1)
+    with pytest.raises(UserError, match=r"192 of 203 photographs \(94\.6%\) .* preprocess\.py cannot read 11; allowed"):
+        verification.check_photographs(found, export="x")
 
 
 # ---- the preprocessing

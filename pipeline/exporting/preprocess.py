@@ -21,6 +21,7 @@ RESIZE = "crop"
 MODEL = "model.pt2"
 LABELS = "labels.txt"
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "MPO")
+REFUSED_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F", "LAB")
 MAX_PIXELS = 2**27
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -43,7 +44,7 @@ def preprocess(file: str | Path | IO[bytes]) -> Any:
 
 def convert(image: Image.Image) -> Image.Image:
     """Return the image as gray or RGB with 8 bits."""
-    if image.mode in ("I", "F", "LAB") or image.mode.startswith("I;16"):
+    if image.mode in REFUSED_MODES:
         raise ValueError(f"mode {image.mode}; allowed: gray or colors with 8 bits; save the image as such")
     if image.has_transparency_data or image.mode in ("La", "RGBa"):
         white = Image.new("RGBA", image.size, "white")

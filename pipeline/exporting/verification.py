@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from pipeline.artifacts import Images
 from pipeline.core.errors import UserError
 from pipeline.exporting.formats import Run
 from pipeline.exporting.images import spread
+from pipeline.exporting.preprocess import FORMATS, REFUSED_MODES
 from pipeline.prediction.image_files import read_image
 from pipeline.prediction.inputs import Input
 from pipeline.prediction.model import LoadedModel
@@ -58,10 +60,12 @@ class PhotographAgreement:
     """How the classes differ between a photograph's way by the original and by the exported network and preprocessing.
 
     `num_same_pixels` photographs have the same pixels, bit for bit, and `num_same_class` the same most probable class,
-    of `num_compared`. `num_refused` photographs were refused by `preprocess.py`, and `num_unreadable` by both.
+    of `num_compared`. `num_failed` of these have no class, as `preprocess.py` cannot read them. `num_refused` other
+    photographs have a format or mode that it does not support, and `num_unreadable` cannot be read by ourselves either.
     """
 
     num_compared: int
+    num_failed: int
     num_same_pixels: int
     num_same_class: int
     largest_difference: float
@@ -116,7 +120,7 @@ def compare_photographs(
     Raises UserError where fewer than MIN_PHOTOGRAPHS can be compared.
     """
     paths = spread(paths, MAX_PHOTOGRAPHS)
-    counts = {"compared": 0, "same_pixels": 0, "same_class": 0, "refused": 0, "unreadable": 0}
+    counts = {"compared": 0, "failed": 0, "same_pixels": 0, "same_class": 0, "refused": 0, "unreadable": 0}
     largest = 0.0
     for start in range(0, len(paths), PHOTOGRAPHS_PER_BLOCK):
         with warnings.catch_warnings():
@@ -133,8 +137,8 @@ def compare_photographs(
     if counts["compared"] < MIN_PHOTOGRAPHS:
         raise UserError(
             f"--photographs: {counts['compared']} of {len(paths)} files can be compared ({counts['unreadable']} are "
-            f"unreadable, {counts['refused']} are refused by preprocess.py); allowed: {MIN_PHOTOGRAPHS} or more; name "
-            "a folder with more photographs"
+            f"unreadable, {counts['refused']} have a format or mode that preprocess.py does not support); allowed: "
+            f"{MIN_PHOTOGRAPHS} or more; name a folder with more photographs"
         )
     return PhotographAgreement(**{f"num_{name}": count for name, count in counts.items()}, largest_difference=largest)
 
@@ -142,7 +146,7 @@ def compare_photographs(
 def _read_both(
     model: LoadedModel, preprocess: Callable[[Path], Images], paths: Sequence[Path], *, counts: dict[str, int]
 ) -> list[tuple[Images, Images]]:
-    """Return the pixels of the files by `decode` and by `preprocess`; others are counted as unreadable or refused."""
+    """Return the pixels of the files by `decode` and by `preprocess`; others are counted by the reason."""
     config, pairs = model.config, []
     for path in paths:
         size, channels, resize = config.image_size, config.channels, config.resize
@@ -153,8 +157,18 @@ def _read_both(
         try:
             pairs.append((ours, preprocess(path)))
         except (ValueError, OSError):
-            counts["refused"] += 1
+            if _is_supported(path):
+                counts["compared"] += 1
+                counts["failed"] += 1
+            else:
+                counts["refused"] += 1
     return pairs
+
+
+def _is_supported(path: Path) -> bool:
+    """Return whether an image has a format and mode that `preprocess.py` states to read."""
+    with Image.open(path) as image:
+        return image.format in FORMATS and image.mode not in REFUSED_MODES
 
 
 def check_photographs(agreement: PhotographAgreement, *, export: str) -> None:
@@ -162,8 +176,9 @@ def check_photographs(agreement: PhotographAgreement, *, export: str) -> None:
     if agreement.fraction < MIN_AGREEMENT:
         raise UserError(
             f"{export}: {agreement.num_same_class} of {agreement.num_compared} photographs ({agreement.fraction:.1%}) "
-            f"have the same class as by the original; allowed: {MIN_AGREEMENT:.0%} or more. Nothing was written; serve "
-            "the original with `make serve`"
+            f"have the same class as by the original, and preprocess.py cannot read {agreement.num_failed}; allowed: "
+            f"{MIN_AGREEMENT:.0%} or more with the same class. Nothing was written; serve the original with `make "
+            "serve`"
         )
 
 
