@@ -31,7 +31,7 @@ from pipeline.prediction.model import LoadedModel
 DESCRIPTION = "export.json"
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "pillow", "numpy")
 ORIGINAL = "original"
-UNKNOWN = "unknown"
+NOT_RECORDED = "unknown"  # in place of what an older model.json does not state
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def _describe(found: Export, model: LoadedModel, *, to: Format, name: str, folde
         "model_json_md5": file_md5(files.folder / "model.json"),
         "network": config.model,
         "class_names": config.class_names,
-        "temperature": UNKNOWN if config.temperature is None else config.temperature,
-        "thresholds": UNKNOWN if config.thresholds is None else config.thresholds,
+        "temperature": NOT_RECORDED if config.temperature is None else config.temperature,
+        "thresholds": NOT_RECORDED if config.thresholds is None else config.thresholds,
         "input": {
             "name": INPUT,
             "dtype": "uint8",
