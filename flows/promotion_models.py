@@ -21,7 +21,7 @@ from pipeline.comparison.pairing import Candidate, Pairing, pair
 from pipeline.comparison.promotion import Challenger, TestSplit, describe_challenger, describe_test_split
 from pipeline.core.errors import UserError
 from pipeline.core.git import UNKNOWN
-from pipeline.evaluation.predict_split import load_to_evaluate, predict_split
+from pipeline.evaluation.predict_split import find_mismatch, load_to_evaluate, predict_split
 from pipeline.evaluation.predictions import split_md5
 from pipeline.models.config import ModelConfig
 from pipeline.models.files import load_config
@@ -33,7 +33,6 @@ from pipeline.tracking.store import connect
 WARM_UP, TIMED = 5, 31  # predictions of one image before the clock starts, and those that are timed
 EVALUATION = ("checkpoint", "test_time_augmentation")  # parameters of `evaluate` that change predictions
 EVALUATE_BEST = "evaluate it with `make run` and the same parameters, but `evaluate.checkpoint=best`"
-MAX_SHOWN = 80  # characters of a value in a reason
 NO_STORE = "no model has been evaluated yet; `make run` trains and evaluates one"
 
 
@@ -197,18 +196,11 @@ def champion_on(champion: Model, challenger: Model, split: Split, *, params: Par
 
 def _check_fit(config: ModelConfig, info: DatasetInfo, *, labels: tuple[str, str]) -> None:
     """Raise NotComparableError where a model was not made for the images or the classes of a data set."""
-    for field in ("image_size", "channels", "resize", "class_names"):
-        needed, found = getattr(config, field), getattr(info, field)
-        if needed != found:
-            raise NotComparableError(
-                f"the test split changed, and the champion ({labels[0]}) cannot predict its images: its {field} is "
-                f"{_shorten(needed)}, that of {labels[1]} {_shorten(found)}"
-            )
-
-
-def _shorten(value: object) -> str:
-    text = ", ".join(value) if isinstance(value, tuple) else str(value)
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
+    if found := find_mismatch(config, info):
+        raise NotComparableError(
+            f"the test split changed, and the champion ({labels[0]}) cannot predict its images: its {found.field} is "
+            f"{found.of_model}, that of {labels[1]} {found.of_data}"
+        )
 
 
 def pair_on(challenger: Model, champion: Candidate, split: Split) -> Pairing:

@@ -168,11 +168,20 @@ def test_the_step_writes_the_cross_entropy_and_the_same_bytes_each_time(workspac
     assert read_csv(target / "predictions.csv")[1]["name"] == "test/1.png"
 
 
-def test_a_model_predicts_only_images_of_the_size_that_it_was_trained_with(tmp_path: Path) -> None:
-    data = write_normalized(tmp_path, size=16)
+@pytest.mark.parametrize(
+    ("size", "classes", "message"),
+    [
+        (16, 3, "image_size is 16; allowed: 32"),
+        (32, 2, r"class_names is \['class 0', 'class 1'\]; allowed: \['class 0'"),
+    ],
+)
+def test_a_model_predicts_only_images_and_classes_that_it_was_trained_with(
+    tmp_path: Path, size: int, classes: int, message: str
+) -> None:
+    data = write_normalized(tmp_path, size=size, classes=classes)
     chosen = config(classes=3, class_names=tuple(f"class {index}" for index in range(3)))
     save_weights(build(chosen), tmp_path / "best.safetensors")
     save_config(chosen, tmp_path)
     model = load_to_evaluate(tmp_path, params=params().evaluate)
-    with pytest.raises(UserError, match=f"{data}: image_size is 16; allowed: 32"):
+    with pytest.raises(UserError, match=f"{data}: {message}"):
         predict_split(model, "test", data=data)

@@ -48,6 +48,11 @@ def first_line(error: object) -> str:
     return escape_control_chars(next(iter(str(error).strip().splitlines()), type(error).__name__))
 
 
+def shorten(text: str, length: int) -> str:
+    """Return the text, or the first `length` characters of a longer one, followed by "…"."""
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
 def redact_url(url: str) -> str:
     """Return a URL or path without what may be secret in it: user, password and query."""
     scheme, separator, rest = url.partition("://")

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from pipeline.arrays import CPU, DatasetInfo, Split
 from pipeline.artifacts import NORMALIZE, file_md5
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, shorten
 from pipeline.core.processes import num_cores
 from pipeline.evaluation.logits import predictions_of
 from pipeline.evaluation.predictions import Predictions
@@ -19,6 +20,8 @@ from pipeline.models.inference import trained_logits
 from pipeline.models.losses import loss_function
 from pipeline.params import EvaluateParams
 from pipeline.parquet import read_files
+
+MAX_VALUE_LENGTH = 80  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -80,17 +83,31 @@ def predict_split(model: EvaluatedModel, split: str, *, data: Path = NORMALIZE) 
     return predictions, loss_function(config.loss)(logits, labels).item()
 
 
+class Mismatch(NamedTuple):
+    """A field in which a model and a data set differ, with the value of each as a short text."""
+
+    field: str
+    of_model: str
+    of_data: str
+
+
+def find_mismatch(config: ModelConfig, info: DatasetInfo) -> Mismatch | None:
+    """Return why a model cannot predict the images of a data set, or None where it was made for such images."""
+    for field in ("class_names", "image_size", "channels", "resize"):
+        of_model, of_data = getattr(config, field), getattr(info, field)
+        if of_model != of_data:
+            return Mismatch(field, _as_text(of_model), _as_text(of_data))
+    return None
+
+
+def _as_text(value: object) -> str:
+    return shorten(str(list(value) if isinstance(value, tuple) else value), MAX_VALUE_LENGTH)
+
+
 def _check_fit(model: EvaluatedModel, info: DatasetInfo, *, data: Path) -> None:
     """Raise UserError where the images or classes of a data set are not those that the model was made for."""
-    if model.config.class_names != info.class_names:
+    if found := find_mismatch(model.config, info):
         raise UserError(
-            f"{model.folder}: the classes of the model are not those of {info.dataset} in {data}; `dvc repro train` "
-            "trains it again"
+            f"{data}: {found.field} is {found.of_data}; allowed: {found.of_model}, which the model in {model.folder} "
+            "was trained with; `dvc repro train` trains it again, or normalize the images as for that model"
         )
-    for name in ("image_size", "channels", "resize"):
-        of_model, of_data = getattr(model.config, name), getattr(info, name)
-        if of_model != of_data:
-            raise UserError(
-                f"{data}: {name} is {of_data}; allowed: {of_model}, which the model in {model.folder} was trained "
-                "with; `dvc repro train` trains it again, or normalize the images as for that model"
-            )

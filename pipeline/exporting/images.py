@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.arrays import DatasetInfo
 from pipeline.artifacts import NORMALIZE, Images, read_split, verify_splits
 from pipeline.core.errors import UserError
+from pipeline.evaluation.predict_split import find_mismatch
 from pipeline.models.config import ModelConfig
 from pipeline.prediction.image_files import read_image
 from pipeline.prediction.inputs import Input, expand_paths
@@ -33,14 +34,11 @@ def validation_images(config: ModelConfig, *, label: str) -> Images:
     if not (NORMALIZE / "dataset.json").is_file():
         raise UserError(f"{NORMALIZE}: no validation images to verify the export of {label} on; {REMEDIES}")
     verify_splits("validation")
-    info = DatasetInfo.read()
-    for field in ("class_names", "image_size", "channels", "resize"):
-        found, expected = getattr(info, field), getattr(config, field)
-        if found != expected:
-            raise UserError(
-                f"{NORMALIZE}: its validation images do not fit {label}: {field} is {_shorten(found)}; allowed: "
-                f"{_shorten(expected)}; {REMEDIES}"
-            )
+    if found := find_mismatch(config, DatasetInfo.read()):
+        raise UserError(
+            f"{NORMALIZE}: its validation images do not fit {label}: {found.field} is {found.of_data}; allowed: "
+            f"{found.of_model}; {REMEDIES}"
+        )
     images, _ = read_split("validation")
     if len(images) < MIN_VALIDATION_IMAGES:
         raise UserError(
@@ -85,8 +83,3 @@ def spread(items: "Sequence[Item] | Images", count: int) -> list[Item]:
     """Return `count` of the items at equal distances from the first to the last, or all where there are fewer."""
     indices = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
     return [items[index] for index in indices]
-
-
-def _shorten(value: object) -> str:
-    text = str(list(value) if isinstance(value, tuple) else value)
-    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -21,7 +21,7 @@ from python_multipart.multipart import Field, File, FormParser, parse_options_he
 from starlette.datastructures import QueryParams
 
 from pipeline.artifacts import Images
-from pipeline.core.errors import escape_control_chars, first_line
+from pipeline.core.errors import escape_control_chars, first_line, shorten
 from pipeline.images.decode import TooManyPixels, UnreadableImage, decode
 from pipeline.models.config import ModelConfig
 from pipeline.serving.limits import MAX_PIXELS, QUICK_PIXELS, RequestError
@@ -130,7 +130,7 @@ def _photographs_of_form(body: bytes, *, boundary: bytes, max_images: int) -> li
         parser.write(body)
         parser.finalize()
     except (FormParserError, ValueError) as error:
-        raise RequestError(400, f"the form is damaged: {_shortened(first_line(error))}") from None
+        raise RequestError(400, f"the form is damaged: {shorten(first_line(error), MAX_NAME_LENGTH)}") from None
     if not photographs:
         raise RequestError(400, "the form has no file, or is incomplete; send one, as by `curl -F image=@FILE`")
     return photographs
@@ -152,12 +152,14 @@ def _field_of_json(body: bytes) -> tuple[str, Any]:
     except RecursionError:
         raise RequestError(400, f"the body is JSON with too many nested lists; {allowed}") from None
     except ValueError as error:
-        raise RequestError(400, f"the body is no valid JSON: {_shortened(first_line(error))}; {allowed}") from None
+        raise RequestError(
+            400, f"the body is no valid JSON: {shorten(first_line(error), MAX_NAME_LENGTH)}; {allowed}"
+        ) from None
     if not isinstance(value, dict):
         raise RequestError(400, f"the body is JSON with {_describe(value)} instead of an object; {allowed}")
     known = [name for name in value if name in ("images", *ARRAY_FIELDS)]
     if len(known) != 1 or len(value) != 1:
-        names = _shortened(", ".join(map(_quote, value))) or "no field"
+        names = shorten(", ".join(map(_quote, value)), MAX_NAME_LENGTH) or "no field"
         raise RequestError(400, f"the body is JSON with {names}; {allowed}")
     return known[0], value[known[0]]
 
@@ -190,7 +192,7 @@ def _images_of_array(value: Any, *, config: ModelConfig, max_images: int) -> Ima
     try:
         images = as_images(value, shape=(size, size, config.channels))
     except InvalidImages as error:
-        raise RequestError(400, _shortened(first_line(error.message), length=5 * MAX_NAME_LENGTH)) from None
+        raise RequestError(400, shorten(first_line(error.message), 5 * MAX_NAME_LENGTH)) from None
     _check_count(len(images), max_images=max_images)
     return images
 
@@ -222,11 +224,7 @@ def _describe(value: Any) -> str:
 
 
 def _quote(text: str) -> str:
-    return f'"{_shortened(escape_control_chars(text))}"'
-
-
-def _shortened(text: str, *, length: int = MAX_NAME_LENGTH) -> str:
-    return text if len(text) <= length else f"{text[:length]}…"
+    return f'"{shorten(escape_control_chars(text), MAX_NAME_LENGTH)}"'
 
 
 def _text(name: bytes | None) -> str:
