@@ -131,7 +131,7 @@ def test_a_coverage_without_a_threshold_is_refused(changes: dict[str, Any], cove
     assert error.value.error_code == "INVALID_PARAMETER_VALUE"
 
 
-def test_a_class_called_unknown_is_told_from_an_image_of_unknown_class(tmp_path: Path) -> None:
+def test_a_class_called_unknown_is_distinguished_from_an_image_of_unknown_class(tmp_path: Path) -> None:
     chosen = config(class_names=("dog", "unknown"), thresholds={0.5: 1.0, 0.95: 0.0})
     save_config(chosen, tmp_path)
     save_weights(build(chosen), tmp_path / "best.safetensors")
