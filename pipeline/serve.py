@@ -14,13 +14,14 @@ import warnings
 from contextlib import closing
 
 import uvicorn
+from PIL import Image
 
 from pipeline.core.errors import UserError, escape_control_chars, report_errors
 from pipeline.core.network import LOOPBACK
 from pipeline.serving.app import App
 from pipeline.serving.connection import Connection, logger
 from pipeline.serving.current import CurrentModel, ServedNow, open_model
-from pipeline.serving.limits import Limits
+from pipeline.serving.limits import MAX_PIXELS, Limits
 
 PORT = 8080
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -138,6 +139,7 @@ def main() -> None:
     """Load the model, print the address, and answer requests until Ctrl-C."""
     with report_errors():
         arguments = parse_arguments()
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow's limit is twice this, also for an image inside an ICO file
         limits = Limits(
             max_bytes=int(arguments.max_megabytes * 1e6),
             max_images=arguments.max_images,

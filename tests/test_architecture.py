@@ -74,7 +74,12 @@ ONLY_IN = {
         "pipeline/evaluation/plots.py",
     },
     "ruamel": {"pipeline/core/yaml.py", "pipeline/recipes.py"},
-    "PIL": {"pipeline/images/decode.py", "pipeline/reporting/gallery.py", "pipeline/exporting/preprocess.py"},
+    "PIL": {
+        "pipeline/images/decode.py",
+        "pipeline/reporting/gallery.py",
+        "pipeline/exporting/preprocess.py",
+        "pipeline/serve.py",
+    },
     "pillow_heif": {"pipeline/images/decode.py"},
     "pyarrow": {
         "pipeline/parquet.py",

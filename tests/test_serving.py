@@ -5,6 +5,7 @@ import base64
 import json
 import logging
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import httpx
 import numpy as np
@@ -445,17 +447,36 @@ def bomb(width: int, height: int) -> bytes:
     return stream.getvalue()
 
 
+def in_icon(png: bytes) -> bytes:
+    """Return an ICO file of a PNG file; its header states 256 x 256 pixels."""
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, len(png), 22) + png
+
+
 def test_an_image_of_too_many_pixels_is_refused_and_a_large_one_decoded_alone(
     ask: Post, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     response = ask(content=bomb(8192, 8193))
     assert response.status_code == 400
-    assert "8192 x 8193 pixels; allowed: 67,108,864 in all" in response.json()["error"]
-    monkeypatch.setattr(requests_module, "QUICK_PIXELS", 100)
-    with requests_module._large:
-        held = ask(content=PHOTO, app={"timeout_seconds": 0.2})
-    assert held.status_code == 503
+    assert "(more than 67,108,864 pixels); send a smaller one" in response.json()["error"]
+    lock = MagicMock()
+    monkeypatch.setattr(requests_module, "_large_input_lock", lock)
     assert ask(content=PHOTO).status_code == 200
+    assert not lock.__enter__.called
+    monkeypatch.setattr(requests_module, "QUICK_PIXELS", 100)
+    assert ask(content=PHOTO).status_code == 200
+    assert lock.__enter__.called
+
+
+@pytest.mark.parametrize("suffix", ["ICO", "ICNS", "TIFF"])
+def test_an_image_with_another_inside_is_decoded_alone(ask: Post, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """Its header may state fewer pixels than the other image has, and an ICO file is decoded with its header."""
+    lock = MagicMock()
+    monkeypatch.setattr(requests_module, "_large_input_lock", lock)
+    opened = list[bool]()
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(lock.__enter__.called) or original(*a, **k))
+    assert ask(content=encoded(colored_images(1, size=64)[0][0], suffix)).status_code == 200
+    assert opened == [True]
 
 
 def test_a_defect_of_the_server_is_answered_without_its_traceback(
@@ -506,6 +527,10 @@ def test_a_server_answers_refuses_and_ends_with_the_requests_in_flight(folder: P
     assert classes(httpx.post(f"{address}/predict", content=PHOTO, timeout=60)) == ["b"]
     for content in (bytes(50_000_000), iter([bytes(100_000)] * 500)):  # with Content-Length, and in chunks
         assert httpx.post(f"{address}/predict", content=content, timeout=60).status_code == 413
+    response = httpx.post(
+        f"{address}/predict", content=in_icon(bomb(8192, 8193)[:200]), timeout=60
+    )  # cannot be decoded
+    assert (response.status_code, "(more than 67,108,864 pixels)" in response.text) == (400, True)
     second = start("--model", str(folder), "--port", address.rpartition(":")[2])
     assert second.communicate()[1].startswith(f"error: port {address.rpartition(':')[2]} is in use; allowed: a free")
     assert second.returncode == EXIT_USER

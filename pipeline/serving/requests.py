@@ -10,8 +10,9 @@ import binascii
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,12 @@ BLOCK_IMAGES = 32  # decoded and classified together; more would take memory and
 ARRAY_FIELDS = ("inputs", "instances")
 MAX_NAME_LENGTH = 100  # of what a message quotes from a request
 QUICK_JSON_BYTES = 4_000_000  # nested lists take 20 times as much memory as their JSON
-# held by the thread that decodes an image of more than QUICK_PIXELS, or reads JSON of more than QUICK_JSON_BYTES
-_large = threading.Lock()
+# The first bytes of formats whose header may state fewer pixels than are decoded: ICO, ICNS, BLP and IPTC have another
+# image file in them, which Pillow even decodes when it reads the header of ICO; TIFF has tiles of any size.
+NESTED_FORMATS = (b"\0\0\1\0", b"icns", b"BLP", b"\x1c", b"II", b"MM")
+# held by the thread that decodes an image of more than QUICK_PIXELS, or of NESTED_FORMATS, or reads JSON of more than
+# QUICK_JSON_BYTES
+_large_input_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def image_blocks(body: bytes, *, content_type: str, config: ModelConfig, max_ima
     if media_type == b"multipart/form-data":
         photographs = _photographs_of_form(body, boundary=parameters.get(b"boundary", b""), max_images=max_images)
     elif media_type.endswith(b"json") or body.lstrip()[:1] in (b"{", b"["):
-        with _large if len(body) > QUICK_JSON_BYTES else nullcontext():
+        with _large_input_lock if len(body) > QUICK_JSON_BYTES else nullcontext():
             found = _read_json(body, config=config, max_images=max_images)
         if isinstance(found, np.ndarray):
             yield from (found[start : start + BLOCK_IMAGES] for start in range(0, len(found), BLOCK_IMAGES))
@@ -197,14 +202,22 @@ def _images_of_array(value: Any, *, config: ModelConfig, max_images: int) -> Ima
 
 def _decode(photograph: Photograph, *, config: ModelConfig) -> npt.NDArray[np.uint8]:
     """Return the image as `normalize` would store it, (H, W, C) uint8."""
-    size, channels, resize = config.image_size, config.channels, config.resize
-    content = photograph.content
+    read = partial(
+        decode,
+        photograph.content,
+        image_size=config.image_size,
+        channels=config.channels,
+        resize=config.resize,
+    )
     try:
-        try:
-            return decode(content, image_size=size, channels=channels, resize=resize, max_pixels=QUICK_PIXELS)
-        except TooManyPixels:
-            with _large:
-                return decode(content, image_size=size, channels=channels, resize=resize, max_pixels=MAX_PIXELS)
+        if not photograph.content.startswith(NESTED_FORMATS):
+            with suppress(TooManyPixels):
+                return read(max_pixels=QUICK_PIXELS)
+        with _large_input_lock:
+            return read(max_pixels=MAX_PIXELS)
+    except TooManyPixels:
+        found = f"{photograph.place} is not readable as an image (more than {MAX_PIXELS:,} pixels); send a smaller one"
+        raise RequestError(400, found) from None
     except UnreadableImage as error:
         hint = "; `curl --data-binary @FILE` sends a file unchanged" if photograph.place == "the body" else ""
         raise RequestError(400, f"{photograph.place} is not readable as an image ({error}){hint}") from None
