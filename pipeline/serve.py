@@ -156,9 +156,9 @@ def main() -> None:
                 bound.listen()
             except OSError as error:  # another process listens since then
                 raise _listen_error(error, host=host, port=port) from None
-            shown = f"[{host}]" if ":" in host else host
+            url_host = f"[{host}]" if ":" in host else host
             _log_requests()
-            _print_start(current.get(), address=f"http://{shown}:{port}", host=host)
+            _print_start(current.get(), address=f"http://{url_host}:{port}", host=host)
             serve(current, bound=bound, host=host, limits=limits, coverage=coverage)
 
 

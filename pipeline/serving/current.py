@@ -1,7 +1,7 @@
 """Hold the model that answers requests, and replace it while requests are answered.
 
 `open_model` loads a model; where that is the version of an alias in MLflow's registry, such as
-`models:/digits@champion`, a thread looks every few seconds which version has the alias. Another version is fetched,
+`models:/digits@champion`, a thread polls every few seconds which version has the alias. Another version is fetched,
 verified, loaded and warmed up beside the model that answers; only then it answers the next requests. A request keeps
 the model that it got from `CurrentModel.get` until it is answered. Whatever fails meanwhile, the old model remains.
 """
@@ -28,7 +28,7 @@ from pipeline.tracking.store import connect
 
 POLL_SECONDS = 2.0
 STOP_SECONDS = 5.0  # how long the end of a server waits for the thread, which may be in a download
-MAX_SKIPPED_LOOKS = 15
+MAX_SKIPPED_POLLS = 15
 _ALIAS = re.compile(r"models:/([^/]+)@([\w-]+)")
 _VERSION = re.compile(r"models:/([^/]+)/(\d+)")
 
@@ -127,15 +127,15 @@ def _load_fixed(text: str | None, *, coverage: float | None) -> ServedNow:
 
 
 class Follower:
-    """The model that has an alias in MLflow's registry, kept up to date by `look`.
+    """The model that has an alias in MLflow's registry, kept up to date by `poll`.
 
     Creating it loads the model; raises as `open_model`.
     """
 
     def __init__(self, *, name: str, alias: str, coverage: float | None = None) -> None:
         self._name, self._alias, self._coverage = name, alias, coverage
-        self._questions, self._loads = _BackOff(), _BackOff()
-        self._number: str | None = None  # the version that `_loads` is about
+        self._registry_backoff, self._load_backoff = _BackOff(), _BackOff()
+        self._number: str | None = None  # the version that `_load_backoff` is about
         self._kind: str | None = None  # of the problem
         connect()
         number = registry.number_of_alias(self._name, self._alias)
@@ -151,24 +151,24 @@ class Follower:
         return f"models:/{self._name}@{self._alias}"
 
     def run(self, stop: Event, *, poll_seconds: float) -> None:
-        """Look every `poll_seconds` until `stop` is set."""
+        """Poll every `poll_seconds` until `stop` is set."""
         while not stop.wait(poll_seconds):
-            self.look()
+            self.poll()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Replace the model if another version has the alias now; report what prevents that, and keep the old model.
 
-        After a failure, some of the next looks do nothing, see `_BackOff`.
+        After a failure, some of the next polls do nothing, see `_BackOff`.
         """
-        if not self._questions.is_due():
+        if not self._registry_backoff.is_due():
             return
         try:
             number = registry.number_of_alias(self._name, self._alias)
         except Exception as error:  # no failure of MLflow may end the thread
-            self._questions.fail()
-            self._report("registry", f"the model registry does not say which version is next: {first_line(error)}")
+            self._registry_backoff.fail()
+            self._report("registry", f"the model registry does not answer: {first_line(error)}")
             return
-        self._questions.reset()
+        self._registry_backoff.reset()
         if number is None:
             self._report("alias", "no version has the alias any more; set it in MLflow")
         elif number == self.current.get().version:
@@ -180,16 +180,16 @@ class Follower:
         """Load the version, and let it answer; where it was tried before, only when the next try is due."""
         if number != self._number:
             self._number = number
-            self._loads.reset()
-        if not self._loads.is_due():
+            self._load_backoff.reset()
+        if not self._load_backoff.is_due():
             return
         try:
             served = self._load(number, _load_beside)
         except Exception as error:  # whatever is wrong with a new model, the old one continues to answer
-            self._loads.fail()
+            self._load_backoff.fail()
             self._report(f"version {number}", f"version {number} cannot be served: {first_line(error)}")
             return
-        self._loads.reset()
+        self._load_backoff.reset()
         for difference in _differences(self.current.get().model, served.model):
             _print(f"warning: {self._uri}: version {number} {difference}")
         _print(f"{self._uri}: version {number} answers now, in place of version {self.current.get().version}")
@@ -219,7 +219,7 @@ class Follower:
 
 
 class _BackOff:
-    """A count of failures in a row: after the nth one, 2ⁿ - 1 tries are left out, at most MAX_SKIPPED_LOOKS."""
+    """A count of failures in a row: after the nth one, 2ⁿ - 1 polls are skipped, at most MAX_SKIPPED_POLLS."""
 
     def __init__(self) -> None:
         self.reset()
@@ -229,10 +229,10 @@ class _BackOff:
 
     def fail(self) -> None:
         self._failures += 1
-        self._skips = min(2**self._failures - 1, MAX_SKIPPED_LOOKS)
+        self._skips = min(2**self._failures - 1, MAX_SKIPPED_POLLS)
 
     def is_due(self) -> bool:
-        """Return whether to try now; a try that is left out is counted."""
+        """Return whether to try now; a skipped poll is counted."""
         self._skips -= 1
         return self._skips < 0
 

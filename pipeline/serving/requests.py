@@ -51,9 +51,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Photograph:
-    """An image file in a request; `place` is where the request has it, for messages."""
+    """An image file in a request; `location` is where the request has it, for messages."""
 
-    place: str
+    location: str
     content: bytes
 
 
@@ -216,11 +216,13 @@ def _decode(photograph: Photograph, *, config: ModelConfig) -> npt.NDArray[np.ui
         with _large_input_lock:
             return read(max_pixels=MAX_PIXELS)
     except TooManyPixels:
-        found = f"{photograph.place} is not readable as an image (more than {MAX_PIXELS:,} pixels); send a smaller one"
+        found = (
+            f"{photograph.location} is not readable as an image (more than {MAX_PIXELS:,} pixels); send a smaller one"
+        )
         raise RequestError(400, found) from None
     except UnreadableImage as error:
-        hint = "; `curl --data-binary @FILE` sends a file unchanged" if photograph.place == "the body" else ""
-        raise RequestError(400, f"{photograph.place} is not readable as an image ({error}){hint}") from None
+        hint = "; `curl --data-binary @FILE` sends a file unchanged" if photograph.location == "the body" else ""
+        raise RequestError(400, f"{photograph.location} is not readable as an image ({error}){hint}") from None
 
 
 def _check_count(number: int, *, max_images: int) -> None:
