@@ -9,7 +9,7 @@ the model that it got from `CurrentModel.get` until it is answered. Whatever fai
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,11 @@ import numpy as np
 from pipeline.arrays import CPU
 from pipeline.artifacts import TRAIN
 from pipeline.core.errors import UserError, escape_control_chars, first_line
+from pipeline.datasets.layout import shorten_list
 from pipeline.models.files import load_model
 from pipeline.prediction.model import LoadedModel, find_threshold, load
 from pipeline.tracking import registry
-from pipeline.tracking.model_files import MAX_LISTED, ModelFiles, find_model_files
+from pipeline.tracking.model_files import ModelFiles, find_model_files
 from pipeline.tracking.store import connect
 
 POLL_SECONDS = 2.0
@@ -259,24 +260,19 @@ def _differences(old: LoadedModel, new: LoadedModel) -> Iterator[str]:
     """Yield what a client or the operator has to know about a new model, as the ends of sentences."""
     before, after = old.config, new.config
     if after.class_names != before.class_names:
-        yield f"has other classes: {_listed(after.class_names)} instead of {_listed(before.class_names)}"
+        names = [shorten_list([*each.class_names]) for each in (after, before)]
+        yield f"has other classes: {names[0]} instead of {names[1]}"
     shapes = [f"(N, {each.image_size}, {each.image_size}, {each.channels})" for each in (before, after)]
     if shapes[0] != shapes[1]:
         yield f"accepts arrays {shapes[1]} and no longer {shapes[0]}; photographs are accepted as before"
     lost = {*(before.thresholds or {})} - {*(after.thresholds or {})}
     if lost:
-        yield f"has no threshold for coverage {_listed(map(str, sorted(lost)))}; requests with it are refused"
+        yield f"has no threshold for coverage {shorten_list([*map(str, sorted(lost))])}; requests with it are refused"
     if after.cpu_kernels != before.cpu_kernels:
         yield (
             f"was trained with cpu_kernels {after.cpu_kernels}, and is used with {before.cpu_kernels}; the last bits "
             "differ until the server is started again"
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Return the first names as text."""
-    each = [*names]
-    return ", ".join(each[:MAX_LISTED]) + (f" and {len(each) - MAX_LISTED} others" if len(each) > MAX_LISTED else "")
 
 
 def _print(message: str) -> None:
