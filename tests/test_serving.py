@@ -240,7 +240,16 @@ REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
         {"json": {"inputs": IMAGES.transpose(0, 3, 1, 2).tolist()}},
         "inputs: found an array of shape (3, 3, 32, 32); allowed: images as they were decoded, (N, 32, 32, 3)",
     ),
-    "no batch axis": (400, {"json": {"inputs": IMAGES[0].tolist()}}, "inputs: found "),
+    "no batch axis": (
+        400,
+        {"json": {"inputs": IMAGES[0].tolist()}},
+        "inputs: found one image of shape (32, 32, 3), without a batch axis: send it as [image]; allowed: ",
+    ),
+    "no batch axis of more rows than images are allowed": (
+        400,
+        {"json": {"inputs": np.zeros((60, 60, 3), int).tolist()}},
+        "inputs: found one image of shape (60, 60, 3), without a batch axis: ",
+    ),
     "scaled pixels": (400, {"json": {"inputs": (IMAGES[:1] / 255).tolist()}}, "inputs: found the value "),
     "a named input": (400, {"json": {"inputs": {"image": 1}}}, "inputs: found named inputs 'image' instead of one"),
     "too many images": (413, {"json": {"images": ["a"] * 41}}, "the request has more than 40 images; allowed: 40; "),

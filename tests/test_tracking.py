@@ -388,7 +388,7 @@ def test_the_recorded_model_can_be_served(served: str) -> None:
         ({"instances": (images.astype(int) - 128).tolist()}, "inputs: found the value -"),
         (
             {"inputs": images[0].tolist()},
-            "inputs: found an array of shape (32, 32, 3) has no batch axis: send it as [i",
+            "inputs: found one image of shape (32, 32, 3), without a batch axis: send it",
         ),
         ({"inputs": images.tolist(), "params": {"coverage": 2}}, "params: coverage is 2.0; allowed: 0.5, 0.6, 0.7, 0."),
         ({"inputs": []}, "inputs: found no image"),

@@ -190,8 +190,6 @@ def _from_base64(text: Any, *, index: int) -> bytes:
 def _images_of_array(value: Any, *, config: ModelConfig, max_images: int) -> Images:
     """Return nested lists of numbers as images (N, H, W, C) uint8."""
     size = config.image_size
-    if isinstance(value, list) and len(value) > size:  # it may not be an image without the axis of the batch
-        _check_count(len(value), max_images=max_images)
     try:
         images = as_images(value, shape=(size, size, config.channels))
     except InvalidImages as error:
