@@ -170,6 +170,16 @@ def test_a_coverage_reports_images_as_unknown(ask: Post, app: dict[str, Any], qu
     assert (prediction["class"], prediction["is_unknown"]) == ("b", False)
 
 
+def test_params_of_mlflow_count_as_those_of_the_query(ask: Post) -> None:
+    """MLflow's client sends them so, as docs/models.md shows."""
+    body = {"inputs": IMAGES[:1].tolist(), "params": {"coverage": 0.5, "top": 1}}
+    [prediction] = ask(path="/invocations", json=body).json()["predictions"]
+    assert (prediction["class"], len(prediction["top"])) == ("unknown", 1)
+    body["params"] = {"coverage": None}
+    [prediction] = ask(path="/invocations", json=body).json()["predictions"]
+    assert "is_unknown" not in prediction
+
+
 def test_a_replaced_model_answers_the_next_request(current: CurrentModel) -> None:
     app = server(current)
 
@@ -273,8 +283,24 @@ REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
         {"content": PHOTO, "headers": {"content-encoding": "gzip"}},
         'Content-Encoding is "gzip"; allowed: an uncompressed body',
     ),
-    "a parameter that is not known": (400, {"path": "/predict?tops=3"}, 'found the query parameter "tops"; allowed: '),
-    "a parameter twice": (400, {"path": "/predict?top=3&top=4"}, "the query parameter top is there 2 times; allowed: "),
+    "a parameter that is not known": (400, {"path": "/predict?tops=3"}, 'found the parameter "tops"; allowed: '),
+    "a parameter twice": (400, {"path": "/predict?top=3&top=4"}, "the parameter top is there 2 times; allowed: "),
+    "a coverage in query and body": (
+        400,
+        {"path": "/predict?coverage=0.9", "json": {"inputs": IMAGES.tolist(), "params": {"coverage": 0.9}}},
+        "the parameter coverage is there 2 times; allowed: 1",
+    ),
+    "another parameter of the body": (
+        400,
+        {"json": {"inputs": IMAGES.tolist(), "params": {"temperature": 2}}},
+        'found the parameter "temperature"; allowed: top, coverage',
+    ),
+    "a list of parameters": (
+        400,
+        {"json": {"inputs": IMAGES.tolist(), "params": ["coverage"]}},
+        'params: found a list; allowed: an object such as {"coverage": 0.95}',
+    ),
+    "only parameters": (400, {"json": {"params": {}}}, 'the body is JSON with "params"; allowed: {"images": '),
     "top 0": (400, {"path": "/predict?top=0"}, 'top is "0"; allowed: a whole number, 1 or more'),
     "top of words": (400, {"path": "/predict?top=a%0Ab"}, 'top is "a\\nb"; allowed: a whole number, 1 or more'),
     "coverage of words": (400, {"path": "/predict?coverage=high"}, 'coverage is "high"; allowed: a number such as'),

@@ -2,14 +2,15 @@
 
 The body is an image file, a form with image files (multipart/form-data), or JSON: `{"images": [base64 of a file, …]}`
 or `{"inputs": [image, …]}` with images (H, W, C) of whole numbers from 0 to 255 as the model has them; "instances"
-means the same as "inputs". The bytes of the body decide which of these it is, not its Content-Type, but for a form.
+means the same as "inputs", and "params" may have what the query may have. The bytes of the body decide which of these
+it is, not its Content-Type, but for a form.
 """
 
 import base64
 import binascii
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -57,16 +58,18 @@ class Photograph:
     content: bytes
 
 
-def read_options(query: QueryParams) -> Options:
-    """Return the options in the query of an address.
+def read_options(query: QueryParams, params: Mapping[str, Any] | None = None) -> Options:
+    """Return the options in the query of an address and in the "params" of a JSON body.
 
     Raises RequestError for an unknown or repeated parameter, and for a value that is not allowed.
     """
+    of_body = [(name, str(value)) for name, value in (params or {}).items() if value is not None]
+    query = QueryParams([*query.multi_items(), *of_body])
     for name in query:
         if name not in ("top", "coverage"):
-            raise RequestError(400, f"found the query parameter {_quote(name)}; allowed: top, coverage")
+            raise RequestError(400, f"found the parameter {_quote(name)}; allowed: top, coverage")
         if len(query.getlist(name)) > 1:
-            raise RequestError(400, f"the query parameter {name} is there {len(query.getlist(name))} times; allowed: 1")
+            raise RequestError(400, f"the parameter {name} is there {len(query.getlist(name))} times; allowed: 1")
     top = query.get("top", str(DEFAULT_TOP))
     if not (top.isascii() and top.isdigit() and 1 <= len(top) <= 9 and int(top)):
         raise RequestError(400, f"top is {_quote(top)}; allowed: a whole number, 1 or more")
@@ -89,8 +92,10 @@ def read_threshold(coverage: float | None, *, default: float | None, config: Mod
         raise RequestError(400, str(error)) from None
 
 
-def image_blocks(body: bytes, *, content_type: str, config: ModelConfig, max_images: int) -> Iterator[Images]:
-    """Yield the images of a request in their order, in blocks (N, H, W, C) uint8 of up to BLOCK_IMAGES.
+def read_body(
+    body: bytes, *, content_type: str, config: ModelConfig, max_images: int
+) -> tuple[list[Photograph] | Images, dict[str, Any]]:
+    """Return the image files or the arrays (N, H, W, C) uint8 of a request, and its "params", which only JSON has.
 
     Raises RequestError.
     """
@@ -98,18 +103,18 @@ def image_blocks(body: bytes, *, content_type: str, config: ModelConfig, max_ima
         raise RequestError(400, "the body is empty; send an image file, as by `curl --data-binary @FILE`")
     media_type, parameters = parse_options_header(content_type)
     if media_type == b"multipart/form-data":
-        photographs = _photographs_of_form(body, boundary=parameters.get(b"boundary", b""), max_images=max_images)
-    elif media_type.endswith(b"json") or body.lstrip()[:1] in (b"{", b"["):
+        return _photographs_of_form(body, boundary=parameters.get(b"boundary", b""), max_images=max_images), {}
+    if media_type.endswith(b"json") or body.lstrip()[:1] in (b"{", b"["):
         with _large_input_lock if len(body) > QUICK_JSON_BYTES else nullcontext():
-            found = _read_json(body, config=config, max_images=max_images)
-        if isinstance(found, np.ndarray):
-            yield from (found[start : start + BLOCK_IMAGES] for start in range(0, len(found), BLOCK_IMAGES))
-            return
-        photographs = found
-    else:
-        photographs = [Photograph("the body", body)]
-    for start in range(0, len(photographs), BLOCK_IMAGES):
-        yield np.stack([_decode(photograph, config=config) for photograph in photographs[start : start + BLOCK_IMAGES]])
+            return _read_json(body, config=config, max_images=max_images)
+    return [Photograph("the body", body)], {}
+
+
+def image_blocks(found: list[Photograph] | Images, *, config: ModelConfig) -> Iterator[Images]:
+    """Yield images in their order, in blocks (N, H, W, C) uint8 of up to BLOCK_IMAGES; raises RequestError."""
+    for start in range(0, len(found), BLOCK_IMAGES):
+        block = found[start : start + BLOCK_IMAGES]
+        yield block if isinstance(block, np.ndarray) else np.stack([_decode(each, config=config) for each in block])
 
 
 def _photographs_of_form(body: bytes, *, boundary: bytes, max_images: int) -> list[Photograph]:
@@ -141,16 +146,22 @@ def _photographs_of_form(body: bytes, *, boundary: bytes, max_images: int) -> li
     return photographs
 
 
-def _read_json(body: bytes, *, config: ModelConfig, max_images: int) -> list[Photograph] | Images:
-    """Return the files or the arrays of the only field of the JSON object."""
-    field, value = _field_of_json(body)
+def _read_json(
+    body: bytes, *, config: ModelConfig, max_images: int
+) -> tuple[list[Photograph] | Images, dict[str, Any]]:
+    """Return the files or the arrays of the JSON object, and its "params"."""
+    fields = _fields_of_json(body)
+    params = fields.pop("params", None) or {}
+    if not isinstance(params, dict):
+        raise RequestError(400, f'params: found {_describe(params)}; allowed: an object such as {{"coverage": 0.95}}')
+    [(field, value)] = fields.items()
     if field in ARRAY_FIELDS:
-        return _images_of_array(value, config=config, max_images=max_images)
-    return _photographs_of_json(value, max_images=max_images)
+        return _images_of_array(value, config=config, max_images=max_images), params
+    return _photographs_of_json(value, max_images=max_images), params
 
 
-def _field_of_json(body: bytes) -> tuple[str, Any]:
-    """Return the name and the value of the only field of the JSON object."""
+def _fields_of_json(body: bytes) -> dict[str, Any]:
+    """Return the fields of the JSON object: one has the images, and there may be "params", as MLflow has them."""
     allowed = 'allowed: {"images": ["<base64>", …]} or {"inputs": [<image>, …]}'
     try:
         value = json.loads(body)
@@ -160,11 +171,11 @@ def _field_of_json(body: bytes) -> tuple[str, Any]:
         raise RequestError(400, f"the body is no valid JSON: {_shortened(first_line(error))}; {allowed}") from None
     if not isinstance(value, dict):
         raise RequestError(400, f"the body is JSON with {_describe(value)} instead of an object; {allowed}")
-    known = [name for name in value if name in ("images", *ARRAY_FIELDS)]
-    if len(known) != 1 or len(value) != 1:
+    others = value.keys() - {"params"}
+    if len(others) != 1 or not others <= {"images", *ARRAY_FIELDS}:
         names = _shortened(", ".join(map(_quote, value))) or "no field"
         raise RequestError(400, f"the body is JSON with {names}; {allowed}")
-    return known[0], value[known[0]]
+    return value
 
 
 def _photographs_of_json(value: Any, *, max_images: int) -> list[Photograph]:
