@@ -95,6 +95,34 @@ def test_without_a_champion_the_model_of_the_checkout_is_served(
     assert "no champion yet: serves artifacts/train" in capsys.readouterr().out
 
 
+def test_the_first_champion_takes_over_from_the_folder(project: Path) -> None:
+    write_model(Path("artifacts/train"), seed=3)
+    follower = Follower(name=None, alias="champion")
+    follower.poll()
+    assert (follower.current.get().name, follower.current.problem) == ("artifacts/train", None)
+    register(Path("model 1"), name="letters")
+    for name in ("digits", "letters"):
+        make_champion("1", name=name)
+    follower.poll()
+    assert follower.current.get().name == "artifacts/train"
+    assert "the first champion: 2 models have a champion; name one" in str(follower.current.problem)
+    registry.remove_alias("letters", "champion")
+    follower.poll()
+    assert (follower.current.get().name, follower.current.get().version) == ("digits", "1")
+    assert follower.current.problem is None
+    make_champion("2")
+    follower.poll()
+    assert follower.current.get().version == "2"
+
+
+def test_a_server_without_a_champion_polls_for_one(project: Path) -> None:
+    write_model(Path("artifacts/train"), seed=3)
+    with open_model(None, poll_seconds=0.01) as current:
+        make_champion("1")
+        while current.get().version != "1":
+            time.sleep(0.01)
+
+
 def test_an_alias_that_no_version_has_is_refused(project: Path) -> None:
     with pytest.raises(UserError, match=f"--model {ADDRESS}: no version in MLflow's model registry has this alias"):
         Follower(name="digits", alias="champion")

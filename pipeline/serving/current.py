@@ -84,10 +84,11 @@ def open_model(
     """
     text = text or _find_champion()
     alias = _ALIAS.fullmatch(text or "")
-    if not alias:
+    if text and not alias:
         yield CurrentModel(_load_fixed(text, coverage=coverage))
         return
-    follower = Follower(name=alias[1], alias=alias[2], coverage=coverage)
+    name, alias_name = (alias[1], alias[2]) if alias else (None, registry.CHAMPION)
+    follower = Follower(name=name, alias=alias_name, coverage=coverage)
     stop = Event()
     thread = Thread(target=follower.run, args=(stop,), kwargs={"poll_seconds": poll_seconds}, daemon=True)
     thread.start()
@@ -101,8 +102,7 @@ def open_model(
 def _find_champion() -> str | None:
     """Return the address of the only champion, or None where there is none and `artifacts/train/` has a model."""
     connect()
-    names = [name for name in registry.find_names() if registry.number_of_alias(name, registry.CHAMPION)]
-    addresses = [f"models:/{name}@{registry.CHAMPION}" for name in names]
+    addresses = [f"models:/{name}@{registry.CHAMPION}" for name in _names_with_champion()]
     if len(addresses) > 1:
         raise UserError(
             f"found {len(addresses)} champions: {', '.join(addresses)}; allowed: one model; name it, as in "
@@ -115,8 +115,12 @@ def _find_champion() -> str | None:
             f"found no model to serve: neither a champion in MLflow's model registry nor the folder {TRAIN}; "
             "`make run` trains a model, and MODEL=runs:/RUN_ID/model names one"
         )
-    _print(f"no champion yet: serves {TRAIN}; start the server again once there is a champion")
+    _print(f"no champion yet: serves {TRAIN} until there is one")
     return None
+
+
+def _names_with_champion() -> list[str]:
+    return [name for name in registry.find_names() if registry.number_of_alias(name, registry.CHAMPION)]
 
 
 def _load_fixed(text: str | None, *, coverage: float | None) -> ServedNow:
@@ -130,16 +134,20 @@ def _load_fixed(text: str | None, *, coverage: float | None) -> ServedNow:
 class Follower:
     """The model that has an alias in MLflow's registry, kept up to date by `poll`.
 
-    Creating it loads the model; raises as `open_model`.
+    Without a name, it is the model in `artifacts/train/` until a registered model has the alias `champion`. Creating it
+    loads the model; raises as `open_model`.
     """
 
-    def __init__(self, *, name: str, alias: str, coverage: float | None = None) -> None:
+    def __init__(self, *, name: str | None, alias: str, coverage: float | None = None) -> None:
         self._name, self._alias, self._coverage = name, alias, coverage
         self._registry_backoff, self._load_backoff = _BackOff(), _BackOff()
         self._number: str | None = None  # the version that `_load_backoff` is about
         self._kind: str | None = None  # of the problem
         connect()
-        number = registry.number_of_alias(self._name, self._alias)
+        if name is None:
+            self.current = CurrentModel(_load_fixed(None, coverage=coverage))
+            return
+        number = registry.number_of_alias(name, alias)
         if number is None:
             raise UserError(
                 f"--model {self._uri}: no version in MLflow's model registry has this alias; allowed: a model that has "
@@ -149,7 +157,12 @@ class Follower:
 
     @property
     def _uri(self) -> str:
-        return f"models:/{self._name}@{self._alias}"
+        return f"models:/{self._name}@{self._alias}" if self._name else "the first champion"
+
+    @property
+    def _served(self) -> str:
+        served = self.current.get()
+        return f"version {served.version}" if served.version else served.name
 
     def run(self, stop: Event, *, poll_seconds: float) -> None:
         """Poll every `poll_seconds` until `stop` is set."""
@@ -164,17 +177,23 @@ class Follower:
         if not self._registry_backoff.is_due():
             return
         try:
-            number = registry.number_of_alias(self._name, self._alias)
+            names = [self._name] if self._name else _names_with_champion()
+            number = registry.number_of_alias(names[0], self._alias) if len(names) == 1 else None
         except Exception as error:  # no failure of MLflow may end the thread
             self._registry_backoff.fail()
             self._report("registry", f"the model registry does not answer: {first_line(error)}")
             return
         self._registry_backoff.reset()
-        if number is None:
+        if not names:
+            self._clear()
+        elif len(names) > 1:
+            self._report("champions", f"{len(names)} models have a champion; name one by MODEL and start again")
+        elif number is None:
             self._report("alias", "no version has the alias any more; set it in MLflow")
         elif number == self.current.get().version:
             self._clear()
         else:
+            self._name = names[0]
             self._take_over(number)
 
     def _take_over(self, number: str) -> None:
@@ -193,25 +212,26 @@ class Follower:
         self._load_backoff.reset()
         for difference in _differences(self.current.get().model, served.model):
             _print(f"warning: {self._uri}: version {number} {difference}")
-        _print(f"{self._uri}: version {number} answers now, in place of version {self.current.get().version}")
+        _print(f"{self._uri}: version {number} answers now, in place of {self._served}")
         self.current.replace(served)
         self._kind = self.current.problem = None
 
     def _report(self, kind: str, problem: str) -> None:
         """Set the problem, and print it where it is of another kind than before: its text may vary while it lasts."""
-        problem = f"{self._uri}: {problem}; version {self.current.get().version} continues to answer"
+        problem = f"{self._uri}: {problem}; {self._served} continues to answer"
         if kind != self._kind:
             _print(f"warning: {problem}")
         self._kind, self.current.problem = kind, problem
 
     def _clear(self) -> None:
-        """Forget the problem and the version that could not be served, as the model that answers has the alias."""
+        """Forget the problem and the version that could not be served, as the model that answers is the right one."""
         if self._kind:
-            _print(f"{self._uri}: version {self.current.get().version} has the alias, and answers")
+            _print(f"{self._uri}: no problem any more; {self._served} answers")
         self._kind = self.current.problem = self._number = None
 
     def _load(self, number: str, load_files: Callable[[ModelFiles], LoadedModel]) -> ServedNow:
         """Return the version, ready to answer: fetched, verified by its checksums, loaded and used once."""
+        assert self._name
         with tempfile.TemporaryDirectory(prefix="served-model-") as target:
             files = find_model_files(f"models:/{self._name}/{number}", target=Path(target))
             model = load_files(files)
