@@ -25,7 +25,7 @@ from pipeline.serving.limits import MAX_PIXELS, Limits
 
 PORT = 8080
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-KEEP_ALIVE_SECONDS = 60  # of a connection without requests
+KEEP_ALIVE_SECONDS = 60  # of a connection without requests, after an answer
 DEFAULTS = Limits()
 
 
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--coverage", type=float, metavar="C", help="report images as unknown, unless a request has another coverage")
     add("--max-megabytes", type=float, default=DEFAULTS.max_bytes / 1e6, help="of a request (default: %(default)g)")
     add("--max-images", type=int, default=DEFAULTS.max_images, help="of a request (default: %(default)s)")
-    help_text = "for a request to arrive, and as long again for the answer (default: %(default)g)"
+    help_text = "for the body to arrive, and as long again to compute the answer (default: %(default)g)"
     add("--timeout-seconds", type=float, default=DEFAULTS.timeout_seconds, help=help_text)
     help_text = "how many requests may wait for a core (default: %(default)s)"
     add("--max-waiting", type=int, default=DEFAULTS.max_waiting, help=help_text)
