@@ -511,7 +511,12 @@ def test_an_image_with_another_inside_is_decoded_alone(ask: Post, monkeypatch: p
     monkeypatch.setattr(requests_module, "_large_input_lock", lock)
     opened = list[bool]()
     original = Image.open
-    monkeypatch.setattr(Image, "open", lambda *a, **k: opened.append(lock.__enter__.called) or original(*a, **k))
+
+    def open_image(*arguments: Any, **options: Any) -> Image.Image:
+        opened.append(lock.__enter__.called)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", open_image)
     assert ask(content=encoded(colored_images(1, size=64)[0][0], suffix)).status_code == 200
     assert opened == [True]
 
