@@ -14,7 +14,6 @@ beside the project are used. Nothing else should run on the machine meanwhile.
 import argparse
 import itertools
 import json
-import socket
 import statistics
 import sys
 import tarfile
@@ -32,6 +31,7 @@ from benchmarks.load import Load, Reply, confused_clients, milliseconds
 from benchmarks.served_project import NAME, make_project, started
 from benchmarks.setting import PROJECT, options, positive, scratch
 from benchmarks.table import header, median_ratio, table
+from flows.ports import free_port
 from pipeline.core.errors import UserError, report_errors
 from pipeline.images.decode import decode
 from pipeline.models.config import ModelConfig
@@ -81,13 +81,6 @@ def as_arrays(photographs: Sequence[bytes], *, config: ModelConfig) -> list[byte
     settings = {"image_size": config.image_size, "channels": config.channels, "resize": config.resize}
     pixels = (decode(content, **settings) for content in photographs)  # type: ignore[arg-type]
     return [json.dumps({"inputs": [each.tolist()]}).encode() for each in pixels]
-
-
-def free_port() -> int:
-    """Return a port of loopback that nothing listens on."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
 
 
 def start_ours(model: str, stack: ExitStack, *, log: Path, more: Sequence[str] = ()) -> str:

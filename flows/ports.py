@@ -6,6 +6,7 @@ does. Where the system hides the owner, our Prefect server is recognized by a to
 """
 
 import os
+import random
 import socket
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -32,6 +33,15 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
     return True
+
+
+def free_port() -> int:
+    """Return a port of loopback that nothing listens on, below those that the system uses for outgoing connections.
+
+    It is drawn at random, so that parallel processes get different ones.
+    """
+    port = random.SystemRandom().randrange(10_000, 32_000)
+    return port if is_free(port) else free_port()
 
 
 def port_variable(name: str, default: int) -> int:

@@ -14,17 +14,18 @@ import warnings
 from contextlib import closing
 
 import uvicorn
+from PIL import Image
 
 from pipeline.core.errors import UserError, escape_control_chars, report_errors
 from pipeline.core.network import LOOPBACK
 from pipeline.serving.app import App
 from pipeline.serving.connection import Connection, logger
 from pipeline.serving.current import CurrentModel, ServedNow, open_model
-from pipeline.serving.limits import Limits
+from pipeline.serving.limits import MAX_PIXELS, Limits
 
 PORT = 8080
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-KEEP_ALIVE_SECONDS = 60  # of a connection without requests
+KEEP_ALIVE_SECONDS = 60  # of a connection without requests, after an answer
 DEFAULTS = Limits()
 
 
@@ -38,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--coverage", type=float, metavar="C", help="report images as unknown, unless a request has another coverage")
     add("--max-megabytes", type=float, default=DEFAULTS.max_bytes / 1e6, help="of a request (default: %(default)g)")
     add("--max-images", type=int, default=DEFAULTS.max_images, help="of a request (default: %(default)s)")
-    help_text = "for a request to arrive, and as long again for the answer (default: %(default)g)"
+    help_text = "for the body to arrive, and as long again to compute the answer (default: %(default)g)"
     add("--timeout-seconds", type=float, default=DEFAULTS.timeout_seconds, help=help_text)
     help_text = "how many requests may wait for a core (default: %(default)s)"
     add("--max-waiting", type=int, default=DEFAULTS.max_waiting, help=help_text)
@@ -138,6 +139,7 @@ def main() -> None:
     """Load the model, print the address, and answer requests until Ctrl-C."""
     with report_errors():
         arguments = parse_arguments()
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow's limit is twice this, also for an image inside an ICO file
         limits = Limits(
             max_bytes=int(arguments.max_megabytes * 1e6),
             max_images=arguments.max_images,
@@ -154,9 +156,9 @@ def main() -> None:
                 bound.listen()
             except OSError as error:  # another process listens since then
                 raise _listen_error(error, host=host, port=port) from None
-            shown = f"[{host}]" if ":" in host else host
+            url_host = f"[{host}]" if ":" in host else host
             _log_requests()
-            _print_start(current.get(), address=f"http://{shown}:{port}", host=host)
+            _print_start(current.get(), address=f"http://{url_host}:{port}", host=host)
             serve(current, bound=bound, host=host, limits=limits, coverage=coverage)
 
 

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,8 @@ import pytest
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from xdist.scheduler import LoadFileScheduling
 
-from flows import ports, server
+from flows import server
+from flows.ports import free_port
 from pipeline.artifacts import replace_folder
 from pipeline.core.settings import get_settings
 from pipeline.core.yaml import read_yaml
@@ -304,15 +304,6 @@ def start_repository(folder: Path, *paths: str) -> None:
     commit = ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "Start"]
     for command in (["init", "-q"], ["add", *(paths or ["."])], commit):
         subprocess.run(["git", *command], cwd=folder, check=True)
-
-
-def free_port() -> int:
-    """Return a port of loopback that nothing listens on, below those that the system uses for outgoing connections.
-
-    It is drawn at random, so that parallel test processes get different ones.
-    """
-    port = random.SystemRandom().randrange(10_000, 32_000)
-    return port if ports.is_free(port) else free_port()
 
 
 def flow_run(project: Path, *arguments: str) -> str:

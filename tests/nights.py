@@ -30,7 +30,8 @@ from prefect.states import Scheduled
 
 from flows import server
 from flows.deployments import NIGHTLY
-from tests.conftest import PROJECT, free_port, make_prefect_store
+from flows.ports import free_port
+from tests.conftest import PROJECT, make_prefect_store
 from tests.test_flows import make_project, wait_until
 
 TOKEN = "a-secret-token"  # part of the address of the webhook

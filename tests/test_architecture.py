@@ -79,6 +79,7 @@ ONLY_IN = {
         "pipeline/reporting/gallery.py",
         "pipeline/exporting/preprocess.py",
         "pipeline/exporting/verification.py",
+        "pipeline/serve.py",
     },
     "pillow_heif": {"pipeline/images/decode.py"},
     "pyarrow": {

@@ -19,6 +19,7 @@ from flows import cleanup
 from flows.cleanup import clean_up
 from flows.dvc_history import list_experiments
 from flows.dvc_state import cache_folder, is_cached, missing_outputs, outputs
+from flows.ports import free_port
 from pipeline.core.errors import TemporaryError
 from pipeline.core.processes import HOST
 from pipeline.core.settings import get_settings
@@ -27,7 +28,6 @@ from pipeline.tracking.registry import find_versions
 from pipeline.tracking.search import Run, find_runs
 from pipeline.tracking.store import connect
 from tests import test_dvc_experiments
-from tests.conftest import free_port
 from tests.test_dvc_experiments import command
 from tests.test_outage import Server
 

@@ -15,7 +15,7 @@ import pytest
 from pipeline.artifacts import file_md5
 from pipeline.core.errors import UserError
 from pipeline.core.settings import get_settings
-from pipeline.serving.current import MAX_SKIPPED_LOOKS, Follower, open_model
+from pipeline.serving.current import MAX_SKIPPED_POLLS, Follower, open_model
 from pipeline.tracking import registry
 from pipeline.tracking.models import fetch_model
 from pipeline.tracking.store import connect
@@ -95,6 +95,34 @@ def test_without_a_champion_the_model_of_the_checkout_is_served(
     assert "no champion yet: serves artifacts/train" in capsys.readouterr().out
 
 
+def test_the_first_champion_takes_over_from_the_folder(project: Path) -> None:
+    write_model(Path("artifacts/train"), seed=3)
+    follower = Follower(name=None, alias="champion")
+    follower.poll()
+    assert (follower.current.get().name, follower.current.problem) == ("artifacts/train", None)
+    register(Path("model 1"), name="letters")
+    for name in ("digits", "letters"):
+        make_champion("1", name=name)
+    follower.poll()
+    assert follower.current.get().name == "artifacts/train"
+    assert "the first champion: 2 models have a champion; name one" in str(follower.current.problem)
+    registry.remove_alias("letters", "champion")
+    follower.poll()
+    assert (follower.current.get().name, follower.current.get().version) == ("digits", "1")
+    assert follower.current.problem is None
+    make_champion("2")
+    follower.poll()
+    assert follower.current.get().version == "2"
+
+
+def test_a_server_without_a_champion_polls_for_one(project: Path) -> None:
+    write_model(Path("artifacts/train"), seed=3)
+    with open_model(None, poll_seconds=0.01) as current:
+        make_champion("1")
+        while current.get().version != "1":
+            time.sleep(0.01)
+
+
 def test_an_alias_that_no_version_has_is_refused(project: Path) -> None:
     with pytest.raises(UserError, match=f"--model {ADDRESS}: no version in MLflow's model registry has this alias"):
         Follower(name="digits", alias="champion")
@@ -124,7 +152,7 @@ def test_a_request_keeps_the_model_that_it_got_and_then_its_memory_is_free(follo
     answer = served.model.quick_probabilities(image)
     network = weakref.ref(served.model.classifier)
     make_champion("2")
-    follower.look()
+    follower.poll()
     assert (served.model.quick_probabilities(image) == answer).all()
     assert (follower.current.get().model.quick_probabilities(image) != answer).any()
     del served
@@ -138,14 +166,14 @@ def test_a_damaged_champion_is_not_taken_over_and_reported_once(
     weights = add_version(3) / "best.safetensors"
     weights.write_bytes(b"damaged")
     make_champion("3")
-    for _ in range(2 * MAX_SKIPPED_LOOKS):
-        follower.look()
+    for _ in range(2 * MAX_SKIPPED_POLLS):
+        follower.poll()
     assert follower.current.get().version == "1"
     assert capsys.readouterr().out.count("version 3 cannot be served: ") == 1
     assert f"{ADDRESS}: version 3 cannot be served: " in str(follower.current.problem)
     shutil.copy("model 3/best.safetensors", weights)
-    for _ in range(MAX_SKIPPED_LOOKS + 1):
-        follower.look()
+    for _ in range(MAX_SKIPPED_POLLS + 1):
+        follower.poll()
     assert (follower.current.get().version, follower.current.problem) == ("3", None)
 
 
@@ -154,7 +182,7 @@ def test_a_repaired_promotion_is_taken_over_at_once(follower: Follower) -> None:
     shutil.rmtree(add_version(3))
     for number, served in (("3", "1"), ("2", "2"), ("3", "2"), ("1", "1")):
         make_champion(number)
-        follower.look()
+        follower.poll()
         assert (follower.current.get().version, follower.current.problem is None) == (served, number == served)
 
 
@@ -173,12 +201,12 @@ def test_a_registry_that_does_not_answer_leaves_the_model(
             bound.listen()
         mlflow.set_tracking_uri(f"http://127.0.0.1:{bound.getsockname()[1]}")
         for _ in range(4):
-            follower.look()
-    assert "the model registry does not say which version is next" in str(follower.current.problem)
+            follower.poll()
+    assert "the model registry does not answer" in str(follower.current.problem)
     mlflow.set_tracking_uri(store)
     make_champion("2")
     for _ in range(4):
-        follower.look()
+        follower.poll()
     assert (follower.current.get().version, follower.current.problem) == ("2", None)
     assert capsys.readouterr().out.count("warning: ") == 1
 
@@ -186,11 +214,11 @@ def test_a_registry_that_does_not_answer_leaves_the_model(
 def test_a_deleted_alias_leaves_the_model(follower: Follower, capsys: pytest.CaptureFixture[str]) -> None:
     registry.remove_alias("digits", "champion")
     for _ in range(2):
-        follower.look()
+        follower.poll()
     assert follower.current.get().version == "1"
     assert "no version has the alias any more" in str(follower.current.problem)
     make_champion("1")
-    follower.look()
+    follower.poll()
     assert follower.current.problem is None
     assert capsys.readouterr().out.count("\n") == 2
 
@@ -200,7 +228,7 @@ def test_a_champion_with_other_classes_or_sizes_is_taken_over_with_a_warning(
 ) -> None:
     add_version(3, class_names=("a", "d"), image_size=40)
     make_champion("3")
-    follower.look()
+    follower.poll()
     assert follower.current.get().version == "3"
     reported = capsys.readouterr().out
     assert "version 3 has other classes: a, d instead of a, b, c" in reported
@@ -212,7 +240,7 @@ def test_a_champion_without_the_threshold_of_the_server_is_not_taken_over(projec
     make_champion("3")
     follower = Follower(name="digits", alias="champion", coverage=0.95)
     make_champion("2")
-    follower.look()
+    follower.poll()
     assert "version 2 cannot be served: --coverage is 0.95, but the model has no thresholds" in str(
         follower.current.problem
     )
@@ -222,5 +250,5 @@ def test_a_champion_without_the_threshold_of_the_server_is_not_taken_over(projec
 def test_a_champion_that_computes_no_numbers_is_not_taken_over(follower: Follower) -> None:
     add_version(3, mean=(1e300,) * 3)
     make_champion("3")
-    follower.look()
+    follower.poll()
     assert "version 3 cannot be served: models:/digits/3: found a non-finite" in str(follower.current.problem)

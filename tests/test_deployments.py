@@ -22,12 +22,13 @@ from prefect.types._datetime import now
 
 from flows import deployments, health, server, train_classifier
 from flows.form import Overrides
+from flows.ports import free_port
 from flows.seed_values import seed_of_day
 from pipeline.core.errors import UserError
 from pipeline.core.stage_code import stage_names
 from pipeline.core.yaml import read_yaml
 from pipeline.params import Params
-from tests.conftest import PROJECT, free_port
+from tests.conftest import PROJECT
 from tests.test_flows import dvc, make_project, running_in, wait_until
 
 DEPLOYMENT = "train-classifier/on-demand"

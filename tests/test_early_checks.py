@@ -12,6 +12,7 @@ from torchvision import models
 
 from flows import PROJECT, checks, command_line, worker
 from flows.checks import check_device, check_inputs
+from flows.ports import free_port
 from flows.train_classifier import train_classifier
 from pipeline.artifacts import file_md5
 from pipeline.core.errors import TemporaryError, UserError
@@ -19,7 +20,6 @@ from pipeline.models.build import OWN_NETWORKS
 from pipeline.models.names import own_network_names, torchvision_network_names
 from pipeline.recipes import compose
 from pipeline.tracking.store_uri import check_connection
-from tests.conftest import free_port
 
 
 def composed(**changes: Any) -> Mapping[str, Any]:

@@ -18,13 +18,14 @@ from ruamel.yaml import YAML
 
 from flows import command_line, flow_run, git, train_classifier, workspace, workspace_folders
 from flows.dvc_client import StepError
+from flows.ports import free_port
 from flows.workspace import Workspace, open_workspace
 from pipeline.core.errors import UserError
 from pipeline.core.settings import get_settings
 from pipeline.core.stage_code import stage_names
 from pipeline.core.yaml import read_yaml
 from pipeline.tracking.store_uri import tracking_uri
-from tests.conftest import PROJECT, enable_interrupts, free_port, start_repository
+from tests.conftest import PROJECT, enable_interrupts, start_repository
 
 TOY = """
 import json, os, signal, sys, time

@@ -13,13 +13,14 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.settings import PREFECT_API_SSL_CERT_FILE, PREFECT_API_URL, temporary_settings
 
 from flows.live_progress import STAGES, LiveProgress, artifact_key, seconds_between_updates
+from flows.ports import free_port
 from flows.progress_page import DONE, Page, StageState, as_interrupted, as_line, as_markdown, format_seconds
 from flows.workspace import PROGRESS
 from flows.workspace_folders import FOLDER
 from pipeline.core.stage_code import stage_names
 from pipeline.core.step_progress import EpochProgress, StepProgress, TrainingProgress
 from tests import test_flows
-from tests.conftest import PROJECT, free_port
+from tests.conftest import PROJECT
 from tests.test_flows import start_run_until
 
 project = test_flows.project  # pytest finds a fixture by its name in the module

@@ -11,7 +11,8 @@ import mlflow
 import pytest
 
 from flows import server
-from tests.conftest import free_port, read_until, release, run_step
+from flows.ports import free_port
+from tests.conftest import read_until, release, run_step
 from tests.test_resume import Project, outcome, train_uninterrupted
 
 pytestmark = pytest.mark.slow

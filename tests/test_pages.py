@@ -9,10 +9,11 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from flows.ports import free_port
 from flows.ui import _address, mlflow_server
 from pipeline.tracking.links import EXPERIMENTS_PAGE, MODE, run_page, runs_page
 from tests.browser import Page, needs_chromium, open_browser
-from tests.conftest import PROJECT, free_port, run_step, start_repository, write_normalized
+from tests.conftest import PROJECT, run_step, start_repository, write_normalized
 from tests.report_page import write_artifacts
 
 pytestmark = [pytest.mark.slow, needs_chromium]

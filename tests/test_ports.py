@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 from flows import ports, server
+from flows.ports import free_port
 from pipeline.artifacts import write_json
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.processes import start_of
-from tests.conftest import free_port
 
 
 class AnyServer(http.server.BaseHTTPRequestHandler):

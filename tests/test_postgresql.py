@@ -15,7 +15,8 @@ import pytest
 from mlflow import MlflowClient
 
 from flows import server
-from tests.conftest import copy_project, free_port
+from flows.ports import free_port
+from tests.conftest import copy_project
 
 # Debian keeps these commands out of PATH.
 COMMANDS = Path(

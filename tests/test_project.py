@@ -10,6 +10,7 @@ import pytest
 import requests
 from mlflow import MlflowClient
 
+from flows.ports import free_port
 from flows.ui import mlflow_server
 from pipeline.artifacts import cache_folder
 from pipeline.core.errors import TemporaryError, UserError
@@ -22,7 +23,7 @@ from pipeline.tracking.runs import create_run, find_or_create_run
 from pipeline.tracking.search import find_run, read_file
 from pipeline.tracking.store import connect
 from pipeline.tracking.store_uri import tracking_uri
-from tests.conftest import free_port, params
+from tests.conftest import params
 
 VARIABLES = ("PIPELINE_PROJECT", "DVC_ROOT", "DVC_EXP_NAME", "MLFLOW_TRACKING_URI", "PIPELINE_CACHE_DIR")
 

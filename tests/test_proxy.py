@@ -21,9 +21,10 @@ from prefect.events.schemas.events import Event, Resource
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import server, ui
+from flows.ports import free_port
 from pipeline.core.network import keep_loopback_off_proxies
 from pipeline.core.settings import PROXY_VARIABLES, get_settings
-from tests.conftest import PROJECT, free_port
+from tests.conftest import PROJECT
 
 NAMES = [name for capitals in PROXY_VARIABLES for name in (capitals, capitals.lower())]
 

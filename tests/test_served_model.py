@@ -70,9 +70,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no image of the right size": (IMAGES[:0], "found no image"),
     "an image without a batch": (
         IMAGES[0],
-        r"found an array of shape \(4, 4, 1\) has no batch axis: send it as \[image\]; allowed: images ",
+        r"found one image of shape \(4, 4, 1\), without a batch axis: send it as \[image\]; allowed: images ",
     ),
-    "a larger image without a batch": (np.zeros((9, 9, 1)), r"found an array of shape \(9, 9, 1\) has no batch axis"),
+    "a larger image without a batch": (np.zeros((9, 9, 1)), r"found one image of shape \(9, 9, 1\), without a batch"),
     "channels first": (IMAGES.transpose(0, 3, 1, 2), r"found an array of shape \(2, 1, 4, 4\)"),
     "no channels": (IMAGES[..., 0], r"found an array of shape \(2, 4, 4\)"),
     "another size": (IMAGES[:, 1:, 1:], r"found an array of shape \(2, 3, 3, 1\)"),

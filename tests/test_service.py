@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from flows import server
+from flows.ports import free_port
 from pipeline.core.errors import EXIT_TEMPORARY
-from tests.conftest import PROJECT, free_port
+from tests.conftest import PROJECT
 from tests.test_flows import make_project
 
 UNITS = sorted((PROJECT / "docs/systemd").glob("*.service"))

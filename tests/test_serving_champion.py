@@ -7,9 +7,10 @@ import pytest
 
 from benchmarks.load import Load, Reply, confused_clients
 from benchmarks.served_project import started
+from flows.ports import free_port
 from pipeline.tracking import registry
 from pipeline.tracking.store import connect
-from tests.conftest import PROJECT, free_port
+from tests.conftest import PROJECT
 from tests.raw_folders import encoded, noise
 from tests.registered_models import register, write_model
 

@@ -19,11 +19,12 @@ from prefect.settings import PREFECT_API_URL, Settings, get_current_settings, te
 from prefect.settings.legacy import _get_settings_fields
 
 from flows import server, settings, ui
+from flows.ports import free_port
 from flows.prefect_server import current_server, ensure_server
 from flows.settings import PrefectServer, check_own_server, configured_server, named_port, own_server_environment
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.settings import get_settings, read_settings
-from tests.conftest import PROJECT, free_port
+from tests.conftest import PROJECT
 
 # Patterns in the names of variables that change where something is recorded or served.
 MLFLOW_NAMES = (

@@ -14,6 +14,7 @@ import pytest
 import requests
 from safetensors.torch import load_file, save_file
 
+from flows.ports import free_port
 from pipeline.arrays import DatasetInfo
 from pipeline.artifacts import TRAIN, file_md5, read_csv, read_json, read_split, replace_folder, verify, write_csv
 from pipeline.core.errors import TemporaryError, UserError
@@ -26,7 +27,7 @@ from pipeline.tracking.provenance import selected_epoch_values
 from pipeline.tracking.provenance_file import read_provenance
 from pipeline.tracking.runs import find_or_create_run
 from pipeline.tracking.store import connect
-from tests.conftest import DEFAULTS, PROJECT, colored_images, free_port, run_step, start_repository, write_normalized
+from tests.conftest import DEFAULTS, PROJECT, colored_images, run_step, start_repository, write_normalized
 from tests.test_architecture import MODULES, imports, reached
 
 
@@ -387,7 +388,7 @@ def test_the_recorded_model_can_be_served(served: str) -> None:
         ({"instances": (images.astype(int) - 128).tolist()}, "inputs: found the value -"),
         (
             {"inputs": images[0].tolist()},
-            "inputs: found an array of shape (32, 32, 3) has no batch axis: send it as [i",
+            "inputs: found one image of shape (32, 32, 3), without a batch axis: send it",
         ),
         ({"inputs": images.tolist(), "params": {"coverage": 2}}, "params: coverage is 2.0; allowed: 0.5, 0.6, 0.7, 0."),
         ({"inputs": []}, "inputs: found no image"),

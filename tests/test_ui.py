@@ -15,10 +15,10 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import ports, server, ui
+from flows.ports import free_port
 from pipeline.artifacts import write_json
 from pipeline.core.errors import TemporaryError, UserError
 from pipeline.core.processes import start_of
-from tests.conftest import free_port
 
 PAGE = "/#/experiments/1/runs/a?workflowType=machine_learning"
 PROGRAM = "from pathlib import Path; from flows import ui; ui.PROJECT = Path.cwd(); ui.main()"

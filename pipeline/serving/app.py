@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from pipeline.prediction.model import Answer, answer_of
 from pipeline.serving.current import CurrentModel, ServedNow
 from pipeline.serving.limits import RETRY_AFTER_SECONDS, Bodies, Limits, RequestError, Workers
-from pipeline.serving.requests import Options, image_blocks, read_options, read_threshold
+from pipeline.serving.requests import image_blocks, read_body, read_options, read_threshold
 
 PREDICT_PATHS = ("/predict", "/invocations")  # the second is MLflow's
 HEALTH_PATHS = ("/health", "/ping")  # the second is MLflow's
@@ -84,7 +84,7 @@ class App:
 
     async def _predict(self, request: Request) -> JSONResponse:
         """Classify the images of a request."""
-        options = read_options(request.query_params)
+        read_options(request.query_params)  # refuses a mistake before the body is read
         self.workers.check_room()
         self._in_flight += 1
         try:
@@ -94,7 +94,7 @@ class App:
                     self._current.get(),
                     body,
                     content_type=request.headers.get("content-type", ""),
-                    options=options,
+                    query=request.query_params,
                     coverage=self._coverage,
                     limits=self._limits,
                     deadline=time.monotonic() + self._limits.timeout_seconds,
@@ -125,7 +125,7 @@ def _answer(
     body: bytes,
     *,
     content_type: str,
-    options: Options,
+    query: QueryParams,
     coverage: float | None,
     limits: Limits,
     deadline: float,
@@ -135,9 +135,11 @@ def _answer(
     `coverage` is that of a request which states none.
     """
     config = served.model.config
+    found, params = read_body(body, content_type=content_type, config=config, max_images=limits.max_images)
+    options = read_options(query, params)
     threshold = read_threshold(options.coverage, default=coverage, config=config)
     predictions = list[dict[str, Any]]()
-    for images in image_blocks(body, content_type=content_type, config=config, max_images=limits.max_images):
+    for images in image_blocks(found, config=config):
         if time.monotonic() > deadline:
             raise RequestError(503, "the time is up; try again later, or send fewer images")
         for row in served.model.quick_probabilities(images):

@@ -1,7 +1,7 @@
 """Hold the model that answers requests, and replace it while requests are answered.
 
 `open_model` loads a model; where that is the version of an alias in MLflow's registry, such as
-`models:/digits@champion`, a thread looks every few seconds which version has the alias. Another version is fetched,
+`models:/digits@champion`, a thread polls every few seconds which version has the alias. Another version is fetched,
 verified, loaded and warmed up beside the model that answers; only then it answers the next requests. A request keeps
 the model that it got from `CurrentModel.get` until it is answered. Whatever fails meanwhile, the old model remains.
 """
@@ -9,7 +9,7 @@ the model that it got from `CurrentModel.get` until it is answered. Whatever fai
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +20,16 @@ import numpy as np
 from pipeline.arrays import CPU
 from pipeline.artifacts import TRAIN
 from pipeline.core.errors import UserError, escape_control_chars, first_line
+from pipeline.datasets.layout import shorten_list
 from pipeline.models.files import load_model
 from pipeline.prediction.model import LoadedModel, find_threshold, load
 from pipeline.tracking import registry
-from pipeline.tracking.model_files import MAX_LISTED, ModelFiles, find_model_files
+from pipeline.tracking.model_files import ModelFiles, find_model_files
 from pipeline.tracking.store import connect
 
 POLL_SECONDS = 2.0
 STOP_SECONDS = 5.0  # how long the end of a server waits for the thread, which may be in a download
-MAX_SKIPPED_LOOKS = 15
+MAX_SKIPPED_POLLS = 15
 _ALIAS = re.compile(r"models:/([^/]+)@([\w-]+)")
 _VERSION = re.compile(r"models:/([^/]+)/(\d+)")
 
@@ -83,10 +84,11 @@ def open_model(
     """
     text = text or _find_champion()
     alias = _ALIAS.fullmatch(text or "")
-    if not alias:
+    if text and not alias:
         yield CurrentModel(_load_fixed(text, coverage=coverage))
         return
-    follower = Follower(name=alias[1], alias=alias[2], coverage=coverage)
+    name, alias_name = (alias[1], alias[2]) if alias else (None, registry.CHAMPION)
+    follower = Follower(name=name, alias=alias_name, coverage=coverage)
     stop = Event()
     thread = Thread(target=follower.run, args=(stop,), kwargs={"poll_seconds": poll_seconds}, daemon=True)
     thread.start()
@@ -100,8 +102,7 @@ def open_model(
 def _find_champion() -> str | None:
     """Return the address of the only champion, or None where there is none and `artifacts/train/` has a model."""
     connect()
-    names = [name for name in registry.find_names() if registry.number_of_alias(name, registry.CHAMPION)]
-    addresses = [f"models:/{name}@{registry.CHAMPION}" for name in names]
+    addresses = [f"models:/{name}@{registry.CHAMPION}" for name in _names_with_champion()]
     if len(addresses) > 1:
         raise UserError(
             f"found {len(addresses)} champions: {', '.join(addresses)}; allowed: one model; name it, as in "
@@ -114,8 +115,12 @@ def _find_champion() -> str | None:
             f"found no model to serve: neither a champion in MLflow's model registry nor the folder {TRAIN}; "
             "`make run` trains a model, and MODEL=runs:/RUN_ID/model names one"
         )
-    _print(f"no champion yet: serves {TRAIN}; start the server again once there is a champion")
+    _print(f"no champion yet: serves {TRAIN} until there is one")
     return None
+
+
+def _names_with_champion() -> list[str]:
+    return [name for name in registry.find_names() if registry.number_of_alias(name, registry.CHAMPION)]
 
 
 def _load_fixed(text: str | None, *, coverage: float | None) -> ServedNow:
@@ -127,18 +132,22 @@ def _load_fixed(text: str | None, *, coverage: float | None) -> ServedNow:
 
 
 class Follower:
-    """The model that has an alias in MLflow's registry, kept up to date by `look`.
+    """The model that has an alias in MLflow's registry, kept up to date by `poll`.
 
-    Creating it loads the model; raises as `open_model`.
+    Without a name, it is the model in `artifacts/train/` until a registered model has the alias `champion`. Creating it
+    loads the model; raises as `open_model`.
     """
 
-    def __init__(self, *, name: str, alias: str, coverage: float | None = None) -> None:
+    def __init__(self, *, name: str | None, alias: str, coverage: float | None = None) -> None:
         self._name, self._alias, self._coverage = name, alias, coverage
-        self._questions, self._loads = _BackOff(), _BackOff()
-        self._number: str | None = None  # the version that `_loads` is about
+        self._registry_backoff, self._load_backoff = _BackOff(), _BackOff()
+        self._number: str | None = None  # the version that `_load_backoff` is about
         self._kind: str | None = None  # of the problem
         connect()
-        number = registry.number_of_alias(self._name, self._alias)
+        if name is None:
+            self.current = CurrentModel(_load_fixed(None, coverage=coverage))
+            return
+        number = registry.number_of_alias(name, alias)
         if number is None:
             raise UserError(
                 f"--model {self._uri}: no version in MLflow's model registry has this alias; allowed: a model that has "
@@ -148,69 +157,81 @@ class Follower:
 
     @property
     def _uri(self) -> str:
-        return f"models:/{self._name}@{self._alias}"
+        return f"models:/{self._name}@{self._alias}" if self._name else "the first champion"
+
+    @property
+    def _served(self) -> str:
+        served = self.current.get()
+        return f"version {served.version}" if served.version else served.name
 
     def run(self, stop: Event, *, poll_seconds: float) -> None:
-        """Look every `poll_seconds` until `stop` is set."""
+        """Poll every `poll_seconds` until `stop` is set."""
         while not stop.wait(poll_seconds):
-            self.look()
+            self.poll()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Replace the model if another version has the alias now; report what prevents that, and keep the old model.
 
-        After a failure, some of the next looks do nothing, see `_BackOff`.
+        After a failure, some of the next polls do nothing, see `_BackOff`.
         """
-        if not self._questions.is_due():
+        if not self._registry_backoff.is_due():
             return
         try:
-            number = registry.number_of_alias(self._name, self._alias)
+            names = [self._name] if self._name else _names_with_champion()
+            number = registry.number_of_alias(names[0], self._alias) if len(names) == 1 else None
         except Exception as error:  # no failure of MLflow may end the thread
-            self._questions.fail()
-            self._report("registry", f"the model registry does not say which version is next: {first_line(error)}")
+            self._registry_backoff.fail()
+            self._report("registry", f"the model registry does not answer: {first_line(error)}")
             return
-        self._questions.reset()
-        if number is None:
+        self._registry_backoff.reset()
+        if not names:
+            self._clear()
+        elif len(names) > 1:
+            self._report("champions", f"{len(names)} models have a champion; name one by MODEL and start again")
+        elif number is None:
             self._report("alias", "no version has the alias any more; set it in MLflow")
         elif number == self.current.get().version:
             self._clear()
         else:
+            self._name = names[0]
             self._take_over(number)
 
     def _take_over(self, number: str) -> None:
         """Load the version, and let it answer; where it was tried before, only when the next try is due."""
         if number != self._number:
             self._number = number
-            self._loads.reset()
-        if not self._loads.is_due():
+            self._load_backoff.reset()
+        if not self._load_backoff.is_due():
             return
         try:
             served = self._load(number, _load_beside)
         except Exception as error:  # whatever is wrong with a new model, the old one continues to answer
-            self._loads.fail()
+            self._load_backoff.fail()
             self._report(f"version {number}", f"version {number} cannot be served: {first_line(error)}")
             return
-        self._loads.reset()
+        self._load_backoff.reset()
         for difference in _differences(self.current.get().model, served.model):
             _print(f"warning: {self._uri}: version {number} {difference}")
-        _print(f"{self._uri}: version {number} answers now, in place of version {self.current.get().version}")
+        _print(f"{self._uri}: version {number} answers now, in place of {self._served}")
         self.current.replace(served)
         self._kind = self.current.problem = None
 
     def _report(self, kind: str, problem: str) -> None:
         """Set the problem, and print it where it is of another kind than before: its text may vary while it lasts."""
-        problem = f"{self._uri}: {problem}; version {self.current.get().version} continues to answer"
+        problem = f"{self._uri}: {problem}; {self._served} continues to answer"
         if kind != self._kind:
             _print(f"warning: {problem}")
         self._kind, self.current.problem = kind, problem
 
     def _clear(self) -> None:
-        """Forget the problem and the version that could not be served, as the model that answers has the alias."""
+        """Forget the problem and the version that could not be served, as the model that answers is the right one."""
         if self._kind:
-            _print(f"{self._uri}: version {self.current.get().version} has the alias, and answers")
+            _print(f"{self._uri}: no problem any more; {self._served} answers")
         self._kind = self.current.problem = self._number = None
 
     def _load(self, number: str, load_files: Callable[[ModelFiles], LoadedModel]) -> ServedNow:
         """Return the version, ready to answer: fetched, verified by its checksums, loaded and used once."""
+        assert self._name
         with tempfile.TemporaryDirectory(prefix="served-model-") as target:
             files = find_model_files(f"models:/{self._name}/{number}", target=Path(target))
             model = load_files(files)
@@ -219,7 +240,7 @@ class Follower:
 
 
 class _BackOff:
-    """A count of failures in a row: after the nth one, 2ⁿ - 1 tries are left out, at most MAX_SKIPPED_LOOKS."""
+    """A count of failures in a row: after the nth one, 2ⁿ - 1 polls are skipped, at most MAX_SKIPPED_POLLS."""
 
     def __init__(self) -> None:
         self.reset()
@@ -229,10 +250,10 @@ class _BackOff:
 
     def fail(self) -> None:
         self._failures += 1
-        self._skips = min(2**self._failures - 1, MAX_SKIPPED_LOOKS)
+        self._skips = min(2**self._failures - 1, MAX_SKIPPED_POLLS)
 
     def is_due(self) -> bool:
-        """Return whether to try now; a try that is left out is counted."""
+        """Return whether to try now; a skipped poll is counted."""
         self._skips -= 1
         return self._skips < 0
 
@@ -259,24 +280,19 @@ def _differences(old: LoadedModel, new: LoadedModel) -> Iterator[str]:
     """Yield what a client or the operator has to know about a new model, as the ends of sentences."""
     before, after = old.config, new.config
     if after.class_names != before.class_names:
-        yield f"has other classes: {_listed(after.class_names)} instead of {_listed(before.class_names)}"
+        names = [shorten_list([*each.class_names]) for each in (after, before)]
+        yield f"has other classes: {names[0]} instead of {names[1]}"
     shapes = [f"(N, {each.image_size}, {each.image_size}, {each.channels})" for each in (before, after)]
     if shapes[0] != shapes[1]:
         yield f"accepts arrays {shapes[1]} and no longer {shapes[0]}; photographs are accepted as before"
     lost = {*(before.thresholds or {})} - {*(after.thresholds or {})}
     if lost:
-        yield f"has no threshold for coverage {_listed(map(str, sorted(lost)))}; requests with it are refused"
+        yield f"has no threshold for coverage {shorten_list([*map(str, sorted(lost))])}; requests with it are refused"
     if after.cpu_kernels != before.cpu_kernels:
         yield (
             f"was trained with cpu_kernels {after.cpu_kernels}, and is used with {before.cpu_kernels}; the last bits "
             "differ until the server is started again"
         )
-
-
-def _listed(names: Iterable[str]) -> str:
-    """Return the first names as text."""
-    each = [*names]
-    return ", ".join(each[:MAX_LISTED]) + (f" and {len(each) - MAX_LISTED} others" if len(each) > MAX_LISTED else "")
 
 
 def _print(message: str) -> None:

@@ -25,8 +25,8 @@ T = TypeVar("T")
 class Limits:
     """The limits that the user chooses.
 
-    `max_bytes` and `max_images` are those of one request. A request may take `timeout_seconds` to arrive, and as long
-    again to be answered. `max_waiting` complete requests may wait for a thread.
+    `max_bytes` and `max_images` are those of one request. The body of a request may take `timeout_seconds` to arrive,
+    and the answer as long again to be computed. `max_waiting` complete requests may wait for a thread.
     """
 
     max_bytes: int = 20_000_000
@@ -122,7 +122,7 @@ class Workers:
         """Call `work` in a thread and return its result; it counts as waiting until a thread has finished it.
 
         Raises RequestError where there is no room, or where the result is not there in time. A call that has begun
-        cannot be interrupted, so its thread remains busy.
+        is not interrupted, so its thread remains busy until it looks at the time itself.
         """
         self.check_room()
         future = self._pool.submit(work)

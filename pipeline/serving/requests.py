@@ -2,16 +2,18 @@
 
 The body is an image file, a form with image files (multipart/form-data), or JSON: `{"images": [base64 of a file, …]}`
 or `{"inputs": [image, …]}` with images (H, W, C) of whole numbers from 0 to 255 as the model has them; "instances"
-means the same as "inputs". The bytes of the body decide which of these it is, not its Content-Type, but for a form.
+means the same as "inputs", and "params" may have what the query may have. The bytes of the body decide which of these
+it is, not its Content-Type, but for a form.
 """
 
 import base64
 import binascii
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,12 @@ BLOCK_IMAGES = 32  # decoded and classified together; more would take memory and
 ARRAY_FIELDS = ("inputs", "instances")
 MAX_NAME_LENGTH = 100  # of what a message quotes from a request
 QUICK_JSON_BYTES = 4_000_000  # nested lists take 20 times as much memory as their JSON
-# held by the thread that decodes an image of more than QUICK_PIXELS, or reads JSON of more than QUICK_JSON_BYTES
-_large = threading.Lock()
+# The first bytes of formats whose header may state fewer pixels than are decoded: ICO, ICNS, BLP and IPTC have another
+# image file in them, which Pillow even decodes when it reads the header of ICO; TIFF has tiles of any size.
+NESTED_FORMATS = (b"\0\0\1\0", b"icns", b"BLP", b"\x1c", b"II", b"MM")
+# held by the thread that decodes an image of more than QUICK_PIXELS, or of NESTED_FORMATS, or reads JSON of more than
+# QUICK_JSON_BYTES
+_large_input_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -46,22 +52,24 @@ class Options:
 
 @dataclass(frozen=True)
 class Photograph:
-    """An image file in a request; `place` is where the request has it, for messages."""
+    """An image file in a request; `location` is where the request has it, for messages."""
 
-    place: str
+    location: str
     content: bytes
 
 
-def read_options(query: QueryParams) -> Options:
-    """Return the options in the query of an address.
+def read_options(query: QueryParams, params: Mapping[str, Any] | None = None) -> Options:
+    """Return the options in the query of an address and in the "params" of a JSON body.
 
     Raises RequestError for an unknown or repeated parameter, and for a value that is not allowed.
     """
+    of_body = [(name, str(value)) for name, value in (params or {}).items() if value is not None]
+    query = QueryParams([*query.multi_items(), *of_body])
     for name in query:
         if name not in ("top", "coverage"):
-            raise RequestError(400, f"found the query parameter {_quote(name)}; allowed: top, coverage")
+            raise RequestError(400, f"found the parameter {_quote(name)}; allowed: top, coverage")
         if len(query.getlist(name)) > 1:
-            raise RequestError(400, f"the query parameter {name} is there {len(query.getlist(name))} times; allowed: 1")
+            raise RequestError(400, f"the parameter {name} is there {len(query.getlist(name))} times; allowed: 1")
     top = query.get("top", str(DEFAULT_TOP))
     if not (top.isascii() and top.isdigit() and 1 <= len(top) <= 9 and int(top)):
         raise RequestError(400, f"top is {_quote(top)}; allowed: a whole number, 1 or more")
@@ -84,8 +92,10 @@ def read_threshold(coverage: float | None, *, default: float | None, config: Mod
         raise RequestError(400, str(error)) from None
 
 
-def image_blocks(body: bytes, *, content_type: str, config: ModelConfig, max_images: int) -> Iterator[Images]:
-    """Yield the images of a request in their order, in blocks (N, H, W, C) uint8 of up to BLOCK_IMAGES.
+def read_body(
+    body: bytes, *, content_type: str, config: ModelConfig, max_images: int
+) -> tuple[list[Photograph] | Images, dict[str, Any]]:
+    """Return the image files or the arrays (N, H, W, C) uint8 of a request, and its "params", which only JSON has.
 
     Raises RequestError.
     """
@@ -93,18 +103,18 @@ def image_blocks(body: bytes, *, content_type: str, config: ModelConfig, max_ima
         raise RequestError(400, "the body is empty; send an image file, as by `curl --data-binary @FILE`")
     media_type, parameters = parse_options_header(content_type)
     if media_type == b"multipart/form-data":
-        photographs = _photographs_of_form(body, boundary=parameters.get(b"boundary", b""), max_images=max_images)
-    elif media_type.endswith(b"json") or body.lstrip()[:1] in (b"{", b"["):
-        with _large if len(body) > QUICK_JSON_BYTES else nullcontext():
-            found = _read_json(body, config=config, max_images=max_images)
-        if isinstance(found, np.ndarray):
-            yield from (found[start : start + BLOCK_IMAGES] for start in range(0, len(found), BLOCK_IMAGES))
-            return
-        photographs = found
-    else:
-        photographs = [Photograph("the body", body)]
-    for start in range(0, len(photographs), BLOCK_IMAGES):
-        yield np.stack([_decode(photograph, config=config) for photograph in photographs[start : start + BLOCK_IMAGES]])
+        return _photographs_of_form(body, boundary=parameters.get(b"boundary", b""), max_images=max_images), {}
+    if media_type.endswith(b"json") or body.lstrip()[:1] in (b"{", b"["):
+        with _large_input_lock if len(body) > QUICK_JSON_BYTES else nullcontext():
+            return _read_json(body, config=config, max_images=max_images)
+    return [Photograph("the body", body)], {}
+
+
+def image_blocks(found: list[Photograph] | Images, *, config: ModelConfig) -> Iterator[Images]:
+    """Yield images in their order, in blocks (N, H, W, C) uint8 of up to BLOCK_IMAGES; raises RequestError."""
+    for start in range(0, len(found), BLOCK_IMAGES):
+        block = found[start : start + BLOCK_IMAGES]
+        yield block if isinstance(block, np.ndarray) else np.stack([_decode(each, config=config) for each in block])
 
 
 def _photographs_of_form(body: bytes, *, boundary: bytes, max_images: int) -> list[Photograph]:
@@ -136,16 +146,22 @@ def _photographs_of_form(body: bytes, *, boundary: bytes, max_images: int) -> li
     return photographs
 
 
-def _read_json(body: bytes, *, config: ModelConfig, max_images: int) -> list[Photograph] | Images:
-    """Return the files or the arrays of the only field of the JSON object."""
-    field, value = _field_of_json(body)
+def _read_json(
+    body: bytes, *, config: ModelConfig, max_images: int
+) -> tuple[list[Photograph] | Images, dict[str, Any]]:
+    """Return the files or the arrays of the JSON object, and its "params"."""
+    fields = _fields_of_json(body)
+    params = fields.pop("params", None) or {}
+    if not isinstance(params, dict):
+        raise RequestError(400, f'params: found {_describe(params)}; allowed: an object such as {{"coverage": 0.95}}')
+    [(field, value)] = fields.items()
     if field in ARRAY_FIELDS:
-        return _images_of_array(value, config=config, max_images=max_images)
-    return _photographs_of_json(value, max_images=max_images)
+        return _images_of_array(value, config=config, max_images=max_images), params
+    return _photographs_of_json(value, max_images=max_images), params
 
 
-def _field_of_json(body: bytes) -> tuple[str, Any]:
-    """Return the name and the value of the only field of the JSON object."""
+def _fields_of_json(body: bytes) -> dict[str, Any]:
+    """Return the fields of the JSON object: one has the images, and there may be "params", as MLflow has them."""
     allowed = 'allowed: {"images": ["<base64>", …]} or {"inputs": [<image>, …]}'
     try:
         value = json.loads(body)
@@ -157,11 +173,11 @@ def _field_of_json(body: bytes) -> tuple[str, Any]:
         ) from None
     if not isinstance(value, dict):
         raise RequestError(400, f"the body is JSON with {_describe(value)} instead of an object; {allowed}")
-    known = [name for name in value if name in ("images", *ARRAY_FIELDS)]
-    if len(known) != 1 or len(value) != 1:
+    others = value.keys() - {"params"}
+    if len(others) != 1 or not others <= {"images", *ARRAY_FIELDS}:
         names = shorten(", ".join(map(_quote, value)), MAX_NAME_LENGTH) or "no field"
         raise RequestError(400, f"the body is JSON with {names}; {allowed}")
-    return known[0], value[known[0]]
+    return value
 
 
 def _photographs_of_json(value: Any, *, max_images: int) -> list[Photograph]:
@@ -187,8 +203,6 @@ def _from_base64(text: Any, *, index: int) -> bytes:
 def _images_of_array(value: Any, *, config: ModelConfig, max_images: int) -> Images:
     """Return nested lists of numbers as images (N, H, W, C) uint8."""
     size = config.image_size
-    if isinstance(value, list) and len(value) > size:  # it may not be an image without the axis of the batch
-        _check_count(len(value), max_images=max_images)
     try:
         images = as_images(value, shape=(size, size, config.channels))
     except InvalidImages as error:
@@ -199,17 +213,27 @@ def _images_of_array(value: Any, *, config: ModelConfig, max_images: int) -> Ima
 
 def _decode(photograph: Photograph, *, config: ModelConfig) -> npt.NDArray[np.uint8]:
     """Return the image as `normalize` would store it, (H, W, C) uint8."""
-    size, channels, resize = config.image_size, config.channels, config.resize
-    content = photograph.content
+    read = partial(
+        decode,
+        photograph.content,
+        image_size=config.image_size,
+        channels=config.channels,
+        resize=config.resize,
+    )
     try:
-        try:
-            return decode(content, image_size=size, channels=channels, resize=resize, max_pixels=QUICK_PIXELS)
-        except TooManyPixels:
-            with _large:
-                return decode(content, image_size=size, channels=channels, resize=resize, max_pixels=MAX_PIXELS)
+        if not photograph.content.startswith(NESTED_FORMATS):
+            with suppress(TooManyPixels):
+                return read(max_pixels=QUICK_PIXELS)
+        with _large_input_lock:
+            return read(max_pixels=MAX_PIXELS)
+    except TooManyPixels:
+        found = (
+            f"{photograph.location} is not readable as an image (more than {MAX_PIXELS:,} pixels); send a smaller one"
+        )
+        raise RequestError(400, found) from None
     except UnreadableImage as error:
-        hint = "; `curl --data-binary @FILE` sends a file unchanged" if photograph.place == "the body" else ""
-        raise RequestError(400, f"{photograph.place} is not readable as an image ({error}){hint}") from None
+        hint = "; `curl --data-binary @FILE` sends a file unchanged" if photograph.location == "the body" else ""
+        raise RequestError(400, f"{photograph.location} is not readable as an image ({error}){hint}") from None
 
 
 def _check_count(number: int, *, max_images: int) -> None:

@@ -112,7 +112,7 @@ def as_images(found: object, *, shape: tuple[int, int, int]) -> Images:
     if not len(values):
         raise InvalidImages("no image", shape=shape)
     if values.ndim == 3 and values.shape[2] == shape[2]:
-        raise InvalidImages(f"an array of shape {values.shape} has no batch axis: send it as [image]", shape=shape)
+        raise InvalidImages(f"one image of shape {values.shape}, without a batch axis: send it as [image]", shape=shape)
     if values.shape[1:] != shape:
         raise InvalidImages(f"an array of shape {values.shape}", shape=shape)
     is_invalid = ~((values >= 0) & (values <= MAX_PIXEL))
