@@ -21,8 +21,8 @@ from pipeline.params import Views
 from pipeline.prediction.decoding import read_images
 from pipeline.prediction.inputs import Input, expand_paths
 from pipeline.prediction.model import LoadedModel, find_threshold, load
-from pipeline.prediction.output import Answer, Errors, check_output_path, open_output
-from pipeline.prediction.output_folder import Counts, Request, finish_earlier_start
+from pipeline.prediction.output import Answer, Errors, check_output_path, finish_earlier_start, open_output
+from pipeline.prediction.output_folder import Counts, Request
 from pipeline.prediction.rows import Row, answer_blocks
 from pipeline.tracking.model_files import ModelFiles, find_model_files
 from pipeline.training.device import choose_device
@@ -85,7 +85,8 @@ def _write(arguments: argparse.Namespace, *, files: ModelFiles, device: torch.de
     """Write the answers into the file of `--output`."""
     path: Path = arguments.output
     request = _request(arguments, files=files, device=device)
-    if finished := finish_earlier_start(path, request):
+    finished = None if arguments.overwrite else finish_earlier_start(path, request, _inputs(arguments))
+    if finished:
         print(f"{path}: complete, {finished.rows:,} images; an earlier start has written it", flush=True)
         _raise_if_partial(finished, reasons="in its column `error`")
         return
