@@ -24,7 +24,7 @@ from pipeline.core.yaml import dump_yaml
 from pipeline.evaluation.predictions import read_predictions
 from pipeline.images.blocks import hash_content
 from pipeline.models.files import save_config
-from pipeline.prediction import output, output_folder
+from pipeline.prediction import image_files, output, output_folder
 from pipeline.prediction.output_folder import Request, open_folder
 from pipeline.recipes import compose
 from tests import prediction_kills
@@ -245,6 +245,43 @@ def test_a_resumed_command_keeps_the_parts_whose_files_are_the_same(
     command(*names, "--output", "whole.csv")
     assert Path("out.csv").read_bytes() == Path("whole.csv").read_bytes()
     assert not list(Path().glob("*.partial"))
+
+
+def test_a_file_that_was_replaced_by_one_of_the_same_size_and_time_is_read_again(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, status = Path("photo.png").read_bytes(), Path("photo.png").stat()
+    Path("photo.png").write_bytes(bytes(len(good)))
+    os.utime("photo.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    interrupt(command, monkeypatch, "photo.png", "--output", "out.csv")
+    Path("new.png").write_bytes(good)
+    os.utime("new.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    Path("new.png").replace("photo.png")
+    assert command.succeed("photo.png", "--output", "out.csv") == "out.csv: 1 images\n"
+    assert READERS["csv"]("out.csv")["content_hash"].tolist() == [f"{hash_content(good):016x}"]
+
+
+@pytest.mark.parametrize(("is_over", "kept"), [(True, 4), (False, 6)])
+def test_a_file_that_could_not_be_read_is_read_again_where_that_is_possible(
+    command: Command, monkeypatch: pytest.MonkeyPatch, is_over: bool, kept: int
+) -> None:
+    names = write_shades(6)
+    Path(names[1]).unlink()  # a part with a file that is still missing is kept
+    read = image_files._read_bytes
+
+    def fail(path: str) -> bytes:
+        if path == names[5]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_files, "_read_bytes", fail)
+        interrupt(command, monkeypatch, *names, "--output", "out.csv")
+        if is_over:
+            patch.undo()
+        status, stdout, stderr = command(*names, "--output", "out.csv")
+    assert (status, stdout) == (EXIT_PARTIAL, f"out.csv: 6 images, {kept} of them by an earlier start\n")
+    assert ("5.png: Input/output error" in stderr) != is_over
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1 damaged PAR1"])

@@ -2,7 +2,7 @@
 
 While `FILE` is being made, the folder `FILE.partial` has `request.json` (on what the rows depend besides the inputs)
 and the parts `000000.parquet`, … of PART_ROWS rows each. The next start keeps a part if its inputs are the same: their
-paths, sizes and modification times. At the end the parts are written into one file in this folder, and
+paths, sizes and times of modification and of change. At the end the parts are written into one file in this folder,
 `.FILE.complete.json` records of which inputs; the file is renamed to `FILE`, and the folder is removed.
 """
 
@@ -28,6 +28,7 @@ from pipeline.prediction.formats import (
     write_parquet,
     write_part,
 )
+from pipeline.prediction.image_files import is_readable
 from pipeline.prediction.inputs import Input
 from pipeline.prediction.output_folder import (
     Counts,
@@ -159,7 +160,7 @@ class Output:
             part = _Part(self._part_path(self._num_parts), digest, len(block))
             self._inputs.update(digest.encode())
             self._num_parts += 1
-            errors = _errors_of_kept(part)
+            errors = _errors_of_kept(part, block)
             if errors is None:
                 pending.append(part)
                 yield from block
@@ -218,22 +219,36 @@ def _blocks(inputs: Iterator[Input], *, path: Path) -> Iterator[tuple[list[Input
 
 
 def _digest(inputs: Sequence[Input]) -> str:
-    """Return a hash of the paths of inputs, and of the size and the modification time of each file."""
+    """Return a hash of the paths of inputs, and of the size and the times of modification and of change of each file.
+
+    The time of change also differs where a file was replaced by one with the same modification time, and where it was
+    permitted to read it.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for each in inputs:
         try:
             status = os.stat(each.path)  # noqa: PTH116  # 100,000 `Path` objects take a second
-            state = state_of(status)
+            state = f"{state_of(status)} {status.st_ctime_ns}"
         except (OSError, ValueError) as error:
             state = type(error).__name__
         digest.update(json.dumps([each.path, each.error, state]).encode())
     return digest.hexdigest()
 
 
-def _errors_of_kept(part: _Part) -> Errors | None:
-    """Return the unreadable files of a part that an earlier start has made; None where it has made no such part."""
+def _errors_of_kept(part: _Part, inputs: Sequence[Input]) -> Errors | None:
+    """Return the unreadable files of a part that an earlier start has made.
+
+    None where it has made no such part, or a file whose bytes it could not read can be read now.
+    """
     found = read_part(part.path)
     if found is None or found[1] != part.inputs_digest or len(found[0]) != part.rows:
         return None
-    pairs = zip(found[0]["path"].to_pylist(), found[0]["error"].to_pylist(), strict=True)
-    return [(path, reason) for path, reason in pairs if reason is not None]
+    columns = (found[0][name].to_pylist() for name in ("path", "error", "content_hash"))
+    errors = list[tuple[str, str]]()
+    for each, path, reason, content_hash in zip(inputs, *columns, strict=True):
+        if reason is None:
+            continue
+        if content_hash is None and is_readable(each):
+            return None
+        errors.append((path, reason))
+    return errors
