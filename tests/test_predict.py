@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -250,6 +251,17 @@ def test_a_name_that_is_not_utf8_is_printed_escaped(
     assert json.loads(capsys.readouterr().out)["image"] == name
     run(monkeypatch, name)
     assert capsys.readouterr().out.startswith("\\udcff é.png: b ")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--output", "é.csv"]])
+def test_a_name_that_the_encoding_of_standard_output_lacks_is_printed_escaped(
+    model: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    shutil.copy("photo.png", "é.png")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    run(monkeypatch, "é.png", *options)
+    assert re.match(r'(\{"image": ")?\\(xe9|u00e9)\.', stdout.buffer.getvalue().decode())  # type: ignore[attr-defined]
 
 
 def test_a_closed_pipe_ends_the_command_without_an_error_message(model: Path) -> None:

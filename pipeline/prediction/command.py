@@ -87,7 +87,7 @@ def _write(arguments: argparse.Namespace, *, files: ModelFiles, device: torch.de
     request = _request(arguments, files=files, device=device)
     finished = None if arguments.overwrite else finish_earlier_start(path, request, _inputs(arguments))
     if finished:
-        print(f"{path}: complete, {finished.rows:,} images; an earlier start has written it", flush=True)
+        print(_escape(f"{path}: complete, {finished.rows:,} images; an earlier start has written it"), flush=True)
         _raise_if_partial(finished, reasons="in its column `error`")
         return
     answer = _load(arguments, files=files, device=device, top=request.top)
@@ -103,7 +103,7 @@ def _write(arguments: argparse.Namespace, *, files: ModelFiles, device: torch.de
 
         output.write(_inputs(arguments), answer=answer, report=report)
     kept = f", {output.kept.rows:,} of them by an earlier start" if output.kept.rows else ""
-    print(f"{path}: {output.counts.rows:,} images{kept}", flush=True)
+    print(_escape(f"{path}: {output.counts.rows:,} images{kept}"), flush=True)
     _raise_if_partial(output.counts)
 
 
@@ -153,4 +153,10 @@ def _as_json(row: Row) -> str:
 def _as_text(row: Row) -> str:
     classes = ", ".join(f"{name} {probability:.1%}" for name, probability in row.top)
     unknown = f"{row.class_name}: " if row.is_unknown else ""
-    return escape_control_chars(f"{row.path}: {unknown}{classes}")
+    return _escape(f"{row.path}: {unknown}{classes}")
+
+
+def _escape(text: str) -> str:
+    """Return the text with characters escaped that control a terminal, or that the encoding of stdout lacks."""
+    encoding = sys.stdout.encoding
+    return escape_control_chars(text).encode(encoding, errors="backslashreplace").decode(encoding)
