@@ -9,8 +9,8 @@ decode images import this module, so PyTorch is imported in `main` only.
 """
 
 import argparse
-from pathlib import Path
 
+from pipeline.artifacts import expand
 from pipeline.core.errors import UserError, report_errors
 
 
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         "run (default: artifacts/train)",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write .csv, .jsonl or .parquet; the same command resumes"
+        "--output", type=expand, metavar="FILE", help="write .csv, .jsonl or .parquet; the same command resumes"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --output if it exists")
     parser.add_argument("--top", type=int, default=3, help="how many classes to give for each image (default: 3)")

@@ -154,6 +154,15 @@ def test_more_classes_than_the_model_has_are_all_of_them(command: Command) -> No
     )
 
 
+@pytest.mark.parametrize(("name", "expected"), [("~/out.csv", "home/out.csv"), ("./~/out.csv", "~/out.csv")])
+def test_a_tilde_stands_for_the_home_folder_where_it_is_the_first_character(
+    command: Command, monkeypatch: pytest.MonkeyPatch, workspace: Path, name: str, expected: str
+) -> None:
+    monkeypatch.setenv("HOME", str(workspace / "home"))
+    command.succeed("photo.png", f"--output={name}")
+    assert READERS["csv"](str(workspace / expected))["path"].tolist() == ["photo.png"]
+
+
 # ---- what is refused
 
 
