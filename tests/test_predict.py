@@ -239,6 +239,28 @@ def test_a_coverage_answers_unknown_below_the_threshold(
         assert capsys.readouterr().out.startswith("photo.png: unknown: b 9" if name == "unknown" else "photo.png: b 9")
 
 
+def test_thresholds_that_were_fitted_to_other_probabilities_are_used_with_a_warning(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_config(config(**CONFIG, thresholds={0.9: 0.5}), model)
+    shutil.copy(model / "best.safetensors", model / "last.safetensors")
+    write_checksums(model)
+    last = f"{model}/last.safetensors"
+    for options, named in (
+        (["--views", "mirror"], "used with --views mirror:"),
+        (["--model", last], "used with last.safetensors:"),
+        (["--views", "mirror", "--model", last], "used with --views mirror and last.safetensors:"),
+    ):
+        run(monkeypatch, "photo.png", *options, "--coverage", "0.9")
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: --coverage: the thresholds were fitted with best.safetensors and --views none")
+        assert named in line
+        run(monkeypatch, "photo.png", *options)
+        assert capsys.readouterr().err == ""
+    run(monkeypatch, "photo.png", "--coverage", "0.9")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.skipif(sys.platform == "darwin", reason="the file system admits UTF-8 names only")
 def test_a_name_that_is_not_utf8_is_printed_escaped(
     model: Path,

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
-from pipeline.artifacts import file_md5
+from pipeline.artifacts import BEST_WEIGHTS, file_md5
 from pipeline.core.errors import PartialError, escape_control_chars
 from pipeline.core.progress import progress
 from pipeline.models.files import load_config
@@ -47,7 +47,23 @@ def _load(arguments: argparse.Namespace, *, files: ModelFiles, device: torch.dev
     # take a quarter of the CPU time of this process from those that decode
     torch.set_num_threads(1)
     threshold = find_threshold(model, arguments.coverage)
+    if threshold is not None:
+        _warn_of_other_probabilities(files, views=arguments.views)
     return partial(_answers, model=model, top=top, threshold=threshold, views=arguments.views)
+
+
+def _warn_of_other_probabilities(files: ModelFiles, *, views: Views) -> None:
+    """Print a warning where the thresholds of the model were fitted to other probabilities than those it will give."""
+    differences = [f"--views {views}"] if views != "none" else []
+    if files.checkpoint != BEST_WEIGHTS.removesuffix(".safetensors"):
+        differences.append(f"{files.checkpoint}.safetensors")
+    if differences:
+        print(
+            f"warning: --coverage: the thresholds were fitted with {BEST_WEIGHTS} and --views none, and are used with "
+            f"{' and '.join(differences)}: another fraction of the images may be reported",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _answers(
