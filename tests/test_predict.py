@@ -283,7 +283,7 @@ def test_a_name_that_the_encoding_of_standard_output_lacks_is_printed_escaped(
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr("sys.stdout", stdout)
     run(monkeypatch, "é.png", *options)
-    assert re.match(r'(\{"image": ")?\\(xe9|u00e9)\.', stdout.buffer.getvalue().decode())  # type: ignore[attr-defined]
+    assert re.match(r'(\{"image": ")?\\(xe9|u00e9)\.', stdout.buffer.getvalue().decode())
 
 
 def test_a_closed_pipe_ends_the_command_without_an_error_message(model: Path) -> None:
