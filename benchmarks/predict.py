@@ -7,8 +7,9 @@ second, and the start-up (the interpreter and its imports), which is part of eac
 memory for a tenth of the files and for all; they are measured in other runs than the times.
 
 With `--kills`, the command is killed by SIGKILL, with all its processes, that often, at random moments spread over its
-work, and started again each time. The file must be, byte for byte, that of a run that nothing interrupted, and have
-one row for each file. Nothing else should run on the machine meanwhile.
+work, and started again each time. Where a run ends before its moment, the kills that are left are made on the way to
+another file. Each file must be, byte for byte, that of a run that nothing interrupted, and have one row for each image.
+Nothing else should run on the machine meanwhile.
 """
 
 import math
@@ -116,24 +117,35 @@ def memory_table(sizes: list[int]) -> str:
 
 
 def check_kills(folder: Path, *, files: int, kills: int) -> str:
-    """Return a sentence on the file of a run that was killed that often; raises UserError where it is a wrong one."""
+    """Return a sentence on the files of runs that were killed that often; raises UserError where one is a wrong one."""
     whole, resumed = folder / "whole.parquet", folder / "resumed.parquet"
     num_parts = run(whole, folder).parts
     generator = random.Random(SEED)  # noqa: S311
-    found = []
-    for share in sorted(generator.random() for _ in range(kills)):
-        moment = generator.random()
-        found.append(run(resumed, folder, kill_at=(int(share * num_parts), moment)))
-        if not found[-1].was_killed:
-            break
-        print(f"killed after {found[-1].seconds:.2f} s with {found[-1].parts} of {num_parts} parts", flush=True)
-    if not resumed.exists():
-        run(resumed, folder)
-    _check_rows(resumed, files=files)
-    if resumed.read_bytes() != whole.read_bytes():
-        raise UserError(f"{resumed.name}: differs from {whole.name}; allowed: the same bytes; report this defect")
-    num_kills = sum(each.was_killed for each in found)
-    return f"{num_kills} kills, {files:,} rows: none lost, none twice, the same bytes as without a kill"
+    num_kills = num_files = 0
+    while num_kills < kills:  # a run may end before its moment
+        found = kill_and_finish(resumed, folder, num_parts=num_parts, kills=kills - num_kills, generator=generator)
+        _check_rows(resumed, files=files)
+        if resumed.read_bytes() != whole.read_bytes():
+            raise UserError(f"{resumed.name}: differs from {whole.name}; allowed: the same bytes; report this defect")
+        resumed.unlink()
+        if not found:
+            raise UserError(f"--files {files}: each run ended before it was killed; allowed: longer runs; choose more")
+        num_kills, num_files = num_kills + found, num_files + 1
+    made = "one file" if num_files == 1 else f"{num_files} files"
+    return f"{num_kills} kills, {made} of {files:,} rows: none lost, none twice, the same bytes as without a kill"
+
+
+def kill_and_finish(output: Path, folder: Path, *, num_parts: int, kills: int, generator: random.Random) -> int:
+    """Make a file by runs that are killed up to this often, and by one that is not; return how many were killed."""
+    num_killed = 0
+    for fraction in sorted(generator.random() for _ in range(kills)):
+        done = run(output, folder, kill_at=(int(fraction * num_parts), generator.random()))
+        if not done.was_killed:
+            return num_killed
+        num_killed += 1
+        print(f"killed after {done.seconds:.2f} s with {done.parts} of {num_parts} parts", flush=True)
+    run(output, folder)
+    return num_killed
 
 
 def _check_rows(output: Path, *, files: int) -> None:
@@ -163,19 +175,19 @@ def run(output: Path, folder: Path, *, kill_at: tuple[float, float] = (math.inf,
     """
     target, moment = kill_at
     parts = first = _num_parts(output)
-    begin, was_killed = time.perf_counter(), False
+    begin = time.perf_counter()
     with start(ours(output.name), folder, new_group=True) as child:
         while child.poll() is None:
             parts = max(parts, _num_parts(output))
             if parts >= target:
                 time.sleep(moment * (SECONDS_OF_START if first >= target else SECONDS_OF_PART))
-                was_killed = child.poll() is None
-                os.killpg(child.pid, signal.SIGKILL)
+                if child.poll() is None:
+                    os.killpg(child.pid, signal.SIGKILL)
                 break
             time.sleep(SAMPLE_SECONDS)
     if child.returncode not in (0, -signal.SIGKILL):
         raise UserError(f"the command ended with status {child.returncode}; fix what it printed, then run this again")
-    return Run(parts, time.perf_counter() - begin, was_killed)
+    return Run(parts, time.perf_counter() - begin, was_killed=child.returncode == -signal.SIGKILL)
 
 
 def _num_parts(output: Path) -> int:

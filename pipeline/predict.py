@@ -9,8 +9,8 @@ decode images import this module, so PyTorch is imported in `main` only.
 """
 
 import argparse
-from pathlib import Path
 
+from pipeline.artifacts import expand
 from pipeline.core.errors import UserError, report_errors
 
 
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         "run (default: artifacts/train)",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write .csv, .jsonl or .parquet; the same command resumes"
+        "--output", type=expand, metavar="FILE", help="write .csv, .jsonl or .parquet; the same command resumes"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --output if it exists")
     parser.add_argument("--top", type=int, default=3, help="how many classes to give for each image (default: 3)")
@@ -64,13 +64,13 @@ def _parser() -> argparse.ArgumentParser:
 def _check(arguments: argparse.Namespace) -> None:
     """Raise UserError for options that do not fit each other or are out of range."""
     if arguments.top < 1:
-        raise UserError(f"--top is {arguments.top}; allowed: 1 or more")
+        raise UserError(f"--top is {arguments.top}; allowed: 1 or more; choose such a number")
     if arguments.output and arguments.json:
         raise UserError("--json prints answers, but --output writes them; use one of them: `--output FILE.jsonl`")
     if arguments.overwrite and not arguments.output:
-        raise UserError("--overwrite is given without --output; remove it, or name the file with --output FILE")
+        raise UserError("found --overwrite without --output; remove it, or name the file with --output FILE")
     if arguments.null and "-" not in arguments.paths:
-        raise UserError("--null is given, but no list on standard input; remove it, or add - to the paths")
+        raise UserError("found --null without a list on standard input; remove it, or add - to the paths")
 
 
 if __name__ == "__main__":

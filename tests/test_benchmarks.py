@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import table
+from benchmarks import predict, table
 from benchmarks.paired import p_value, t_distribution_tails
 from pipeline.core.errors import UserError
 from tests.conftest import PROJECT
@@ -85,3 +85,34 @@ def test_the_p_value_is_that_of_the_paired_t_test() -> None:
     # mean 2, standard deviation sqrt(2.5), so t = 2.8284
     assert p_value([0, 1, 2, 3, 4]) == pytest.approx(0.04742, abs=1e-5)
     assert (p_value([0, 0]), p_value([1, 1])) == (1, 0)
+
+
+@pytest.mark.parametrize(("ends", "files"), [((), "one file"), ((2,), "2 files"), ((1, 3), "3 files")])
+def test_a_command_is_killed_as_often_as_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: tuple[int, ...], files: str
+) -> None:
+    tried = 0
+
+    def run(output: Path, folder: Path, *, kill_at: tuple[float, float] | None = None) -> predict.Run:
+        nonlocal tried
+        tried += kill_at is not None
+        was_killed = kill_at is not None and tried - 1 not in ends
+        if not was_killed:
+            output.touch()
+        return predict.Run(5, 1.0, was_killed)
+
+    monkeypatch.setattr(predict, "run", run)
+    monkeypatch.setattr(predict, "_check_rows", lambda *_, **__: None)
+    assert predict.check_kills(tmp_path, files=9, kills=4).startswith(f"4 kills, {files} of 9 rows: ")
+    assert tried == 4 + len(ends)
+
+
+def test_runs_that_end_before_they_are_killed_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(output: Path, folder: Path, **_: object) -> predict.Run:
+        output.touch()
+        return predict.Run(1, 1.0, was_killed=False)
+
+    monkeypatch.setattr(predict, "run", run)
+    monkeypatch.setattr(predict, "_check_rows", lambda *_, **__: None)
+    with pytest.raises(UserError, match="--files 9: each run ended before it was killed"):
+        predict.check_kills(tmp_path, files=9, kills=2)

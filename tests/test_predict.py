@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,11 +91,11 @@ def test_a_checkout_without_a_model_names_the_ways_to_one(
     [
         (["photo.png", "--model", "elsewhere"], "error: --model elsewhere: no folder, file or MLflow run of this name"),
         (["photo.png", "--model", "else/where"], "error: else/where/best.safetensors: no such file"),
-        (["photo.png", "--top", "0"], "error: --top is 0; allowed: 1 or more"),
+        (["photo.png", "--top", "0"], "error: --top is 0; allowed: 1 or more; choose such a number"),
         (["photo.png", "--coverage", "0.9"], "error: --coverage is 0.9, but the model has no thresholds"),
         (["photo.png", "--device", "tpu"], "error: --device is tpu, but PyTorch finds no such device"),
-        (["photo.png", "--null"], "error: --null is given, but no list on standard input"),
-        (["photo.png", "--overwrite"], "error: --overwrite is given without --output"),
+        (["photo.png", "--null"], "error: found --null without a list on standard input"),
+        (["photo.png", "--overwrite"], "error: found --overwrite without --output"),
         (["photo.png", "--json", "--output", "x.csv"], "error: --json prints answers, but --output writes them"),
         (["photo.png", "--output", "x.xlsx"], "error: --output x.xlsx: found the suffix '.xlsx'; allowed: .csv, .j"),
         (["photo.png", "--output", "x"], "error: --output x: found the suffix ''; allowed: .csv, .jsonl"),
@@ -238,6 +239,28 @@ def test_a_coverage_answers_unknown_below_the_threshold(
         assert capsys.readouterr().out.startswith("photo.png: unknown: b 9" if name == "unknown" else "photo.png: b 9")
 
 
+def test_thresholds_that_were_fitted_to_other_probabilities_are_used_with_a_warning(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_config(config(**CONFIG, thresholds={0.9: 0.5}), model)
+    shutil.copy(model / "best.safetensors", model / "last.safetensors")
+    write_checksums(model)
+    last = f"{model}/last.safetensors"
+    for options, named in (
+        (["--views", "mirror"], "used with --views mirror:"),
+        (["--model", last], "used with last.safetensors:"),
+        (["--views", "mirror", "--model", last], "used with --views mirror and last.safetensors:"),
+    ):
+        run(monkeypatch, "photo.png", *options, "--coverage", "0.9")
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: --coverage: the thresholds were fitted with best.safetensors and --views none")
+        assert named in line
+        run(monkeypatch, "photo.png", *options)
+        assert capsys.readouterr().err == ""
+    run(monkeypatch, "photo.png", "--coverage", "0.9")
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.skipif(sys.platform == "darwin", reason="the file system admits UTF-8 names only")
 def test_a_name_that_is_not_utf8_is_printed_escaped(
     model: Path,
@@ -250,6 +273,17 @@ def test_a_name_that_is_not_utf8_is_printed_escaped(
     assert json.loads(capsys.readouterr().out)["image"] == name
     run(monkeypatch, name)
     assert capsys.readouterr().out.startswith("\\udcff é.png: b ")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--output", "é.csv"]])
+def test_a_name_that_the_encoding_of_standard_output_lacks_is_printed_escaped(
+    model: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    shutil.copy("photo.png", "é.png")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    run(monkeypatch, "é.png", *options)
+    assert re.match(r'(\{"image": ")?\\(xe9|u00e9)\.', stdout.buffer.getvalue().decode())
 
 
 def test_a_closed_pipe_ends_the_command_without_an_error_message(model: Path) -> None:

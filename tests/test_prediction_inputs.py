@@ -191,6 +191,14 @@ def test_the_list_has_one_path_a_line_and_stands_where_it_is_named(here: Path) -
     assert paths("-") == []
 
 
+def test_a_line_that_ends_with_a_carriage_return_has_this_as_the_reason(here: Path) -> None:
+    touch("b.jpg\r")
+    found, named_so = expand("-", stdin=b"a.jpg\r\nb.jpg\r\n")
+    assert (found.path, named_so) == ("a.jpg\r", Input("b.jpg\r"))
+    assert found.error.startswith("no such file; the line ends with a carriage return, ")
+    assert expand("-", stdin=b"a.jpg\r\0", null=True) == [Input("a.jpg\r")]
+
+
 def test_a_name_may_have_a_newline_in_a_list_with_nul(here: Path) -> None:
     assert paths("-", stdin=b"a\nb.jpg\0\0c.jpg\0", null=True) == ["a\nb.jpg", "c.jpg"]
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pipeline.core.yaml import dump_yaml
 from pipeline.evaluation.predictions import read_predictions
 from pipeline.images.blocks import hash_content
 from pipeline.models.files import save_config
-from pipeline.prediction import output
+from pipeline.prediction import image_files, output, output_folder
 from pipeline.prediction.output_folder import Request, open_folder
 from pipeline.recipes import compose
 from tests import prediction_kills
@@ -153,6 +154,15 @@ def test_more_classes_than_the_model_has_are_all_of_them(command: Command) -> No
     )
 
 
+@pytest.mark.parametrize(("name", "expected"), [("~/out.csv", "home/out.csv"), ("./~/out.csv", "~/out.csv")])
+def test_a_tilde_stands_for_the_home_folder_where_it_is_the_first_character(
+    command: Command, monkeypatch: pytest.MonkeyPatch, workspace: Path, name: str, expected: str
+) -> None:
+    monkeypatch.setenv("HOME", str(workspace / "home"))
+    command.succeed("photo.png", f"--output={name}")
+    assert READERS["csv"](str(workspace / expected))["path"].tolist() == ["photo.png"]
+
+
 # ---- what is refused
 
 
@@ -162,6 +172,16 @@ def test_an_existing_file_is_replaced_only_on_request(command: Command) -> None:
     assert (status, Path("out.csv").read_text()) == (EXIT_USER, "mine")
     assert stderr.startswith("error: --output out.csv: the file exists; allowed: ")
     assert "add --overwrite" in stderr
+    command.succeed("photo.png", "--output", "out.csv", "--overwrite")
+    assert READERS["csv"]("out.csv")["path"].tolist() == ["photo.png"]
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "write_result", lambda path, *_, **__: path.write_text("mine"))
+        status, _, stderr = command("photo.png", "--output", "out.csv")
+    assert (status, Path("out.csv").read_text()) == (EXIT_USER, "mine")
+    assert stderr.startswith("error: --output out.csv: the file exists; allowed: ")
     command.succeed("photo.png", "--output", "out.csv", "--overwrite")
     assert READERS["csv"]("out.csv")["path"].tolist() == ["photo.png"]
 
@@ -236,6 +256,43 @@ def test_a_resumed_command_keeps_the_parts_whose_files_are_the_same(
     assert not list(Path().glob("*.partial"))
 
 
+def test_a_file_that_was_replaced_by_one_of_the_same_size_and_time_is_read_again(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, status = Path("photo.png").read_bytes(), Path("photo.png").stat()
+    Path("photo.png").write_bytes(bytes(len(good)))
+    os.utime("photo.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    interrupt(command, monkeypatch, "photo.png", "--output", "out.csv")
+    Path("new.png").write_bytes(good)
+    os.utime("new.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    Path("new.png").replace("photo.png")
+    assert command.succeed("photo.png", "--output", "out.csv") == "out.csv: 1 images\n"
+    assert READERS["csv"]("out.csv")["content_hash"].tolist() == [f"{hash_content(good):016x}"]
+
+
+@pytest.mark.parametrize(("is_over", "kept"), [(True, 4), (False, 6)])
+def test_a_file_that_could_not_be_read_is_read_again_where_that_is_possible(
+    command: Command, monkeypatch: pytest.MonkeyPatch, is_over: bool, kept: int
+) -> None:
+    names = write_shades(6)
+    Path(names[1]).unlink()  # a part with a file that is still missing is kept
+    read = image_files._read_bytes
+
+    def fail(path: str) -> bytes:
+        if path == names[5]:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_files, "_read_bytes", fail)
+        interrupt(command, monkeypatch, *names, "--output", "out.csv")
+        if is_over:
+            patch.undo()
+        status, stdout, stderr = command(*names, "--output", "out.csv")
+    assert (status, stdout) == (EXIT_PARTIAL, f"out.csv: 6 images, {kept} of them by an earlier start\n")
+    assert ("5.png: Input/output error" in stderr) != is_over
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1 damaged PAR1"])
 def test_a_damaged_part_is_made_again(command: Command, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     names = write_shades(6)
@@ -262,6 +319,72 @@ def test_another_request_does_not_resume(command: Command, monkeypatch: pytest.M
     )
     shutil.rmtree("out.csv.partial")
     command.succeed("photo.png", "--output", "out.csv", "--top", "1", "--views", "mirror")
+
+
+def test_the_same_command_recognizes_its_complete_file(command: Command) -> None:
+    write_shades(5)
+    Path("0.png").write_text("no image")
+    arguments = ["[0-9].png", "--output", "out.csv"]
+    assert command(*arguments)[0] == EXIT_PARTIAL
+    state = Path("out.csv").stat()
+    status, stdout, stderr = command(*arguments)
+    assert (status, stdout) == (EXIT_PARTIAL, "out.csv: complete, 5 images; an earlier start has written it\n")
+    assert stderr.startswith("error: 1 of 5 files cannot be read (reasons in its column `error`); all others were")
+    assert Path("out.csv").stat() == state
+    command(*arguments, "--overwrite")
+    assert Path("out.csv").stat().st_mtime_ns > state.st_mtime_ns
+
+
+def leave_folder(*_: Any) -> None:
+    """End a start before it removes the folder."""
+    raise KeyboardInterrupt
+
+
+def test_a_complete_file_is_no_answer_to_other_inputs(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = write_shades(6)
+    with monkeypatch.context() as patch:
+        patch.setattr(output_folder, "_remove", leave_folder)
+        assert command(*names[:3], "--output", "out.csv")[0] == EXIT_INTERRUPTED
+    for others in (names[3:], names[:2], [*names[:3], "--top", "1"]):
+        status, _, stderr = command(*others, "--output", "out.csv")
+        assert status == EXIT_USER
+        assert stderr.startswith("error: --output out.csv: the file exists; allowed: ")
+    assert command.succeed(*names[3:], "--output", "out.csv", "--overwrite") == "out.csv: 3 images\n"
+    assert READERS["csv"]("out.csv")["path"].tolist() == names[3:]
+
+
+def test_a_start_that_was_killed_while_it_removed_the_folder_is_finished(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(output_folder, "_remove", leave_folder)
+        assert command("photo.png", "--output", "out.csv")[0] == EXIT_INTERRUPTED
+    Path(".out.csv.gone").mkdir()
+    assert command.succeed("photo.png", "--output", "out.csv").startswith("out.csv: complete, 1 images")
+    assert sorted(path.name for path in Path().glob("*out.csv*")) == [".out.csv.complete.json", "out.csv"]
+
+
+def test_a_folder_that_another_start_has_just_removed_is_not_left(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command.succeed("photo.png", "--output", "out.csv")
+    locked = output_folder._locked
+
+    def remove_before(folder: Path, path: Path) -> AbstractContextManager[None]:
+        folder.rmdir()
+        return locked(folder, path)
+
+    Path("out.csv.partial").mkdir()
+    monkeypatch.setattr(output_folder, "_locked", remove_before)
+    assert command.succeed("photo.png", "--output", "out.csv").startswith("out.csv: complete, 1 images")
+    assert not Path("out.csv.partial").exists()
+
+
+def test_a_file_that_was_changed_after_it_was_complete_is_not_replaced(command: Command) -> None:
+    command.succeed("photo.png", "--output", "out.csv")
+    Path("out.csv").write_text("mine")
+    assert command("photo.png", "--output", "out.csv")[0] == EXIT_USER
+    assert Path("out.csv").read_text() == "mine"
 
 
 def test_a_full_disk_ends_with_one_line_and_the_same_command_resumes(
@@ -292,15 +415,19 @@ def test_a_folder_that_cannot_be_written_is_reported_in_one_line(command: Comman
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("suffix", "points"), [("csv", 6), ("jsonl", 2), ("parquet", 2)])
-def test_a_killed_command_is_resumed_to_the_same_file(tmp_path: Path, suffix: str, points: int) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "points", "changed"), [("csv", 6, False), ("csv", 4, True), ("jsonl", 2, False), ("parquet", 2, True)]
+)
+def test_a_killed_command_is_resumed_to_the_file_of_an_uninterrupted_one(
+    tmp_path: Path, suffix: str, points: int, changed: bool
+) -> None:
     """`python -m tests.prediction_kills` kills at all points."""
     prediction_kills.start_fork_server()
     (prepared := tmp_path / "prepared").mkdir()
     prediction_kills.prepare(prepared)
-    content, reached = prediction_kills.expected(prepared, tmp_path, suffix)
+    content, reached = prediction_kills.expected(prepared, tmp_path, suffix, changed=changed)
     for last in prediction_kills.spread(len(reached), points):
-        prediction_kills.kill_at(prepared, tmp_path, suffix, last=last, content=content)
+        prediction_kills.kill_at(prepared, tmp_path, suffix, last=last, content=content, changed=changed)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from tqdm import tqdm
 
-from pipeline.artifacts import file_md5
+from pipeline.artifacts import BEST_WEIGHTS, file_md5
 from pipeline.core.errors import PartialError, escape_control_chars
 from pipeline.core.progress import progress
 from pipeline.models.files import load_config
@@ -21,8 +21,8 @@ from pipeline.params import Views
 from pipeline.prediction.decoding import read_images
 from pipeline.prediction.inputs import Input, expand_paths
 from pipeline.prediction.model import LoadedModel, find_threshold, load
-from pipeline.prediction.output import Answer, Errors, check_output_path, open_output
-from pipeline.prediction.output_folder import Counts, Request, finish_earlier_start
+from pipeline.prediction.output import Answer, Errors, check_output_path, finish_earlier_start, open_output
+from pipeline.prediction.output_folder import Counts, Request
 from pipeline.prediction.rows import Row, answer_blocks
 from pipeline.tracking.model_files import ModelFiles, find_model_files
 from pipeline.training.device import choose_device
@@ -47,7 +47,23 @@ def _load(arguments: argparse.Namespace, *, files: ModelFiles, device: torch.dev
     # take a quarter of the CPU time of this process from those that decode
     torch.set_num_threads(1)
     threshold = find_threshold(model, arguments.coverage)
+    if threshold is not None:
+        _warn_of_other_probabilities(files, views=arguments.views)
     return partial(_answers, model=model, top=top, threshold=threshold, views=arguments.views)
+
+
+def _warn_of_other_probabilities(files: ModelFiles, *, views: Views) -> None:
+    """Print a warning where the thresholds of the model were fitted to other probabilities than those it will give."""
+    differences = [f"--views {views}"] if views != "none" else []
+    if files.checkpoint != BEST_WEIGHTS.removesuffix(".safetensors"):
+        differences.append(f"{files.checkpoint}.safetensors")
+    if differences:
+        print(
+            f"warning: --coverage: the thresholds were fitted with {BEST_WEIGHTS} and --views none, and are used with "
+            f"{' and '.join(differences)}: another fraction of the images may be reported",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _answers(
@@ -85,8 +101,9 @@ def _write(arguments: argparse.Namespace, *, files: ModelFiles, device: torch.de
     """Write the answers into the file of `--output`."""
     path: Path = arguments.output
     request = _request(arguments, files=files, device=device)
-    if finished := finish_earlier_start(path, request):
-        print(f"{path}: complete, {finished.rows:,} images; an earlier start has written it", flush=True)
+    finished = None if arguments.overwrite else finish_earlier_start(path, request, _inputs(arguments))
+    if finished:
+        print(_escape(f"{path}: complete, {finished.rows:,} images; an earlier start has written it"), flush=True)
         _raise_if_partial(finished, reasons="in its column `error`")
         return
     answer = _load(arguments, files=files, device=device, top=request.top)
@@ -102,7 +119,7 @@ def _write(arguments: argparse.Namespace, *, files: ModelFiles, device: torch.de
 
         output.write(_inputs(arguments), answer=answer, report=report)
     kept = f", {output.kept.rows:,} of them by an earlier start" if output.kept.rows else ""
-    print(f"{path}: {output.counts.rows:,} images{kept}", flush=True)
+    print(_escape(f"{path}: {output.counts.rows:,} images{kept}"), flush=True)
     _raise_if_partial(output.counts)
 
 
@@ -152,4 +169,10 @@ def _as_json(row: Row) -> str:
 def _as_text(row: Row) -> str:
     classes = ", ".join(f"{name} {probability:.1%}" for name, probability in row.top)
     unknown = f"{row.class_name}: " if row.is_unknown else ""
-    return escape_control_chars(f"{row.path}: {unknown}{classes}")
+    return _escape(f"{row.path}: {unknown}{classes}")
+
+
+def _escape(text: str) -> str:
+    """Return the text with characters escaped that control a terminal, or that the encoding of stdout lacks."""
+    encoding = sys.stdout.encoding
+    return escape_control_chars(text).encode(encoding, errors="backslashreplace").decode(encoding)

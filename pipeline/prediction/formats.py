@@ -40,7 +40,7 @@ def write_part(path: Path, rows: Iterable[Row], *, schema: pa.Schema, inputs_dig
 def read_part(path: Path) -> tuple[pa.Table, str] | None:
     """Return the rows of a part and the digest of their inputs; None where the file is missing or damaged."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path.absolute()) as file:  # pyarrow replaces a `~` at the beginning
             table = file.read()
             return table.replace_schema_metadata(None), table.schema.metadata[INPUTS_KEY].decode()
     except (pa.ArrowException, KeyError, OSError, TypeError, ValueError):

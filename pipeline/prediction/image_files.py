@@ -88,6 +88,17 @@ def read_image(file: Input, *, image_size: int, channels: Channels, resize: Resi
     return ReadImage(path, pixels, content_hash)
 
 
+def is_readable(file: Input) -> bool:
+    """Return whether the bytes of an input can be read, and read again."""
+    if file.error or file.here_only:
+        return False
+    try:
+        _read_bytes(file.path)
+    except (OSError, UnreadableImage):
+        return False
+    return True
+
+
 def _read_bytes(path: str) -> bytes:
     """Return the content of a file or pipe; raises UnreadableImage for a device and for content that is too long.
 

@@ -15,6 +15,7 @@ from pipeline.images.decode import IMAGE_SUFFIXES, RAW_SUFFIXES, UNDECODABLE_SUF
 LIST = "-"  # the argument for a list of paths on standard input
 MAX_PATH_BYTES = 2**16  # of a path in the list; Linux allows 4,096
 _MAGIC = re.compile(r"[*?\[]")
+_WINDOWS_LINE = "no such file; the line ends with a carriage return, as lines on Windows do; remove it: `tr -d '\\r'`"
 _HERE_ONLY = ("/dev/", "/proc/")  # such as /dev/stdin, which is another file in another process
 
 
@@ -61,7 +62,8 @@ def _read_list(stdin: BufferedIOBase, *, null: bool) -> Iterator[Input]:
             )
         if path:
             text = os.fsdecode(path)
-            yield Input(text, here_only=_is_here_only(text))
+            is_windows_line = not null and text.endswith("\r") and not os.path.lexists(text)
+            yield Input(text, _WINDOWS_LINE if is_windows_line else "", here_only=_is_here_only(text))
 
 
 def _split(stdin: BufferedIOBase, *, separator: bytes) -> Iterator[bytes]:

@@ -2,8 +2,8 @@
 
 While `FILE` is being made, the folder `FILE.partial` has `request.json` (on what the rows depend besides the inputs)
 and the parts `000000.parquet`, … of PART_ROWS rows each. The next start keeps a part if its inputs are the same: their
-paths, sizes and modification times. At the end the parts are written into one file in this folder, then
-`complete.json`; the file is renamed to `FILE`, and the folder is removed.
+paths, sizes and times of modification and of change. At the end the parts are written into one file in this folder,
+`.FILE.complete.json` records of which inputs; the file is renamed to `FILE`, and the folder is removed.
 """
 
 import hashlib
@@ -28,8 +28,22 @@ from pipeline.prediction.formats import (
     write_parquet,
     write_part,
 )
+from pipeline.prediction.image_files import is_readable
 from pipeline.prediction.inputs import Input
-from pipeline.prediction.output_folder import Counts, Request, open_folder, publish, result_of
+from pipeline.prediction.output_folder import (
+    Counts,
+    Request,
+    check_absent,
+    file_exists,
+    find_record,
+    folder_of,
+    open_folder,
+    publish,
+    record_of,
+    remove_rest,
+    result_of,
+    state_of,
+)
 from pipeline.prediction.rows import Row
 
 PART_ROWS = 512
@@ -45,6 +59,26 @@ class _Part:
     path: Path
     inputs_digest: str
     rows: int
+
+
+def finish_earlier_start(path: Path, request: Request, inputs: Iterator[Input]) -> Counts | None:
+    """Return the counts of the file at `path` where an earlier start has completed it for this request and the inputs.
+
+    What that start has left is removed. None where there is no file, and then no input was taken. Raises UserError
+    where the file is another one.
+    """
+    found = find_record(path, request)
+    if found is None:
+        check_absent(path)
+        return None
+    inputs_digest, counts = found
+    digest = hashlib.blake2b(digest_size=16)
+    for _, block_digest in _blocks(inputs, path=path):
+        digest.update(block_digest.encode())
+    if digest.hexdigest() != inputs_digest:
+        raise file_exists(path)
+    remove_rest(path, request)
+    return counts
 
 
 def check_output_path(path: Path) -> None:
@@ -65,12 +99,10 @@ def open_output(path: Path, request: Request, *, overwrite: bool) -> Iterator["O
     it, or the rows of an earlier start depend on something else.
     """
     check_output_path(path)
-    if path.exists() and not overwrite:
-        raise UserError(
-            f"--output {path}: the file exists; allowed: a file that does not; name another one, or add --overwrite"
-        )
+    if not overwrite:
+        check_absent(path)
     with open_folder(path, request) as folder:
-        yield Output(path, folder, request)
+        yield Output(path, folder, request, overwrite=overwrite)
 
 
 class Output:
@@ -79,12 +111,12 @@ class Output:
     `counts` are those of all rows so far, and `kept` those of the rows that an earlier start has made.
     """
 
-    def __init__(self, path: Path, folder: Path, request: Request) -> None:
-        self.path, self.folder, self.request = path, folder, request
+    def __init__(self, path: Path, folder: Path, request: Request, *, overwrite: bool) -> None:
+        self.path, self.folder, self.request, self.overwrite = path, folder, request, overwrite
         self.counts = self.kept = Counts()
         self._num_parts = 0
         self._schema = row_schema(with_unknown=request.coverage is not None)
-        self._own_paths = [Path(os.path.realpath(own)) for own in (path, folder)]
+        self._inputs = hashlib.blake2b(digest_size=16)  # of the digests of all parts
 
     def write(self, inputs: Iterator[Input], *, answer: Answer, report: Callable[[Errors, int], object]) -> None:
         """Write a row for each input, in their order; one part is in memory at a time.
@@ -96,7 +128,13 @@ class Output:
         try:
             self._make_parts(inputs, answer=answer, report=report)
             write_result(self.path, self._tables(), schema=self._schema, top=self.request.top)
-            publish(self.path, request=self.request, counts=self.counts)
+            publish(
+                self.path,
+                request=self.request,
+                inputs_digest=self._inputs.hexdigest(),
+                counts=self.counts,
+                overwrite=self.overwrite,
+            )
         except KeyboardInterrupt as error:
             done = f"{self.folder} has the rows of {self.counts.rows:,} images"
             raise type(error)(f"{done}; the same command resumes") from None
@@ -118,11 +156,11 @@ class Output:
         self, inputs: Iterator[Input], pending: deque[_Part], *, report: Callable[[Errors, int], object]
     ) -> Iterator[Input]:
         """Yield the inputs of the parts that are to be made, each of which is added to `pending` before its inputs."""
-        others = (each for each in inputs if not self._is_own(each.path))
-        while block := list(islice(others, PART_ROWS)):
-            part = _Part(self._part_path(self._num_parts), _digest(block), len(block))
+        for block, digest in _blocks(inputs, path=self.path):
+            part = _Part(self._part_path(self._num_parts), digest, len(block))
+            self._inputs.update(digest.encode())
             self._num_parts += 1
-            errors = _errors_of_kept(part)
+            errors = _errors_of_kept(part, block)
             if errors is None:
                 pending.append(part)
                 yield from block
@@ -140,13 +178,6 @@ class Output:
 
     def _part_path(self, number: int) -> Path:
         return self.folder / f"{number:06}.parquet"
-
-    def _is_own(self, path: str) -> bool:
-        """Return whether a path is that of the file or of its folder, or is in the folder."""
-        if self.path.name not in path:  # in most cases the file system need not be asked
-            return False
-        real = Path(os.path.realpath(path))
-        return any(real.is_relative_to(own) for own in self._own_paths)
 
     def _tables(self) -> Iterator[pa.Table]:
         """Yield the rows of each part."""
@@ -172,23 +203,52 @@ def write_result(path: Path, tables: Iterator[pa.Table], *, schema: pa.Schema, t
         write_json_lines(result, tables)
 
 
+def _blocks(inputs: Iterator[Input], *, path: Path) -> Iterator[tuple[list[Input], str]]:
+    """Yield the inputs of each part and their digest; what is made for the file at `path` is no input."""
+    own = [Path(os.path.realpath(each)) for each in (path, folder_of(path), record_of(path))]
+
+    def is_own(name: str) -> bool:
+        if path.name not in name:  # in most cases the file system need not be asked
+            return False
+        real = Path(os.path.realpath(name))
+        return any(real.is_relative_to(each) for each in own)
+
+    others = (each for each in inputs if not is_own(each.path))
+    while block := list(islice(others, PART_ROWS)):
+        yield block, _digest(block)
+
+
 def _digest(inputs: Sequence[Input]) -> str:
-    """Return a hash of the paths of inputs, and of the size and the modification time of each file."""
+    """Return a hash of the paths of inputs, and of the size and the times of modification and of change of each file.
+
+    The time of change also differs where a file was replaced by one with the same modification time, and where it was
+    permitted to read it.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for each in inputs:
         try:
             status = os.stat(each.path)  # noqa: PTH116  # 100,000 `Path` objects take a second
-            state = f"{status.st_size} {status.st_mtime_ns}"
+            state = f"{state_of(status)} {status.st_ctime_ns}"
         except (OSError, ValueError) as error:
             state = type(error).__name__
         digest.update(json.dumps([each.path, each.error, state]).encode())
     return digest.hexdigest()
 
 
-def _errors_of_kept(part: _Part) -> Errors | None:
-    """Return the unreadable files of a part that an earlier start has made; None where it has made no such part."""
+def _errors_of_kept(part: _Part, inputs: Sequence[Input]) -> Errors | None:
+    """Return the unreadable files of a part that an earlier start has made.
+
+    None where it has made no such part, or a file whose bytes it could not read can be read now.
+    """
     found = read_part(part.path)
     if found is None or found[1] != part.inputs_digest or len(found[0]) != part.rows:
         return None
-    pairs = zip(found[0]["path"].to_pylist(), found[0]["error"].to_pylist(), strict=True)
-    return [(path, reason) for path, reason in pairs if reason is not None]
+    columns = (found[0][name].to_pylist() for name in ("path", "error", "content_hash"))
+    errors = list[tuple[str, str]]()
+    for each, path, reason, content_hash in zip(inputs, *columns, strict=True):
+        if reason is None:
+            continue
+        if content_hash is None and is_readable(each):
+            return None
+        errors.append((path, reason))
+    return errors

@@ -1,4 +1,4 @@
-"""Lock, check and remove the folder in which a file of predictions is being made."""
+"""Lock, check and remove the folder in which a file of predictions is being made, and record that it is complete."""
 
 import fcntl
 import os
@@ -13,7 +13,7 @@ from pipeline.core.errors import TemporaryError, UserError
 from pipeline.params import Views
 
 FORMAT_VERSION = 1  # of the parts
-LOCK, REQUEST, COMPLETE = "lock", "request.json", "complete.json"
+LOCK, REQUEST = "lock", "request.json"
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,32 @@ def result_of(path: Path) -> Path:
     return folder_of(path) / f"result{path.suffix}"
 
 
-def _gone(path: Path) -> Path:
+def record_of(path: Path) -> Path:
+    """Return the path of the record on a complete file, which stays beside it."""
+    return path.with_name(f".{path.name}.complete.json")
+
+
+def _removed_path(path: Path) -> Path:
     """Return the name that the folder has while it is being removed."""
     return path.with_name(f".{path.name}.gone")
+
+
+def state_of(status: os.stat_result) -> str:
+    """Return a text that differs where the content of a file was changed; it is kept when the file is renamed."""
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def check_absent(path: Path) -> None:
+    """Raise UserError where the file exists."""
+    if path.exists():
+        raise file_exists(path)
+
+
+def file_exists(path: Path) -> UserError:
+    """Return the error for a file that exists and may not be overwritten."""
+    return UserError(
+        f"--output {path}: the file exists; allowed: a file that does not; name another one, or add --overwrite"
+    )
 
 
 @contextmanager
@@ -74,13 +97,18 @@ def open_folder(path: Path, request: Request) -> Iterator[Path]:
         yield folder
 
 
-def publish(path: Path, *, request: Request, counts: Counts) -> None:
-    """Rename the written file to its path, and remove the folder.
+def publish(path: Path, *, request: Request, inputs_digest: str, counts: Counts, overwrite: bool) -> None:
+    """Record that the written file is complete, rename it to its path, and remove the folder.
 
-    `finish_earlier_start` finishes this where the process is killed meanwhile.
+    The record outlives this process, which may be killed at any moment until its status is known: the next start then
+    recognizes its own answer by `find_record`. Raises UserError where the file exists and may not be overwritten.
     """
-    write_json(folder_of(path) / COMPLETE, {"request": asdict(request), "counts": asdict(counts)})
-    result_of(path).replace(path)
+    if not overwrite:
+        check_absent(path)
+    result = result_of(path)
+    record = {"request": asdict(request), "inputs": inputs_digest, "counts": asdict(counts)}
+    write_json(record_of(path), {"file": state_of(result.stat())} | record)
+    result.replace(path)
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # the rename must survive a power failure if the removal of the parts does
@@ -89,28 +117,36 @@ def publish(path: Path, *, request: Request, counts: Counts) -> None:
     _remove(path)
 
 
-def finish_earlier_start(path: Path, request: Request) -> Counts | None:
-    """Return the counts of a file that is complete, whose start was killed before it removed the folder; else None.
+def find_record(path: Path, request: Request) -> tuple[str, Counts] | None:
+    """Return the digest of the inputs and the counts of the file at `path` as an earlier start has completed it.
 
-    The folder is removed. The counts are also None where the file is the answer to another request.
+    It is None where the file is missing or was changed since, and where it is the answer to another request.
     """
-    complete = folder_of(path) / COMPLETE
-    shutil.rmtree(_gone(path), ignore_errors=True)
-    if not path.exists() or not complete.exists():
+    try:
+        record, state = read_json(record_of(path)), state_of(path.stat())
+    except (OSError, UserError):  # missing or damaged
         return None
+    if record["file"] != state or record["request"] != asdict(request):
+        return None
+    return record["inputs"], Counts(**record["counts"])
+
+
+def remove_rest(path: Path, request: Request) -> None:
+    """Remove the folder that a start left which was killed after it had completed the file for this request."""
+    shutil.rmtree(_removed_path(path), ignore_errors=True)
+    if not folder_of(path).exists():
+        return
     with _locked(folder_of(path), path):
-        if result_of(path).exists():  # it was killed before it renamed the file
-            return None
-        content = read_json(complete)
-        _remove(path)
-    return Counts(**content["counts"]) if content["request"] == asdict(request) else None
+        found = folder_of(path) / REQUEST
+        if not found.exists() or read_json(found) == asdict(request):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:
     """Remove the folder at once: a process that is killed here leaves all of it, or nothing under its name."""
-    shutil.rmtree(_gone(path), ignore_errors=True)
-    folder_of(path).rename(_gone(path))
-    shutil.rmtree(_gone(path), ignore_errors=True)
+    shutil.rmtree(_removed_path(path), ignore_errors=True)
+    folder_of(path).rename(_removed_path(path))
+    shutil.rmtree(_removed_path(path), ignore_errors=True)
 
 
 def _check_folder(folder: Path) -> None:
