@@ -8,11 +8,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 from pipeline.core.errors import UserError
 from pipeline.core.processes import num_cores
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 Chunk = TypeVar("Chunk")
 Decoded = TypeVar("Decoded")
 
@@ -28,12 +30,13 @@ def decode_in_processes(
     Processes are started by `spawn`: forked ones would inherit locks that threads of numpy and tqdm hold, and no thread
     in them would release these.
     """
-    workers = num_cores()
+    workers, others = num_cores(), multiprocessing.active_children()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     pending: deque[tuple[Chunk, Future[Decoded]]] = deque()
     try:
         for chunk in chunks:
-            pending.append((chunk, pool.submit(decode, chunk)))
+            with _signals_delayed():
+                pending.append((chunk, pool.submit(decode, chunk)))
             if len(pending) > workers + 1:
                 yield pending[0][1].result()
                 pending.popleft()
@@ -44,13 +47,32 @@ def decode_in_processes(
             "a process that decodes images was killed (out of memory, or a file crashes the decoder), at or soon after "
             f"{first_name(pending[0][0]) if pending else 'the start'}; free memory or remove the file"
         ) from None
+    except BaseException:
+        # after an exception between the locks of the pool, a worker may wait forever for its next chunk
+        for process in set(multiprocessing.active_children()) - set(others):
+            process.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _signals_delayed() -> Iterator[None]:
+    """Delay Ctrl-C and SIGTERM to the end of the block; processes that are started in it never get Ctrl-C.
+
+    An exception while the pool holds its locks would leave it unusable.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
 def _start_worker() -> None:
-    """Prepare a worker process: it ignores Ctrl-C and exits with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the workers
+    """Prepare a worker process: it ignores Ctrl-C, which reaches every process, and exits with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
