@@ -518,6 +518,12 @@ def test_the_preprocessing_refuses_what_it_would_read_as_other_pixels(tmp_path: 
         preprocess(io.BytesIO(encoded(image, "TIFF")))
 
 
+@pytest.mark.parametrize("content", [b"text", b"", encoded(picture(), "PPM"), encoded(picture(), "ICO")])
+def test_the_preprocessing_refuses_other_files(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises((OSError, ValueError)):
+        preprocessing(tmp_path)(io.BytesIO(content))
+
+
 # ---- the files for servers
 
 

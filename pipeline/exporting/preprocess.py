@@ -20,7 +20,7 @@ RESIZE = "crop"
 # in the folder of this file
 MODEL = "model.pt2"
 LABELS = "labels.txt"
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "MPO")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # "JPEG" reads MPO files too
 REFUSED_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F", "LAB")
 MAX_PIXELS = 2**27
 BICUBIC = Image.Resampling.BICUBIC
