@@ -90,6 +90,14 @@ def test_a_checkout_without_a_model_names_the_ways_to_one(
     ("arguments", "message"),
     [
         (["photo.png", "--model", "elsewhere"], "error: --model elsewhere: no folder, file or MLflow run of this name"),
+        *(
+            (
+                ["photo.png", "--model", address],
+                f"error: --model {address}: no address of a model in MLflow; allowed: a",
+            )
+            for address in ("s3://x", "gs://b/x", "http://h/x", "dbfs:/x", "mlflow-artifacts:/x", "models:/", "runs:/")
+        ),
+        (["photo.png", "--model", "models:/no/1"], "error: --model models:/no/1: MLflow cannot provide it ("),
         (["photo.png", "--model", "else/where"], "error: else/where/best.safetensors: no such file"),
         (["photo.png", "--top", "0"], "error: --top is 0; allowed: 1 or more; choose such a number"),
         (["photo.png", "--coverage", "0.9"], "error: --coverage is 0.9, but the model has no thresholds"),

@@ -9,6 +9,7 @@ from pipeline.core.errors import UserError
 
 WEIGHTS_SUFFIX = ".safetensors"
 _RUN_ID = re.compile(r"[0-9a-f]{6,32}")
+_URI = re.compile(r"runs:/[^/]+/.*[^/]|models:/[^/@]+(/[^/@]+|@[^/@]+)|models:/m-[0-9a-f]+")  # what MLflow is asked for
 MAX_LISTED = 8
 
 
@@ -57,6 +58,8 @@ def _locate(text: str | None, *, target: Path | None) -> tuple[Path, str]:
     if text is None:
         return TRAIN, best
     if ":/" in text:
+        if not _URI.fullmatch(text):
+            raise _unknown(text, "no address of a model in MLflow")
         return _fetch(text, target=target), best
     path = expand(text)
     if path.is_file():
@@ -85,11 +88,17 @@ def _find_run(text: str) -> str:
         raise UserError(f"--model {text}: names {len(models)} models; allowed: the name of one; name one of {listed}")
     if not models:
         state = f"{len(found)} runs without a model" if found else "no folder, file or MLflow run of this name"
-        raise UserError(
-            f"--model {text}: {state}; allowed: a folder, a {WEIGHTS_SUFFIX} file, runs:/RUN_ID/model, "
-            "models:/NAME@ALIAS, or the id or name of a run; `make ui` shows the runs and their models"
-        )
+        raise _unknown(text, state)
     return next(iter(models.values())).run_id
+
+
+def _unknown(text: str, found: str) -> UserError:
+    """Return the error for a text that names no model."""
+    return UserError(
+        f"--model {text}: {found}; allowed: a folder, a {WEIGHTS_SUFFIX} file, runs:/RUN_ID/model, "
+        "models:/NAME/VERSION, models:/NAME@ALIAS, or the id or name of a run; `make ui` shows the runs and their "
+        "models"
+    )
 
 
 def _fetch(uri: str, *, target: Path | None) -> Path:
