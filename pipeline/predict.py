@@ -34,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model",
-        help="a folder, a .safetensors file, runs:/RUN_ID/model, models:/NAME@ALIAS, or the id or name of an MLflow "
-        "run (default: artifacts/train)",
+        help="a folder, a .safetensors file, runs:/RUN_ID/model, models:/NAME@ALIAS, the id or name of an MLflow "
+        "run, or a DVC experiment (default: artifacts/train)",
     )
     parser.add_argument(
         "--output", type=expand, metavar="FILE", help="write .csv, .jsonl or .parquet; the same command resumes"

@@ -89,7 +89,7 @@ def test_a_checkout_without_a_model_names_the_ways_to_one(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["photo.png", "--model", "elsewhere"], "error: --model elsewhere: no folder, file or MLflow run of this name"),
+        (["photo.png", "--model", "elsewhere"], "error: --model elsewhere: no folder, file, MLflow run or DVC"),
         *(
             (
                 ["photo.png", "--model", address],
