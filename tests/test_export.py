@@ -156,6 +156,11 @@ def test_an_export_is_verified_and_described(exports: Exports, to: str) -> None:
     assert tuple(found["class_names"]) == CLASSES
 
 
+def test_the_program_of_pytorch_returns_no_gradients(exports: Exports) -> None:
+    network = torch.export.load(exports.folder / "torch" / "model.pt2").module()
+    assert not network(torch.zeros(3, 32, 32, 3, dtype=torch.uint8)).requires_grad
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_an_export_has_no_paths_of_this_machine(exports: Exports, to: str) -> None:
     file = json.loads((exports.folder / to / "export.json").read_text())["file"]

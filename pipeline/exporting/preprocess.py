@@ -80,7 +80,7 @@ def run(images: Any) -> Any:
         return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images})[0]
     import torch  # noqa: PLC0415  # not needed for `preprocess`
 
-    return torch.export.load(path).module()(torch.from_numpy(images)).detach().numpy()
+    return torch.export.load(path).module()(torch.from_numpy(images)).numpy()
 
 
 def main() -> int:
