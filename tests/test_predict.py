@@ -99,6 +99,7 @@ def test_a_checkout_without_a_model_names_the_ways_to_one(
         ),
         (["photo.png", "--model", "models:/no/1"], "error: --model models:/no/1: MLflow cannot provide it ("),
         (["photo.png", "--model", "else/where"], "error: else/where/best.safetensors: no such file"),
+        (["photo.png", "a/**/b/**"], "error: a/**/b/**: a pattern with ** twice; allowed: once"),
         (["photo.png", "--top", "0"], "error: --top is 0; allowed: 1 or more; choose such a number"),
         (["photo.png", "--coverage", "0.9"], "error: --coverage is 0.9, but the model has no thresholds"),
         (["photo.png", "--device", "tpu"], "error: --device is tpu, but PyTorch finds no such device"),
@@ -164,7 +165,7 @@ def test_bad_files_are_reported_and_the_others_classified(
         line for line, (name, reason) in zip(errors, bad_files.items(), strict=True)
         if not line.startswith(f"error: {name}: {reason}")
     ] == []  # fmt: skip
-    assert last.startswith(f"error: {len(bad_files)} of {len(mixed)} files cannot be read")
+    assert last.startswith(f"error: {len(bad_files)} of {len(mixed)} inputs cannot be read")
     assert "all others were classified" in last
 
 

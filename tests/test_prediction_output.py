@@ -113,7 +113,7 @@ def test_an_unreadable_file_has_a_row_with_the_reason(command: Command, suffix: 
     bad, gone, last = stderr.splitlines()
     assert bad.startswith("error: bad.png: not readable as an image (")
     assert gone == "error: gone.png: no such file"
-    assert last.startswith("error: 2 of 3 files cannot be read (reasons above); all others were classified")
+    assert last.startswith("error: 2 of 3 inputs cannot be read (reasons above); all others were classified")
     rows = READERS[suffix](f"out.{suffix}")
     assert rows["error"].tolist()[1:] == [line.partition("png: ")[2] for line in (bad, gone)]
     assert rows["class"].notna().tolist() == rows["probability"].notna().tolist() == [True, False, False]
@@ -133,16 +133,14 @@ def test_a_coverage_adds_a_column_that_states_what_is_unknown(command: Command, 
         assert rows["is_unknown"].isna().tolist() == [False, True]
 
 
-@FORMATS
-def test_an_empty_list_gives_a_file_without_rows(
-    command: Command, suffix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_empty_list_is_refused(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "list").touch()
     with (tmp_path / "list").open() as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
-        assert command.succeed("-", "--output", f"out.{suffix}") == f"out.{suffix}: 0 images\n"
-    assert Path(f"out.{suffix}").exists()
-    assert suffix != "parquet" or len(READERS[suffix](f"out.{suffix}")) == 0
+        status, stdout, stderr = command("-", "--output", "out.csv")
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith("error: standard input: no paths; allowed: one or more; ")
+    assert not Path("out.csv").exists()
 
 
 def test_more_classes_than_the_model_has_are_all_of_them(command: Command) -> None:
@@ -329,7 +327,7 @@ def test_the_same_command_recognizes_its_complete_file(command: Command) -> None
     state = Path("out.csv").stat()
     status, stdout, stderr = command(*arguments)
     assert (status, stdout) == (EXIT_PARTIAL, "out.csv: complete, 5 images; an earlier start has written it\n")
-    assert stderr.startswith("error: 1 of 5 files cannot be read (reasons in its column `error`); all others were")
+    assert stderr.startswith("error: 1 of 5 inputs cannot be read (reasons in its column `error`); all others were")
     assert Path("out.csv").stat() == state
     command(*arguments, "--overwrite")
     assert Path("out.csv").stat().st_mtime_ns > state.st_mtime_ns

@@ -19,7 +19,7 @@ from pipeline.core.progress import progress
 from pipeline.models.files import load_config
 from pipeline.params import Views
 from pipeline.prediction.decoding import read_images
-from pipeline.prediction.inputs import Input, expand_paths
+from pipeline.prediction.inputs import Input, check_paths, expand_paths
 from pipeline.prediction.model import LoadedModel, find_threshold, load
 from pipeline.prediction.output import Answer, Errors, check_output_path, finish_earlier_start, open_output
 from pipeline.prediction.output_folder import Counts, Request
@@ -30,6 +30,7 @@ from pipeline.training.device import choose_device
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer the inputs of the command line; raises PartialError where files cannot be read, and UserError."""
+    check_paths(arguments.paths)
     if arguments.output:
         check_output_path(arguments.output)
     files = find_model_files(arguments.model)
@@ -89,8 +90,8 @@ def _raise_if_partial(counts: Counts, *, reasons: str = "above") -> None:
     if counts.unreadable:
         others = "all others were classified" if counts.unreadable < counts.rows else "none was classified"
         raise PartialError(
-            f"{counts.unreadable:,} of {counts.rows:,} files cannot be read (reasons {reasons}); {others}; replace "
-            "those files or leave them out"
+            f"{counts.unreadable:,} of {counts.rows:,} inputs cannot be read (reasons {reasons}); {others}; replace "
+            "those inputs or leave them out"
         )
 
 
