@@ -279,6 +279,11 @@ REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
     "a damaged form": (400, {"content": b"--y\r\n", "headers": FORM}, "the form is damaged: "),
     "an incomplete form": (400, {"content": b"--x\r\n", "headers": FORM}, "the form has no file, or is incomplete"),
     "a form with a bad file": (400, {"files": {"photo": ("a.jpg", b"a")}}, 'field "photo" is not readable as an image'),
+    "a form with a bad file among others": (
+        400,
+        {"files": [("image", PHOTO), ("other", PHOTO), ("image", b"a"), ("image", PHOTO)]},
+        'field "image[1]" is not readable as an image',
+    ),
     "a compressed body": (
         415,
         {"content": PHOTO, "headers": {"content-encoding": "gzip"}},
