@@ -85,6 +85,11 @@ def _report_error(path: str, reason: str) -> None:
     sys.stderr.flush()
 
 
+def _count(rows: int) -> str:
+    """Return the number of rows as a text; unreadable inputs have a row too."""
+    return "1 row" if rows == 1 else f"{rows:,} rows"
+
+
 def _raise_if_partial(counts: Counts, *, reasons: str = "above") -> None:
     """Raise PartialError where files cannot be read; `reasons` states where the reasons are."""
     if counts.unreadable:
@@ -104,13 +109,13 @@ def _write(arguments: argparse.Namespace, *, files: ModelFiles, device: torch.de
     request = _request(arguments, files=files, device=device)
     finished = None if arguments.overwrite else finish_earlier_start(path, request, _inputs(arguments))
     if finished:
-        print(_escape(f"{path}: complete, {finished.rows:,} images; an earlier start has written it"), flush=True)
+        print(_escape(f"{path}: complete, {_count(finished.rows)}; an earlier start has written it"), flush=True)
         _raise_if_partial(finished, reasons="in its column `error`")
         return
     answer = _load(arguments, files=files, device=device, top=request.top)
     with (
         open_output(path, request, overwrite=arguments.overwrite) as output,
-        progress("predict", total=None, unit="images") as advance,
+        progress("predict", total=None, unit="rows") as advance,
     ):
 
         def report(errors: Errors, rows: int) -> None:
@@ -120,7 +125,7 @@ def _write(arguments: argparse.Namespace, *, files: ModelFiles, device: torch.de
 
         output.write(_inputs(arguments), answer=answer, report=report)
     kept = f", {output.kept.rows:,} of them by an earlier start" if output.kept.rows else ""
-    print(_escape(f"{path}: {output.counts.rows:,} images{kept}"), flush=True)
+    print(_escape(f"{path}: {_count(output.counts.rows)}{kept}"), flush=True)
     _raise_if_partial(output.counts)
 
 
