@@ -76,19 +76,15 @@ def _locate(text: str | None, *, target: Path | None) -> tuple[Path, str]:
 
 def _find_run(text: str) -> str:
     """Return the id of the MLflow run with this id, name or DVC experiment; raises UserError for none, or several."""
+    from pipeline.tracking import search  # noqa: PLC0415  # MLflow takes seconds to import
     from pipeline.tracking.provenance import EXPERIMENT  # noqa: PLC0415  # MLflow takes seconds to import
-    from pipeline.tracking.search import (  # noqa: PLC0415  # MLflow takes seconds to import
-        find_runs,
-        find_runs_by_name,
-        find_runs_by_prefix,
-    )
     from pipeline.tracking.store import connect  # noqa: PLC0415  # MLflow takes seconds to import
 
     connect()
-    found = find_runs_by_prefix(text) if _RUN_ID.fullmatch(text) else []
+    found = search.find_runs_by_prefix(text) if _RUN_ID.fullmatch(text) else []
     if not {"'", '"'} <= set(text):  # a query can have only one of these
-        found = found or find_runs_by_name(text)
-        found = found or (find_runs({EXPERIMENT: text}) if "%" not in text else [])
+        found = found or search.find_runs_by_name(text)
+        found = found or (search.find_runs({EXPERIMENT: text}) if "%" not in text else [])
     models = {run.tags.get("model.md5", ""): run for run in reversed(found) if run.tags.get("model.md5")}
     if len(models) > 1:
         listed = ", ".join(f"{run.run_id[:12]} ({run.name})" for run in list(models.values())[:MAX_LISTED])
