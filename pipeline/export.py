@@ -8,6 +8,7 @@ folder also has what is needed to prepare photographs and to serve the file: doc
 """
 
 import argparse
+import sys
 
 from pipeline.artifacts import ARTIFACTS, expand
 from pipeline.core.errors import escape_control_chars, report_errors
@@ -35,9 +36,14 @@ def main() -> None:
             images, source = read_images(expand(arguments.images), config=model.config), f"from {arguments.images}"
         else:
             images, source = validation_images(model.config, label=model.files.label), "of the validation split"
-        done = export(model, images, to=arguments.to, name=name, output=output, photographs=photographs)
+        done = export(model, images, to=arguments.to, name=name, output=output, photographs=photographs, report=_report)
         for line in _lines(done, source=source):
             print(escape_control_chars(line))
+
+
+def _report(line: str) -> None:
+    """Print what the command does now."""
+    print(escape_control_chars(line), file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ import argparse
 
 from pipeline.artifacts import expand
 from pipeline.core.errors import UserError, report_errors
+from pipeline.training.thresholds import COVERAGES
 
 
 def main() -> None:
@@ -34,8 +35,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model",
-        help="a folder, a .safetensors file, runs:/RUN_ID/model, models:/NAME@ALIAS, or the id or name of an MLflow "
-        "run (default: artifacts/train)",
+        help="a folder, a .safetensors file, runs:/RUN_ID/model, models:/NAME@ALIAS, the id or name of an MLflow "
+        "run, or a DVC experiment (default: artifacts/train)",
     )
     parser.add_argument(
         "--output", type=expand, metavar="FILE", help="write .csv, .jsonl or .parquet; the same command resumes"
@@ -45,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--coverage",
         type=float,
-        help="answer `unknown` below the threshold that reported this fraction of the validation images, such as 0.95",
+        help="answer `unknown` below the threshold that reported this fraction of the validation images: "
+        + ", ".join(map(str, COVERAGES)),
     )
     parser.add_argument(
         "--views",

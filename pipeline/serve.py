@@ -22,6 +22,7 @@ from pipeline.serving.app import App
 from pipeline.serving.connection import Connection, logger
 from pipeline.serving.current import CurrentModel, ServedNow, open_model
 from pipeline.serving.limits import MAX_PIXELS, Limits
+from pipeline.training.thresholds import COVERAGES
 
 PORT = 8080
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -36,7 +37,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", metavar="M", help="as for pipeline.predict (default: the champion, else artifacts/train)")
     add("--host", default=LOOPBACK[0], help="the address to listen at; there is no login (default: %(default)s)")
     add("--port", type=int, default=PORT, help="0 is any free one (default: %(default)s)")
-    add("--coverage", type=float, metavar="C", help="report images as unknown, unless a request has another coverage")
+    help_text = f"report images as unknown, unless a request has another one: {', '.join(map(str, COVERAGES))}"
+    add("--coverage", type=float, metavar="C", help=help_text)
     add("--max-megabytes", type=float, default=DEFAULTS.max_bytes / 1e6, help="of a request (default: %(default)g)")
     add("--max-images", type=int, default=DEFAULTS.max_images, help="of a request (default: %(default)s)")
     help_text = "for the body to arrive, and as long again to compute the answer (default: %(default)g)"

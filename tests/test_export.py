@@ -109,12 +109,12 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def error_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Return the one line that the command prints where it fails with status 2."""
+    """Return the one line, after those on the phases, that the command prints where it fails with status 2."""
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, *arguments)
     captured = capsys.readouterr()
     assert captured.out == ""
-    [line] = captured.err.splitlines()
+    [line] = [line for line in captured.err.splitlines() if not line.endswith("…")]
     return line
 
 
@@ -154,6 +154,11 @@ def test_an_export_is_verified_and_described(exports: Exports, to: str) -> None:
     assert found["weights_md5"] == exports.model.files.weights_md5
     assert (found["temperature"], found["thresholds"]) == (1.7, {"0.9": 0.5})
     assert tuple(found["class_names"]) == CLASSES
+
+
+def test_the_program_of_pytorch_returns_no_gradients(exports: Exports) -> None:
+    network = torch.export.load(exports.folder / "torch" / "model.pt2").module()
+    assert not network(torch.zeros(3, 32, 32, 3, dtype=torch.uint8)).requires_grad
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -212,7 +217,8 @@ def test_the_command_prints_sizes_times_and_the_agreement(
     Path("out/export.json").touch()
     run(monkeypatch, "--to", "torch", "--output", "out", "--overwrite")
     captured = capsys.readouterr()
-    assert captured.err == ""
+    phases = [line.split()[0] for line in captured.err.splitlines()]
+    assert phases == ["exporting", "verifying", "measuring"]
     heading, original, exported, _, verified, *_, last = captured.out.splitlines()
     assert heading.split() == ["size", "batch", "of", "1", "batch", "of", "64"]
     assert [row.split()[0] for row in (original, exported)] == ["original", "torch"]
@@ -516,6 +522,12 @@ def test_the_preprocessing_refuses_what_it_would_read_as_other_pixels(tmp_path: 
     preprocess = preprocessing(tmp_path)
     with pytest.raises(ValueError, match=f"mode {image.mode}; allowed: gray or colors with 8 bits"):
         preprocess(io.BytesIO(encoded(image, "TIFF")))
+
+
+@pytest.mark.parametrize("content", [b"text", b"", encoded(picture(), "PPM"), encoded(picture(), "ICO")])
+def test_the_preprocessing_refuses_other_files(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises((OSError, ValueError)):
+        preprocessing(tmp_path)(io.BytesIO(content))
 
 
 # ---- the files for servers

@@ -89,8 +89,17 @@ def test_a_checkout_without_a_model_names_the_ways_to_one(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["photo.png", "--model", "elsewhere"], "error: --model elsewhere: no folder, file or MLflow run of this name"),
+        (["photo.png", "--model", "elsewhere"], "error: --model elsewhere: no folder, file, MLflow run or DVC"),
+        *(
+            (
+                ["photo.png", "--model", address],
+                f"error: --model {address}: no address of a model in MLflow; allowed: a",
+            )
+            for address in ("s3://x", "gs://b/x", "http://h/x", "dbfs:/x", "mlflow-artifacts:/x", "models:/", "runs:/")
+        ),
+        (["photo.png", "--model", "models:/no/1"], "error: --model models:/no/1: MLflow cannot provide it ("),
         (["photo.png", "--model", "else/where"], "error: else/where/best.safetensors: no such file"),
+        (["photo.png", "a/**/b/**"], "error: a/**/b/**: a pattern with ** twice; allowed: once"),
         (["photo.png", "--top", "0"], "error: --top is 0; allowed: 1 or more; choose such a number"),
         (["photo.png", "--coverage", "0.9"], "error: --coverage is 0.9, but the model has no thresholds"),
         (["photo.png", "--device", "tpu"], "error: --device is tpu, but PyTorch finds no such device"),
@@ -156,7 +165,7 @@ def test_bad_files_are_reported_and_the_others_classified(
         line for line, (name, reason) in zip(errors, bad_files.items(), strict=True)
         if not line.startswith(f"error: {name}: {reason}")
     ] == []  # fmt: skip
-    assert last.startswith(f"error: {len(bad_files)} of {len(mixed)} files cannot be read")
+    assert last.startswith(f"error: {len(bad_files)} of {len(mixed)} inputs cannot be read")
     assert "all others were classified" in last
 
 

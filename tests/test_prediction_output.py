@@ -76,7 +76,7 @@ def command(model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 @FORMATS
 def test_each_format_has_the_rows_in_the_order_of_the_inputs(command: Command, suffix: str) -> None:
     names = write_shades(6)[::-1]
-    assert command.succeed(*names, "--output", f"out.{suffix}", "--top", "2") == f"out.{suffix}: 6 images\n"
+    assert command.succeed(*names, "--output", f"out.{suffix}", "--top", "2") == f"out.{suffix}: 6 rows\n"
     printed = [json.loads(line) for line in command.succeed(*names, "--json").splitlines()]
     rows = READERS[suffix](f"out.{suffix}")
     assert rows["path"].tolist() == names
@@ -113,7 +113,7 @@ def test_an_unreadable_file_has_a_row_with_the_reason(command: Command, suffix: 
     bad, gone, last = stderr.splitlines()
     assert bad.startswith("error: bad.png: not readable as an image (")
     assert gone == "error: gone.png: no such file"
-    assert last.startswith("error: 2 of 3 files cannot be read (reasons above); all others were classified")
+    assert last.startswith("error: 2 of 3 inputs cannot be read (reasons above); all others were classified")
     rows = READERS[suffix](f"out.{suffix}")
     assert rows["error"].tolist()[1:] == [line.partition("png: ")[2] for line in (bad, gone)]
     assert rows["class"].notna().tolist() == rows["probability"].notna().tolist() == [True, False, False]
@@ -133,16 +133,14 @@ def test_a_coverage_adds_a_column_that_states_what_is_unknown(command: Command, 
         assert rows["is_unknown"].isna().tolist() == [False, True]
 
 
-@FORMATS
-def test_an_empty_list_gives_a_file_without_rows(
-    command: Command, suffix: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_empty_list_is_refused(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "list").touch()
     with (tmp_path / "list").open() as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
-        assert command.succeed("-", "--output", f"out.{suffix}") == f"out.{suffix}: 0 images\n"
-    assert Path(f"out.{suffix}").exists()
-    assert suffix != "parquet" or len(READERS[suffix](f"out.{suffix}")) == 0
+        status, stdout, stderr = command("-", "--output", "out.csv")
+    assert (status, stdout) == (2, "")
+    assert stderr.startswith("error: standard input: no paths; allowed: one or more; ")
+    assert not Path("out.csv").exists()
 
 
 def test_more_classes_than_the_model_has_are_all_of_them(command: Command) -> None:
@@ -212,7 +210,7 @@ def test_neither_the_file_nor_its_folder_is_an_input(command: Command) -> None:
     shutil.copy("photo.png", "photos")
     Path("photos/out.csv").touch()
     paths = ["photos/photo.png", "photos/out.csv", "photos/out.csv.partial", "photos/out.csv.partial/request.json"]
-    assert command.succeed(*paths, "--output", "photos/out.csv", "--overwrite") == "photos/out.csv: 1 images\n"
+    assert command.succeed(*paths, "--output", "photos/out.csv", "--overwrite") == "photos/out.csv: 1 row\n"
 
 
 # ---- interrupted and resumed
@@ -235,7 +233,7 @@ def test_an_interruption_ends_with_one_line_that_says_how_to_resume(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stderr = interrupt(command, monkeypatch, *write_shades(6), "--output", "out.csv")
-    assert stderr == "error: interrupted; out.csv.partial has the rows of 6 images; the same command resumes\n"
+    assert stderr == "error: interrupted; out.csv.partial has the rows of 6 inputs; the same command resumes\n"
     assert not Path("out.csv").exists()
 
 
@@ -249,7 +247,7 @@ def test_a_resumed_command_keeps_the_parts_whose_files_are_the_same(
     Path(names[8]).unlink()
     del names[9]  # in the third, so that its inputs and those of the last part move
     status, stdout, stderr = command(*names, "--output", "out.csv")
-    assert (status, stdout) == (EXIT_PARTIAL, "out.csv: 13 images, 4 of them by an earlier start\n")
+    assert (status, stdout) == (EXIT_PARTIAL, "out.csv: 13 rows, 4 of them by an earlier start\n")
     assert [line.partition(":")[2].split(":")[0].strip() for line in stderr.splitlines()[:-1]] == [names[1], names[8]]
     command(*names, "--output", "whole.csv")
     assert Path("out.csv").read_bytes() == Path("whole.csv").read_bytes()
@@ -266,7 +264,7 @@ def test_a_file_that_was_replaced_by_one_of_the_same_size_and_time_is_read_again
     Path("new.png").write_bytes(good)
     os.utime("new.png", ns=(status.st_atime_ns, status.st_mtime_ns))
     Path("new.png").replace("photo.png")
-    assert command.succeed("photo.png", "--output", "out.csv") == "out.csv: 1 images\n"
+    assert command.succeed("photo.png", "--output", "out.csv") == "out.csv: 1 row\n"
     assert READERS["csv"]("out.csv")["content_hash"].tolist() == [f"{hash_content(good):016x}"]
 
 
@@ -289,7 +287,7 @@ def test_a_file_that_could_not_be_read_is_read_again_where_that_is_possible(
         if is_over:
             patch.undo()
         status, stdout, stderr = command(*names, "--output", "out.csv")
-    assert (status, stdout) == (EXIT_PARTIAL, f"out.csv: 6 images, {kept} of them by an earlier start\n")
+    assert (status, stdout) == (EXIT_PARTIAL, f"out.csv: 6 rows, {kept} of them by an earlier start\n")
     assert ("5.png: Input/output error" in stderr) != is_over
 
 
@@ -298,14 +296,14 @@ def test_a_damaged_part_is_made_again(command: Command, monkeypatch: pytest.Monk
     names = write_shades(6)
     interrupt(command, monkeypatch, *names, "--output", "out.csv")
     Path("out.csv.partial/000000.parquet").write_bytes(content)
-    assert command.succeed(*names, "--output", "out.csv") == "out.csv: 6 images, 2 of them by an earlier start\n"
+    assert command.succeed(*names, "--output", "out.csv") == "out.csv: 6 rows, 2 of them by an earlier start\n"
     assert READERS["csv"]("out.csv")["path"].tolist() == names
 
 
 def test_fewer_inputs_leave_no_row_of_an_earlier_start(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     names = write_shades(9)
     interrupt(command, monkeypatch, *names, "--output", "out.parquet")
-    assert command.succeed(*names[:4], "--output", "out.parquet").endswith("4 images, 4 of them by an earlier start\n")
+    assert command.succeed(*names[:4], "--output", "out.parquet").endswith("4 rows, 4 of them by an earlier start\n")
     assert READERS["parquet"]("out.parquet")["path"].tolist() == names[:4]
 
 
@@ -328,8 +326,8 @@ def test_the_same_command_recognizes_its_complete_file(command: Command) -> None
     assert command(*arguments)[0] == EXIT_PARTIAL
     state = Path("out.csv").stat()
     status, stdout, stderr = command(*arguments)
-    assert (status, stdout) == (EXIT_PARTIAL, "out.csv: complete, 5 images; an earlier start has written it\n")
-    assert stderr.startswith("error: 1 of 5 files cannot be read (reasons in its column `error`); all others were")
+    assert (status, stdout) == (EXIT_PARTIAL, "out.csv: complete, 5 rows; an earlier start has written it\n")
+    assert stderr.startswith("error: 1 of 5 inputs cannot be read (reasons in its column `error`); all others were")
     assert Path("out.csv").stat() == state
     command(*arguments, "--overwrite")
     assert Path("out.csv").stat().st_mtime_ns > state.st_mtime_ns
@@ -349,7 +347,7 @@ def test_a_complete_file_is_no_answer_to_other_inputs(command: Command, monkeypa
         status, _, stderr = command(*others, "--output", "out.csv")
         assert status == EXIT_USER
         assert stderr.startswith("error: --output out.csv: the file exists; allowed: ")
-    assert command.succeed(*names[3:], "--output", "out.csv", "--overwrite") == "out.csv: 3 images\n"
+    assert command.succeed(*names[3:], "--output", "out.csv", "--overwrite") == "out.csv: 3 rows\n"
     assert READERS["csv"]("out.csv")["path"].tolist() == names[3:]
 
 
@@ -360,7 +358,7 @@ def test_a_start_that_was_killed_while_it_removed_the_folder_is_finished(
         patch.setattr(output_folder, "_remove", leave_folder)
         assert command("photo.png", "--output", "out.csv")[0] == EXIT_INTERRUPTED
     Path(".out.csv.gone").mkdir()
-    assert command.succeed("photo.png", "--output", "out.csv").startswith("out.csv: complete, 1 images")
+    assert command.succeed("photo.png", "--output", "out.csv").startswith("out.csv: complete, 1 row")
     assert sorted(path.name for path in Path().glob("*out.csv*")) == [".out.csv.complete.json", "out.csv"]
 
 
@@ -376,7 +374,7 @@ def test_a_folder_that_another_start_has_just_removed_is_not_left(
 
     Path("out.csv.partial").mkdir()
     monkeypatch.setattr(output_folder, "_locked", remove_before)
-    assert command.succeed("photo.png", "--output", "out.csv").startswith("out.csv: complete, 1 images")
+    assert command.succeed("photo.png", "--output", "out.csv").startswith("out.csv: complete, 1 row")
     assert not Path("out.csv.partial").exists()
 
 
@@ -403,7 +401,7 @@ def test_a_full_disk_ends_with_one_line_and_the_same_command_resumes(
         status, _, stderr = command(*names, "--output", "out.csv")
     assert (status, len(stderr.splitlines())) == (EXIT_USER, 1)
     assert stderr.startswith("error: out.csv.partial/000001.parquet: No space left on device; check that the disk has")
-    assert command.succeed(*names, "--output", "out.csv") == "out.csv: 9 images, 4 of them by an earlier start\n"
+    assert command.succeed(*names, "--output", "out.csv") == "out.csv: 9 rows, 4 of them by an earlier start\n"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
@@ -460,11 +458,11 @@ def test_signals_end_the_command_with_its_decoding_processes_and_it_resumes(mode
     assert end(signal.SIGKILL, after="000000.parquet", send=os.killpg) == (-signal.SIGKILL, "")
     status, stderr = end(signal.SIGTERM, after="000001.parquet", send=os.kill)
     assert status == EXIT_TERMINATED
-    message = "error: terminated by SIGTERM; out.csv.partial has the rows of ([0-9,]+) images; the same command resumes"
+    message = "error: terminated by SIGTERM; out.csv.partial has the rows of ([0-9,]+) inputs; the same command resumes"
     assert re.fullmatch(f"{message}\n", stderr)
     stdout, stderr = start().communicate("\n".join(names))
     assert stderr == ""
-    assert (kept := re.fullmatch(f"out.csv: {len(names):,} images, ([0-9,]+) of them by an earlier start\n", stdout))
+    assert (kept := re.fullmatch(f"out.csv: {len(names):,} rows, ([0-9,]+) of them by an earlier start\n", stdout))
     assert 2 * output.PART_ROWS <= int(kept[1].replace(",", "")) < len(names)
     assert READERS["csv"]("out.csv")["path"].tolist() == names
 

@@ -107,6 +107,7 @@ def test_the_bytes_of_a_photograph_are_answered_with_model_class_and_probabiliti
     pixels = decode(PHOTO, image_size=32, channels=3, resize=model.config.resize)
     expected = model.quick_probabilities(np.stack([pixels]))[0]
     order = [1, 2, 0]
+    assert response.text.endswith("}\n")
     assert response.json() == {
         "model": {"name": "digits", "version": "3", "md5": "0" * 32},
         "predictions": [
@@ -279,6 +280,11 @@ REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
     "a damaged form": (400, {"content": b"--y\r\n", "headers": FORM}, "the form is damaged: "),
     "an incomplete form": (400, {"content": b"--x\r\n", "headers": FORM}, "the form has no file, or is incomplete"),
     "a form with a bad file": (400, {"files": {"photo": ("a.jpg", b"a")}}, 'field "photo" is not readable as an image'),
+    "a form with a bad file among others": (
+        400,
+        {"files": [("image", PHOTO), ("other", PHOTO), ("image", b"a"), ("image", PHOTO)]},
+        'field "image[1]" is not readable as an image',
+    ),
     "a compressed body": (
         415,
         {"content": PHOTO, "headers": {"content-encoding": "gzip"}},
@@ -326,6 +332,7 @@ def test_what_is_wrong_is_refused_in_one_line(name: str, ask: Post) -> None:
     error = response.json()["error"]
     assert (response.status_code, error[: len(message)]) == (status, message)
     assert list(response.json()) == ["error"]
+    assert response.text.endswith("}\n")
     assert "\n" not in error
     assert len(error) < 600
     assert not any(part in error for part in ("Traceback", str(PROJECT)))

@@ -22,6 +22,7 @@ from pipeline.core.yaml import dump_yaml
 from pipeline.models.files import load_config, load_model
 from pipeline.tracking import model_code
 from pipeline.tracking.logger import RunLogger
+from pipeline.tracking.model_files import find_model_files
 from pipeline.tracking.models import SERVED_PACKAGES, fetch_model, log_model
 from pipeline.tracking.provenance import selected_epoch_values
 from pipeline.tracking.provenance_file import read_provenance
@@ -313,6 +314,14 @@ def test_the_recorded_weights_can_be_fetched(store: Path) -> None:
     assert file_md5(folder / "best.safetensors") == file_md5(Path("artifacts/train/best.safetensors"))
     assert load_model(folder)[1].class_names == ("class 0", "class 1", "class 2")
     verify(folder, ["best.safetensors", "model.json"], allow_unlisted=True)
+
+
+def test_a_model_is_found_by_the_name_of_its_dvc_experiment(store: Path) -> None:
+    mlflow.MlflowClient().set_tag(only_run().info.run_id, "dvc.experiment", "digits-lr-1-abcdef")
+    found = find_model_files("digits-lr-1-abcdef")
+    assert found.weights_md5 == file_md5(Path("artifacts/train/best.safetensors"))
+    with pytest.raises(UserError, match="no folder, file, MLflow run or DVC experiment of this name"):
+        find_model_files("digits-lr-1-%")
 
 
 def test_an_unknown_model_is_refused_in_one_line(store: Path) -> None:

@@ -1,7 +1,7 @@
 """Write an export as a folder, which appears only once the exported network was verified."""
 
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -18,6 +18,7 @@ from pipeline.exporting.formats import FILE_NAMES, INPUT, OUTPUT, Format, Run, o
 from pipeline.exporting.network import ExportedNetwork
 from pipeline.exporting.server_files import LABELS, PREPROCESS, write_labels, write_preprocessing, write_server_files
 from pipeline.exporting.verification import (
+    MAX_PHOTOGRAPHS,
     Agreement,
     PhotographAgreement,
     check_agreement,
@@ -62,11 +63,19 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def export(
-    model: LoadedModel, images: Images, *, to: Format, name: str, output: Path, photographs: Sequence[Path] = ()
+    model: LoadedModel,
+    images: Images,
+    *,
+    to: Format,
+    name: str,
+    output: Path,
+    photographs: Sequence[Path] = (),
+    report: Callable[[str], None] = lambda line: None,
 ) -> Export:
     """Export a model on the CPU, verify it on images (N, H, W, C) uint8, and write `output`, which is replaced.
 
-    Raises UserError where the network cannot be exported, or does not agree with the original; then nothing is written.
+    `report` is called with a line before each phase. Raises UserError where the network cannot be exported, or does not
+    agree with the original; then nothing is written.
     """
     threads = num_cores()
     torch.set_num_threads(threads)  # PyTorch's own default ignores the CPU quota of a container
@@ -75,15 +84,20 @@ def export(
         model_folder = folder / name if to == "onnx" else folder
         path = (model_folder / "1" if to == "onnx" else folder) / FILE_NAMES[to]
         path.parent.mkdir(parents=True, exist_ok=True)
+        report(f"exporting {config.model} to {path.name} …")
         write(ExportedNetwork(model.classifier, config=config).eval(), path, to=to, config=config)
         run = open_export(path, threads=threads)
+        report(f"verifying on {len(images)} images …")
         agreement = compare(model.probabilities(images, threads=threads), run, images)
         check_agreement(agreement, export=f"--to {to}")
         write_labels(model_folder, config=config)
         write_preprocessing(folder, config=config, model=path, labels=model_folder / LABELS)
         if to == "onnx":
             write_server_files(folder, name=name, config=config)
+        if photographs:
+            report(f"comparing {min(len(photographs), MAX_PHOTOGRAPHS):,} photographs …")
         compared = _compare_photographs(model, run, folder / PREPROCESS, photographs, threads=threads, to=to)
+        report("measuring the time for a batch …")
         weights = model.files.folder / f"{model.files.checkpoint}.safetensors"
         found = Export(
             output,

@@ -33,13 +33,14 @@ Run = Callable[[Images], npt.NDArray[Any]]  # (N, H, W, C) to (N, num_classes)
 def write(network: nn.Module, path: Path, *, to: Format, config: ModelConfig) -> None:
     """Write a network for any number of images (N, H, W, C) uint8 to a file; it must be in evaluation mode.
 
-    Raises UserError where the network cannot be exported. Neither file contains paths of this machine.
+    Its parameters need no gradients afterwards, nor does the output of the written program. Raises UserError where the
+    network cannot be exported. Neither file contains paths of this machine.
     """
     shape = (EXAMPLE_BATCH, config.image_size, config.image_size, config.channels)
     with _explain_failure(to, config=config), _quiet():
         dynamic = ({0: torch.export.Dim("batch", min=1)},)
         images = torch.zeros(shape, dtype=torch.uint8)
-        program = torch.export.export(network, (images,), dynamic_shapes=dynamic)
+        program = torch.export.export(network.requires_grad_(False), (images,), dynamic_shapes=dynamic)
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # it has the paths of the source files
         if to == "torch":
@@ -86,7 +87,6 @@ def _open_torch(path: Path) -> Run:
     with _quiet():
         network = torch.export.load(path).module()
 
-    @torch.no_grad()
     def run(images: Images) -> npt.NDArray[np.float32]:
         probabilities: npt.NDArray[np.float32] = network(torch.from_numpy(images)).numpy()
         return probabilities

@@ -20,7 +20,7 @@ RESIZE = "crop"
 # in the folder of this file
 MODEL = "model.pt2"
 LABELS = "labels.txt"
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "MPO")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # "JPEG" reads MPO files too
 REFUSED_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F", "LAB")
 MAX_PIXELS = 2**27
 BICUBIC = Image.Resampling.BICUBIC
@@ -80,7 +80,7 @@ def run(images: Any) -> Any:
         return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images})[0]
     import torch  # noqa: PLC0415  # not needed for `preprocess`
 
-    return torch.export.load(path).module()(torch.from_numpy(images)).detach().numpy()
+    return torch.export.load(path).module()(torch.from_numpy(images)).numpy()
 
 
 def main() -> int:

@@ -168,7 +168,7 @@ def _read_both(
 def _is_supported(path: Path) -> bool:
     """Return whether an image has a format and mode that `preprocess.py` states to read."""
     with Image.open(path) as image:
-        return image.format in FORMATS and image.mode not in REFUSED_MODES
+        return image.format in (*FORMATS, "MPO") and image.mode not in REFUSED_MODES
 
 
 def check_photographs(agreement: PhotographAgreement, *, export: str) -> None:

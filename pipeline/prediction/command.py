@@ -19,7 +19,7 @@ from pipeline.core.progress import progress
 from pipeline.models.files import load_config
 from pipeline.params import Views
 from pipeline.prediction.decoding import read_images
-from pipeline.prediction.inputs import Input, expand_paths
+from pipeline.prediction.inputs import Input, check_paths, expand_paths
 from pipeline.prediction.model import LoadedModel, find_threshold, load
 from pipeline.prediction.output import Answer, Errors, check_output_path, finish_earlier_start, open_output
 from pipeline.prediction.output_folder import Counts, Request
@@ -30,6 +30,7 @@ from pipeline.training.device import choose_device
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer the inputs of the command line; raises PartialError where files cannot be read, and UserError."""
+    check_paths(arguments.paths)
     if arguments.output:
         check_output_path(arguments.output)
     files = find_model_files(arguments.model)
@@ -84,13 +85,18 @@ def _report_error(path: str, reason: str) -> None:
     sys.stderr.flush()
 
 
+def _count(rows: int) -> str:
+    """Return the number of rows as a text; unreadable inputs have a row too."""
+    return "1 row" if rows == 1 else f"{rows:,} rows"
+
+
 def _raise_if_partial(counts: Counts, *, reasons: str = "above") -> None:
     """Raise PartialError where files cannot be read; `reasons` states where the reasons are."""
     if counts.unreadable:
         others = "all others were classified" if counts.unreadable < counts.rows else "none was classified"
         raise PartialError(
-            f"{counts.unreadable:,} of {counts.rows:,} files cannot be read (reasons {reasons}); {others}; replace "
-            "those files or leave them out"
+            f"{counts.unreadable:,} of {counts.rows:,} inputs cannot be read (reasons {reasons}); {others}; replace "
+            "those inputs or leave them out"
         )
 
 
@@ -103,13 +109,13 @@ def _write(arguments: argparse.Namespace, *, files: ModelFiles, device: torch.de
     request = _request(arguments, files=files, device=device)
     finished = None if arguments.overwrite else finish_earlier_start(path, request, _inputs(arguments))
     if finished:
-        print(_escape(f"{path}: complete, {finished.rows:,} images; an earlier start has written it"), flush=True)
+        print(_escape(f"{path}: complete, {_count(finished.rows)}; an earlier start has written it"), flush=True)
         _raise_if_partial(finished, reasons="in its column `error`")
         return
     answer = _load(arguments, files=files, device=device, top=request.top)
     with (
         open_output(path, request, overwrite=arguments.overwrite) as output,
-        progress("predict", total=None, unit="images") as advance,
+        progress("predict", total=None, unit="rows") as advance,
     ):
 
         def report(errors: Errors, rows: int) -> None:
@@ -119,7 +125,7 @@ def _write(arguments: argparse.Namespace, *, files: ModelFiles, device: torch.de
 
         output.write(_inputs(arguments), answer=answer, report=report)
     kept = f", {output.kept.rows:,} of them by an earlier start" if output.kept.rows else ""
-    print(_escape(f"{path}: {output.counts.rows:,} images{kept}"), flush=True)
+    print(_escape(f"{path}: {_count(output.counts.rows)}{kept}"), flush=True)
     _raise_if_partial(output.counts)
 
 

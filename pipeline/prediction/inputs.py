@@ -44,16 +44,25 @@ def expand_paths(arguments: Sequence[str], *, stdin: BufferedIOBase, null: bool)
       those of files, and empty ones are left out.
 
     Where an argument stands for nothing, an input with the reason is yielded. Only the names of one folder and of the
-    folders beside those above it are held in memory. Raises UserError for a second `-` and for a list that is none.
+    folders beside those above it are held in memory. Raises UserError as `check_paths`, and for a list that is none.
     """
-    if arguments.count(LIST) > 1:
-        raise UserError(f"found {LIST}, the list on standard input, twice; allowed: once; remove one")
+    check_paths(arguments)
     for argument in arguments:
         yield from _read_list(stdin, null=null) if argument == LIST else _expand(argument)
 
 
+def check_paths(arguments: Sequence[str]) -> None:
+    """Raise UserError for a second `-`, and for a pattern with `**` twice."""
+    if arguments.count(LIST) > 1:
+        raise UserError(f"found {LIST}, the list on standard input, twice; allowed: once; remove one")
+    for argument in arguments:
+        if argument.split("/").count("**") > 1 and not os.path.lexists(argument):
+            raise UserError(f"{argument}: a pattern with ** twice; allowed: once; use * for the other folders")
+
+
 def _read_list(stdin: BufferedIOBase, *, null: bool) -> Iterator[Input]:
     """Yield the paths of the list."""
+    is_empty = True
     for path in _split(stdin, separator=b"\0" if null else b"\n"):
         if b"\0" in path:
             raise UserError(
@@ -61,9 +70,12 @@ def _read_list(stdin: BufferedIOBase, *, null: bool) -> Iterator[Input]:
                 "as `find -print0` writes"
             )
         if path:
+            is_empty = False
             text = os.fsdecode(path)
             is_windows_line = not null and text.endswith("\r") and not os.path.lexists(text)
             yield Input(text, _WINDOWS_LINE if is_windows_line else "", here_only=_is_here_only(text))
+    if is_empty:
+        raise UserError("standard input: no paths; allowed: one or more; check the command that writes the list")
 
 
 def _split(stdin: BufferedIOBase, *, separator: bytes) -> Iterator[bytes]:
@@ -176,9 +188,6 @@ def _list(folder: str, *, hidden: bool = False) -> tuple[list[str], list[str]]:
 def _matching(pattern: str) -> Iterator[Input]:
     """Yield the inputs that a pattern stands for."""
     parts = pattern.split("/")
-    if parts.count("**") > 1:
-        yield Input(pattern, "a pattern with ** twice; allowed: once")
-        return
     is_empty = True
     for found in _matches("", parts):
         is_folder = not found.error and os.path.isdir(found.path)  # noqa: PTH112

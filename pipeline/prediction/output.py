@@ -136,7 +136,7 @@ class Output:
                 overwrite=self.overwrite,
             )
         except KeyboardInterrupt as error:
-            done = f"{self.folder} has the rows of {self.counts.rows:,} images"
+            done = f"{self.folder} has the rows of {self.counts.rows:,} inputs"
             raise type(error)(f"{done}; the same command resumes") from None
 
     def _make_parts(self, inputs: Iterator[Input], *, answer: Answer, report: Callable[[Errors, int], object]) -> None:

@@ -28,6 +28,14 @@ PREDICT_PATHS = ("/predict", "/invocations")  # the second is MLflow's
 HEALTH_PATHS = ("/health", "/ping")  # the second is MLflow's
 
 
+class JsonLine(JSONResponse):
+    """An answer in JSON that ends with a newline, so that the prompt of a shell is not on the same line."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the bytes of the answer."""
+        return super().render(content) + b"\n"
+
+
 class App:
     """The ASGI application that answers with a model which may be replaced meanwhile.
 
@@ -69,7 +77,7 @@ class App:
         refusal = self._refuse_page(Headers(scope=scope)) if scope["type"] == "http" else None
         await (refusal or self._app)(scope, receive, send)
 
-    def _refuse_page(self, headers: Headers) -> JSONResponse | None:
+    def _refuse_page(self, headers: Headers) -> JsonLine | None:
         """Return the answer to a request that a web page of somebody else may have made in a browser, or None.
 
         A browser adds `Origin` to what a page posts elsewhere. A page whose own host name leads to this server ("DNS
@@ -82,7 +90,7 @@ class App:
             return _refusal(403, "web pages are not answered; leave the header Origin out")
         return None
 
-    async def _predict(self, request: Request) -> JSONResponse:
+    async def _predict(self, request: Request) -> JsonLine:
         """Classify the images of a request."""
         read_options(request.query_params)  # refuses a mistake before the body is read
         self.workers.check_room()
@@ -99,17 +107,17 @@ class App:
                     limits=self._limits,
                     deadline=time.monotonic() + self._limits.timeout_seconds,
                 )
-                return JSONResponse(await self.workers.run(work))
+                return JsonLine(await self.workers.run(work))
         finally:
             self._in_flight -= 1
 
-    async def _health(self, request: Request) -> JSONResponse:  # noqa: ARG002
+    async def _health(self, request: Request) -> JsonLine:  # noqa: ARG002
         """Report which model answers since when, how many requests are in flight, and whether the registry fails."""
         served = self._current.get()
         since = datetime.fromtimestamp(served.since, UTC).isoformat(timespec="seconds")
         # the reason may have addresses and paths of the server in it
         problem = "the model may not be the newest; the output of the server has the reason"
-        return JSONResponse(
+        return JsonLine(
             {
                 "status": "ok",
                 "model": _model_of(served),
@@ -170,17 +178,17 @@ def _host_name(host: str) -> str:
         return ""
 
 
-def _refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": message}, status, headers)
+def _refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> JsonLine:
+    return JsonLine({"error": message}, status, headers)
 
 
-async def _answer_request_error(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
+async def _answer_request_error(request: Request, error: Exception) -> JsonLine:  # noqa: ARG001
     assert isinstance(error, RequestError)
     headers = {"retry-after": str(RETRY_AFTER_SECONDS)} if error.status == 503 else None
     return _refusal(error.status, str(error), headers)
 
 
-async def _answer_http_exception(request: Request, error: Exception) -> JSONResponse:
+async def _answer_http_exception(request: Request, error: Exception) -> JsonLine:
     """Answer where no function has the path, or none the method."""
     assert isinstance(error, HTTPException)
     messages = {
@@ -190,11 +198,11 @@ async def _answer_http_exception(request: Request, error: Exception) -> JSONResp
     return _refusal(error.status_code, messages.get(error.status_code, error.detail), error.headers)
 
 
-async def _answer_nobody(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
+async def _answer_nobody(request: Request, error: Exception) -> JsonLine:  # noqa: ARG001
     """Answer where the client has gone before its request was complete; only the log has the answer."""
     return _refusal(400, "the request is incomplete")
 
 
-async def _answer_defect(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
+async def _answer_defect(request: Request, error: Exception) -> JsonLine:  # noqa: ARG001
     """Answer where our code fails; uvicorn prints the traceback."""
     return _refusal(500, "the server has failed; its output has the reason")

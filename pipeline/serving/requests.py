@@ -10,6 +10,7 @@ import base64
 import binascii
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -119,12 +120,12 @@ def image_blocks(found: list[Photograph] | Images, *, config: ModelConfig) -> It
 
 def _photographs_of_form(body: bytes, *, boundary: bytes, max_images: int) -> list[Photograph]:
     """Return the files of a form."""
-    photographs = list[Photograph]()
+    files = list[tuple[str, bytes]]()
 
     def add(file: File) -> None:
-        _check_count(len(photographs) + 1, max_images=max_images)
+        _check_count(len(files) + 1, max_images=max_images)
         file.file_object.seek(0)
-        photographs.append(Photograph(f"field {_quote(_text(file.field_name))}", file.file_object.read()))
+        files.append((_text(file.field_name), file.file_object.read()))
 
     def refuse(field: Field) -> None:
         name = _text(field.field_name)
@@ -141,8 +142,19 @@ def _photographs_of_form(body: bytes, *, boundary: bytes, max_images: int) -> li
         parser.finalize()
     except (FormParserError, ValueError) as error:
         raise RequestError(400, f"the form is damaged: {shorten(first_line(error), MAX_NAME_LENGTH)}") from None
-    if not photographs:
+    if not files:
         raise RequestError(400, "the form has no file, or is incomplete; send one, as by `curl -F image=@FILE`")
+    return _located(files)
+
+
+def _located(files: list[tuple[str, bytes]]) -> list[Photograph]:
+    """Return the files of a form; those of one field are numbered where it has several, as in `image[1]`."""
+    total, seen = Counter(field for field, _ in files), Counter[str]()
+    photographs = []
+    for field, content in files:
+        name = f"{field}[{seen[field]}]" if total[field] > 1 else field
+        seen[field] += 1
+        photographs.append(Photograph(f"field {_quote(name)}", content))
     return photographs
 
 

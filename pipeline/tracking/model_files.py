@@ -9,6 +9,7 @@ from pipeline.core.errors import UserError
 
 WEIGHTS_SUFFIX = ".safetensors"
 _RUN_ID = re.compile(r"[0-9a-f]{6,32}")
+_URI = re.compile(r"runs:/[^/]+/.*[^/]|models:/[^/@]+(/[^/@]+|@[^/@]+)|models:/m-[0-9a-f]+")  # what MLflow is asked for
 MAX_LISTED = 8
 
 
@@ -29,11 +30,11 @@ def find_model_files(text: str | None = None, *, target: Path | None = None) -> 
     """Return the files of the model that a text names, by default those in `artifacts/train/`.
 
     The text is a folder, a `.safetensors` file with `model.json` beside it, `runs:/RUN_ID/model`,
-    `models:/NAME/VERSION`, `models:/NAME@ALIAS`, or the id, its first digits (6 or more) or the name of an MLflow run.
-    An existing folder or file has precedence over a run of the same name. A model in MLflow is copied into the folder
-    `target` if one is given; without it, the files stay where MLflow has them, or in a temporary folder. Raises
-    UserError where there is no such model, where a name is that of several models, or where a file was changed since it
-    was written.
+    `models:/NAME/VERSION`, `models:/NAME@ALIAS`, the id, its first digits (6 or more) or the name of an MLflow run, or
+    the name of a DVC experiment, as `make run` prints it. An existing folder or file has precedence over a run of the
+    same name. A model in MLflow is copied into the folder `target` if one is given; without it, the files stay where
+    MLflow has them, or in a temporary folder. Raises UserError where there is no such model, where a name is that of
+    several models, or where a file was changed since it was written.
     """
     folder, checkpoint = _locate(text, target=target)
     if folder == TRAIN and not folder.is_dir():
@@ -57,6 +58,8 @@ def _locate(text: str | None, *, target: Path | None) -> tuple[Path, str]:
     if text is None:
         return TRAIN, best
     if ":/" in text:
+        if not _URI.fullmatch(text):
+            raise _unknown(text, "no address of a model in MLflow")
         return _fetch(text, target=target), best
     path = expand(text)
     if path.is_file():
@@ -72,24 +75,37 @@ def _locate(text: str | None, *, target: Path | None) -> tuple[Path, str]:
 
 
 def _find_run(text: str) -> str:
-    """Return the id of the MLflow run with this id or name; raises UserError where there is none, or several."""
-    from pipeline.tracking.search import find_runs_by_name, find_runs_by_prefix  # noqa: PLC0415  # MLflow takes seconds
+    """Return the id of the MLflow run with this id, name or DVC experiment; raises UserError for none, or several."""
+    from pipeline.tracking import search  # noqa: PLC0415  # MLflow takes seconds to import
+    from pipeline.tracking.provenance import EXPERIMENT  # noqa: PLC0415  # MLflow takes seconds to import
     from pipeline.tracking.store import connect  # noqa: PLC0415  # MLflow takes seconds to import
 
     connect()
-    found = find_runs_by_prefix(text) if _RUN_ID.fullmatch(text) else []
-    found = found or (find_runs_by_name(text) if not {"'", '"'} <= set(text) else [])
+    found = search.find_runs_by_prefix(text) if _RUN_ID.fullmatch(text) else []
+    if not {"'", '"'} <= set(text):  # a query can have only one of these
+        found = found or search.find_runs_by_name(text)
+        found = found or (search.find_runs({EXPERIMENT: text}) if "%" not in text else [])
     models = {run.tags.get("model.md5", ""): run for run in reversed(found) if run.tags.get("model.md5")}
     if len(models) > 1:
         listed = ", ".join(f"{run.run_id[:12]} ({run.name})" for run in list(models.values())[:MAX_LISTED])
         raise UserError(f"--model {text}: names {len(models)} models; allowed: the name of one; name one of {listed}")
     if not models:
-        state = f"{len(found)} runs without a model" if found else "no folder, file or MLflow run of this name"
-        raise UserError(
-            f"--model {text}: {state}; allowed: a folder, a {WEIGHTS_SUFFIX} file, runs:/RUN_ID/model, "
-            "models:/NAME@ALIAS, or the id or name of a run; `make ui` shows the runs and their models"
+        state = (
+            f"{len(found)} runs without a model"
+            if found
+            else "no folder, file, MLflow run or DVC experiment of this name"
         )
+        raise _unknown(text, state)
     return next(iter(models.values())).run_id
+
+
+def _unknown(text: str, found: str) -> UserError:
+    """Return the error for a text that names no model."""
+    return UserError(
+        f"--model {text}: {found}; allowed: a folder, a {WEIGHTS_SUFFIX} file, runs:/RUN_ID/model, "
+        "models:/NAME/VERSION, models:/NAME@ALIAS, the id or name of a run, or the name of a DVC experiment; "
+        "`make ui` shows the runs and their models"
+    )
 
 
 def _fetch(uri: str, *, target: Path | None) -> Path:
