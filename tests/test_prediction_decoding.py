@@ -1,7 +1,6 @@
 """The images of a prediction are read in order, in one process or several, and each unreadable file has its reason."""
 
 import contextlib
-import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pipeline.prediction import decoding, image_files
 from pipeline.prediction.decoding import block_length, read_images
 from pipeline.prediction.image_files import ReadImage
 from pipeline.prediction.inputs import Input
-from tests.dying import die, hang_after_first
+from tests.dying import die
 from tests.raw_folders import encoded, noise
 from tests.test_model import config
 
@@ -206,12 +205,3 @@ def test_a_file_that_kills_a_process_ends_with_one_line(here: Path, monkeypatch:
     monkeypatch.setattr(decoding, "read_files", die)
     with pytest.raises(UserError, match=r"was killed \(out of memory, or a file crashes.*at or soon after a\.png"):
         read("a.png", "b.png")
-
-
-def test_an_end_before_the_last_result_ends_processes_that_hang() -> None:
-    before = set(multiprocessing.active_children())
-    results = decoding_pool.decode_in_processes(hang_after_first, range(9), first_name=str)
-    assert next(results) == 0
-    assert set(multiprocessing.active_children()) > before
-    results.close()  # type: ignore[attr-defined]  # a generator
-    assert set(multiprocessing.active_children()) == before

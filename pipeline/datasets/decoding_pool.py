@@ -30,7 +30,7 @@ def decode_in_processes(
     Processes are started by `spawn`: forked ones would inherit locks that threads of numpy and tqdm hold, and no thread
     in them would release these.
     """
-    workers, others = num_cores(), multiprocessing.active_children()
+    workers = num_cores()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
     pending: deque[tuple[Chunk, Future[Decoded]]] = deque()
     try:
@@ -47,26 +47,33 @@ def decode_in_processes(
             "a process that decodes images was killed (out of memory, or a file crashes the decoder), at or soon after "
             f"{first_name(pending[0][0]) if pending else 'the start'}; free memory or remove the file"
         ) from None
-    except BaseException:
-        # after an exception between the locks of the pool, a worker may wait forever for its next chunk
-        for process in set(multiprocessing.active_children()) - set(others):
-            process.kill()
-        raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        with _signals_delayed():
+            pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
 def _signals_delayed() -> Iterator[None]:
     """Delay Ctrl-C and SIGTERM to the end of the block; processes that are started in it never get Ctrl-C.
 
-    An exception while the pool holds its locks would leave it unusable.
+    An exception in the code of the pool would leave processes that wait for their next chunk forever, and this process
+    would wait for them at its end.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    if threading.current_thread() is not threading.main_thread():  # others get no exception from a signal
+        yield
+        return
+    received: list[int] = []
+    # the mask is for the new processes, which inherit it; another thread of this process may still get the signal
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for delayed in received:
+            signal.raise_signal(delayed)
 
 
 def _start_worker() -> None:
