@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, escape_control_chars
 
 COUNTER = ".num_batches_tracked"  # of batch normalization; not a weight, and missing in files before PyTorch 0.4.1
 # where a checkpoint has several sets, such as `state_dict` and `state_dict_ema`, the first of these that exists is used
@@ -191,7 +191,8 @@ def _explain(
         )
     name = nearest.mismatched[0]
     tensor = nearest.tensors.get(name)
-    found = f"no {name}" if tensor is None else f"{prefix}{name} of shape {tuple(tensor.shape)}"
+    path = escape_control_chars(f"{prefix}{name}")
+    found = f"no {name}" if tensor is None else f"{path} of shape {tuple(tensor.shape)}"
     instead = f", and instead the file has {_shorten_list(unknown)}" if tensor is None and unknown else ""
     return (
         f"train.weights {file}: found {found}, but {network} has it of shape {tuple(target[name].shape)} for images of "
@@ -203,4 +204,4 @@ def _explain(
 def _shorten_list(names: list[str]) -> str:
     """Return the first names and the number of the others, as text."""
     more = f" and {len(names) - MAX_NAMES_IN_MESSAGE} more" if len(names) > MAX_NAMES_IN_MESSAGE else ""
-    return ", ".join(names[:MAX_NAMES_IN_MESSAGE]) + more
+    return escape_control_chars(", ".join(names[:MAX_NAMES_IN_MESSAGE])) + more
